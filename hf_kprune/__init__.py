@@ -1,0 +1,43 @@
+"""Make a Hugging Face model smaller and faster in minutes, without retraining, and leave it a normal Hugging Face model.
+
+Importing this package lets `from_pretrained` load K-pruned checkpoints with the stock classes of transformers.
+"""
+
+__version__ = "0.1.0"
+
+from .arguments import KPruneArguments
+from .callbacks import KPruneCallback
+from .checkpoint import install
+from .errors import (
+    ArgumentError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    KPruneError,
+    UnsupportedArchitectureError,
+    UnsupportedModelError,
+)
+from .families import Block, Stack, register_family
+from .pruner import KPrunePruner
+from .report import PruningReport, SublayerReport
+
+
+__all__ = [
+    "ArgumentError",
+    "Block",
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "KPruneArguments",
+    "KPruneCallback",
+    "KPruneError",
+    "KPrunePruner",
+    "PruningReport",
+    "Stack",
+    "SublayerReport",
+    "UnsupportedArchitectureError",
+    "UnsupportedModelError",
+    "register_family",
+]
+
+install()

@@ -1,0 +1,159 @@
+"""The options of a pruning run, usable from Python and, through `HfArgumentParser`, from the command line."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import ArgumentError
+from .methods import METHODS
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    metadata = {"help": help, **kwargs}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class KPruneArguments:
+    """Options of `KPrunePruner`. Names shared with `TrainingArguments` mean the same.
+
+    > What is removed
+
+    `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
+    `method`, `prune_heads`, `prune_ffn`, `min_heads`, `min_neurons`, `round_to`.
+
+    > Calibration
+
+    `num_tokens`, `num_measure_tokens`, `max_seq_length`, `per_device_batch_size`, `remove_unused_columns`, `seed`.
+
+    > Knowledge measurement
+
+    `temperature`, `lambda_pred`, `lambda_rep`, `mu`, `pooling`.
+
+    > Weight tuning
+
+    `tune`, `tune_bias`, `ridge`, `statistics_dtype`.
+
+    > Output, logging, hub
+
+    `output_dir`, `overwrite_output_dir`, `max_shard_size`, `disable_tqdm`, `report_to`, `run_name`, `logging_dir`,
+    `per_device_eval_batch_size`, `push_to_hub`, `hub_model_id`, `hub_token`, `hub_private_repo`, `hub_revision`, `use_cpu`.
+
+    Raises:
+        ArgumentError: If a value cannot be.
+    """
+
+    output_dir: str | None = _option(None, "Where the pruned checkpoint is written. Must be new or empty.")
+    overwrite_output_dir: bool = _option(False, "Replace output_dir if it holds files.")
+    sparsity: float = _option(0.5, "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter.")
+    method: str = _option("kprune", "Pruning method: 'kprune' is the method of the paper (Park et al., ICLR 2024).")
+    prune_heads: bool = _option(True, "Whether attention heads may be pruned.")
+    prune_ffn: bool = _option(True, "Whether FFN neurons may be pruned.")
+    min_heads: int = _option(0, "Heads that every attention sublayer keeps at least; 0 may empty a sublayer.")
+    min_neurons: int = _option(0, "Neurons that every FFN sublayer keeps at least; 0 may empty a sublayer.")
+    round_to: int = _option(1, "FFN widths are multiples of this (or the full width): 8 or 64 suit some hardware.")
+
+    num_tokens: int = _option(100_000, "Calibration tokens used for tuning weights, padding not counted.")
+    num_measure_tokens: int | None = _option(
+        None, "Of these, tokens used for measuring knowledge, the costlier part. None: all of them."
+    )
+    max_seq_length: int | None = _option(
+        None, "Tokens after which texts are truncated when tokenised here. None: what the model can take."
+    )
+    per_device_batch_size: int = _option(32, "Calibration sequences per batch and device. Does not change the result.")
+    remove_unused_columns: bool = _option(
+        True, "Drop the columns of the calibration dataset that the model does not take; if False they are an error."
+    )
+    seed: int = _option(42, "Seed of the draw of calibration rows.")
+
+    temperature: float = _option(2.0, "Softmax temperature of the predictive knowledge (gamma in the paper).")
+    lambda_pred: float = _option(1.0, "Weight of the predictive knowledge.")
+    lambda_rep: float = _option(2.5e-4, "Weight of the representational knowledge. Must be over 0.")
+    mu: float | None = _option(None, "Weight of head scores against neuron scores. None: the head size, as in the paper.")
+    pooling: str = _option(
+        "mean",
+        "Embedding of a base model without a task head, which the predictive knowledge compares.",
+        choices=["mean", "cls", "pooler", "none"],
+    )
+
+    tune: bool = _option(True, "Whether the output weights of what is kept are tuned (KPWT).")
+    tune_bias: bool = _option(False, "Whether tuning fits the output bias too. The paper keeps it.")
+    ridge: float = _option(
+        0.0, "Pull of tuned weights towards the present ones, relative to the features' mean square. The paper has none."
+    )
+    statistics_dtype: str = _option(
+        "float64", "Precision of the products summed for tuning; sums and solves are float64.", choices=["float64", "float32"]
+    )
+
+    max_shard_size: str = _option("50GB", "Largest weight file of the saved checkpoint.")
+    per_device_eval_batch_size: int = _option(32, "Batch size of evaluate() and predict().")
+    disable_tqdm: bool = _option(False, "Switch the progress bar off.")
+    report_to: list[str] = _option(["none"], "Where metrics go, as in TrainingArguments: tensorboard, wandb, ... or none.")
+    run_name: str | None = _option(None, "Name of the run in report_to.")
+    use_cpu: bool = _option(False, "Prune on the CPU even if there is an accelerator.")
+
+    push_to_hub: bool = _option(False, "Whether save_model() also pushes the checkpoint to the Hub.")
+    hub_model_id: str | None = _option(None, "Repository on the Hub. None: the name of output_dir.")
+    hub_token: str | None = _option(None, "Token for the Hub. None: the one that `hf auth login` stored.")
+    hub_private_repo: bool | None = _option(None, "Whether the repository is made private.")
+    hub_revision: str | None = _option(None, "Branch of the repository to push to.")
+
+    def __post_init__(self) -> None:
+        def check(name: str, holds: bool, expected: str) -> None:
+            if not holds:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+        for name, value in asdict(self).items():
+            if isinstance(value, float):
+                check(name, value == value and abs(value) != float("inf"), "a finite number")
+        check("sparsity", 0 <= self.sparsity < 1, "the fraction of prunable FLOPs to remove, in [0, 1)")
+        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        for name in ("min_heads", "min_neurons"):
+            check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("round_to", "num_tokens", "per_device_batch_size", "per_device_eval_batch_size"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        measured = self.num_measure_tokens
+        check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
+        check("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 1, "at least 1")
+        check("temperature", self.temperature > 0, "over 0")
+        check("lambda_pred", self.lambda_pred >= 0, "at least 0")
+        check("lambda_rep", self.lambda_rep > 0, "over 0: the first sublayer, below which nothing differs, has no other score")
+        check("mu", self.mu is None or self.mu > 0, "over 0, or None for the head size")
+        check("pooling", self.pooling in ("mean", "cls", "pooler", "none"), "mean, cls, pooler or none")
+        check("ridge", self.ridge >= 0, "at least 0")
+        check("statistics_dtype", self.statistics_dtype in ("float64", "float32"), "float64 or float32")
+        check("prune_heads", self.prune_heads or self.prune_ffn or not self.sparsity, "True, or prune_ffn=True, or sparsity=0")
+
+    def check_output_dir(self, output_dir: str | None = None) -> str:
+        """The directory to save to. Raises `ArgumentError` if there is none or if it holds files that are to stay."""
+        path = output_dir or self.output_dir
+        if path is None:
+            raise ArgumentError("no output_dir: pass it to KPruneArguments or to save_model()")
+        if os.path.isfile(path):
+            raise ArgumentError(f"output_dir {path!r} is a file, expected a directory")
+        if os.path.isdir(path) and os.listdir(path) and not self.overwrite_output_dir:
+            raise ArgumentError(f"output_dir {path!r} is not empty; name another or set overwrite_output_dir=True")
+        return path
+
+    def training_arguments(self, output_dir: str) -> TrainingArguments:
+        """The same options for the `Trainer` that evaluates and predicts, and for the integrations of `report_to`."""
+        return TrainingArguments(
+            output_dir=output_dir,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            remove_unused_columns=self.remove_unused_columns,
+            seed=self.seed,
+            disable_tqdm=self.disable_tqdm,
+            report_to=self.report_to,
+            run_name=self.run_name,
+            use_cpu=self.use_cpu,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, without the hub token."""
+        return {key: value for key, value in asdict(self).items() if key != "hub_token"}

@@ -1,0 +1,130 @@
+"""Checkpoints: loading through plain `from_pretrained`, and saving that leaves either nothing or a whole checkpoint.
+
+`import hf_kprune` wraps four functions of transformers; each does nothing for a model whose config has no `kprune`:
+
+    PreTrainedModel.post_init             shrinks the model, built on the meta device, before its weights are loaded
+    PreTrainedModel.from_pretrained       refuses weights that do not fit the plan
+    PreTrainedConfig.from_dict            takes off the notice that stops plain transformers
+    PreTrainedConfig.save_pretrained      adds modeling_kprune.py, its auto_map and the notice
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from . import modeling_kprune
+from .modeling_kprune import CheckpointError, load_checked, seal, shrink, unseal
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """`AutoModel...` class name to class in modeling_kprune.py, for every auto class that has this model type."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and model_type in mapping._model_mapping:
+            target = mapping._model_mapping[model_type]
+            found[name] = f"modeling_kprune.{target if isinstance(target, str) else target[0]}"
+    return found
+
+
+def install() -> None:
+    """Wrap the four functions. Calling it again changes nothing."""
+    if getattr(PreTrainedModel.post_init, "is_kprune", False):
+        return
+    post_init = PreTrainedModel.post_init
+    load = PreTrainedModel.__dict__["from_pretrained"].__func__
+    read = PreTrainedConfig.__dict__["from_dict"].__func__
+    write = PreTrainedConfig.save_pretrained
+
+    @functools.wraps(post_init)
+    def shrink_then_post_init(self: PreTrainedModel) -> None:
+        shrink(self)
+        post_init(self)
+
+    @functools.wraps(load)
+    def load_and_check(cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
+        return load_checked(functools.partial(load, cls), name, *args, **kwargs)
+
+    @functools.wraps(read)
+    def read_and_unseal(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        result = read(cls, config_dict, **kwargs)
+        unseal(result[0] if isinstance(result, tuple) else result)
+        return result
+
+    @functools.wraps(write)
+    def write_and_seal(self: PreTrainedConfig, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        pruned = getattr(self, "kprune", None) is not None
+        if pruned:
+            os.makedirs(save_directory, exist_ok=True)
+            shutil.copyfile(modeling_kprune.__file__, Path(save_directory) / "modeling_kprune.py")
+            self.auto_map = auto_map(self.model_type)
+        elif "modeling_kprune." in str(getattr(self, "auto_map", "")):
+            del self.auto_map
+        write(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+        if pruned:
+            seal(save_directory)
+
+    shrink_then_post_init.is_kprune = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = shrink_then_post_init
+    PreTrainedModel.from_pretrained = classmethod(load_and_check)
+    PreTrainedConfig.from_dict = classmethod(read_and_unseal)
+    PreTrainedConfig.save_pretrained = write_and_seal
+
+
+def save_atomically(model: PreTrainedModel, output_dir: str, max_shard_size: str, add: Callable[[str], None]) -> None:
+    """Write `model` beside `output_dir`, reload it, compare every tensor, and only then move it there.
+
+    A kill at any moment leaves `output_dir` absent (or as it was) or whole; what is left behind then is a folder whose
+    name begins with `.` and ends with `.tmp`.
+
+    Args:
+        model: A pruned or plain model.
+        output_dir: Replaced if it exists.
+        max_shard_size: As in `save_pretrained`.
+        add: Called with the folder to write everything else into it (tokenizer, report, model card).
+
+    Raises:
+        CheckpointError: If what was written does not load back to the same tensors; nothing is left behind then.
+    """
+    target = Path(output_dir).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
+        aside = Path(folder) / "new"
+        model.save_pretrained(aside, max_shard_size=max_shard_size)
+        add(str(aside))
+        verify(model, str(aside))
+        for path in aside.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        old = Path(folder) / "old"
+        if target.exists():
+            target.rename(old)
+        try:
+            aside.rename(target)
+        except BaseException:  # Ctrl-C too: give back what was there
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+
+
+def verify(model: PreTrainedModel, directory: str) -> None:
+    """Reload `directory` with the class of `model` and raise `CheckpointError` unless all tensors are the same bits."""
+    again = type(model).from_pretrained(directory, dtype=model.dtype).state_dict()
+    expected = model.state_dict()
+    differing = [
+        name
+        for name in expected.keys() | again.keys()
+        if name not in again or name not in expected or not torch.equal(expected[name].cpu(), again[name].cpu())
+    ]
+    if differing:
+        raise CheckpointError(f"{len(differing)} tensors do not load back as they were saved, such as {min(differing)}")

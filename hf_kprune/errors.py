@@ -1,0 +1,48 @@
+"""The errors of hf_kprune. Each is also a `ValueError`, restates what was passed, and says the way out.
+
+    KPruneError
+    |-- ArgumentError                   an option, or a combination of options, that cannot be
+    |-- BudgetError                     a sparsity that the model and the options cannot reach
+    |-- CalibrationError                calibration data that cannot be used
+    `-- UnsupportedModelError           a model that cannot be pruned as it is
+        `-- UnsupportedArchitectureError    a model whose layers are not described
+
+CheckpointError, for a saved model that contradicts itself, lives in modeling_kprune.py, which travels alone.
+"""
+
+from .modeling_kprune import CheckpointError
+
+
+__all__ = [
+    "ArgumentError",
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "KPruneError",
+    "UnsupportedArchitectureError",
+    "UnsupportedModelError",
+]
+
+
+class KPruneError(ValueError):
+    """Base of what hf_kprune raises for input it refuses."""
+
+
+class ArgumentError(KPruneError):
+    """An option, or a combination of options, that cannot be."""
+
+
+class BudgetError(KPruneError):
+    """A sparsity that the model and the options cannot reach."""
+
+
+class CalibrationError(KPruneError):
+    """Calibration data that cannot be used."""
+
+
+class UnsupportedModelError(KPruneError):
+    """A model that cannot be pruned as it is: quantised, wrapped by PEFT, in an integer dtype, ..."""
+
+
+class UnsupportedArchitectureError(UnsupportedModelError):
+    """A model whose layers no family describes."""

@@ -1,0 +1,116 @@
+"""Which predictive knowledge a model has, by the head on top of it: `knowledge_loss(model)` chooses.
+
+A loss compares the outputs of student and teacher and gives one number per sequence, so nothing depends on how the
+sequences are batched. Padding never counts. Sequence heads give one divergence; token heads the mean over their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .errors import UnsupportedModelError
+from .knowledge import bernoulli_kl_divergence, kl_divergence, mean_over_tokens, squared_error
+
+
+KnowledgeLoss = Callable[[Any, Any, Tensor], Tensor]
+"""(student outputs, teacher outputs, valid tokens (B, T)) -> one loss per sequence, (B,)."""
+
+
+def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> tuple[str, KnowledgeLoss]:
+    """The knowledge loss for the head of `model`, and its name for the report.
+
+    Args:
+        model: A model of one of the `AutoModelFor...` tables of transformers, or a subclass of one.
+        temperature: Of the softmax, gamma in the paper.
+        pooling: How a base model without a head makes an embedding, see `embedding_loss`.
+
+    Raises:
+        UnsupportedModelError: If the model has a head that none of the losses is for.
+    """
+
+    def divergence(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return kl_divergence(student.logits, teacher.logits, temperature)
+
+    def multi_label(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return bernoulli_kl_divergence(student.logits, teacher.logits, temperature)
+
+    def regression(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return squared_error(student.logits, teacher.logits)
+
+    def per_token(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return mean_over_tokens(kl_divergence(student.logits, teacher.logits, temperature), valid)
+
+    def span(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        def over_tokens(name: str) -> Tensor:
+            lowest = torch.finfo(student[name].dtype).min
+            s, t = (outputs[name].masked_fill(~valid, lowest) for outputs in (student, teacher))
+            return kl_divergence(s, t, temperature)
+
+        return (over_tokens("start_logits") + over_tokens("end_logits")) / 2
+
+    def pretraining(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        if "seq_relationship_logits" in student:  # masked LM and next sentence, one head each
+            words = kl_divergence(student.prediction_logits, teacher.prediction_logits, temperature)
+            pair = kl_divergence(student.seq_relationship_logits, teacher.seq_relationship_logits, temperature)
+            return mean_over_tokens(words, valid) + pair
+        decisions = (o.logits.unsqueeze(-1) for o in (student, teacher))  # ELECTRA: replaced or not, for each token
+        return mean_over_tokens(bernoulli_kl_divergence(*decisions, temperature), valid)
+
+    def embedding(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return embedding_loss(student, teacher, valid, pooling)
+
+    def sequence() -> tuple[str, KnowledgeLoss]:
+        problem, labels = model.config.problem_type, model.config.num_labels
+        if problem == "regression" or (problem is None and labels == 1):
+            return "regression", regression
+        if problem == "multi_label_classification":
+            return "multi-label classification", multi_label
+        return "classification", divergence
+
+    heads: dict[str, Callable[[], tuple[str, KnowledgeLoss]]] = {
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION": sequence,
+        "MODEL_FOR_QUESTION_ANSWERING": lambda: ("extractive question answering", span),
+        "MODEL_FOR_TOKEN_CLASSIFICATION": lambda: ("token classification", per_token),
+        "MODEL_FOR_MASKED_LM": lambda: ("masked language model", per_token),
+        "MODEL_FOR_CAUSAL_LM": lambda: ("causal language model", per_token),
+        "MODEL_FOR_MULTIPLE_CHOICE": lambda: ("multiple choice", divergence),
+        "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: ("next sentence prediction", divergence),
+        "MODEL_FOR_PRETRAINING": lambda: ("pretraining heads", pretraining),
+        "MODEL": lambda: (f"embedding ({pooling})", embedding),
+    }
+    for cls in type(model).__mro__:
+        for table, choose in heads.items():
+            if cls.__name__ in getattr(modeling_auto, f"{table}_MAPPING_NAMES").values():
+                return choose()
+    raise UnsupportedModelError(
+        f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
+        "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
+    )
+
+
+def embedding_loss(student: Any, teacher: Any, valid: Tensor, pooling: str) -> Tensor:
+    """Squared distance between what a base model is used for, (B,).
+
+    Args:
+        student: Outputs with `last_hidden_state` (B, T, D) and, for `"pooler"`, `pooler_output` (B, D).
+        teacher: The same.
+        valid: Tokens that are not padding, (B, T).
+        pooling: `"mean"` over tokens, `"cls"` the first token, `"pooler"` the model's own pooler, each normalised to
+            length 1; `"none"` compares the hidden states themselves, as the mean over tokens.
+    """
+    if pooling == "none":
+        return mean_over_tokens(squared_error(student.last_hidden_state, teacher.last_hidden_state), valid)
+
+    def embed(outputs: Any) -> Tensor:
+        if pooling == "mean":
+            return F.normalize(mean_over_tokens(outputs.last_hidden_state, valid), dim=-1)
+        return F.normalize(outputs.last_hidden_state[:, 0] if pooling == "cls" else outputs.pooler_output, dim=-1)
+
+    return (embed(student) - embed(teacher)).square().sum(-1)

@@ -1,0 +1,453 @@
+"""`KPrunePruner`: the page to read. `_prune_sublayers` is the whole algorithm; each line of it is a module of its own."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_utils import PredictionOutput
+from transformers.utils import logging
+
+from . import __version__
+from .arguments import KPruneArguments
+from .calibration import Calibration, draw_rows, together
+from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
+from .checkpoint import save_atomically
+from .errors import ArgumentError, BudgetError, CalibrationError
+from .heads import KnowledgeLoss, knowledge_loss
+from .hub import model_card, push_folder
+from .methods import METHODS
+from .report import PruningReport, Size, SublayerReport
+from .search import TOLERANCE, group_sizes
+from .sublayers import Sublayer, check_model, cut, find_sublayers, write_plan
+
+
+logger = logging.get_logger(__name__)
+
+
+class KPrunePruner:
+    """Makes a Transformers model smaller and faster without retraining (K-prune, Park et al., ICLR 2024).
+
+    Modelled on `Trainer`:
+
+        pruner = KPrunePruner(model, KPruneArguments(sparsity=0.5), calibration_dataset=texts, processing_class=tokenizer)
+        report = pruner.prune()
+        pruner.save_model("pruned")
+
+    Args:
+        model: A `PreTrainedModel`, or the name or path of one, which is loaded with the class that its config names.
+            `prune()` changes it in place, as `Trainer.train()` does, all at once at its end.
+        args: Options; `sparsity` is the fraction of prunable FLOPs to **remove**.
+        calibration_dataset: A `datasets.Dataset`, an `IterableDataset`, any map-style dataset of tokenised rows, or a
+            plain list of strings (or of pairs of strings), tokenised with `processing_class`. Labels in it are ignored.
+            If None, it must be passed to `prune()`.
+        data_collator: Makes batches of rows. Default: pads with `processing_class`.
+        eval_dataset: For `evaluate()`, as in `Trainer`.
+        processing_class: Tokenizer, saved with the model. Default, if `model` is a name or path: the one found there.
+        compute_metrics: For `evaluate()`, as in `Trainer`.
+        callbacks: Instances or classes of `KPruneCallback`, added to the default ones.
+        compute_loss: Replaces the predictive knowledge chosen by the model's head: (student_outputs, teacher_outputs,
+            valid_tokens (B, T)) -> tensor (B,), one differentiable number per sequence.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be pruned: unknown architecture, quantised, with adapters, ...
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: KPruneArguments | None = None,
+        calibration_dataset: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[KPruneCallback | type[KPruneCallback]] | None = None,
+        compute_loss: KnowledgeLoss | None = None,
+    ):
+        self.args = args or KPruneArguments()
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = load_model(model)
+        check_model(model)
+        find_sublayers(model)
+        self.accelerator = Accelerator(cpu=self.args.use_cpu)
+        self.model = model.to(self.accelerator.device)
+        self.calibration_dataset = calibration_dataset
+        self.data_collator, self.processing_class = data_collator, processing_class
+        self.eval_dataset, self.compute_metrics = eval_dataset, compute_metrics
+        self.compute_loss = compute_loss
+        self.report: PruningReport | None = None
+        self._saved: str | None = None
+        self._seconds: dict[str, float] = {}
+        self.callback_handler = CallbackHandler([PrinterCallback() if self.args.disable_tqdm else ProgressCallback()])
+        if self.args.report_to not in ([], ["none"]):
+            self.add_callback(ReportingCallback(self.args))
+        for callback in callbacks or []:
+            self.add_callback(callback)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Pruning
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def prune(self, calibration_dataset: Any = None) -> PruningReport:
+        """Prune the model in place and return what was done.
+
+        Until the last moment a copy is worked on: an error or Ctrl-C leaves the model as it was.
+
+        Raises:
+            BudgetError: If `sparsity` is out of reach, before anything runs.
+            CalibrationError: If the calibration data cannot be used.
+            ArgumentError: If options or inputs contradict each other.
+        """
+        if self.args.output_dir is not None:
+            self.args.check_output_dir()
+        student, report = self._prune_copy(calibration_dataset)
+        self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
+        self.report = report
+        self._tell("on_prune_end", model=self.model)
+        return report
+
+    def plan(self, calibration_dataset: Any = None) -> PruningReport:
+        """A dry run: the report of what `prune()` would do, to the unit, with the model left as it is."""
+        return self._prune_copy(calibration_dataset)[1]
+
+    def _prune_sublayers(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        calibration: Calibration,
+        loss: KnowledgeLoss,
+        report: PruningReport,
+    ) -> None:
+        """K-prune: for each sublayer, bottom to top, measure knowledge, search a mask (KPMS), tune weights (KPWT)."""
+        args, method = self.args, METHODS[self.args.method](self.args)
+        sublayers, references = find_sublayers(student), find_sublayers(teacher)
+        terms = BudgetTerms(sublayers, args, calibration.mean_tokens)
+        budget, flops = terms.budget, terms.total
+        with self._phase("measure"):
+            teacher_streams = calibration.bottom(teacher, references)
+            teacher_top = calibration.top(teacher, references, teacher_streams)
+            streams = list(teacher_streams)
+        changed = False  # whether the student differs from the teacher yet
+
+        for i, sublayer in enumerate(sublayers):
+            self._tell("on_sublayer_begin", sublayer.name, model=student)
+            begin, units = time.perf_counter(), sublayer.num_units
+            entry = SublayerReport(sublayer.name, sublayer.kind, units)
+            keep = torch.ones(units, dtype=torch.bool)
+            if terms.cost_from(i) > budget * (1 + TOLERANCE) and terms.minimum[i] < units:
+                # (a) knowledge measurement, on the student as pruned so far
+                with self._phase("measure"):
+                    statistics = calibration.measure(
+                        student, sublayers, i, streams, teacher, references, teacher_top, loss if changed else None
+                    )
+                # (b) KPMS over everything that is not decided yet, used for this sublayer only
+                with self._phase("search"):
+                    scores = [method.score(s) for s in statistics]
+                    masks = method.search(scores, terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:])
+                    keep = calibration.agree([masks[0].int()])[0].bool().cpu()
+                    entry.scores = [float(f"{score:.6g}") for score in scores[0].tolist()]
+            cut(sublayer, keep)
+            changed = changed or not bool(keep.all())
+            budget -= terms.costs[i] * int(keep.sum())
+            flops -= terms.costs[i] * (units - int(keep.sum()))
+
+            # (c) KPWT, of the cut student against the teacher, whose sublayer it also corrects for the error from below
+            with self._phase("tune"):
+                if changed and args.tune:
+                    equations = calibration.normal_equations(
+                        student, sublayers, streams, teacher, references, teacher_streams, i
+                    )
+                    output = sublayer.output
+                    fit = method.tune(equations, output.weight, output.bias)
+                    tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
+                    with torch.no_grad():
+                        for parameter, value in zip((output.weight, output.bias), tuned, strict=False):
+                            parameter.copy_(value)
+                    entry.error_before, entry.error_after = fit.error_before, fit.error_after
+                    entry.damping, entry.undetermined = fit.damping, fit.undetermined
+                calibration.advance(student, sublayers, i, streams)
+                if not changed:
+                    teacher_streams = list(streams)
+
+            entry.kept, entry.flops_left = keep.nonzero().flatten().tolist(), flops
+            entry.seconds = time.perf_counter() - begin
+            report.sublayers.append(entry)
+            self._tell("on_sublayer_end", entry, model=student)
+        write_plan(student, sublayers)
+        report.sparsity = 1 - flops / terms.total
+        report.after.flops = flops
+
+    def _prune_copy(self, calibration_dataset: Any) -> tuple[PreTrainedModel, PruningReport]:
+        """Prune a copy of the model. Everything that can be refused is refused here, before anything runs."""
+        args, model = self.args, self.model
+        begin, self._seconds = time.perf_counter(), {}
+        with self._phase("prepare"):
+            check_model(model)
+            with together(self.accelerator):
+                calibration = self._calibration(model, calibration_dataset)
+                terms = BudgetTerms(find_sublayers(model), args, calibration.mean_tokens)
+            name, loss = ("custom", self.compute_loss) if self.compute_loss else (None, None)
+            if loss is None:
+                name, loss = knowledge_loss(model, args.temperature, args.pooling)
+            report = PruningReport(
+                model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
+                method=args.method,
+                knowledge=str(name),
+                sparsity_asked=args.sparsity,
+                before=model_size(model, terms.total),
+                sequence_length=calibration.mean_tokens,
+                calibration=calibration.rows.fingerprint,
+                arguments=args.to_dict(),
+                versions=versions(),
+                device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
+            )
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
+            half = model.dtype in (torch.float16, torch.bfloat16)
+            teacher = copy.deepcopy(model).float() if half else model
+            student = copy.deepcopy(teacher)
+            student.requires_grad_(False)
+        modes = {module: module.training for module in teacher.modules()}
+        names = [s.name for s in find_sublayers(model)]
+        self.report = report
+        self._tell("on_prune_begin", model=student, sublayers=names)
+        try:
+            teacher.eval()
+            student.eval()
+            self._prune_sublayers(student, teacher, calibration, loss, report)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            self.report = None
+        student.train(model.training)
+        student.to(model.dtype)
+        trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        report.after = model_size(student, report.after.flops)
+        report.seconds = {**self._seconds, "total": time.perf_counter() - begin}
+        report.peak_memory = peak_memory(self.accelerator.device)
+        return student, report
+
+    def _calibration(self, model: PreTrainedModel, dataset: Any) -> Calibration:
+        dataset = self.calibration_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
+        rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None)
+        widest = max(find_sublayers(model), key=lambda s: s.output.in_features)
+        if self.args.tune and rows.tokens < widest.output.in_features:
+            raise CalibrationError(
+                f"{rows.tokens} calibration tokens (in {len(rows.rows)} rows) cannot determine the {widest.output.in_features} "
+                f"columns of {widest.name}; raise num_tokens (now {self.args.num_tokens}) or give more rows"
+            )
+        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def _tell(self, event: str, *args: Any, **kwargs: Any) -> None:
+        if self.accelerator.is_main_process:
+            self.callback_handler.call(event, self.args, self.report, *args, **kwargs)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # As in Trainer
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def add_callback(self, callback: KPruneCallback | type[KPruneCallback]) -> None:
+        """Add a callback, an instance or a class."""
+        self.callback_handler.callbacks.append(callback() if isinstance(callback, type) else callback)
+
+    def remove_callback(self, callback: KPruneCallback | type[KPruneCallback]) -> None:
+        """Remove a callback, or all callbacks of a class."""
+        keep = [c for c in self.callback_handler.callbacks if c is not callback and type(c) is not callback]
+        self.callback_handler.callbacks = keep
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`Trainer.evaluate` of the model as it is now."""
+        with self._trainer() as trainer:
+            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            return trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """`Trainer.predict` of the model as it is now."""
+        with self._trainer() as trainer:
+            return trainer.predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    @contextmanager
+    def _trainer(self) -> Iterator[Trainer]:
+        with tempfile.TemporaryDirectory() as unused:
+            arguments = self.args.training_arguments(unused)
+            arguments.report_to = []
+            yield Trainer(
+                model=self.model,
+                args=arguments,
+                data_collator=self.data_collator,
+                processing_class=self.processing_class,
+                compute_metrics=self.compute_metrics,
+            )
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Save the model as an ordinary checkpoint with tokenizer, report and model card; push it if `push_to_hub`.
+
+        It is written aside, reloaded, compared tensor by tensor and only then moved to `output_dir`.
+
+        Raises:
+            ArgumentError: If `output_dir` is missing, or holds files and `overwrite_output_dir` is False.
+            CheckpointError: If it does not load back as it was saved.
+        """
+        with together(self.accelerator):
+            path = self.args.check_output_dir(output_dir)
+            if self.accelerator.is_main_process:
+                save_atomically(self.model, path, self.args.max_shard_size, self._save_beside)
+                self._tell("on_save", path, model=self.model)
+        self._saved = path
+        if self.args.push_to_hub:
+            self._push(path)
+
+    def _save_beside(self, directory: str) -> None:
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        if self.report is not None:
+            self.report.save(directory)
+        self.create_model_card(output_dir=directory)
+
+    def create_model_card(self, output_dir: str | None = None, **fields: Any) -> None:
+        """Write README.md, a model card, into `output_dir` (default: the one of the options).
+
+        Args:
+            output_dir: An existing directory.
+            fields: As in `Trainer.create_model_card`: language, license, tags, model_name, finetuned_from, tasks, dataset.
+        """
+        directory = output_dir or self.args.output_dir
+        if directory is None:
+            raise ArgumentError("no output_dir: pass it to create_model_card() or to KPruneArguments")
+        if self.accelerator.is_main_process:
+            Path(directory, "README.md").write_text(model_card(self.model, self.report, **fields), encoding="utf-8")
+
+    def push_to_hub(self, commit_message: str = "K-pruned model", token: str | None = None, **kwargs: Any) -> Any:
+        """Push the saved checkpoint to the Hub, after saving it if need be.
+
+        Args:
+            commit_message: Of the commit.
+            token: Instead of `hub_token`.
+            kwargs: For `huggingface_hub.HfApi.upload_folder`.
+
+        Returns:
+            What `upload_folder` returns, on the main process; None on others.
+        """
+        if self._saved is None:
+            push, self.args.push_to_hub = self.args.push_to_hub, False
+            try:
+                self.save_model()
+            finally:
+                self.args.push_to_hub = push
+        return self._push(str(self._saved), commit_message, token, **kwargs)
+
+    def _push(self, path: str, commit_message: str = "K-pruned model", token: str | None = None, **kwargs: Any) -> Any:
+        with together(self.accelerator):
+            if not self.accelerator.is_main_process:
+                return None
+            return push_folder(path, self.args, commit_message, token, **kwargs)
+
+
+class BudgetTerms:
+    """What units cost, and how many sublayers must keep.
+
+    Raises:
+        BudgetError: If `args.sparsity` is out of reach.
+    """
+
+    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, tokens: float):
+        self.sublayers = sublayers
+        self.costs = [s.unit_flops(tokens) for s in sublayers]
+        self.minimum, self.multiple = [], []
+        for s in sublayers:
+            heads = s.kind == "attention"
+            free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
+            self.multiple.append(1 if heads else args.round_to)
+            self.minimum.append(min(least, s.num_units) if free else s.num_units)
+        self.total = self.cost_from(0)
+        self.budget = (1 - args.sparsity) * self.total
+        forced = [group_sizes(s.num_units, m, r)[0] for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True)]
+        least_cost = sum(cost * units for cost, units in zip(self.costs, forced, strict=True))
+        if not self.total:
+            raise BudgetError("the model has no heads and no neurons left to prune")
+        if least_cost > self.budget * (1 + TOLERANCE):
+            raise BudgetError(
+                f"sparsity is {args.sparsity}, the fraction of prunable FLOPs to remove; with min_heads={args.min_heads}, "
+                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
+                f"prune_ffn={args.prune_ffn} this model can reach 0 to {1 - least_cost / self.total:.4f}"
+            )
+
+    def cost_from(self, position: int) -> float:
+        """FLOPs of the sublayers from `position` up, as they are now."""
+        pairs = zip(self.costs[position:], self.sublayers[position:], strict=True)
+        return sum(cost * s.num_units for cost, s in pairs)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Load a model with the class that its config names."""
+    config = AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ArgumentError(
+            f"the config of {name} names the architecture {architecture!r}, which transformers lacks; load the model yourself"
+        )
+    model: PreTrainedModel = model_class.from_pretrained(name)
+    return model
+
+
+def model_size(model: PreTrainedModel, flops: float) -> Size:
+    """Parameters and bytes (tied ones once), also without the embedding tables, and the given FLOPs."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parameters = list(model.parameters())
+    rest = [p for p in parameters if id(p) not in tables]
+    return Size(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in rest),
+        sum(p.numel() * p.element_size() for p in parameters),
+        sum(p.numel() * p.element_size() for p in rest),
+        flops,
+    )
+
+
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
+    return {"python": platform.python_version(), "hf_kprune": __version__, **packages}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

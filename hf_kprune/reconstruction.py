@@ -1,0 +1,145 @@
+"""KPWT, knowledge-preserving weight tuning (K-prune, part c): refit an output projection to the teacher by least squares.
+
+The features of a sublayer are never held for all tokens: their products are summed as they stream by. Pure functions.
+
+Shapes: n tokens, C kept columns, D residual width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+DAMPING = 1e-10
+"""Least damping of the normal equations, relative to the mean of their diagonal. Decides directions that no data decide."""
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens that determine the fit of  Y ~ A W^T + 1 b^T, and its error. All float64.
+
+    Args:
+        gram: A^T A, (C, C).
+        cross: A^T Y, (C, D).
+        feature_sum: A^T 1, (C,).
+        target_sum: Y^T 1, (D,).
+        target_square: ||Y||_F^2, ().
+        reference_square: ||X_T + Sub_T(X_T)||_F^2, (), what errors are relative to.
+        tokens: n, ().
+    """
+
+    gram: Tensor
+    cross: Tensor
+    feature_sum: Tensor
+    target_sum: Tensor
+    target_square: Tensor
+    reference_square: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def zeros(cls, columns: int, width: int, device: torch.device) -> NormalEquations:
+        shapes: list[tuple[int, ...]] = [(columns, columns), (columns, width), (columns,), (width,), (), (), ()]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, features: Tensor, target: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Add tokens: features A (n, C), target Y = X_T + Sub_T(X_T) - X_S (n, D), reference X_T + Sub_T(X_T) (n, D).
+
+        Products are taken in `dtype` and summed in float64.
+        """
+        a, y, r = features.to(dtype), target.to(dtype), reference.to(dtype)
+        self.gram += a.T @ a
+        self.cross += a.T @ y
+        self.feature_sum += a.sum(0)
+        self.target_sum += y.sum(0)
+        self.target_square += y.square().sum()
+        self.reference_square += r.square().sum()
+        self.tokens += len(a)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass
+class Fit:
+    """A tuned output projection and how well it does.
+
+    Args:
+        weight: W, (D, C), float64.
+        bias: b, (D,), float64; None for a projection without one.
+        error_before: ||Y - A W^T - 1 b^T||_F / ||X_T + Sub_T(X_T)||_F with the weights as they were.
+        error_after: The same with the tuned ones.
+        damping: What was added to the diagonal, relative to its mean, the ridge included.
+        undetermined: Columns that are, to rounding, linear combinations of others, so that the data do not determine
+            their weights; they take the smallest change from the weights as they were.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    error_before: float
+    error_after: float
+    damping: float = 0.0
+    undetermined: int = 0
+
+
+def relative_error(equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> float:
+    """||Y - A W^T - 1 b^T||_F relative to ||X_T + Sub_T(X_T)||_F, from the sums alone."""
+    e, w = equations, weight.to(torch.float64)
+    square = e.target_square - 2 * (e.cross * w.T).sum() + ((e.gram @ w.T) * w.T).sum()
+    if bias is not None:
+        b = bias.to(torch.float64)
+        square = square - 2 * e.target_sum @ b + 2 * (e.feature_sum @ w.T) @ b + e.tokens * b @ b
+    return float((square.clamp(min=0) / e.reference_square.clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+
+
+def tune_weight(
+    equations: NormalEquations, weight: Tensor, bias: Tensor | None, ridge: float = 0.0, tune_bias: bool = False
+) -> Fit:
+    """argmin_{W, b} ||Y - A W^T - 1 b^T||_F^2 + ridge * mean(diag A^T A) * ||W - W_0||_F^2   (Park et al. 2024, KPWT).
+
+    The unknown is the change from the present weights W_0: (G + ridge) dW = A^T (Y - A W_0^T - 1 b_0^T), by a Cholesky
+    factorisation. Where G is singular, damping of `DAMPING` (more if rounding asks for it) picks the smallest change.
+    With `tune_bias`, A and the residual are centred first and the intercept follows from their means.
+
+    Args:
+        equations: The sums.
+        weight: W_0, (D, C).
+        bias: b_0, (D,), or None.
+        ridge: Relative to the mean diagonal of the Gram matrix, >= 0.
+        tune_bias: Whether b is free; else it stays b_0.
+    """
+    e, w0 = equations, weight.to(torch.float64)
+    b0 = None if bias is None else bias.to(torch.float64)
+    error_before = relative_error(e, w0, b0)
+    gram, change = e.gram, e.cross - e.gram @ w0.T  # A^T (Y - A W_0^T)
+    rest = e.target_sum - e.feature_sum @ w0.T  # 1^T (Y - A W_0^T)
+    if b0 is not None:
+        change, rest = change - torch.outer(e.feature_sum, b0), rest - e.tokens * b0
+    if tune_bias:
+        gram = gram - torch.outer(e.feature_sum, e.feature_sum) / e.tokens
+        change = change - torch.outer(e.feature_sum, rest) / e.tokens
+
+    delta, damping, undetermined = torch.zeros_like(change), 0.0, 0
+    scale = float(gram.diagonal().mean()) if len(gram) else 0.0
+    if scale > 0:
+        delta, damping, undetermined = _damped_cholesky(gram, change, scale, ridge)
+    w = w0 + delta.T
+    b = b0 + (rest - e.feature_sum @ delta) / e.tokens if tune_bias and b0 is not None else b0
+    return Fit(w, b, error_before, relative_error(e, w, b), damping, undetermined)
+
+
+def _damped_cholesky(gram: Tensor, right: Tensor, scale: float, ridge: float) -> tuple[Tensor, float, int]:
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    floor = DAMPING
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + (ridge + floor) * scale * eye)
+        if not failed:
+            break
+        if not torch.isfinite(gram).all():
+            raise ValueError("the Gram matrix holds NaN or Inf")
+        floor *= 10
+    # a pivot is what is left of a column's norm once the columns before it are projected out
+    undetermined = int((factor.diagonal().square() < 10 * floor * scale).sum())
+    return torch.cholesky_solve(right, factor), ridge + floor, undetermined

@@ -1,0 +1,161 @@
+"""What a pruning run did: data, JSON and Markdown. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+JSON_NAME, MARKDOWN_NAME = "kprune_report.json", "kprune_report.md"
+
+
+@dataclass
+class SublayerReport:
+    """One sublayer.
+
+    Args:
+        name: Such as `encoder.layer.3.ffn`.
+        kind: `"attention"` (units are heads) or `"ffn"` (neurons).
+        units: Units before.
+        kept: Indices of the kept units among those before.
+        scores: Importance per cost of each unit before; None if it needed no decision.
+        flops_left: Prunable FLOPs of the model if everything above stayed as it is.
+        error_before: Distance from the teacher after the cut, relative to the teacher (`Fit.error_before`); None if
+            it was not measured because tuning is off or student and teacher are still the same.
+        error_after: The same after tuning.
+        damping: Damping of the solve, relative to the mean diagonal.
+        undetermined: Features that the data do not tell apart from others (`Fit.undetermined`).
+        seconds: Wall-clock time of the sublayer.
+    """
+
+    name: str
+    kind: str
+    units: int
+    kept: list[int] = field(default_factory=list)
+    scores: list[float] | None = None
+    flops_left: float = 0.0
+    error_before: float | None = None
+    error_after: float | None = None
+    damping: float = 0.0
+    undetermined: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        error = ""
+        if self.error_before is not None and self.error_after is not None:
+            error = f" | error {self.error_before:.4f} -> {self.error_after:.4f}"
+        unit = "heads" if self.kind == "attention" else "neurons"
+        return (
+            f"{self.name}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left{error} | "
+            f"{self.seconds:.1f} s"
+        )
+
+
+@dataclass
+class Size:
+    """Size of a model: parameters and bytes, also without embeddings, and FLOPs of the prunable sublayers per sequence."""
+
+    parameters: int = 0
+    parameters_without_embeddings: int = 0
+    bytes: int = 0
+    bytes_without_embeddings: int = 0
+    flops: float = 0.0
+
+
+@dataclass
+class PruningReport:
+    """A pruning run. `print(report)` gives the Markdown, `report.to_json()` everything.
+
+    Args:
+        model: Name or path, and class, of the model.
+        method: `KPruneArguments.method`.
+        knowledge: Name of the predictive knowledge, by the model's head.
+        sparsity_asked: Fraction of the prunable FLOPs to remove.
+        sparsity: Fraction that was removed.
+        before, after: Sizes.
+        sequence_length: Tokens per sequence that FLOPs are counted for, the mean of the calibration rows.
+        sublayers: Bottom to top.
+        calibration: Fingerprint of the calibration rows: dataset, rows, tokens, seed, sha256 of the token ids.
+        arguments: All options.
+        versions: Of Python and the packages.
+        seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
+        peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
+        device: Where it ran, and in how many processes.
+    """
+
+    model: str
+    method: str
+    knowledge: str
+    sparsity_asked: float
+    sparsity: float = 0.0
+    before: Size = field(default_factory=Size)
+    after: Size = field(default_factory=Size)
+    sequence_length: float = 0.0
+    sublayers: list[SublayerReport] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+    device: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningReport:
+        data = json.loads(text)
+        data["sublayers"] = [SublayerReport(**s) for s in data["sublayers"]]
+        data["before"], data["after"] = Size(**data["before"]), Size(**data["after"])
+        return cls(**data)
+
+    def to_markdown(self) -> str:
+        rows = [
+            ("parameters", self.before.parameters, self.after.parameters, ",.0f"),
+            (
+                "without embeddings",
+                self.before.parameters_without_embeddings,
+                self.after.parameters_without_embeddings,
+                ",.0f",
+            ),
+            ("megabytes", self.before.bytes / 1e6, self.after.bytes / 1e6, ".1f"),
+            (
+                "without embeddings",
+                self.before.bytes_without_embeddings / 1e6,
+                self.after.bytes_without_embeddings / 1e6,
+                ".1f",
+            ),
+            (f"prunable GFLOPs at {self.sequence_length:.1f} tokens", self.before.flops / 1e9, self.after.flops / 1e9, ".4g"),
+        ]
+        lines = [
+            f"K-pruned {self.model}: {self.sparsity:.2%} of the prunable FLOPs removed ({self.sparsity_asked:.2%} asked), "
+            f"method {self.method}, {self.seconds.get('total', 0):.0f} s",
+            "",
+            "| | before | after | left |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name, before, after, form in rows:
+            share = f"{after / before:.1%}" if before else "-"
+            lines.append(f"| {name} | {before:{form}} | {after:{form}} | {share} |")
+        lines += ["", "| sublayer | kept | of | error cut | error tuned | s |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        for s in self.sublayers:
+            errors = ["-" if e is None else f"{e:.4f}" for e in (s.error_before, s.error_after)]
+            lines.append(f"| {s.name} | {len(s.kept)} | {s.units} | {errors[0]} | {errors[1]} | {s.seconds:.1f} |")
+        lines += [
+            "",
+            f"Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: {self.knowledge}. "
+            f"Calibration: {self.calibration.get('rows', 0):,} rows, {self.calibration.get('tokens', 0):,} tokens of "
+            f"{self.calibration.get('dataset')}, seed {self.calibration.get('seed')}. {self.device}, peak memory "
+            f"{self.peak_memory / 2**30:.2f} GiB. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def save(self, directory: str | Path) -> None:
+        """Write both forms into `directory`."""
+        Path(directory, JSON_NAME).write_text(self.to_json(), encoding="utf-8")
+        Path(directory, MARKDOWN_NAME).write_text(self.to_markdown(), encoding="utf-8")

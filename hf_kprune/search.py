@@ -1,0 +1,81 @@
+"""KPMS, knowledge-preserving mask search (K-prune, part b): which units are worth their cost. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+TOLERANCE = 1e-9
+"""Relative rounding error allowed when costs are added up."""
+
+
+def threshold_search(
+    scores: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    minimum: Sequence[int],
+    multiple: Sequence[int],
+) -> list[Tensor]:
+    """Keep the units of highest score per cost within `budget`: Algorithm 1 of Park et al. by one sort.
+
+    The paper raises a threshold until the units above it fit. Here they are sorted (equal scores: lower sublayer, then
+    lower unit first) and taken as long as their cumulative cost fits; what is left of the budget then goes to the best
+    units that still fit, so that it is used up and never exceeded.
+
+    Args:
+        scores: Importance per cost, one (U_i,) per sublayer.
+        costs: Cost of one unit of each sublayer.
+        budget: What the kept units may cost together, in the unit of `costs`.
+        minimum: Units of each sublayer that are kept in any case, the best ones.
+        multiple: The number kept in a sublayer is a multiple of this, or all. Units then compete in groups of this
+            size, in order of score, by their mean score.
+
+    Returns:
+        One boolean mask (U_i,) per sublayer.
+
+    Raises:
+        ValueError: If the minimum alone exceeds the budget.
+    """
+    orders = [torch.sort(s, descending=True, stable=True).indices.cpu() for s in scores]
+    groups = [group_sizes(len(s), low, m) for s, low, m in zip(scores, minimum, multiple, strict=True)]
+    left = budget * (1 + TOLERANCE) - sum(c * g[0] for c, g in zip(costs, groups, strict=True))
+    if left < 0:
+        raise ValueError(f"keeping the minimum costs {budget - left:.6g}, over the budget of {budget:.6g}")
+
+    values, prices, owners = [], [], []
+    for owner, (score, order, sizes, cost) in enumerate(zip(scores, orders, groups, costs, strict=True)):
+        lengths = torch.tensor(sizes[1:])
+        ranked = score.cpu().double()[order][sizes[0] :]
+        values.append(torch.segment_reduce(ranked, "mean", lengths=lengths) if len(lengths) else ranked)
+        prices.append(cost * lengths.double())
+        owners.append(torch.full_like(lengths, owner))
+    price, owner_of = torch.cat(prices), torch.cat(owners).long()
+    queue = torch.sort(torch.cat(values), descending=True, stable=True).indices
+    taken = torch.zeros(len(queue), dtype=torch.bool)
+    while len(queue):
+        spent = price[queue].cumsum(0)
+        fits = int((spent <= left).sum())
+        taken[queue[:fits]] = True
+        left -= float(spent[fits - 1]) if fits else 0.0
+        queue = queue[fits:]
+        queue = queue[price[queue] <= left]
+    kept = 1 + torch.bincount(owner_of[taken], minlength=len(scores))  # groups; the first one is the minimum
+    masks = []
+    for score, order, sizes, count in zip(scores, orders, groups, kept, strict=True):
+        mask = torch.zeros(len(score), dtype=torch.bool)
+        mask[order[: sum(sizes[:count])]] = True
+        masks.append(mask)
+    return masks
+
+
+def group_sizes(num_units: int, minimum: int, multiple: int) -> list[int]:
+    """Sizes of the groups in which units are kept, best first: the first holds the minimum, the last what is over."""
+    first = min(-(-minimum // multiple) * multiple, num_units)
+    rest = num_units - first
+    sizes = [multiple] * (rest // multiple) or ([rest] if rest else [])
+    if sizes:
+        sizes[-1] += rest - sum(sizes)
+    return [first, *sizes]
