@@ -3,8 +3,6 @@
 Importing this package lets `from_pretrained` load K-pruned checkpoints with the stock classes of transformers.
 """
 
-__version__ = "0.1.0"
-
 from .arguments import KPruneArguments
 from .callbacks import KPruneCallback
 from .checkpoint import install
@@ -20,6 +18,7 @@ from .errors import (
 from .families import Block, Stack, register_family
 from .pruner import KPrunePruner
 from .report import PruningReport, SublayerReport
+from .version import __version__
 
 
 __all__ = [
@@ -37,6 +36,7 @@ __all__ = [
     "SublayerReport",
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
+    "__version__",
     "register_family",
 ]
 

@@ -23,7 +23,7 @@ from transformers.utils import find_labels, logging
 from .arguments import KPruneArguments
 from .errors import ArgumentError, CalibrationError
 from .heads import KnowledgeLoss
-from .hooks import masked, resumed, run_sublayer, run_to_bottom, run_to_top
+from .hooks import probed, resumed, run_sublayer, run_to_bottom, run_to_top
 from .methods import Statistics
 from .reconstruction import NormalEquations
 from .sublayers import Sublayer
@@ -157,7 +157,7 @@ def draw_rows(model: PreTrainedModel, dataset: Any, processing_class: Any, args:
         if tokens >= args.num_tokens:
             break
     if not rows:
-        raise CalibrationError("the calibration dataset is empty; a few hundred texts like those the model will see are enough")
+        raise CalibrationError("the calibration dataset is empty; a few hundred texts like those the model will see will do")
     fingerprint = {
         "dataset": getattr(dataset, "_fingerprint", None) or type(dataset).__name__,
         "rows": len(rows),
@@ -320,9 +320,7 @@ class Calibration:
         targets = sublayers[position:]
         device = self.accelerator.device
         columns = [t.output.in_features for t in targets]
-        energy, total, square = (
-            [torch.zeros(c, dtype=torch.float64, device=device) for c in columns] for _ in range(3)
-        )
+        energy, total, square = ([torch.zeros(c, dtype=torch.float64, device=device) for c in columns] for _ in range(3))
         samples = torch.zeros(1, dtype=torch.float64, device=device)
         tokens = torch.zeros(1, dtype=torch.float64, device=device)
         slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
@@ -337,40 +335,36 @@ class Calibration:
                     part, rows = batch.part(start, stop), slice(start * each, stop * each)
                     samples += stop - start
                     tokens += part.valid.sum()
-
-                    def on_features(place: int, features: Tensor, valid: Tensor = part.valid) -> None:
-                        energy[place] += features[valid].double().square().sum(0)
-
-                    masks = [
-                        torch.ones(rows.stop - rows.start, 1, c, device=device, requires_grad=loss is not None) for c in columns
-                    ]
                     grad = torch.enable_grad() if loss is not None else torch.no_grad()
-                    with grad, resumed(sublayers, position, stream[rows]), masked(targets, masks, on_features):
+                    with grad, resumed(sublayers, position, stream[rows]), probed(targets) as features:
                         outputs = student(**part.inputs)
+                    valid = part.valid.unsqueeze(-1)
+                    for place, a in features.items():
+                        energy[place] += a.detach().square().mul(valid).sum((0, 1))
                     if loss is None:
                         continue
                     assert top is not None
                     with torch.no_grad(), resumed(teacher_sublayers, len(teacher_sublayers), top[rows]):
                         expected = teacher(**part.inputs)
-                    with torch.enable_grad():
-                        losses = loss(outputs, expected, part.valid)
+                    losses = loss(outputs, expected, part.valid)
                     if losses.shape != (stop - start,):
                         raise ArgumentError(
-                            f"the knowledge loss has shape {tuple(losses.shape)} for {stop - start} samples, expected one number each"
+                            f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, expected one number each"
                         )
-                    gradients = torch.autograd.grad(losses.sum(), masks, allow_unused=True)
-                    for place, gradient in enumerate(gradients):
+                    gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
+                    for (place, a), gradient in zip(features.items(), gradients, strict=True):
                         if gradient is not None:  # of several sequences per sample (choices), one mask serves all
-                            g = gradient.double().view(stop - start, each, -1).sum(1)
+                            by_mask = torch.einsum("btc,btc->bc", a.detach(), gradient).double()
+                            g = by_mask.view(stop - start, each, -1).sum(1)
                             total[place] += g.sum(0)
                             square[place] += g.square().sum(0)
         self._reduce([*energy, *total, *square, samples, tokens])
-        for target, *sums in zip(targets, energy, total, square, strict=True):
-            self.check_finite(target, sums)
-        return [
-            Statistics(t.kind, t.unit_width, t.unit_flops(self.mean_tokens), t.output.weight, *sums, int(tokens), int(samples))
-            for t, *sums in zip(targets, energy, total, square, strict=True)
-        ]
+        measured = []
+        for target, e, g, g2 in zip(targets, energy, total, square, strict=True):
+            self.check_finite(target, (e, g, g2))
+            cost, weight = target.unit_flops(self.mean_tokens), target.output.weight
+            measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(tokens), int(samples)))
+        return measured
 
     def normal_equations(
         self,
@@ -392,8 +386,6 @@ class Calibration:
             for i, batch in enumerate(self.batches):
                 told = run_sublayer(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i])
                 tap = run_sublayer(student, batch.inputs, sublayers, position, streams[i])
-                assert told.stream is not None and told.output is not None and told.above is not None
-                assert tap.stream is not None and tap.features is not None
                 reference = (told.stream + told.output)[batch.valid]
                 equations.add(tap.features[batch.valid], reference - tap.stream[batch.valid], reference, self.dtype)
                 teacher_streams[i] = told.above
@@ -401,20 +393,16 @@ class Calibration:
         self.check_finite(sublayers[position], equations.tensors())
         return equations
 
-    def advance(
-        self, model: PreTrainedModel, sublayers: Sequence[Sublayer], position: int, streams: list[Tensor]
-    ) -> None:
+    def advance(self, model: PreTrainedModel, sublayers: Sequence[Sublayer], position: int, streams: list[Tensor]) -> None:
         """Carry the streams of `model` above the sublayer at `position`, in place."""
         with together(self.accelerator):
             for i, batch in enumerate(self.batches):
-                above = run_sublayer(model, batch.inputs, sublayers, position, streams[i]).above
-                assert above is not None
-                streams[i] = above
+                streams[i] = run_sublayer(model, batch.inputs, sublayers, position, streams[i]).above
 
     def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor]) -> None:
         """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""
         if not all(bool(torch.isfinite(t).all()) for t in sums):
             raise CalibrationError(
-                f"NaN or Inf in the activations of {sublayer.name}; check that the model gives finite outputs on the calibration "
-                "data in its dtype (float16 overflows: load it with dtype=torch.float32)"
+                f"NaN or Inf in the activations of {sublayer.name}; check that the model gives finite outputs on the "
+                "calibration data, and that its weights are finite"
             )

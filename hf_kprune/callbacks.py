@@ -24,9 +24,7 @@ class KPruneCallback:
     def on_sublayer_begin(self, args: KPruneArguments, report: PruningReport, name: str, **kwargs: Any) -> None:
         """Before a sublayer is measured."""
 
-    def on_sublayer_end(
-        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
-    ) -> None:
+    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
         """After a sublayer has been cut and tuned."""
 
     def on_prune_end(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
@@ -50,9 +48,7 @@ class CallbackHandler:
 class PrinterCallback(KPruneCallback):
     """Prints a line per sublayer: kept/total, FLOPs left, reconstruction error before and after tuning, seconds."""
 
-    def on_sublayer_end(
-        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
-    ) -> None:
+    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
         print(sublayer, flush=True)
 
 
@@ -77,9 +73,7 @@ class ProgressCallback(KPruneCallback):
     def on_sublayer_begin(self, args: KPruneArguments, report: PruningReport, name: str, **kwargs: Any) -> None:
         self.bar.set_postfix_str(name)
 
-    def on_sublayer_end(
-        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
-    ) -> None:
+    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
         tqdm.write(str(sublayer))
         self.bar.update(self.left)
         self.left -= 1
@@ -103,9 +97,7 @@ class ReportingCallback(KPruneCallback):
     def on_prune_begin(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
         self._tell("on_train_begin", model=kwargs["model"])
 
-    def on_sublayer_end(
-        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
-    ) -> None:
+    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
         self.state.global_step += 1
         figures = {
             "kept": len(sublayer.kept) / max(sublayer.units, 1),

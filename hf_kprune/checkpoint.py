@@ -77,7 +77,7 @@ def install() -> None:
     shrink_then_post_init.is_kprune = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = shrink_then_post_init
     PreTrainedModel.from_pretrained = classmethod(load_and_check)
-    PreTrainedConfig.from_dict = classmethod(read_and_unseal)
+    PreTrainedConfig.from_dict = classmethod(read_and_unseal)  # type: ignore[arg-type]
     PreTrainedConfig.save_pretrained = write_and_seal
 
 

@@ -60,8 +60,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
             words = kl_divergence(student.prediction_logits, teacher.prediction_logits, temperature)
             pair = kl_divergence(student.seq_relationship_logits, teacher.seq_relationship_logits, temperature)
             return mean_over_tokens(words, valid) + pair
-        decisions = (o.logits.unsqueeze(-1) for o in (student, teacher))  # ELECTRA: replaced or not, for each token
-        return mean_over_tokens(bernoulli_kl_divergence(*decisions, temperature), valid)
+        s, t = (outputs.logits.unsqueeze(-1) for outputs in (student, teacher))  # ELECTRA: replaced or not, per token
+        return mean_over_tokens(bernoulli_kl_divergence(s, t, temperature), valid)
 
     def embedding(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         return embedding_loss(student, teacher, valid, pooling)

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from .sublayers import Sublayer
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818
     """Ends a forward pass once what it was run for has been seen."""
 
 
@@ -34,10 +34,10 @@ class Tap:
         above: The stream above the sublayer, (B, T, D).
     """
 
-    stream: Tensor | None = None
-    features: Tensor | None = None
-    output: Tensor | None = None
-    above: Tensor | None = None
+    stream: Tensor
+    features: Tensor
+    output: Tensor
+    above: Tensor
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -105,21 +105,20 @@ def resumed(sublayers: Sequence[Sublayer], position: int, stream: Tensor | None)
 
 
 @contextmanager
-def _tapped(sublayer: Sublayer, tap: Tap) -> Iterator[None]:
-    """Fill `tap` during the next forward pass and end that pass above `sublayer`."""
+def _tapped(sublayer: Sublayer, seen: dict[str, Tensor]) -> Iterator[None]:
+    """Fill `seen`, by the names in `Tap`, during the next forward pass and end that pass above `sublayer`."""
 
     def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tap.stream = _first(args, kwargs)
+        seen["stream"] = _first(args, kwargs)
 
     def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        tap.features, tap.output = args[0], output
+        seen["features"], seen["output"] = args[0], output
         if not sublayer.is_last_of_layer:
-            assert tap.stream is not None
-            tap.above = tap.stream + output
+            seen["above"] = seen["stream"] + output
             raise _Stop
 
     def on_layer(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tap.above = output[0] if sublayer.stack.returns_tuple else output
+        seen["above"] = output[0] if sublayer.stack.returns_tuple else output
         raise _Stop
 
     reader = sublayer.layer.get_submodule(sublayer.block.stream)
@@ -143,10 +142,10 @@ def run_sublayer(
     model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], position: int, stream: Tensor
 ) -> Tap:
     """Run one sublayer of `model` on the stream below it, and nothing else of any layer."""
-    tap = Tap()
-    with resumed(sublayers, position, stream), _tapped(sublayers[position], tap):
+    seen: dict[str, Tensor] = {}
+    with resumed(sublayers, position, stream), _tapped(sublayers[position], seen):
         _run(model, inputs)
-    return tap
+    return Tap(**seen)
 
 
 @torch.no_grad()
@@ -178,22 +177,34 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[
 
 
 @contextmanager
-def masked(
-    sublayers: Sequence[Sublayer], masks: Sequence[Tensor], on_features: Callable[[int, Tensor], None] | None = None
-) -> Iterator[None]:
-    """Multiply the features of each sublayer by its mask, broadcast over tokens, and show them to `on_features` first.
+def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
+    """Collect the features (B, T, C) of each sublayer in the next forward pass, by its place in `sublayers`.
 
-    Args:
-        sublayers: Sublayers whose features are masked.
-        masks: One per sublayer, broadcastable to (B, T, C).
-        on_features: Called with the sublayer's place in `sublayers` and its features (B, T, C).
+    With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c = 1, the gradient
+    to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
     """
+    features: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        for place, (sublayer, mask) in enumerate(zip(sublayers, masks, strict=True)):
+        for place, sublayer in enumerate(sublayers):
 
-            def scale(_: nn.Module, args: tuple[Any, ...], place: int = place, mask: Tensor = mask) -> tuple[Any, ...]:
-                if on_features is not None:
-                    on_features(place, args[0].detach())
+            def show(_: nn.Module, args: tuple[Any, ...], place: int = place) -> tuple[Any, ...]:
+                tensor = args[0]
+                if torch.is_grad_enabled() and not tensor.requires_grad:  # the lowest one, where the graph begins
+                    tensor = tensor.detach().requires_grad_()
+                features[place] = tensor
+                return (tensor, *args[1:])
+
+            stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(show)))
+        yield features
+
+
+@contextmanager
+def masked(sublayers: Sequence[Sublayer], masks: Sequence[Tensor]) -> Iterator[None]:
+    """Multiply the features of each sublayer by its mask, broadcastable to (B, T, C): what cutting must be equal to."""
+    with ExitStack() as stack:
+        for sublayer, mask in zip(sublayers, masks, strict=True):
+
+            def scale(_: nn.Module, args: tuple[Any, ...], mask: Tensor = mask) -> tuple[Any, ...]:
                 return (args[0] * mask, *args[1:])
 
             stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(scale)))

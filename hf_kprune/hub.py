@@ -40,7 +40,8 @@ def model_card(
     loading = ""
     if getattr(model.config, "kprune", None) is not None:
         loading = (
-            f"{HOW_TO_LOAD[0].upper()}{HOW_TO_LOAD[1:]}.\n\n```python\nimport hf_kprune\nfrom transformers import {architecture}\n\n"
+            f"{HOW_TO_LOAD[0].upper()}{HOW_TO_LOAD[1:]}.\n\n"
+            f"```python\nimport hf_kprune\nfrom transformers import {architecture}\n\n"
             f"model = {architecture}.from_pretrained(path)\n```\n\n"
         )
     body = "" if report is None else f"## How it was pruned\n\n{report.to_markdown()}"

@@ -68,8 +68,10 @@ class KPrune:
     """K-prune as published (Park, Choi, Kang: Accurate Retraining-free Pruning for Pretrained Encoder-based Language
     Models, ICLR 2024), where the paper and its program differ with the program's scaling, which its figures come from.
 
-    S_head = mu (lambda_pred K_pred + lambda_rep K_rep) / F_head,  S_neuron = (lambda_pred K_pred + lambda_rep K_rep) / F_neuron
-    (eqs. 10 and 11), the K of a head being the mean over its columns, mu the head size, F in GFLOPs.
+    S_head   = mu (lambda_pred K_pred + lambda_rep K_rep) / F_head                                       (eq. 11)
+    S_neuron =    (lambda_pred K_pred + lambda_rep K_rep) / F_neuron                                     (eq. 10)
+
+    with the K of a head the mean over its columns, mu the head size, F in GFLOPs.
 
     Unlike the program: gradients are those of single sequences, put on the scale of its batches of 32 by
     `mean_squared_gradient`, so results depend on no batch; docs/how_it_works.md lists the rest.

@@ -22,7 +22,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -165,7 +164,7 @@ def shrink(model: nn.Module) -> nn.Module:
                 f"config.json: the kprune plan gives {stack['layers']} {parameters:,} parameters, it was saved with "
                 f"{stack['parameters']:,}: the config was edited or belongs to other weights"
             )
-        layers.kprune_stack = stack
+        layers.__dict__["kprune_stack"] = stack
     return model
 
 
@@ -207,7 +206,7 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
     return (model, info) if output_loading_info else model
 
 
-class KPruneMixin:
+class KPruneMixin(PreTrainedModel):
     """What a stock model class needs to load and save a K-pruned checkpoint by itself."""
 
     def post_init(self) -> None:
@@ -230,7 +229,8 @@ class KPruneMixin:
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return cls.__mro__[2]._can_set_attn_implementation()
+        stock: Any = cls.__mro__[2]  # asked of the stock class, whose source file tells
+        return bool(stock._can_set_attn_implementation())
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from . import __version__
 from .arguments import KPruneArguments
 from .calibration import Calibration, draw_rows, together
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
@@ -34,6 +33,7 @@ from .methods import METHODS
 from .report import PruningReport, Size, SublayerReport
 from .search import TOLERANCE, group_sizes
 from .sublayers import Sublayer, check_model, cut, find_sublayers, write_plan
+from .version import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -254,8 +254,9 @@ class KPrunePruner:
         widest = max(find_sublayers(model), key=lambda s: s.output.in_features)
         if self.args.tune and rows.tokens < widest.output.in_features:
             raise CalibrationError(
-                f"{rows.tokens} calibration tokens (in {len(rows.rows)} rows) cannot determine the {widest.output.in_features} "
-                f"columns of {widest.name}; raise num_tokens (now {self.args.num_tokens}) or give more rows"
+                f"{rows.tokens} calibration tokens (in {len(rows.rows)} rows) are fewer than the {widest.output.in_features} "
+                f"columns of {widest.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
+                "or give more rows"
             )
         return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args)
 
@@ -288,7 +289,8 @@ class KPrunePruner:
         """`Trainer.evaluate` of the model as it is now."""
         with self._trainer() as trainer:
             dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-            return trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
+            metrics: dict[str, float] = trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
+            return metrics
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -437,7 +439,7 @@ def model_size(model: PreTrainedModel, flops: float) -> Size:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")}
     return {"python": platform.python_version(), "hf_kprune": __version__, **packages}
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import __version__
 from .errors import UnsupportedArchitectureError, UnsupportedModelError
 from .families import FAMILIES, Block, Stack
 from .modeling_kprune import FORMAT, HOW_TO_LOAD, find_layers, shrink_layer
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is quantised; prune the model in float32, float16 or bfloat16 first, then quantise the result"
+            f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and quantise the result"
         )
-    if model.config.model_type in FAMILIES and getattr(model.config, "chunk_size_feed_forward", 0):
+    if model.config.model_type in FAMILIES and getattr(model.config, "chunk_size_feed_forward", None):
         raise UnsupportedModelError(
             f"config.chunk_size_feed_forward is {model.config.chunk_size_feed_forward}: feed-forward layers that run in "
             "chunks cannot be measured; load the model with chunk_size_feed_forward=0 and set it again afterwards"
@@ -240,7 +240,7 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
         )
         if sublayer.plan not in entry["blocks"]:
             entry["blocks"].append(sublayer.plan)
-        layers.kprune_stack = entry
+        layers.__dict__["kprune_stack"] = entry
     if all(units == plan["of"] for entry in stacks.values() for plan in entry["blocks"] for units in plan["kept"]):
         if getattr(model.config, "kprune", None) is not None:
             del model.config.kprune
