@@ -1,0 +1,122 @@
+"""Tiny random models of every family, batches for them, and the evaluation pack. No hub, one thread."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+PACK = Path(os.environ.get("HF_KPRUNE_PACK", ROOT.parent / "shared" / "pack"))
+
+BERT_LIKE = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": BERT_LIKE,
+    "roberta": BERT_LIKE,
+    "xlm-roberta": BERT_LIKE,
+    "camembert": BERT_LIKE,
+    "electra": {**BERT_LIKE, "embedding_size": 8},
+    "distilbert": {
+        "vocab_size": 60,
+        "dim": 16,
+        "n_heads": 4,
+        "hidden_dim": 12,
+        "n_layers": 3,
+        "max_position_embeddings": 40,
+        "pad_token_id": 1,
+    },
+    "mpnet": BERT_LIKE,
+}
+MODEL_TYPES = list(CONFIGS)
+HEADS = (
+    "",
+    "CAUSAL_LM",
+    "MASKED_LM",
+    "MULTIPLE_CHOICE",
+    "NEXT_SENTENCE_PREDICTION",
+    "PRETRAINING",
+    "QUESTION_ANSWERING",
+    "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION",
+)
+
+
+def classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
+    """Every class of the AutoModel tables for a model type, by table (`""` is the base model)."""
+    tables = {head: f"MODEL_FOR_{head}_MAPPING_NAMES" if head else "MODEL_MAPPING_NAMES" for head in HEADS}
+    names = {head: getattr(modeling_auto, table).get(model_type) for head, table in tables.items()}
+    return {head: getattr(transformers, name) for head, name in names.items() if name}
+
+
+def tiny(model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A tiny random model whose every parameter, biases and norms too, is away from its initial value."""
+    settings = {**CONFIGS[model_type], **({"is_decoder": True} if head == "CAUSAL_LM" else {}), **config}
+    torch.manual_seed(seed)
+    model = classes(model_type)[head](AutoConfig.for_model(model_type, **settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def rows(count: int = 24, seed: int = 0, choices: int = 0, longest: int = 12) -> list[dict[str, Any]]:
+    """Tokenised rows of different lengths; with `choices`, of that many sequences each, padded to one length."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(3, longest + 1, (1,), generator=generator))
+        shape = (choices, length) if choices else (length,)
+        ids = torch.randint(2, 60, shape, generator=generator)
+        made.append({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    return made
+
+
+def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pad rows, of one or several sequences, to the longest."""
+    longest = max(torch.tensor(row["input_ids"]).shape[-1] for row in batch)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row[key]) for row in batch]
+        return torch.stack([torch.nn.functional.pad(t, (0, longest - t.shape[-1]), value=value) for t in tensors])
+
+    return {"input_ids": padded("input_ids", 1), "attention_mask": padded("attention_mask", 0)}
+
+
+def logits(model: PreTrainedModel, head: str = "SEQUENCE_CLASSIFICATION", seed: int = 5) -> torch.Tensor:
+    """All float outputs of a model on one padded batch, flattened, with padded positions left out."""
+    batch = collate(rows(6, seed, choices=3 if head == "MULTIPLE_CHOICE" else 0))
+    with torch.no_grad():
+        outputs = model.eval()(**batch)
+    parts = []
+    for value in outputs.to_tuple():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            by_token = value.shape[:2] == batch["input_ids"].shape and head != "MULTIPLE_CHOICE"
+            parts.append(value[batch["attention_mask"].bool()].flatten() if by_token else value.flatten())
+    return torch.cat(parts)
+
+
+@pytest.fixture(scope="session")
+def pack() -> Path:
+    if not PACK.is_dir():
+        pytest.skip(f"no evaluation pack at {PACK}; set HF_KPRUNE_PACK")
+    return PACK
