@@ -34,7 +34,7 @@ class KPruneArguments:
 
     > Knowledge measurement
 
-    `temperature`, `lambda_pred`, `lambda_rep`, `mu`, `pooling`.
+    `measure_dtype`, `temperature`, `lambda_pred`, `lambda_rep`, `mu`, `pooling`.
 
     > Weight tuning
 
@@ -72,6 +72,11 @@ class KPruneArguments:
     )
     seed: int = _option(42, "Seed of the draw of calibration rows.")
 
+    measure_dtype: str = _option(
+        "float32",
+        "Precision of the passes that measure knowledge: bfloat16 (autocast) is about twice as fast and rounds scores.",
+        choices=["float32", "bfloat16"],
+    )
     temperature: float = _option(2.0, "Softmax temperature of the predictive knowledge (gamma in the paper).")
     lambda_pred: float = _option(1.0, "Weight of the predictive knowledge.")
     lambda_rep: float = _option(2.5e-4, "Weight of the representational knowledge. Must be over 0.")
@@ -126,6 +131,7 @@ class KPruneArguments:
         check("lambda_rep", self.lambda_rep > 0, "over 0: the first sublayer, below which nothing differs, has no other score")
         check("mu", self.mu is None or self.mu > 0, "over 0, or None for the head size")
         check("pooling", self.pooling in ("mean", "cls", "pooler", "none"), "mean, cls, pooler or none")
+        check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("ridge", self.ridge >= 0, "at least 0")
         check("statistics_dtype", self.statistics_dtype in ("float64", "float32"), "float64 or float32")
         check("prune_heads", self.prune_heads or self.prune_ffn or not self.sparsity, "True, or prune_ffn=True, or sparsity=0")

@@ -191,6 +191,14 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         raise error
 
 
+def in_float32(outputs: Any) -> Any:
+    """Model outputs with their half-precision tensors in float32."""
+    for key, value in outputs.items():
+        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            outputs[key] = value.float()
+    return outputs
+
+
 @dataclass
 class Batch:
     """Collated inputs on the device, the tokens that are not padding (B, T), and whether they serve for measuring."""
@@ -324,6 +332,8 @@ class Calibration:
         samples = torch.zeros(1, dtype=torch.float64, device=device)
         tokens = torch.zeros(1, dtype=torch.float64, device=device)
         slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
+        half = self.args.measure_dtype == "bfloat16"
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
         with together(self.accelerator):
             for batch, stream, top in zip(self.batches, streams, teacher_top, strict=True):
                 if not batch.measured:
@@ -336,17 +346,17 @@ class Calibration:
                     samples += stop - start
                     tokens += part.valid.sum()
                     grad = torch.enable_grad() if loss is not None else torch.no_grad()
-                    with grad, resumed(sublayers, position, stream[rows]), probed(targets) as features:
+                    with grad, autocast, resumed(sublayers, position, stream[rows]), probed(targets) as features:
                         outputs = student(**part.inputs)
                     valid = part.valid.unsqueeze(-1)
                     for place, a in features.items():
-                        energy[place] += a.detach().square().mul(valid).sum((0, 1))
+                        energy[place] += a.detach().float().square().mul(valid).sum((0, 1))
                     if loss is None:
                         continue
                     assert top is not None
-                    with torch.no_grad(), resumed(teacher_sublayers, len(teacher_sublayers), top[rows]):
+                    with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), top[rows]):
                         expected = teacher(**part.inputs)
-                    losses = loss(outputs, expected, part.valid)
+                    losses = loss(in_float32(outputs), in_float32(expected), part.valid)
                     if losses.shape != (stop - start,):
                         raise ArgumentError(
                             f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, expected one number each"
@@ -354,7 +364,7 @@ class Calibration:
                     gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
                     for (place, a), gradient in zip(features.items(), gradients, strict=True):
                         if gradient is not None:  # of several sequences per sample (choices), one mask serves all
-                            by_mask = torch.einsum("btc,btc->bc", a.detach(), gradient).double()
+                            by_mask = torch.einsum("btc,btc->bc", a.detach().float(), gradient.float()).double()
                             g = by_mask.view(stop - start, each, -1).sum(1)
                             total[place] += g.sum(0)
                             square[place] += g.square().sum(0)

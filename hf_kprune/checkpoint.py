@@ -5,7 +5,7 @@
     PreTrainedModel.post_init             shrinks the model, built on the meta device, before its weights are loaded
     PreTrainedModel.from_pretrained       refuses weights that do not fit the plan
     PreTrainedConfig.from_dict            takes off the notice that stops plain transformers
-    PreTrainedConfig.save_pretrained      adds modeling_kprune.py, its auto_map and the notice
+    PreTrainedConfig.to_json_file         adds modeling_kprune.py, its auto_map and the notice, before uploads too
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def install() -> None:
     post_init = PreTrainedModel.post_init
     load = PreTrainedModel.__dict__["from_pretrained"].__func__
     read = PreTrainedConfig.__dict__["from_dict"].__func__
-    write = PreTrainedConfig.save_pretrained
+    write = PreTrainedConfig.to_json_file
 
     @functools.wraps(post_init)
     def shrink_then_post_init(self: PreTrainedModel) -> None:
@@ -62,23 +62,22 @@ def install() -> None:
         return result
 
     @functools.wraps(write)
-    def write_and_seal(self: PreTrainedConfig, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def write_and_seal(self: PreTrainedConfig, json_file_path: Any, use_diff: bool = True) -> None:
         pruned = getattr(self, "kprune", None) is not None
         if pruned:
-            os.makedirs(save_directory, exist_ok=True)
-            shutil.copyfile(modeling_kprune.__file__, Path(save_directory) / "modeling_kprune.py")
             self.auto_map = auto_map(self.model_type)
         elif "modeling_kprune." in str(getattr(self, "auto_map", "")):
             del self.auto_map
-        write(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+        write(self, json_file_path, use_diff)
         if pruned:
-            seal(save_directory)
+            shutil.copyfile(modeling_kprune.__file__, Path(json_file_path).with_name("modeling_kprune.py"))
+            seal(Path(json_file_path).parent)
 
     shrink_then_post_init.is_kprune = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = shrink_then_post_init
     PreTrainedModel.from_pretrained = classmethod(load_and_check)
     PreTrainedConfig.from_dict = classmethod(read_and_unseal)  # type: ignore[arg-type]
-    PreTrainedConfig.save_pretrained = write_and_seal
+    PreTrainedConfig.to_json_file = write_and_seal
 
 
 def save_atomically(model: PreTrainedModel, output_dir: str, max_shard_size: str, add: Callable[[str], None]) -> None:
@@ -103,9 +102,10 @@ def save_atomically(model: PreTrainedModel, output_dir: str, max_shard_size: str
         model.save_pretrained(aside, max_shard_size=max_shard_size)
         add(str(aside))
         verify(model, str(aside))
-        for path in aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         old = Path(folder) / "old"
         if target.exists():
             target.rename(old)
@@ -121,10 +121,11 @@ def verify(model: PreTrainedModel, directory: str) -> None:
     """Reload `directory` with the class of `model` and raise `CheckpointError` unless all tensors are the same bits."""
     again = type(model).from_pretrained(directory, dtype=model.dtype).state_dict()
     expected = model.state_dict()
-    differing = [
-        name
-        for name in expected.keys() | again.keys()
-        if name not in again or name not in expected or not torch.equal(expected[name].cpu(), again[name].cpu())
-    ]
+    differing = [name for name in expected.keys() | again.keys() if not same(expected.get(name), again.get(name))]
     if differing:
         raise CheckpointError(f"{len(differing)} tensors do not load back as they were saved, such as {min(differing)}")
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether both are there, of one dtype, and equal."""
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())

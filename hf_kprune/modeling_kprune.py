@@ -7,7 +7,7 @@ This file travels inside every K-pruned checkpoint, so that
 works where `hf_kprune` is not installed; `import hf_kprune` runs the same code for the stock classes themselves. It needs
 torch and transformers only and knows no architecture: which modules are narrower, and by how much, is data in the config:
 
-    "kprune": {"format": 1, "stacks": [{"layers": "encoder.layer", "parameters": 5312256, "blocks": [
+    "kprune": {"format": 1, "sha256": "1f3c...", "stacks": [{"layers": "encoder.layer", "blocks": [
         {"kind": "attention", "of": 12, "kept": [5, 0, ...],          units before pruning, and kept in each layer
          "rows": {"attention.self.query": 32, ...},                    output rows of a projection per kept unit
          "columns": {"attention.output.dense": 32},                    input columns of a projection per kept unit
@@ -16,6 +16,7 @@ torch and transformers only and knows no architecture: which modules are narrowe
          "select": {}}, ...]}]}
 """
 
+import hashlib
 import inspect
 import json
 import os
@@ -32,6 +33,8 @@ HOW_TO_LOAD = (
     "this checkpoint is K-pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, or pass "
     "trust_remote_code=True to an AutoModel class"
 )
+MISFIT = "the plan in config.json (kprune) and the weight files do not belong together"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class CheckpointError(ValueError):
@@ -82,16 +85,18 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
 
 
 def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | None = None) -> None:
-    """Give the linear module at `path` this many output rows or input columns. The values are left to the loader."""
+    """Give the linear module at `path` this many of its output rows or input columns.
+
+    The loader overwrites the values; a fresh model (`from_config`) keeps those it was initialised with.
+    """
     linear = layer.get_submodule(path)
     for size, name, dim in ((rows, "out_features", 0), (columns, "in_features", 1)):
         if size is None or getattr(linear, name) == size:
             continue
         for key, old in list(linear.named_parameters(recurse=False)):
             if dim < old.dim():
-                shape = list(old.shape)
-                shape[dim] = size
-                setattr(linear, key, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
+                part = old.detach().narrow(dim, 0, size).clone()
+                setattr(linear, key, nn.Parameter(part, requires_grad=old.requires_grad))
         setattr(linear, name, size)
 
 
@@ -121,20 +126,32 @@ def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
         core.register_forward_pre_hook(SelectHeads(argument, heads[index]), with_kwargs=True)
 
 
-def check_plan(plan: dict[str, Any], stack: dict[str, Any], num_layers: int) -> None:
-    """Refuse a stack of the plan that no model can follow, before anything is built from it."""
+def digest(stacks: list[dict[str, Any]]) -> str:
+    """Checksum of the plan: some edits, such as other kept heads, would leave all sizes as they are."""
+    return hashlib.sha256(json.dumps(stacks, sort_keys=True).encode()).hexdigest()
+
+
+def check_plan(stack: dict[str, Any], layers: nn.ModuleList) -> None:
+    """Refuse a stack of the plan that does not fit the dense `layers`, before anything is built from it."""
+    where = f"config.json: the kprune plan of {stack['layers']}"
     for block in stack["blocks"]:
-        kept, of = block["kept"], block["of"]
-        if len(kept) != num_layers:
-            raise CheckpointError(
-                f"config.json: the kprune plan of {stack['layers']} lists {len(kept)} layers for {block['kind']}, the "
-                f"model has {num_layers}; restore the config that was saved with these weights"
-            )
-        for layer, units in enumerate(kept):
-            if type(units) is not int or not 0 <= units <= of:
+        kept, of, kind = block["kept"], block["of"], block["kind"]
+        if len(kept) != len(layers):
+            raise CheckpointError(f"{where} lists {len(kept)} layers for {kind}, the model has {len(layers)}")
+        for index, layer in enumerate(layers):
+            sizes = [(path, "out_features", width) for path, width in block["rows"].items()]
+            sizes += [(path, "in_features", width) for path, width in block["columns"].items()]
+            sizes += [(*path.rpartition(".")[::2], factor) for path, factor in block["sizes"].items()]
+            for path, attribute, width in sizes:
+                found = getattr(layer.get_submodule(path), attribute)
+                if found != of * width:
+                    raise CheckpointError(
+                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}.{attribute}, which is {found} in the "
+                        "model that the rest of the config describes"
+                    )
+            if type(kept[index]) is not int or not 0 <= kept[index] <= of:
                 raise CheckpointError(
-                    f"config.json: the kprune plan keeps {units!r} {block['kind']} units in layer {layer} of "
-                    f"{stack['layers']}, expected a whole number from 0 to {of}"
+                    f"{where} keeps {kept[index]!r} {kind} units in layer {index}, expected a whole number from 0 to {of}"
                 )
 
 
@@ -146,25 +163,30 @@ def shrink(model: nn.Module) -> nn.Module:
     plan = getattr(model.config, "kprune", None)
     if plan is None:
         return model
-    if plan.get("format") != FORMAT:
-        raise CheckpointError(f"config.json: kprune format {plan.get('format')!r}, this file reads {FORMAT}; {HOW_TO_LOAD}")
-    for stack in plan["stacks"]:
-        layers = find_layers(model, stack["layers"])
-        if layers is None:
-            raise CheckpointError(f"config.json: the kprune plan names {stack['layers']}, which {type(model).__name__} lacks")
-        if getattr(layers, "kprune_stack", None) == stack:
-            continue
-        check_plan(plan, stack, len(layers))
-        for index, layer in enumerate(layers):
-            for block in stack["blocks"]:
-                shrink_layer(layer, block, index)
-        parameters = sum(p.numel() for p in layers.parameters())
-        if parameters != stack["parameters"]:
+    try:
+        if plan["format"] != FORMAT:
+            raise CheckpointError(f"config.json: kprune format is {plan['format']!r}, expected {FORMAT}; upgrade hf_kprune")
+        todo = []
+        for stack in plan["stacks"]:
+            layers = find_layers(model, stack["layers"])
+            if layers is None:
+                raise CheckpointError(
+                    f"config.json: {type(model).__name__} lacks {stack['layers']}, which the kprune plan names"
+                )
+            if getattr(layers, "kprune_stack", None) != stack:
+                check_plan(stack, layers)
+                todo.append((stack, layers))
+        if digest(plan["stacks"]) != plan["sha256"]:
             raise CheckpointError(
-                f"config.json: the kprune plan gives {stack['layers']} {parameters:,} parameters, it was saved with "
-                f"{stack['parameters']:,}: the config was edited or belongs to other weights"
+                "config.json: the kprune plan was changed after it was saved; restore the config.json that was"
             )
-        layers.__dict__["kprune_stack"] = stack
+        for stack, layers in todo:
+            for index, layer in enumerate(layers):
+                for block in stack["blocks"]:
+                    shrink_layer(layer, block, index)
+            layers.__dict__["kprune_stack"] = stack
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json: the kprune plan cannot be followed: {type(error).__name__}: {error}") from error
     return model
 
 
@@ -182,9 +204,10 @@ def seal(directory: str | os.PathLike[str]) -> None:
     random weights.
     """
     path = Path(directory) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["transformers_weights"] = HOW_TO_LOAD
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # adapters are saved without config
+    if config.get("kprune") is not None:
+        config["transformers_weights"] = HOW_TO_LOAD
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -192,17 +215,19 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
     try:
         model, info = load(name, *args, output_loading_info=True, **kwargs)
     except RuntimeError as error:
-        config = kwargs.get("config") or PreTrainedConfig.from_pretrained(name)
-        if "ignore_mismatched_sizes" not in str(error) or getattr(config, "kprune", None) is None:
+        if "ignore_mismatched_sizes" not in str(error) or name is None:
             raise
-        raise CheckpointError(
-            f"{name}: the sizes in config.json (kprune) and in the weight files differ, see the table above; they do "
-            "not belong together"
-        ) from error
-    stacks = getattr(model.config, "kprune", None) or {"stacks": []}
-    lost = [key for key in info["missing_keys"] if any(f"{s['layers']}." in key for s in stacks["stacks"])]
+        config = kwargs.pop("config", None) or name
+        if not isinstance(config, PreTrainedConfig):
+            config = PreTrainedConfig.get_config_dict(config, **kwargs)[0]
+        if (config if isinstance(config, dict) else config.to_dict()).get("kprune") is None:
+            raise
+        raise CheckpointError(f"{name}: {MISFIT}, see the table above") from error
+    plan = getattr(model.config, "kprune", None) or {"stacks": []}
+    random = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    lost = [key for key in random if any(f"{stack['layers']}." in key for stack in plan["stacks"])]
     if lost:
-        raise CheckpointError(f"{name}: the weight files lack {len(lost)} tensors of pruned layers, such as {min(lost)}")
+        raise CheckpointError(f"{name}: {MISFIT}: {len(lost)} tensors are missing or of another size, such as {min(lost)}")
     return (model, info) if output_loading_info else model
 
 
@@ -215,13 +240,23 @@ class KPruneMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        if config is None:
-            config, kwargs = cls.config_class.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+            source = config or name
+            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub_options, **kwargs)
+            kwargs.update(hub_options)
         return load_checked(super().from_pretrained, name, *args, config=unseal(config), **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, *args, **kwargs)
-        seal(save_directory)
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        auto_map = getattr(self.config, "auto_map", None) or {}  # of a Hub model: "repository--modeling_kprune.BertModel"
+        self.config.auto_map = {auto: target.split("--")[-1] for auto, target in auto_map.items()}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            seal(save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        seal(working_dir)  # save_pretrained(push_to_hub=True) uploads before it returns
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -229,8 +264,8 @@ class KPruneMixin(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        stock: Any = cls.__mro__[2]  # asked of the stock class, whose source file tells
-        return bool(stock._can_set_attn_implementation())
+        stock: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
+        return bool(stock._can_set_attn_implementation())  # reads the source file of the class it is asked of
 
 
 def __getattr__(name: str) -> Any:

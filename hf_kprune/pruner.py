@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
@@ -411,17 +411,22 @@ class BudgetTerms:
         return sum(cost * s.num_units for cost, s in pairs)
 
 
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The class that a config names; the base model if it names none."""
+    if not config.architectures:
+        return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
+    found = getattr(transformers, config.architectures[0], None)
+    if found is None:
+        raise ArgumentError(
+            f"the config of {config.name_or_path or 'the model'} names the architecture {config.architectures[0]!r}, which "
+            "transformers lacks; load the model yourself"
+        )
+    return cast(type[PreTrainedModel], found)
+
+
 def load_model(name: str) -> PreTrainedModel:
     """Load a model with the class that its config names."""
-    config = AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or ["AutoModel"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ArgumentError(
-            f"the config of {name} names the architecture {architecture!r}, which transformers lacks; load the model yourself"
-        )
-    model: PreTrainedModel = model_class.from_pretrained(name)
-    return model
+    return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
 
 
 def model_size(model: PreTrainedModel, flops: float) -> Size:

@@ -109,7 +109,12 @@ def tune_weight(
         bias: b_0, (D,), or None.
         ridge: Relative to the mean diagonal of the Gram matrix, >= 0.
         tune_bias: Whether b is free; else it stays b_0.
+
+    Raises:
+        ValueError: If the sums hold NaN or Inf.
     """
+    if not all(bool(torch.isfinite(t).all()) for t in equations.tensors()):
+        raise ValueError("the normal equations hold NaN or Inf")
     e, w0 = equations, weight.to(torch.float64)
     b0 = None if bias is None else bias.to(torch.float64)
     error_before = relative_error(e, w0, b0)
@@ -137,8 +142,6 @@ def _damped_cholesky(gram: Tensor, right: Tensor, scale: float, ridge: float) ->
         factor, failed = torch.linalg.cholesky_ex(gram + (ridge + floor) * scale * eye)
         if not failed:
             break
-        if not torch.isfinite(gram).all():
-            raise ValueError("the Gram matrix holds NaN or Inf")
         floor *= 10
     # a pivot is what is left of a column's norm once the columns before it are projected out
     undetermined = int((factor.diagonal().square() < 10 * floor * scale).sum())

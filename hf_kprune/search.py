@@ -49,7 +49,8 @@ def threshold_search(
     for owner, (score, order, sizes, cost) in enumerate(zip(scores, orders, groups, costs, strict=True)):
         lengths = torch.tensor(sizes[1:])
         ranked = score.cpu().double()[order][sizes[0] :]
-        values.append(torch.segment_reduce(ranked, "mean", lengths=lengths) if len(lengths) else ranked)
+        means = torch.segment_reduce(ranked, "mean", lengths=lengths) if len(lengths) else ranked
+        values.append(means.cummin(0).values)  # they fall already, but for rounding where scores are equal
         prices.append(cost * lengths.double())
         owners.append(torch.full_like(lengths, owner))
     price, owner_of = torch.cat(prices), torch.cat(owners).long()

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedArchitectureError, UnsupportedModelError
 from .families import FAMILIES, Block, Stack
-from .modeling_kprune import FORMAT, HOW_TO_LOAD, find_layers, shrink_layer
+from .modeling_kprune import FORMAT, HOW_TO_LOAD, digest, find_layers, shrink_layer
 from .version import __version__
 
 
@@ -234,7 +234,6 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
             id(layers),
             {
                 "layers": sublayer.stack.layers,
-                "parameters": sum(p.numel() for p in layers.parameters()),
                 "blocks": [],
             },
         )
@@ -249,5 +248,6 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
         "format": FORMAT,
         "created_by": f"hf_kprune {__version__}",
         "how_to_load": HOW_TO_LOAD,
+        "sha256": digest(list(stacks.values())),
         "stacks": list(stacks.values()),
     }

@@ -1,0 +1,91 @@
+"""Run by test_distributed.py in one or several processes: prune, then let the main process write plan and weights.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/distributed_prune.py OUT [MODEL] [--fail RANK]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pandas as pd
+import torch
+from accelerate.utils import gather_object
+from conftest import PACK, collate, rows, tiny
+
+from hf_kprune import KPruneArguments, KPrunePruner
+
+
+class Failing:
+    """A dataset that fails on one process only."""
+
+    def __init__(self, data: list[Any], fails: bool):
+        self.data, self.fails = data, fails
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.fails:
+            raise RuntimeError("the disk of this process is gone")
+        return self.data[index]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("model", nargs="?", default="bert")
+    parser.add_argument("--rows", type=int, default=31)
+    parser.add_argument("--ridge", type=float, default=1e-3)
+    parser.add_argument("--fail", type=int, help="Rank of the process whose dataset fails.")
+    parser.add_argument("--fail_late", action="store_true", help="It fails in the middle of pruning.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    options = KPruneArguments(sparsity=0.6, per_device_batch_size=4, tune_bias=True, disable_tqdm=True, use_cpu=True)
+    options.ridge = args.ridge  # the least squares of so few tokens would magnify rounding
+    options.output_dir = str(args.out / "model")
+    if args.model == "pack":
+        texts = pd.read_parquet(PACK / "data/sst2/train.parquet")["sentence"][:600].tolist()
+        options.num_tokens, options.num_measure_tokens, options.per_device_batch_size = 4000, 1000, 32
+        pruner = KPrunePruner(str(PACK / "models/minilm-sst2"), options, texts)
+    else:
+        options.num_measure_tokens = 130
+        pruner = KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)
+    rank = pruner.accelerator.process_index
+    if args.fail is not None and not args.fail_late:
+        pruner.calibration_dataset = Failing(pruner.calibration_dataset, rank == args.fail)
+    if args.fail_late and rank == args.fail:
+        original = type(pruner.model).forward
+        calls = 0
+
+        def fail(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 20:
+                raise RuntimeError("the disk of this process is gone")
+            return original(self, *inputs, **kwargs)
+
+        type(pruner.model).forward = fail
+
+    report = pruner.prune()
+    pruner.save_model()
+    digest = [float(p.detach().double().square().sum()) for p in pruner.model.parameters()]
+    everywhere = gather_object([digest])
+    assert all(d == everywhere[0] for d in everywhere), "processes hold different weights"
+    if pruner.accelerator.is_main_process:
+        assert report.calibration["rows"] == len(pruner.calibration_dataset) or args.model == "pack"
+        torch.save(pruner.model.state_dict(), args.out / "weights.pt")
+        kept = {s.name: s.kept for s in report.sublayers}
+        (args.out / "plan.json").write_text(json.dumps({"kept": kept, "calibration": report.calibration}))
+    pruner.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,456 @@
+"""The command line, in process, on a tiny model and local files."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, classes, logits, tiny
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer, GPT2Config
+
+from hf_kprune import KPruneArguments, PruningReport, __version__
+from hf_kprune.cli import main
+
+
+WORDS = [f"w{i}" for i in range(55)]
+METRIC = '''
+import datasets
+import evaluate
+
+
+class Share(evaluate.Metric):
+    """Share of right answers."""
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        right = [p == r for p, r in zip(predictions, references)]
+        return {"share": sum(right) / len(right)}
+'''
+
+
+def texts(count: int, seed: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (count,), generator=generator).tolist()
+    return [" ".join(WORDS[int(i)] for i in torch.randint(0, 55, (n,), generator=generator)) for n in lengths]
+
+
+def save(model: Any, path: Path) -> str:
+    model.save_pretrained(path)
+    BertTokenizer({w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tiny(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    frame = pd.DataFrame({"text": texts(30, 0), "other": texts(30, 1), "label": [i % 2 for i in range(30)]})
+    frame.to_parquet(path / "train.parquet")
+    frame.to_csv(path / "train.csv", index=False)
+    frame.to_json(path / "train.json", orient="records")
+    frame.to_json(path / "train.jsonl", orient="records", lines=True)
+    (path / "train.txt").write_text("\n".join(frame["text"]) + "\n")
+    frame.assign(label=["LABEL_1" if i % 3 else "LABEL_0" for i in range(30)]).to_csv(path / "named.csv", index=False)
+    frame.assign(label=[i % 3 for i in range(30)]).to_csv(path / "three.csv", index=False)
+    (path / "broken.parquet").write_bytes(b"no parquet at all")
+    (path / "data.xml").write_text("<a/>")
+    (path / "share.py").write_text(METRIC)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def hf_kprune(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line: exit code, stdout, stderr."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as exit:  # argparse's own, for --help, --version and a missing command
+            code = int(exit.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def options(dense: str, data: Path, **more: Any) -> list[Any]:
+    chosen = {"model_name_or_path": dense, "dataset_file": data / "train.parquet", "sparsity": 0.6, "disable_tqdm": True}
+    chosen |= more
+    return [x for key, value in chosen.items() if value is not None for x in (f"--{key}", value)]
+
+
+def kept(report: PruningReport) -> dict[str, list[int]]:
+    return {s.name: s.kept for s in report.sublayers}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prune
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "json", "jsonl", "txt"])
+def test_prune_reads_every_kind_of_file_and_gives_one_result(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = hf_kprune("prune", *options(dense, data, dataset_file=data / f"train.{ending}", output_dir=out))
+    assert code == 0
+    report = PruningReport.from_json((out / "kprune_report.json").read_text())
+    assert str(report) in stdout
+    assert str(out) in stdout
+    assert "BertForSequenceClassification.from_pretrained" in stdout
+    assert report.sparsity >= 0.6
+    pruned = AutoModelForSequenceClassification.from_pretrained(out)
+    assert sum(p.numel() for p in pruned.parameters()) == report.after.parameters < report.before.parameters
+
+    # what the file is read into is what the library gets when the texts are passed to it
+    from hf_kprune import KPrunePruner
+
+    same = KPrunePruner(dense, KPruneArguments(sparsity=0.6, disable_tqdm=True), texts(30, 0)).prune()
+    assert report.calibration["sha256"] == same.calibration["sha256"]
+    assert kept(report) == kept(same)
+    assert AutoTokenizer.from_pretrained(out)("w1 w2")["input_ids"] == [2, 6, 7, 3]
+
+
+def test_prune_reads_a_dataset_by_name_and_split(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    shutil.copy(data / "train.parquet", folder / "train.parquet")
+    pd.DataFrame({"text": texts(9, 8)}).to_parquet(folder / "validation.parquet")
+    for split, rows in (("train", 30), ("validation", 9)):
+        chosen = options(dense, data, dataset_file=None, dataset_name=folder, dataset_split=split, output_dir=tmp_path / split)
+        assert hf_kprune("prune", *chosen)[0] == 0
+        assert PruningReport.from_json((tmp_path / split / "kprune_report.json").read_text()).calibration["rows"] == rows
+
+
+def test_pairs_of_texts_are_read_and_truncated(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+    frame = pd.read_parquet(data / "train.parquet")
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokens = {}
+    for limit in (None, 7):
+        out = tmp_path / str(limit)
+        chosen = options(dense, data, text_columns="text, other", max_seq_length=limit, output_dir=out)
+        assert hf_kprune("prune", *chosen)[0] == 0
+        tokens[limit] = PruningReport.from_json((out / "kprune_report.json").read_text()).calibration["tokens"]
+    pairs = [tokenizer(a, b)["input_ids"] for a, b in zip(frame["text"], frame["other"], strict=True)]
+    assert tokens[None] == sum(map(len, pairs))
+    assert tokens[7] == sum(min(7, len(p)) for p in pairs) < tokens[None]
+
+
+def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+    """At sparsity 0 dense and pruned agree, and with what a loop over the file gives; named labels are numbers."""
+    evaluation = {"eval_file": data / "train.csv", "metric": data / "share.py"}
+    code, stdout, _ = hf_kprune("prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "a", **evaluation))
+    assert code == 0
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    frame = pd.read_csv(data / "train.csv")
+    with torch.no_grad():
+        answers = [int(model(**tokenizer(t, return_tensors="pt")).logits.argmax()) for t in frame["text"]]
+    share = sum(a == b for a, b in zip(answers, frame["label"], strict=True)) / len(frame)
+    assert f"| eval_share | {share:.4f} | {share:.4f} |" in stdout
+    assert "eval_loss" in stdout
+    assert "eval_runtime" not in stdout
+
+    evaluation["eval_file"] = data / "named.csv"
+    code, stdout, _ = hf_kprune("prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "b", **evaluation))
+    share = sum(a == bool(i % 3) for i, a in enumerate(answers)) / len(answers)
+    assert f"| eval_share | {share:.4f} | {share:.4f} |" in stdout
+
+
+def test_regression_is_evaluated_without_classes(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
+    model = tiny(num_labels=1)
+    path = save(model, tmp_path / "regression")
+    chosen = options(path, data, sparsity=0, output_dir=tmp_path / "out", eval_file=data / "train.csv")
+    code, stdout, _ = hf_kprune("prune", *chosen)
+    assert code == 0
+    tokenizer, frame = AutoTokenizer.from_pretrained(path), pd.read_csv(data / "train.csv")
+    with torch.no_grad():
+        values = [float(model(**tokenizer(t, return_tensors="pt")).logits) for t in frame["text"]]
+    loss = sum((v - label) ** 2 for v, label in zip(values, frame["label"], strict=True)) / len(frame)
+    printed = next(line for line in stdout.splitlines() if line.startswith("| eval_loss"))
+    assert float(printed.split("|")[2]) == pytest.approx(loss, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "more"),
+    [
+        ("fill-mask", "MASKED_LM", {}),
+        ("feature-extraction", "", {}),
+        ("token-classification", "TOKEN_CLASSIFICATION", {}),
+        ("question-answering", "QUESTION_ANSWERING", {"text_columns": "text,other"}),
+        ("multiple-choice", "MULTIPLE_CHOICE", {"text_columns": "text,other,text,other"}),
+    ],
+)
+def test_task_picks_the_class(hf_kprune: Any, data: Path, tmp_path: Path, task: str, head: str, more: Any) -> None:
+    """The same class as the config names, so the same plan with and without `--task`."""
+    path, plans = save(tiny(head=head), tmp_path / "dense"), []
+    for number, chosen_task in enumerate((None, task)):
+        out = tmp_path / str(number)
+        code, _, stderr = hf_kprune("prune", *options(path, data, task=chosen_task, output_dir=out, **more))
+        assert code == 0, stderr
+        report = PruningReport.from_json((out / "kprune_report.json").read_text())
+        assert report.model.endswith(f"({classes('bert')[head].__name__})")
+        plans.append(kept(report))
+    assert plans[0] == plans[1]
+
+
+def test_multiple_choice_is_evaluated(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
+    path = save(tiny(head="MULTIPLE_CHOICE"), tmp_path / "dense")
+    evaluation = {"eval_file": data / "train.csv", "metric": data / "share.py", "text_columns": "text,other,text"}
+    code, stdout, stderr = hf_kprune("prune", *options(path, data, output_dir=tmp_path / "out", **evaluation))
+    assert code == 0, stderr
+    assert "| eval_share |" in stdout
+
+
+def test_words_are_tokenised_as_words(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
+    path, lines = save(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "dense"), texts(30, 0)
+    pd.DataFrame({"text": [line.split() for line in lines]}).to_parquet(tmp_path / "words.parquet")
+    chosen = options(path, data, dataset_file=tmp_path / "words.parquet", output_dir=tmp_path / "out")
+    assert hf_kprune("prune", *chosen)[0] == 0
+    report = PruningReport.from_json((tmp_path / "out" / "kprune_report.json").read_text())
+    assert report.calibration["tokens"] == sum(len(line.split()) + 2 for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_touches_nothing_and_foretells_prune(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = shutil.copytree(dense, tmp_path / "before")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    code, planned, _ = hf_kprune("plan", *options(dense, data))
+    assert code == 0
+    assert not os.listdir(empty)
+    names = os.listdir(dense)
+    assert filecmp.cmpfiles(dense, before, names, shallow=False) == (names, [], [])
+
+    code, pruned, _ = hf_kprune("prune", *options(dense, data, output_dir=tmp_path / "out"))
+    assert code == 0
+
+    def table(text: str) -> list[list[str]]:  # without the last column, seconds
+        rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| encoder.layer", "| parameters"))]
+        return [row[:-1] for row in rows]
+
+    assert len(table(planned)) == 1 + 6
+    assert table(planned) == table(pruned)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inspect
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+    model = tiny()
+    count = sum(p.numel() for p in model.parameters())
+    code, stdout, _ = hf_kprune("inspect", dense)
+    assert code == 0
+    assert "BertForSequenceClassification (bert), dense" in stdout
+    assert f"parameters: {count:,} " in stdout
+    assert "| encoder.layer.2 | 4 | 4 | 12 | 12 |" in stdout
+    assert "trust_remote_code" not in stdout
+
+    out = tmp_path / "out"
+    assert hf_kprune("prune", *options(dense, data, sparsity=0.8, output_dir=out))[0] == 0
+    report = PruningReport.from_json((out / "kprune_report.json").read_text())
+    code, stdout, _ = hf_kprune("inspect", out)
+    assert code == 0
+    assert "(bert), K-pruned" in stdout
+    assert f"parameters: {report.after.parameters:,} " in stdout
+    assert f"without embeddings: {report.after.parameters_without_embeddings:,} " in stdout
+    for layer in range(3):
+        heads, neurons = report.sublayers[2 * layer : 2 * layer + 2]
+        assert f"| encoder.layer.{layer} | {len(heads.kept)} | 4 | {len(neurons.kept)} | 12 |" in stdout
+    assert "trust_remote_code=True" in stdout
+    assert f"{report.sparsity:.2%} of the prunable FLOPs removed (80.00% asked)" in stdout
+    (out / "kprune_report.json").unlink()
+    assert "FLOPs removed" not in hf_kprune("inspect", out)[1]
+
+
+def test_inspect_allocates_no_weights(hf_kprune: Any, tmp_path: Path) -> None:
+    """A config of a model of 10 TB, without any weights, can be inspected."""
+    config = BertConfig(hidden_size=2**16, num_attention_heads=64, intermediate_size=2**18, num_hidden_layers=48)
+    config.architectures, config.dtype = ["BertModel"], torch.float16
+    config.save_pretrained(tmp_path)
+    code, stdout, _ = hf_kprune("inspect", tmp_path)
+    assert code == 0
+    parameters = int(stdout.split("parameters: ")[1].split(" ")[0].replace(",", ""))
+    assert parameters > 2**41
+    assert f"({2 * parameters / 1e6:,.1f} MB in float16)" in stdout
+
+
+def test_inspect_of_an_unknown_family_says_so(hf_kprune: Any, tmp_path: Path) -> None:
+    GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50).save_pretrained(tmp_path)
+    code, stdout, _ = hf_kprune("inspect", tmp_path)
+    assert code == 0
+    assert "cannot be pruned: no family describes model_type 'gpt2'" in stdout
+    assert "register_family" in stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help, errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["prune", "plan"])
+def test_help_lists_every_option_with_its_default(hf_kprune: Any, command: str) -> None:
+    code, stdout, _ = hf_kprune(command, "--help")
+    assert code == 0
+    words = " ".join(stdout.split())
+    for field in dataclasses.fields(KPruneArguments):
+        assert f"--{field.name} " in words, field.name
+        assert " ".join(field.metadata["help"].split()) in words.replace("- ", "-") or field.metadata["help"][:20] in words
+    assert words.count("(default: ") >= len(dataclasses.fields(KPruneArguments))
+    for default in ("(default: 0.5)", "(default: 100000)", "(default: 0.00025)", "(default: kprune)"):
+        assert default in words
+
+
+def test_version_and_help(hf_kprune: Any) -> None:
+    assert hf_kprune("--version") == (0, f"hf-kprune {__version__}\n", "")
+    code, stdout, _ = hf_kprune("--help")
+    assert code == 0
+    for command in ("prune", "plan", "inspect"):
+        assert f"    {command} " in stdout
+    assert hf_kprune("inspect", "--help")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("shrink",), ("--nothing",)])
+def test_no_command_or_an_unknown_one_gives_usage(hf_kprune: Any, arguments: tuple[str, ...]) -> None:
+    code, stdout, stderr = hf_kprune(*arguments)
+    assert (code, stdout) == (2, "")
+    usage, error = stderr.splitlines()
+    assert usage.startswith("usage: hf-kprune")
+    assert error.startswith("hf-kprune: error: ")
+
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "unparsable": ({"sparsity": "half"}, "--sparsity: invalid float value: 'half'"),
+    "unparsable switch": ({"tune": "perhaps"}, "--tune: "),
+    "choice": ({"pooling": "max"}, "--pooling: invalid choice: 'max'"),
+    "unknown option": ({"sparsty": 0.5}, "no such options: --sparsty 0.5"),
+    "no model": ({"model_name_or_path": None}, "required: --model_name_or_path"),
+    "option value": ({"sparsity": 1.5}, "sparsity is 1.5"),
+    "method": ({"method": "magic"}, "method is 'magic', expected one of kprune"),
+    "report_to": ({"report_to": "paper"}, "paper is not supported"),
+    "no output_dir": ({"output_dir": None}, "output_dir"),
+    "full output_dir": ({"output_dir": "{data}"}, "is not empty"),
+    "file as output_dir": ({"output_dir": "{data}/train.csv"}, "is a file"),
+    "no data": ({"dataset_file": None}, "either --dataset_name or --dataset_file"),
+    "data twice": ({"dataset_name": "glue"}, "either --dataset_name or --dataset_file"),
+    "eval data twice": ({"eval_dataset_name": "glue", "eval_file": "{data}/train.csv"}, "either --eval_dataset_name or"),
+    "metric alone": ({"metric": "{data}/share.py"}, "--metric needs evaluation data"),
+    "missing model": ({"model_name_or_path": "{data}/nothing"}, "cannot load the model '{data}/nothing'"),
+    "missing file": ({"dataset_file": "{data}/nothing.csv"}, "there is no file '{data}/nothing.csv'"),
+    "missing eval file": ({"eval_file": "{data}/nothing.csv"}, "there is no file '{data}/nothing.csv'"),
+    "strange file": ({"dataset_file": "{data}/data.xml"}, "ends with '.xml', expected one of .parquet, .csv"),
+    "broken file": ({"dataset_file": "{data}/broken.parquet"}, "cannot load the file '{data}/broken.parquet'"),
+    "unknown dataset": ({"dataset_file": None, "dataset_name": "{data}/nothing"}, "cannot load the dataset '{data}/nothing'"),
+    "unknown column": ({"text_columns": "text,sentence"}, "no column sentence in the data, which has: text, other, label"),
+    "three columns": ({"text_columns": "text,other,text"}, "names 3 columns, BertForSequenceClassification takes one or two"),
+    "numbers as texts": ({"text_columns": "label"}, "label"),
+    "unknown task": ({"task": "divination"}, "task is 'divination', expected one of "),
+    "other task": ({"task": "token-classification", "model_name_or_path": "{base}"}, "was not trained for token-classification"),
+    "unknown metric": ({"eval_file": "{data}/train.csv", "metric": "{data}/none.py"}, "cannot load the metric '{data}/none.py'"),
+    "unknown label": ({"eval_file": "{data}/three.csv"}, "has the labels ['2'], the model knows 2: 0 to 1, or LABEL_0, LABEL_1"),
+    "no label column": ({"eval_file": "{data}/train.csv", "label_column": "gold"}, "no column gold in the data"),
+    "evaluation of tokens": ({"eval_file": "{data}/train.csv", "model_name_or_path": "{tokens}"}, "evaluation here is for"),
+    "unreachable": ({"sparsity": 0.9, "no_prune_ffn": True}, "this model can reach 0 to"),
+    "too few tokens": ({"num_tokens": 5}, "raise num_tokens (now 5)"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_clear_line(hf_kprune: Any, dense: str, data: Path, tmp_path: Path, case: str) -> None:
+    changes, message = ERRORS[case]
+    places = {"data": str(data), "base": "", "tokens": ""}
+    if case == "other task":
+        places["base"] = save(tiny(head=""), tmp_path / "base")
+    if case == "evaluation of tokens":
+        places["tokens"] = save(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "tokens")
+    changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
+    arguments = [a for a in options(dense, data, **{"output_dir": tmp_path / "out", **changes}) if not a == "no_prune_ffn"]
+    code, stdout, stderr = hf_kprune("prune", *arguments)
+    assert code == 2
+    assert stdout == ""
+    (line,) = [line for line in stderr.splitlines() if "hf-kprune" in line]
+    assert stderr.endswith(line + "\n")
+    assert line.startswith("hf-kprune: error: ")
+    assert message.format(**places) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_tokenizer_is_an_error(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "bare")
+    code, _, stderr = hf_kprune("prune", *options(str(tmp_path / "bare"), data, output_dir=tmp_path / "out"))
+    assert code == 2
+    assert stderr.splitlines()[-1].startswith(f"hf-kprune: error: cannot load the tokenizer of '{tmp_path / 'bare'}'")
+
+
+@pytest.mark.parametrize("name", ["nothing", "damaged"])
+def test_inspect_of_what_is_no_model_is_an_error(hf_kprune: Any, dense: str, tmp_path: Path, name: str) -> None:
+    shutil.copytree(dense, tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text('{"model_type": "ber')
+    code, stdout, stderr = hf_kprune("inspect", tmp_path / name)
+    assert (code, stdout) == (2, "")
+    assert stderr.splitlines()[-1].startswith("hf-kprune: error: cannot load the model")
+
+
+def test_ctrl_c_ends_with_130(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_kprune.callbacks.PrinterCallback.on_sublayer_begin", interrupt)
+    code, _, stderr = hf_kprune("prune", *options(dense, data, output_dir=tmp_path / "out"))
+    assert code == 130
+    assert stderr.splitlines()[-1] == "hf-kprune: interrupted"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_keeps_its_traceback(dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any) -> None:
+        raise ValueError("a bug, not the user's doing")
+
+    monkeypatch.setattr("hf_kprune.callbacks.PrinterCallback.on_sublayer_begin", bug)
+    with pytest.raises(ValueError, match="a bug, not the user's doing"):
+        main([str(a) for a in ("prune", *options(dense, data, output_dir=tmp_path / "out"))])
+
+
+def test_processes_but_the_first_are_quiet_about_errors(hf_kprune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert hf_kprune("inspect") == (2, "", "")
+
+
+def test_the_command_line_runs_as_a_module(dense: str) -> None:
+    command = [sys.executable, "-m", "hf_kprune", "inspect", dense]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "BertForSequenceClassification (bert), dense" in done.stdout

@@ -1,0 +1,78 @@
+"""One process == many: the same plan, the same weights to rounding, and no process is left waiting for another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+SCRIPT = Path(__file__).with_name("distributed_prune.py")
+
+
+def launch(processes: int, out: Path, *arguments: str, accelerate: bool = False) -> subprocess.CompletedProcess[str]:
+    out.mkdir()
+    count = str(processes)
+    launcher = (
+        ["accelerate.commands.launch", "--cpu", "--num_processes", count, "--num_machines", "1", "--mixed_precision", "no"]
+        if accelerate
+        else ["torch.distributed.run", "--nproc_per_node", count]
+    )
+    command = [sys.executable, *(["-m", *launcher] if processes > 1 else []), str(SCRIPT), str(out), *arguments]
+    port = str(29500 + os.getpid() % 1000)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port}
+    env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), env.get("PYTHONPATH", "")])
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+
+def result(done: subprocess.CompletedProcess[str], out: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "plan.json").read_text()), torch.load(out / "weights.pt")
+
+
+def check_same(one: Any, many: Any) -> None:
+    assert one[0] == many[0]
+    assert one[1].keys() == many[1].keys()
+    for name, value in one[1].items():
+        torch.testing.assert_close(many[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_equals_two_and_three_with_uneven_shards(tmp_path: Path) -> None:
+    """31 rows: 16 + 15 and 11 + 10 + 10. Only the main process prints, so its lines come once."""
+    done = launch(1, tmp_path / "1")
+    one = result(done, tmp_path / "1")
+    lines = [line for line in done.stdout.splitlines() if ": kept " in line]
+    assert len(lines) == len(one[0]["kept"])
+    for processes, accelerate in ((2, True), (3, False)):
+        out = tmp_path / str(processes)
+        done = launch(processes, out, accelerate=accelerate)
+        check_same(one, result(done, out))
+        assert len([line for line in done.stdout.splitlines() if ": kept " in line]) == len(lines)
+        assert (out / "model" / "model.safetensors").exists()
+
+
+def test_a_process_without_rows_takes_part(tmp_path: Path) -> None:
+    arguments = ("bert", "--rows", "2", "--ridge", "0.1")
+    one = result(launch(1, tmp_path / "1", *arguments), tmp_path / "1")
+    check_same(one, result(launch(3, tmp_path / "3", *arguments), tmp_path / "3"))
+
+
+@pytest.mark.parametrize("late", [[], ["--fail_late"]], ids=["at the start", "in the middle"])
+def test_a_failure_on_one_process_ends_all_with_its_message(tmp_path: Path, late: list[str]) -> None:
+    done = launch(2, tmp_path / "2", "bert", "--fail", "1", *late)
+    assert done.returncode != 0
+    assert "RuntimeError: the disk of this process is gone" in done.stderr
+    assert not (tmp_path / "2" / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_one_process_equals_many_on_a_real_model(tmp_path: Path, pack: Path, processes: int) -> None:
+    one = result(launch(1, tmp_path / "1", "pack"), tmp_path / "1")
+    check_same(one, result(launch(processes, tmp_path / "many", "pack"), tmp_path / "many"))
