@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("examples/sst2-tiny"))
     parser.add_argument("--data_dir", type=Path, default=Path("examples/data"))
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 3, 5], help="teacher layers the student keeps")
-    options = {"vocab_size": 7500, "epochs": 8, "batch_size": 64, "learning_rate": 3e-4, "temperature": 2.0}
+    options = {"vocab_size": 7500, "epochs": 1, "batch_size": 64, "learning_rate": 3e-4, "temperature": 2.0}
     options |= {"label_weight": 0.2, "seed": 0}  # the weight is of the cross-entropy with the labels
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)

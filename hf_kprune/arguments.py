@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .errors import ArgumentError
@@ -42,7 +43,7 @@ class KPruneArguments:
 
     > Output, logging, hub
 
-    `output_dir`, `overwrite_output_dir`, `max_shard_size`, `disable_tqdm`, `report_to`, `run_name`, `logging_dir`,
+    `output_dir`, `overwrite_output_dir`, `max_shard_size`, `disable_tqdm`, `report_to`, `run_name`,
     `per_device_eval_batch_size`, `push_to_hub`, `hub_model_id`, `hub_token`, `hub_private_repo`, `hub_revision`, `use_cpu`.
 
     Raises:
@@ -158,6 +159,7 @@ class KPruneArguments:
             report_to=self.report_to,
             run_name=self.run_name,
             use_cpu=self.use_cpu,
+            dataloader_pin_memory=not self.use_cpu and torch.accelerator.is_available(),  # else torch warns
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -62,20 +62,26 @@ def tokenize(texts: Sequence[Any], processing_class: Any, max_length: int | None
     return rows
 
 
+def flat(value: Any) -> Iterator[int]:
+    """The numbers in a list, array or tensor, or in lists of them of any lengths (choices)."""
+    for entry in value.tolist() if hasattr(value, "tolist") else value:
+        yield from flat(entry) if hasattr(entry, "__len__") else (entry,)
+
+
 def row_tokens(row: dict[str, Any]) -> int:
     """Tokens of a row that are not padding (of all its choices, for multiple choice)."""
-
-    def flat(value: Any) -> Iterator[int]:
-        for entry in value.tolist() if hasattr(value, "tolist") else value:
-            yield from flat(entry) if isinstance(entry, (list, tuple)) else (entry,)
-
     return sum(flat(row["attention_mask"])) if "attention_mask" in row else sum(1 for _ in flat(row["input_ids"]))
+
+
+def has_choices(row: dict[str, Any]) -> bool:
+    """Whether a row holds several sequences (multiple choice)."""
+    ids = row["input_ids"]
+    return ids.ndim > 1 if hasattr(ids, "ndim") else len(ids) > 0 and hasattr(ids[0], "__len__")
 
 
 def row_length(row: dict[str, Any]) -> int:
     """Positions that a row takes, padding included."""
-    ids = row["input_ids"]
-    return max(map(len, ids), default=0) if len(ids) and hasattr(ids[0], "__len__") else len(ids)
+    return max(map(len, row["input_ids"]), default=0) if has_choices(row) else len(row["input_ids"])
 
 
 @dataclass
@@ -141,7 +147,7 @@ def draw_rows(model: PreTrainedModel, dataset: Any, processing_class: Any, args:
                 f"calibration row {len(rows)} has {length} tokens, {type(model).__name__} takes at most {limit}; tokenise "
                 f"with truncation=True, max_length={limit}, or pass texts and set max_seq_length"
             )
-        ids = torch.as_tensor(row["input_ids"])
+        ids = torch.tensor(list(flat(row["input_ids"])))
         if count == 0:
             continue
         if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
@@ -255,7 +261,7 @@ class Calibration:
         labels = {"label", "labels", "label_ids", *find_labels(type(model))}
         if collator is not None:
             inputs = dict(collator([dict(row) for row in rows]))
-        elif processing_class is not None and not hasattr(rows[0]["input_ids"][0], "__len__"):
+        elif processing_class is not None and not has_choices(rows[0]):
             inputs = dict(DataCollatorWithPadding(processing_class)([dict(row) for row in rows]))
         elif len({row_length(row) for row in rows}) == 1:
             inputs = default_data_collator([dict(row) for row in rows])
@@ -359,7 +365,8 @@ class Calibration:
                     losses = loss(in_float32(outputs), in_float32(expected), part.valid)
                     if losses.shape != (stop - start,):
                         raise ArgumentError(
-                            f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, expected one number each"
+                            f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, "
+                            "expected one number each"
                         )
                     gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
                     for (place, a), gradient in zip(features.items(), gradients, strict=True):
@@ -369,9 +376,11 @@ class Calibration:
                             total[place] += g.sum(0)
                             square[place] += g.square().sum(0)
         self._reduce([*energy, *total, *square, samples, tokens])
+        for target, e in zip(targets, energy, strict=True):  # all before the gradients, which carry NaN downwards
+            self.check_finite(target, (e,))
         measured = []
         for target, e, g, g2 in zip(targets, energy, total, square, strict=True):
-            self.check_finite(target, (e, g, g2))
+            self.check_finite(target, (g, g2))
             cost, weight = target.unit_flops(self.mean_tokens), target.output.weight
             measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(tokens), int(samples)))
         return measured

@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import KPruneArguments
+from .errors import ArgumentError
 from .report import PruningReport, SublayerReport
 
 
@@ -77,9 +78,8 @@ class ProgressCallback(KPruneCallback):
         tqdm.write(str(sublayer))
         self.bar.update(self.left)
         self.left -= 1
-
-    def on_prune_end(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
-        self.bar.close()
+        if not self.left:  # here and not in on_prune_end, which plan() never comes to
+            self.bar.close()
 
 
 class ReportingCallback(KPruneCallback):
@@ -88,7 +88,10 @@ class ReportingCallback(KPruneCallback):
     def __init__(self, args: KPruneArguments) -> None:
         self.arguments = args.training_arguments(args.output_dir or "kprune_runs")
         self.state, self.control = TrainerState(is_world_process_zero=True), TrainerControl()
-        self.integrations = [make() for make in get_reporting_integration_callbacks(self.arguments.report_to)]
+        try:
+            self.integrations = [make() for make in get_reporting_integration_callbacks(self.arguments.report_to)]
+        except (ValueError, RuntimeError, ImportError) as error:  # unknown, or its package is not installed
+            raise ArgumentError(f"report_to is {args.report_to}: {error}") from error
 
     def _tell(self, event: str, **kwargs: Any) -> None:
         for integration in self.integrations:

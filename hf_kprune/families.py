@@ -104,7 +104,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                     inputs={"attention.attn.q": "q", "attention.attn.k": "kv", "attention.attn.v": "kv"},
                     output="attention.attn.o",
                     core="attention.attn",
-                    returns=("y",),
                     sizes={"attention.attn.num_attention_heads": "heads", "attention.attn.all_head_size": "width"},
                     select=("position_bias",),
                 ),

@@ -49,7 +49,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
 
     def span(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         def over_tokens(name: str) -> Tensor:
-            lowest = torch.finfo(student[name].dtype).min
+            # finite, and still so when divided by the temperature and shifted by the softmax
+            lowest = min(temperature, 1) * torch.finfo(student[name].dtype).min / 2
             s, t = (outputs[name].masked_fill(~valid, lowest) for outputs in (student, teacher))
             return kl_divergence(s, t, temperature)
 

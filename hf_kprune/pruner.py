@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import platform
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .arguments import KPruneArguments
 from .calibration import Calibration, draw_rows, together
@@ -37,6 +39,15 @@ from .version import __version__
 
 
 logger = logging.get_logger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+)
 
 
 class KPrunePruner:
@@ -69,7 +80,7 @@ class KPrunePruner:
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | os.PathLike[str],
         args: KPruneArguments | None = None,
         calibration_dataset: Any = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
@@ -80,12 +91,11 @@ class KPrunePruner:
         compute_loss: KnowledgeLoss | None = None,
     ):
         self.args = args or KPruneArguments()
-        if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = load_model(model)
+        if isinstance(model, (str, os.PathLike)):
+            processing_class = processing_class or load_tokenizer(os.fspath(model))
+            model = load_model(os.fspath(model))
         check_model(model)
         find_sublayers(model)
-        self.accelerator = Accelerator(cpu=self.args.use_cpu)
         self.model = model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class
@@ -99,6 +109,11 @@ class KPrunePruner:
             self.add_callback(ReportingCallback(self.args))
         for callback in callbacks or []:
             self.add_callback(callback)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Device and processes. Made anew each time: `TrainingArguments`, of whomever, reset what older ones share."""
+        return Accelerator(cpu=self.args.use_cpu)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Pruning
@@ -118,7 +133,7 @@ class KPrunePruner:
             self.args.check_output_dir()
         student, report = self._prune_copy(calibration_dataset)
         self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
-        self.report = report
+        self.report, self._saved = report, None
         self._tell("on_prune_end", model=self.model)
         return report
 
@@ -224,23 +239,24 @@ class KPrunePruner:
             teacher = copy.deepcopy(model).float() if half else model
             student = copy.deepcopy(teacher)
             student.requires_grad_(False)
-        modes = {module: module.training for module in teacher.modules()}
+        modes = {name: module.training for name, module in model.named_modules()}
         names = [s.name for s in find_sublayers(model)]
-        self.report = report
-        self._tell("on_prune_begin", model=student, sublayers=names)
+        previous, self.report = self.report, report
         try:
+            self._tell("on_prune_begin", model=student, sublayers=names)
             teacher.eval()
             student.eval()
             self._prune_sublayers(student, teacher, calibration, loss, report)
         finally:
-            for module, training in modes.items():
-                module.training = training
-            self.report = None
-        student.train(model.training)
-        student.to(model.dtype)
-        trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(trainable[name])
+            for name, module in model.named_modules():
+                module.training = modes[name]
+            self.report = previous
+        for name, module in student.named_modules():
+            module.training = modes.get(name, model.training)
+        originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
+            tensor.data = tensor.data.to(originals[name].dtype)
+            tensor.requires_grad_(originals[name].requires_grad)
         report.after = model_size(student, report.after.flops)
         report.seconds = {**self._seconds, "total": time.perf_counter() - begin}
         report.peak_memory = peak_memory(self.accelerator.device)
@@ -399,10 +415,11 @@ class BudgetTerms:
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
         if least_cost > self.budget * (1 + TOLERANCE):
+            reach = math.floor(1e4 * (1 - least_cost / self.total)) / 1e4  # rounded down, so that it can be asked for
             raise BudgetError(
                 f"sparsity is {args.sparsity}, the fraction of prunable FLOPs to remove; with min_heads={args.min_heads}, "
                 f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
-                f"prune_ffn={args.prune_ffn} this model can reach 0 to {1 - least_cost / self.total:.4f}"
+                f"prune_ffn={args.prune_ffn} this model can reach 0 to {reach:.4f}"
             )
 
     def cost_from(self, position: int) -> float:
@@ -427,6 +444,13 @@ def model_class(config: Any) -> type[PreTrainedModel]:
 def load_model(name: str) -> PreTrainedModel:
     """Load a model with the class that its config names."""
     return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
+    if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(name)
 
 
 def model_size(model: PreTrainedModel, flops: float) -> Size:

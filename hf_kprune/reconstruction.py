@@ -108,7 +108,7 @@ def tune_weight(
         weight: W_0, (D, C).
         bias: b_0, (D,), or None.
         ridge: Relative to the mean diagonal of the Gram matrix, >= 0.
-        tune_bias: Whether b is free; else it stays b_0.
+        tune_bias: Whether b is free; else, and where there is none, it stays as it is.
 
     Raises:
         ValueError: If the sums hold NaN or Inf.
@@ -117,6 +117,7 @@ def tune_weight(
         raise ValueError("the normal equations hold NaN or Inf")
     e, w0 = equations, weight.to(torch.float64)
     b0 = None if bias is None else bias.to(torch.float64)
+    tune_bias = tune_bias and b0 is not None
     error_before = relative_error(e, w0, b0)
     gram, change = e.gram, e.cross - e.gram @ w0.T  # A^T (Y - A W_0^T)
     rest = e.target_sum - e.feature_sum @ w0.T  # 1^T (Y - A W_0^T)
@@ -143,6 +144,7 @@ def _damped_cholesky(gram: Tensor, right: Tensor, scale: float, ridge: float) ->
         if not failed:
             break
         floor *= 10
-    # a pivot is what is left of a column's norm once the columns before it are projected out
-    undetermined = int((factor.diagonal().square() < 10 * floor * scale).sum())
+    # a pivot is what is left of a column's norm once the columns before it are projected out: if they give it with the
+    # coefficients c, floor * scale * (1 + |c|^2)
+    undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
     return torch.cholesky_solve(right, factor), ridge + floor, undetermined

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import pytest
 import torch
 import transformers
@@ -13,7 +16,6 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]

@@ -130,6 +130,7 @@ def test_representational_is_the_mean_square_of_a_columns_contribution() -> None
 
 def test_per_unit_is_the_mean_over_the_unit() -> None:
     columns = normal(12)
-    torch.testing.assert_close(per_unit(columns, 4), torch.stack([columns[:4].mean(), columns[4:8].mean(), columns[8:].mean()]))
+    expected = torch.stack([columns[:4].mean(), columns[4:8].mean(), columns[8:].mean()])
+    torch.testing.assert_close(per_unit(columns, 4), expected)
     assert torch.equal(per_unit(columns, 1), columns)
     assert per_unit(columns[:0], 4).shape == (0,)

@@ -1,0 +1,532 @@
+"""Calibration: which rows are drawn, and that what is summed over them == a naive computation row by row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import collate, rows, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import hf_kprune.calibration
+from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
+from hf_kprune.calibration import Calibration, Rows, draw_rows, row_length, row_tokens
+from hf_kprune.heads import knowledge_loss
+from hf_kprune.hooks import masked
+from hf_kprune.methods import Statistics
+from hf_kprune.reconstruction import NormalEquations
+from hf_kprune.sublayers import cut, find_sublayers, write_plan
+
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w2 ... w59 with their numbers as ids, padded with 1; `tokenizer(text)` adds nothing, a pair gets w2 between."""
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 60)}}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="$A", pair="$A w2 $B:1", special_tokens=[("w2", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def text(row: dict[str, Any]) -> str:
+    return " ".join(f"w{i}" for i in row["input_ids"])
+
+
+def wide(count: int) -> Collator:
+    """A collator that pads more than it must."""
+
+    def pad(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        inputs = collate(batch)
+        padded = torch.nn.functional.pad
+        return {
+            "input_ids": padded(inputs["input_ids"], (0, count), value=1),
+            "attention_mask": padded(inputs["attention_mask"], (0, count)),
+        }
+
+    return pad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def drawn(dataset: Any, processing_class: Any = None, keep_labels: bool = False, **options: Any) -> Rows:
+    return draw_rows(tiny(), dataset, processing_class, KPruneArguments(**options), keep_labels)
+
+
+class MapStyle(torch.utils.data.Dataset[dict[str, Any]]):
+    """A dataset of torch's, whose rows are lists, tensors or arrays."""
+
+    def __init__(self, data: list[dict[str, Any]], convert: Callable[[Any], Any] = list):
+        self.data, self.convert = data, convert
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {key: self.convert(value) for key, value in self.data[index].items()}
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    def __init__(self, data: list[dict[str, Any]]):
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter(self.data)
+
+
+def ids(made: Rows) -> list[list[int]]:
+    return [torch.as_tensor(row["input_ids"]).tolist() for row in made.rows]
+
+
+def test_every_kind_of_dataset_gives_the_same_rows() -> None:
+    data = rows(30)
+    expected = drawn(data, num_tokens=100)
+    assert 100 <= expected.tokens < 112
+    words = tokenizer()
+    frozen = datasets.Dataset.from_list(data)
+    kinds = {
+        "datasets": drawn(frozen, num_tokens=100),
+        "datasets in torch's format": drawn(frozen.with_format("torch"), num_tokens=100),
+        "map-style": drawn(MapStyle(data), num_tokens=100),
+        "map-style of tensors": drawn(MapStyle(data, torch.tensor), num_tokens=100),
+        "map-style of arrays": drawn(MapStyle(data, np.array), num_tokens=100),
+        "texts": drawn([text(row) for row in data], words, num_tokens=100),
+        "pairs": drawn([(text(row),) for row in data], words, num_tokens=100),
+    }
+    for kind, made in kinds.items():
+        assert ids(made) == ids(expected), kind
+        assert (made.tokens, made.measured) == (expected.tokens, expected.measured), kind
+        assert made.fingerprint["sha256"] == expected.fingerprint["sha256"], kind
+
+
+def test_a_stream_is_read_from_its_beginning() -> None:
+    data = rows(30)
+    for stream in (Stream(data), datasets.Dataset.from_list(data).to_iterable_dataset(), iter(data)):
+        made = drawn(stream, num_tokens=100)
+        assert ids(made) == [row["input_ids"] for row in data[: len(made.rows)]]
+        assert sum(map(len, ids(made)[:-1])) < 100 <= made.tokens == sum(map(len, ids(made)))
+
+
+def test_pairs_of_texts_are_one_row() -> None:
+    made = drawn([("w5 w6", "w7"), ["w8", "w9 w10"]], tokenizer())
+    assert sorted(ids(made)) == [[5, 6, 2, 7], [8, 2, 9, 10]]
+
+
+def test_texts_are_truncated_to_what_is_asked_or_to_what_the_model_takes() -> None:
+    long = " ".join(["w7"] * 60)
+    assert drawn([long], tokenizer(), max_seq_length=9).tokens == 9
+    assert drawn([long], tokenizer(), max_seq_length=50).tokens == 40
+    assert drawn([long], tokenizer()).tokens == 40
+    roberta = tiny("roberta")  # it numbers positions from 2
+    assert draw_rows(roberta, [long], tokenizer(), KPruneArguments(), False).tokens == 38
+    inputs = {"input_ids": torch.full((1, 38), 7)}
+    assert bool(torch.isfinite(roberta(**inputs).logits).all())
+
+
+def test_rows_are_drawn_without_replacement_and_decided_by_the_seed() -> None:
+    data = [{"input_ids": [i, i, i]} for i in range(2, 52)]
+    everything = drawn(data)
+    assert sorted(ids(everything)) == [row["input_ids"] for row in data]
+    assert ids(everything) != [row["input_ids"] for row in data]
+    some, again, other = (drawn(data, num_tokens=60, seed=seed) for seed in (42, 42, 43))
+    assert ids(some) == ids(again) == ids(everything)[:20]
+    assert ids(other) != ids(some)
+    assert some.fingerprint == again.fingerprint
+    assert some.fingerprint["sha256"] != other.fingerprint["sha256"]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 50, 100_000])
+def test_tokens_are_as_many_as_asked_and_padding_is_none(tokens: int) -> None:
+    data = rows(20)
+    padded = [{k: v + [1 if k == "input_ids" else 0] * (15 - len(v)) for k, v in row.items()} for row in data]
+    made, from_padded = drawn(data, num_tokens=tokens), drawn(padded, num_tokens=tokens)
+    assert (from_padded.tokens, len(from_padded.rows)) == (made.tokens, len(made.rows))
+    lengths = [len(row) for row in ids(made)]
+    assert made.tokens == sum(lengths)
+    assert made.tokens >= min(tokens, sum(len(row["input_ids"]) for row in data))
+    assert sum(lengths[:-1]) < tokens
+
+
+def test_measured_rows_are_the_first_ones() -> None:
+    data = rows(30)
+    for measure in (1, 20, 100):
+        made = drawn(data, num_tokens=100, num_measure_tokens=measure)
+        assert ids(made) == ids(drawn(data, num_tokens=100))
+        lengths = [len(row) for row in ids(made)]
+        assert sum(lengths[: made.measured - 1]) < measure <= sum(lengths[: made.measured])
+    assert drawn(data, num_tokens=100).measured == len(made.rows)
+
+
+def test_empty_rows_are_passed_over_and_nothing_else_is_an_error() -> None:
+    assert ids(drawn([{"input_ids": []}, {"input_ids": [5, 6]}])) == [[5, 6]]
+    assert ids(drawn([{"input_ids": [5], "attention_mask": [0]}, {"input_ids": [6], "attention_mask": [1]}])) == [[6]]
+    for nothing in ([], [{"input_ids": []}], Stream([])):
+        with pytest.raises(CalibrationError, match="the calibration dataset is empty"):
+            drawn(nothing)
+
+
+def test_choices_count_each_and_may_differ_in_length() -> None:
+    row = {"input_ids": [[5, 6, 7], [8]], "attention_mask": [[1, 1, 1], [1]]}
+    square = {key: torch.tensor(value) for key, value in rows(1, choices=3)[0].items()}
+    assert (row_tokens(row), row_length(row)) == (4, 3)
+    assert row_tokens(square) == square["input_ids"].numel()
+    assert row_length(square) == square["input_ids"].shape[1]
+    made = draw_rows(tiny(head="MULTIPLE_CHOICE"), [row], None, KPruneArguments(), False)
+    assert (made.tokens, made.rows) == (4, [row])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [5] * 41}, "has 41 tokens, BertForSequenceClassification takes at most 40.*max_length=40"),
+        ({"input_ids": [5, 60]}, "token ids 5 to 60, the model's vocabulary has 60"),
+        ({"input_ids": [5, -1]}, "token ids -1 to 5, the model's vocabulary has 60"),
+        ({"sentence": "w5"}, r"has the columns \['sentence'\].*tokenise the texts"),
+        (5 * ("w5",), r"expected a string or a pair of strings"),
+        ((3, 4), r"a calibration text is \(3, 4\), expected a string or a pair of strings"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused(row: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        drawn([row], tokenizer())
+
+
+def test_texts_without_a_tokenizer_and_surplus_columns_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="pass processing_class"):
+        drawn(["w5 w6"])
+    surplus = [{**row, "idx": 3} for row in rows(4)]
+    assert ids(drawn(surplus)) == ids(drawn(rows(4)))
+    with pytest.raises(CalibrationError, match=r"'idx'.*drop the other columns or set remove_unused_columns=True"):
+        drawn(surplus, remove_unused_columns=False)
+
+
+def test_labels_are_dropped_or_left_to_the_caller_s_collator() -> None:
+    data = [{**row, "labels": i % 2, "label": i} for i, row in enumerate(rows(4))]
+    assert {key for row in drawn(data).rows for key in row} == {"input_ids", "attention_mask"}
+    assert {key for row in drawn(data, keep_labels=True).rows for key in row} == {*data[0]}
+    assert ids(drawn(data, remove_unused_columns=False)) == ids(drawn(rows(4)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def calibration(
+    model: PreTrainedModel, data: list[dict[str, Any]], collator: Collator | None = collate, measured: int = -1, **options: Any
+) -> Calibration:
+    """Of all rows in order, whatever their number of tokens."""
+    tokens = sum(map(row_tokens, data))
+    drawn_rows = Rows(data, len(data) if measured < 0 else measured, tokens, {})
+    return Calibration(Accelerator(cpu=True), drawn_rows, collator, None, model, KPruneArguments(**options))
+
+
+def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
+    """A student of which the sublayers below are cut and tuned, as they are when the one there is measured."""
+    student = copy.deepcopy(teacher)
+    sublayers = find_sublayers(student)
+    torch.manual_seed(1)
+    for i, sublayer in enumerate(sublayers[:below]):
+        cut(sublayer, torch.arange(sublayer.num_units) % 2 == (i % 2 if i != 1 else 2))  # the first FFN is emptied
+        with torch.no_grad():
+            sublayer.output.weight += 0.1 * torch.randn_like(sublayer.output.weight)
+    write_plan(student, sublayers)
+    return student.requires_grad_(False)
+
+
+def measure(made: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int) -> list[Statistics]:
+    ours, theirs = find_sublayers(student), find_sublayers(teacher)
+    streams = made.bottom(student, ours)
+    top = made.top(teacher, theirs, made.bottom(teacher, theirs))
+    for below in range(position):
+        made.advance(student, ours, below, streams)
+    return made.measure(student, ours, position, streams, teacher, theirs, top, knowledge_loss(student, 2.0, "mean")[1])
+
+
+def naively(
+    student: PreTrainedModel, teacher: PreTrainedModel, position: int, data: list[dict[str, Any]]
+) -> list[dict[str, Tensor]]:
+    """Row by row, without padding, through the whole model, with real masks."""
+    sublayers = find_sublayers(student)[position:]
+    _, loss = knowledge_loss(student, 2.0, "mean")
+    masks = [torch.ones(s.output.in_features, requires_grad=True) for s in sublayers]
+    sums = [{k: torch.zeros(len(m), dtype=torch.float64) for k in ("energy", "total", "square")} for m in masks]
+    for row in data:
+        inputs = collate([row])
+        valid = inputs["attention_mask"].flatten(0, -2).bool()
+        features: list[Tensor] = []
+
+        def see(_: nn.Module, args: tuple[Tensor], seen: list[Tensor] = features) -> None:
+            seen.append(args[0].detach().double())
+
+        with ExitStack() as stack, masked(sublayers, masks):
+            for sublayer in sublayers:
+                stack.callback(sublayer.output.register_forward_pre_hook(see).remove)
+            outputs = student(**inputs)
+        with torch.no_grad():
+            expected = teacher(**inputs)
+        gradients = torch.autograd.grad(loss(outputs, expected, valid).sum(), masks)
+        for entry, a, g in zip(sums, features, gradients, strict=True):
+            entry["energy"] += a[valid].square().sum(0)
+            entry["total"] += g.double()
+            entry["square"] += g.double().square()
+    return sums
+
+
+def check(made: list[Statistics], expected: list[dict[str, Tensor]], rtol: float = 1e-3) -> None:
+    assert len(made) == len(expected)
+    for s, wanted in zip(made, expected, strict=True):
+        for value, name in ((s.energy, "energy"), (s.gradient_sum, "total"), (s.gradient_square, "square")):
+            scale = float(wanted[name].abs().max()) if len(wanted[name]) else 0.0
+            torch.testing.assert_close(value, wanted[name], rtol=rtol, atol=1e-5 * scale)
+
+
+CASES = [
+    ("bert", "SEQUENCE_CLASSIFICATION"),
+    ("bert", "MULTIPLE_CHOICE"),
+    ("bert", "QUESTION_ANSWERING"),
+    ("distilbert", "TOKEN_CLASSIFICATION"),
+    ("roberta", "MASKED_LM"),
+    ("mpnet", ""),
+    ("electra", "PRETRAINING"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "head"), CASES)
+@pytest.mark.parametrize("position", [1, 2, 5])
+def test_measured_sums_are_those_of_real_masks_row_by_row(model_type: str, head: str, position: int) -> None:
+    data = rows(9, choices=3 if head == "MULTIPLE_CHOICE" else 0)
+    teacher = tiny(model_type, head)
+    student = pruned(teacher, position)
+    made = measure(calibration(student, data, per_device_batch_size=4), student, teacher, position)
+    expected = naively(student, teacher, position, data)
+    check(made, expected)
+    assert all(float(s["square"].max()) > 0 for s in expected), "nothing was measured"
+    assert {s.samples for s in made} == {9}
+    assert {s.tokens for s in made} == {sum(map(row_tokens, data))}
+    sublayers = find_sublayers(student)[position:]
+    mean = sum(map(row_tokens, data)) / 9
+    assert [(s.kind, s.unit_width, s.cost) for s in made] == [(s.kind, s.unit_width, s.unit_flops(mean)) for s in sublayers]
+    assert all(s.weight is sublayer.output.weight for s, sublayer in zip(made, sublayers, strict=True))
+
+
+def test_a_student_with_emptied_sublayers_above_is_measured_too() -> None:
+    """When a pruned checkpoint is pruned again."""
+    teacher = pruned(tiny(), 4)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        find_sublayers(student)[0].output.weight.mul_(1.1)
+    made = measure(calibration(student, rows(9), per_device_batch_size=4), student, teacher, 0)
+    assert made[1].energy.shape == (0,)
+    check(made, naively(student, teacher, 0, rows(9)))
+
+
+@pytest.mark.parametrize("head", ["SEQUENCE_CLASSIFICATION", "MULTIPLE_CHOICE"])
+def test_batch_size_row_order_padding_and_slices_do_not_change_what_is_measured(
+    head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = rows(9, choices=3 if head == "MULTIPLE_CHOICE" else 0)
+    teacher = tiny("bert", head)
+    student = pruned(teacher, 1)
+
+    def summed(*args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
+        made = measure(calibration(student, *args, **kwargs), student, teacher, 1)
+        return [{"energy": s.energy, "total": s.gradient_sum, "square": s.gradient_square} for s in made]
+
+    def compare(made: list[dict[str, Tensor]]) -> None:
+        for a, b in zip(made, expected, strict=True):
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6 * float(b[name].abs().max()))
+
+    expected = summed(data, per_device_batch_size=9)
+    for batch in (1, 2, 4, 32):
+        compare(summed(data, per_device_batch_size=batch))
+    compare(summed(data[::-1], per_device_batch_size=4))
+    compare(summed(data, wide(11), per_device_batch_size=4))
+    for layers in (1, 2):  # 3 slices and 2 of a batch of 9
+        monkeypatch.setattr(hf_kprune.calibration, "GRAPH_LAYERS", layers)
+        compare(summed(data, per_device_batch_size=9))
+
+
+def test_only_measured_rows_are_measured() -> None:
+    data, teacher = rows(9), tiny()
+    student = pruned(teacher, 2)
+    made = measure(calibration(student, data, measured=4, per_device_batch_size=3), student, teacher, 2)
+    check(made, naively(student, teacher, 2, data[:4]))
+    assert {s.samples for s in made} == {4}
+
+
+def test_without_a_loss_only_energy_is_measured() -> None:
+    data, teacher = rows(9), tiny()
+    made = calibration(teacher, data)
+    sublayers = find_sublayers(teacher)
+    streams = made.bottom(teacher, sublayers)
+    statistics = made.measure(teacher, sublayers, 0, streams, teacher, sublayers, [None], None)
+    expected = naively(pruned(teacher, 0), teacher, 0, data)
+    for s, wanted in zip(statistics, expected, strict=True):
+        torch.testing.assert_close(s.energy, wanted["energy"], rtol=1e-4, atol=1e-4)
+        assert not s.gradient_sum.any()
+        assert not s.gradient_square.any()
+
+
+def test_bfloat16_measures_about_the_same() -> None:
+    data, teacher = rows(9), tiny()
+    student = pruned(teacher, 2)
+    exact, rounded = (
+        measure(calibration(student, data, measure_dtype=dtype), student, teacher, 2) for dtype in ("float32", "bfloat16")
+    )
+    for a, b in zip(exact, rounded, strict=True):
+        for one, other in ((a.energy, b.energy), (a.gradient_square, b.gradient_square)):
+            assert not torch.equal(one, other)
+            assert torch.cosine_similarity(one, other, dim=0) > 0.99
+
+
+def test_a_loss_of_the_wrong_shape_is_refused() -> None:
+    teacher = tiny()
+    student, made = pruned(teacher, 1), calibration(teacher, rows(5))
+    ours, theirs = find_sublayers(student), find_sublayers(teacher)
+    streams, below = made.bottom(student, ours), made.bottom(teacher, theirs)
+    top = made.top(teacher, theirs, below)
+
+    def mean(s: Any, t: Any, valid: Tensor) -> Tensor:
+        return (s.logits - t.logits).square().mean()
+
+    with pytest.raises(ArgumentError, match=r"gave \(\) for 5 samples, expected one number each"):
+        made.measure(student, ours, 0, streams, teacher, theirs, top, mean)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+@pytest.mark.parametrize("position", [0, 1, 2, 5])
+@pytest.mark.parametrize("options", [{}, {"per_device_batch_size": 2}, {"collator": wide(5)}])
+def test_normal_equations_are_those_of_the_stacked_features(model_type: str, position: int, options: dict[str, Any]) -> None:
+    """A, Y and the reference row by row from whole forward passes, without padding."""
+    data, teacher = rows(9), tiny(model_type)
+    student = pruned(teacher, position)
+    ours, theirs = find_sublayers(student), find_sublayers(teacher)
+    cut(ours[position], torch.arange(ours[position].num_units) % 2 == 0)
+    made = calibration(student, data[::-1], **options)
+    streams, teacher_streams = made.bottom(student, ours), made.bottom(teacher, theirs)
+    for below in range(position):
+        made.advance(student, ours, below, streams)
+        made.normal_equations(student, ours, streams, teacher, theirs, teacher_streams, below)  # carries the teacher's
+    equations = made.normal_equations(student, ours, streams, teacher, theirs, teacher_streams, position)
+
+    def seen(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual input, features and output of the sublayer."""
+        sublayer, found = find_sublayers(model)[position], {}
+        reader = sublayer.layer.get_submodule(sublayer.block.stream)
+        hooks = [
+            reader.register_forward_pre_hook(
+                lambda _, args, kwargs: found.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            ),
+            sublayer.output.register_forward_hook(lambda _, args, output: found.update(a=args[0], y=output)),
+        ]
+        with torch.no_grad():
+            model(**collate([row]))
+        for hook in hooks:
+            hook.remove()
+        return found["x"][0], found["a"][0], found["y"][0]
+
+    features, target, reference = [], [], []
+    for row in data:
+        x_s, a_s, _ = seen(student, row)
+        x_t, _, y_t = seen(teacher, row)
+        features.append(a_s)
+        target.append(x_t + y_t - x_s)
+        reference.append(x_t + y_t)
+    expected = NormalEquations.zeros(ours[position].output.in_features, 16, torch.device("cpu"))
+    expected.add(torch.cat(features), torch.cat(target), torch.cat(reference))
+    assert int(equations.tokens) == sum(map(row_tokens, data))
+    for value, wanted in zip(equations.tensors(), expected.tensors(), strict=True):
+        scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_nan_in_activations_names_the_sublayer() -> None:
+    teacher = tiny()
+    student = copy.deepcopy(teacher).requires_grad_(False)
+    with torch.no_grad():
+        find_sublayers(student)[2].layer.attention.self.value.weight[0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"NaN or Inf in the activations of encoder\.layer\.1\.attention"):
+        measure(calibration(student, rows(5)), student, teacher, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Through the pruner
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prune(dataset: Any, **kwargs: Any) -> tuple[list[list[int]], dict[str, Tensor]]:
+    options = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True, **kwargs.pop("options", {})}
+    pruner = KPrunePruner(tiny(), KPruneArguments(**options), dataset, **kwargs)
+    report = pruner.prune()
+    return [s.kept for s in report.sublayers], pruner.model.state_dict()
+
+
+def check_same(one: Any, other: Any, **tolerance: float) -> None:
+    assert one[0] == other[0]
+    for name, value in one[1].items():
+        torch.testing.assert_close(other[1][name], value, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("collated", [False, True])
+def test_labels_do_not_matter(collated: bool) -> None:
+    """Right, shuffled, absurd and no labels: the identical plan and weights, to the bit."""
+    data = rows(24)
+    labels = torch.randint(2, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    words = tokenizer()
+    seen: list[bool] = []
+
+    def collator(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        made = collate(batch)
+        seen.append("labels" in batch[0])
+        return {**made, "labels": torch.tensor([row["labels"] for row in batch])} if seen[-1] else made
+
+    how: dict[str, Any] = {"data_collator": collator} if collated else {"processing_class": words}
+    expected = prune(data, **how)
+    assert any(len(kept) < 12 for kept in expected[0])
+    for answers in (labels, labels[::-1], [-100 + i for i in range(24)]):
+        check_same(expected, prune([{**row, "labels": y} for row, y in zip(data, answers, strict=True)], **how))
+    assert any(seen) == collated
+
+
+def test_texts_and_datasets_prune_alike() -> None:
+    data, words = rows(24), tokenizer()
+    expected = prune(data, processing_class=words)
+    check_same(expected, prune([text(row) for row in data], processing_class=words))
+    check_same(expected, prune(datasets.Dataset.from_list(data), processing_class=words))
+    check_same(expected, prune(MapStyle(data, torch.tensor), processing_class=words))
+    check_same(expected, prune(data, data_collator=collate))
+
+
+def test_batch_size_does_not_change_plan_or_weights() -> None:
+    data = rows(24)
+    expected = prune(data, data_collator=collate)
+    for batch in (1, 5):
+        made = prune(data, data_collator=collate, options={"per_device_batch_size": batch})
+        check_same(expected, made, rtol=1e-3, atol=1e-4)
+    check_same(expected, prune(data, data_collator=wide(9)), rtol=1e-3, atol=1e-4)
+
+
+def test_rows_of_different_length_need_something_that_pads() -> None:
+    with pytest.raises(ArgumentError, match="differ in length.*pass processing_class"):
+        prune(rows(24))
+    assert prune([row for row in rows(400) if len(row["input_ids"]) == 7])[0]
+
+
+def test_what_a_collator_makes_up_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"made \['texts'\], expected tensors that BertForSequenceClassification takes"):
+        prune(rows(24), data_collator=lambda batch: {**collate(batch), "texts": ["?"] * len(batch)})

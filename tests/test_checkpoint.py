@@ -1,0 +1,843 @@
+"""Saved == loaded: with hf_kprune, without it, after a kill; and what is not as it was saved is refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import MODEL_TYPES, classes, collate, logits, rows, tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hf_kprune import CheckpointError, KPruneArguments, KPrunePruner, PruningReport, modeling_kprune
+from hf_kprune.checkpoint import install, save_atomically
+from hf_kprune.modeling_kprune import HOW_TO_LOAD
+from hf_kprune.sublayers import cut, find_sublayers, write_plan
+
+
+TESTS = Path(__file__).parent
+KEPT = (2, 5, 0, 12, 3, 0)  # units in the sublayers of the three layers: 4 heads and 12 neurons each before
+AUTO = {
+    "": "AutoModel",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "MASKED_LM": "AutoModelForMaskedLM",
+    "MULTIPLE_CHOICE": "AutoModelForMultipleChoice",
+    "NEXT_SENTENCE_PREDICTION": "AutoModelForNextSentencePrediction",
+    "PRETRAINING": "AutoModelForPreTraining",
+    "QUESTION_ANSWERING": "AutoModelForQuestionAnswering",
+    "SEQUENCE_CLASSIFICATION": "AutoModelForSequenceClassification",
+    "TOKEN_CLASSIFICATION": "AutoModelForTokenClassification",
+}
+EVERY_HEAD = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
+ONE_HEAD = [
+    ("bert", "SEQUENCE_CLASSIFICATION"),
+    ("distilbert", "MASKED_LM"),
+    ("electra", "SEQUENCE_CLASSIFICATION"),
+    ("mpnet", "TOKEN_CLASSIFICATION"),
+    ("roberta", "MASKED_LM"),
+    ("camembert", "QUESTION_ANSWERING"),
+    ("xlm-roberta", ""),
+]
+PIPELINES = {
+    "": "feature-extraction",
+    "MASKED_LM": "fill-mask",
+    "SEQUENCE_CLASSIFICATION": "text-classification",
+    "TOKEN_CLASSIFICATION": "token-classification",
+}
+TEXT = "w20 w21 <mask> w7"
+
+
+def prune(model: PreTrainedModel, kept: tuple[int, ...] = KEPT, seed: int = 1) -> PreTrainedModel:
+    """Cut random units, so that `kept` are left."""
+    sublayers = find_sublayers(model)
+    generator = torch.Generator().manual_seed(seed)
+    for sublayer, units in zip(sublayers, kept, strict=True):
+        keep = torch.zeros(sublayer.num_units, dtype=torch.bool)
+        keep[torch.randperm(sublayer.num_units, generator=generator)[:units]] = True
+        cut(sublayer, keep)
+    write_plan(model, sublayers)
+    return model
+
+
+def pruned(model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", **config: Any) -> PreTrainedModel:
+    return prune(tiny(model_type, head, **config))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """60 words; `<pad>` is 1 as in the configs of the models."""
+    vocabulary = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(55))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        cls_token="<s>",
+        sep_token="</s>",
+        model_max_length=30,
+    )
+
+
+def report() -> PruningReport:
+    return PruningReport(model="a model", method="kprune", knowledge="kl", sparsity_asked=0.5)
+
+
+def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert torch.equal(value, other[name]), name
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    """The same numbers, up to the alignment of memory."""
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def assert_same(one: PreTrainedModel, other: PreTrainedModel, head: str = "SEQUENCE_CLASSIFICATION") -> None:
+    assert_same_state(one.state_dict(), other.state_dict())
+    close(logits(one, head), logits(other, head))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With hf_kprune
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
+def test_loads_with_the_stock_class(tmp_path: Path, model_type: str, head: str) -> None:
+    model = pruned(model_type, head)
+    model.save_pretrained(tmp_path)
+    auto = getattr(transformers, AUTO[head]).from_pretrained(tmp_path)
+    direct = type(model).from_pretrained(tmp_path)
+    assert type(auto) is type(direct) is type(model)
+    assert type(model) is classes(model_type)[head]
+    assert_same(auto, model, head)
+    assert_same(direct, model, head)
+
+
+@pytest.mark.parametrize(("model_type", "head"), ONE_HEAD)
+def test_a_loaded_model_does_all_that_a_dense_one_does(tmp_path: Path, model_type: str, head: str) -> None:
+    model = pruned(model_type, head)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    loaded = getattr(transformers, AUTO[head]).from_pretrained(tmp_path)
+
+    assert_same(copy.deepcopy(loaded), model, head)
+    assert_same(pickle.loads(pickle.dumps(loaded)), model, head)  # before transformers hooks any model that records outputs
+    outputs = loaded(**collate(rows(3)), output_hidden_states=True)
+    assert len(outputs.hidden_states) == 4
+    if model_type != "mpnet":  # which has eager attention only
+        loaded.set_attn_implementation("sdpa")
+        close(logits(loaded, head), logits(model, head))
+    loaded.set_attn_implementation("eager")
+    outputs = loaded(**collate(rows(3)), output_attentions=True)
+    heads = [a.shape[1] for a in outputs.attentions if a is not None]
+    assert heads == [2, 3]  # the emptied one has none
+    assert_same(loaded, model, head)
+
+    fresh = getattr(transformers, AUTO[head]).from_config(loaded.config)
+    assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert logits(fresh, head).isfinite().all()
+    if head in PIPELINES:
+        made = pipeline(PIPELINES[head], model=str(tmp_path))
+        assert type(made.model) is type(model)
+        assert_same(made.model, model, head)
+        assert made(TEXT)
+
+
+@pytest.mark.parametrize("head", ["SEQUENCE_CLASSIFICATION", "MASKED_LM"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_new_head_on_a_pruned_model(tmp_path: Path, model_type: str, head: str) -> None:
+    model = pruned(model_type, head)
+    model.save_pretrained(tmp_path)
+    other, info = AutoModelForTokenClassification.from_pretrained(
+        tmp_path, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert_same_state(layers(other).state_dict(), layers(model).state_dict())
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    assert "classifier.weight" in new
+    assert not any("layer" in key for key in new)
+    assert other(**collate(rows(3))).logits.shape[-1] == 7
+
+
+def layers(model: PreTrainedModel) -> nn.ModuleList:
+    return find_sublayers(model)[0].layers
+
+
+def test_another_number_of_labels_needs_the_same_flag_as_for_a_dense_model(tmp_path: Path) -> None:
+    """`ignore_mismatched_sizes` is for heads: they may be new, pruned layers may not."""
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    load = AutoModelForSequenceClassification.from_pretrained
+    with pytest.raises(CheckpointError, match="weight files do not belong together"):
+        load(tmp_path, num_labels=5)
+    other = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert other.config.num_labels == 5
+    assert_same_state(layers(other).state_dict(), layers(model).state_dict())
+
+
+def test_the_config_makes_a_round_trip(tmp_path: Path) -> None:
+    model = pruned("mpnet", "MASKED_LM")
+    model.save_pretrained(tmp_path / "1")
+    config = AutoConfig.from_pretrained(tmp_path / "1")
+    assert config.kprune == model.config.kprune
+    assert not hasattr(config, "transformers_weights")
+    config.save_pretrained(tmp_path / "2")
+    assert json.loads((tmp_path / "1" / "config.json").read_text())["transformers_weights"] == HOW_TO_LOAD
+    assert files(tmp_path / "2") == {k: v for k, v in files(tmp_path / "1").items() if k != "model.safetensors"}
+    assert AutoConfig.from_pretrained(tmp_path / "2").to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path / "2")}
+
+
+def fake_hub_cache(cache: Path, model: PreTrainedModel) -> None:
+    """What a download of the tag v2 of someone/pruned, of which main is broken, leaves behind."""
+    repository = cache / "models--someone--pruned"
+    for branch, commit in (("main", "0" * 40), ("v2", "2" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        model.save_pretrained(repository / "snapshots" / commit)
+    weights = repository / "snapshots" / ("0" * 40) / "model.safetensors"
+    save_file(dict(tiny().state_dict()), weights, metadata={"format": "pt"})
+
+
+def test_names_on_the_hub_revisions_and_subfolders(tmp_path: Path) -> None:
+    model = pruned()
+    fake_hub_cache(tmp_path / "cache", model)
+    model.save_pretrained(tmp_path / "repository" / "inner")
+    for load in (AutoModelForSequenceClassification.from_pretrained, type(model).from_pretrained):
+        assert_same(load("someone/pruned", revision="v2", cache_dir=tmp_path / "cache"), model)
+        assert_same(load(tmp_path / "repository", subfolder="inner"), model)
+        with pytest.raises(CheckpointError, match="someone/pruned: .* do not belong together"):
+            load("someone/pruned", cache_dir=tmp_path / "cache")
+    config = AutoConfig.from_pretrained(tmp_path / "repository" / "inner")
+    assert_same(type(model).from_pretrained(tmp_path / "repository" / "inner", config=config), model)
+    assert_same(type(model).from_pretrained(None, config=config, state_dict=model.state_dict()), model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in the files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model_type", "head"), ONE_HEAD)
+def test_the_file_holds_the_surviving_parameters_only(tmp_path: Path, model_type: str, head: str) -> None:
+    model = pruned(model_type, head)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum(v.numel() for v in saved.values()) == sum(p.numel() for p in model.parameters())
+    inside = {k: v for k, v in saved.items() if ".layer." in k}
+    assert {k.split(".layer.")[1]: v.shape for k, v in inside.items()} == {
+        k: v.shape for k, v in layers(model).state_dict().items()
+    }
+    dense = tiny(model_type, head).state_dict()
+    for sublayer, units in zip(find_sublayers(model), KEPT, strict=True):
+        (name,) = [k for k in dense if k.endswith(f"layer.{sublayer.index}.{sublayer.block.output}.weight")]
+        assert list(saved[name].shape) == [16, units * sublayer.unit_width]
+        assert list(dense[name].shape) == [16, sublayer.plan["of"] * sublayer.unit_width]
+
+
+def test_tokenizer_generation_config_report_and_card_travel_along(tmp_path: Path) -> None:
+    model = pruned("roberta", "CAUSAL_LM")
+    model.generation_config.max_new_tokens = 7
+    pruner = KPrunePruner(model, KPruneArguments(output_dir=str(tmp_path / "out")), processing_class=tokenizer())
+    pruner.report = report()
+    pruner.save_model()
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "kprune_report.json",
+        "kprune_report.md",
+        "model.safetensors",
+        "modeling_kprune.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert os.listdir(tmp_path) == ["out"]
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert loaded.generation_config.max_new_tokens == 7
+    assert_same(loaded, model, "CAUSAL_LM")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT, return_tensors="pt")["input_ids"]
+    assert torch.equal(loaded.generate(ids, do_sample=False), model.generate(ids, do_sample=False))
+    assert PruningReport.from_json((tmp_path / "out" / "kprune_report.json").read_text()) == report()
+    assert HOW_TO_LOAD[1:] in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_other_dtypes_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
+    model = prune(tiny(model_type).to(dtype))
+    KPrunePruner(model).save_model(str(tmp_path / "out"))
+    assert {v.dtype for v in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == dtype
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    wide = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    assert_same_state(wide.state_dict(), {k: v.double() for k, v in model.state_dict().items()})
+
+
+def test_a_half_precision_model_is_pruned_saved_and_loaded_in_its_dtype(tmp_path: Path) -> None:
+    arguments = KPruneArguments(num_tokens=200, sparsity=0.6, disable_tqdm=True, output_dir=str(tmp_path / "out"))
+    model = tiny().to(torch.bfloat16)
+    pruner = KPrunePruner(model, arguments, rows(), data_collator=collate)
+    pruner.prune()
+    pruner.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in tiny().parameters())
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+def test_sharded(tmp_path: Path, model_type: str) -> None:
+    model = pruned(model_type, "MASKED_LM")
+    arguments = KPruneArguments(output_dir=str(tmp_path / "out"), max_shard_size="2KB")
+    KPrunePruner(model, arguments).save_model()
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert_same(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out"), model, "MASKED_LM")
+    shards[0].unlink()
+    with pytest.raises(OSError, match=shards[0].name):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+
+
+class InMemory(TorchDispatchMode):
+    """The shapes of all tensors that come into being in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                self.shapes.add(tuple(value.shape))
+        return result
+
+
+def test_loading_never_holds_the_dense_layers_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # in this thread, where the tensors are seen
+    dense = {(17, 16), (16, 17)}  # no other matrix has 17 rows or columns
+    model = tiny(intermediate_size=17)
+    model.save_pretrained(tmp_path / "dense")
+    prune(model).save_pretrained(tmp_path / "pruned")
+    with InMemory() as seen:
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert seen.shapes & dense
+    with InMemory() as seen:
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    assert {(12, 16), (16, 12)} <= seen.shapes
+    assert not seen.shapes & dense
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Working on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_pruning_a_pruned_checkpoint_again(tmp_path: Path, model_type: str) -> None:
+    once = pruned(model_type)
+    once.save_pretrained(tmp_path / "once")
+    twice = prune(AutoModelForSequenceClassification.from_pretrained(tmp_path / "once"), (1, 5, 0, 3, 2, 0), seed=2)
+    twice.save_pretrained(tmp_path / "twice")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "twice")
+    assert_same(loaded, twice)
+    blocks = loaded.config.kprune["stacks"][0]["blocks"]
+    assert [(b["of"], b["kept"]) for b in blocks] == [(4, [1, 0, 2]), (12, [5, 3, 0])]
+    # as the same cuts made without saving in between
+    assert_same(prune(pruned(model_type), (1, 5, 0, 3, 2, 0), seed=2), twice)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+def test_trainer_trains_saves_and_resumes(tmp_path: Path, model_type: str) -> None:
+    pruned(model_type).save_pretrained(tmp_path / "pruned")
+    data = [{**row, "labels": i % 2} for i, row in enumerate(rows(8))]
+
+    def collate_labels(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**collate(batch), "labels": torch.tensor([row["labels"] for row in batch])}
+
+    def trainer(out: str, steps: int) -> Trainer:
+        transformers.set_seed(0)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / out),
+            per_device_train_batch_size=4,
+            max_steps=steps,
+            save_steps=1,
+            learning_rate=1e-2,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+            dataloader_pin_memory=False,
+            lr_scheduler_type="constant",
+        )
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+        return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate_labels)
+
+    straight = trainer("straight", 2)
+    straight.train()
+    first, second = (tmp_path / "straight" / f"checkpoint-{step}" for step in (1, 2))
+    start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    assert not torch.equal(logits(start), logits(straight.model))
+    assert_same(AutoModelForSequenceClassification.from_pretrained(second), straight.model)
+    assert (second / "modeling_kprune.py").read_bytes() == Path(modeling_kprune.__file__).read_bytes()
+
+    resumed = trainer("resumed", 2)
+    resumed.train(resume_from_checkpoint=str(first))
+    assert resumed.state.global_step == 2
+    for name, value in resumed.model.state_dict().items():
+        torch.testing.assert_close(value, straight.model.state_dict()[name])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+def test_lora_on_a_pruned_model(tmp_path: Path, model_type: str) -> None:
+    peft = pytest.importorskip("peft")
+    pruned(model_type).save_pretrained(tmp_path / "pruned")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    targets = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "mpnet": ["attn.q", "attn.v"]}[model_type]
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets))
+    batch = {**collate(rows(4)), "labels": torch.tensor([0, 1, 0, 1])}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "adapter")
+    trained = logits(model)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    close(logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter")), trained)
+
+    merged = model.merge_and_unload()
+    close(logits(merged), trained)
+    KPrunePruner(merged).save_model(str(tmp_path / "merged"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert_same(loaded, merged)
+    assert not torch.allclose(logits(loaded), logits(pruned(model_type)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans and weights that disagree
+# ---------------------------------------------------------------------------------------------------------------------
+
+Broken = tuple[Callable[[Any], None], str]
+
+
+def block(config: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = config["kprune"]["stacks"][0]["blocks"][number]
+    return found
+
+
+def set_kept(value: Any, number: int = 0, layer: int = 0) -> Callable[[dict[str, Any]], None]:
+    def edit(config: dict[str, Any]) -> None:
+        block(config, number)["kept"][layer] = value
+
+    return edit
+
+
+def huge(config: dict[str, Any]) -> None:
+    block(config, 1)["of"] = 10**12
+    block(config, 1)["kept"] = [10**12] * 3
+
+
+BROKEN_CONFIGS: dict[str, Broken] = {
+    "one head more": (set_kept(3), "changed after it was saved"),
+    "one head less": (set_kept(1), "changed after it was saved"),
+    "a head in an emptied sublayer": (set_kept(1, 0, 1), "changed after it was saved"),
+    "a negative size": (set_kept(-1), "keeps -1 attention units in layer 0, expected a whole number from 0 to 4"),
+    "a fraction": (set_kept(2.0), "keeps 2.0 attention units"),
+    "a boolean": (set_kept(True), "keeps True attention units"),
+    "a string": (set_kept("2"), "keeps '2' attention units"),
+    "nothing": (set_kept(None), "keeps None attention units"),
+    "an absurd size": (set_kept(10**12, 1), "keeps 1000000000000 ffn units in layer 0, expected a whole number from 0 to 12"),
+    "absurd sizes throughout": (huge, "prunes 1000000000000 ffn units of size 1 of .* which is 12 in the model"),
+    "too few layers in the plan": (lambda c: block(c)["kept"].pop(), "lists 2 layers for attention, the model has 3"),
+    "fewer layers in the config": (lambda c: c.update(num_hidden_layers=2), "lists 3 layers for attention, the model has 2"),
+    "more layers in the config": (lambda c: c.update(num_hidden_layers=4), "lists 3 layers for attention, the model has 4"),
+    "other heads in the config": (lambda c: c.update(num_attention_heads=2), "num_attention_heads, which is 2 in the model"),
+    "another width in the config": (lambda c: c.update(intermediate_size=13), "intermediate.dense.out_features, which is 13"),
+    "another width of a head": (lambda c: block(c)["rows"].update({"attention.self.key": 8}), "units of size 8 of"),
+    "a path that is not there": (lambda c: block(c)["rows"].update({"attention.self.nokey": 4}), "cannot be followed.*nokey"),
+    "another stand-in": (lambda c: block(c).update(returns=["y"]), "changed after it was saved"),
+    "a later format": (lambda c: c["kprune"].update(format=2), "format is 2, expected 1; upgrade hf_kprune"),
+    "no format": (lambda c: c["kprune"].pop("format"), "cannot be followed: KeyError: 'format'"),
+    "no stacks": (lambda c: c["kprune"].pop("stacks"), "cannot be followed: KeyError: 'stacks'"),
+    "no stack": (lambda c: c["kprune"].update(stacks=[]), "changed after it was saved"),
+    "no checksum": (lambda c: c["kprune"].pop("sha256"), "cannot be followed: KeyError: 'sha256'"),
+    "no list of kept units": (lambda c: block(c).pop("kept"), "cannot be followed: KeyError: 'kept'"),
+    "no widths": (lambda c: block(c).pop("rows"), "cannot be followed: KeyError: 'rows'"),
+    "not a plan": (lambda c: c.update(kprune="yes"), "cannot be followed: TypeError"),
+    "an empty plan": (lambda c: c.update(kprune={}), "cannot be followed: KeyError"),
+    "other layers": (
+        lambda c: c["kprune"]["stacks"][0].update(layers="encoder.layers"),
+        "BertModel lacks encoder.layers, which|BertForSequenceClassification lacks encoder.layers, which",
+    ),
+    "no plan": (lambda c: c.pop("kprune"), re.escape(HOW_TO_LOAD)),
+}
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_weights(edit: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
+    def write(file: Path) -> None:
+        tensors = load_file(file)
+        edit(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return write
+
+
+KEY = "bert.encoder.layer.0.attention.self.query.weight"
+EMPTIED = "bert.encoder.layer.2.output.dense.weight"
+MISFIT = "do not belong together"
+BROKEN_WEIGHTS: dict[str, Broken] = {
+    "a truncated file": (truncate, "(?i)SafetensorError.*incomplete"),
+    "an empty file": (lambda file: file.write_bytes(b""), "(?i)SafetensorError.*header"),
+    "a tensor removed": (edit_weights(lambda t: t.pop(KEY)), f"{MISFIT}.* 1 tensors are missing"),
+    "a tensor of another size": (edit_weights(lambda t: t.update({KEY: t[KEY][:4].clone()})), MISFIT),
+    "an emptied tensor removed": (edit_weights(lambda t: t.pop(EMPTIED)), f"{MISFIT}.* 1 tensors are missing"),
+    "an emptied tensor filled": (edit_weights(lambda t: t.update({EMPTIED: torch.ones(16, 12)})), MISFIT),
+    "the dense weights": (edit_weights(lambda t: t.update(tiny().state_dict())), MISFIT),
+    "weights of another plan": (edit_weights(lambda t: t.update(prune(tiny(), (2, 5, 1, 12, 2, 0)).state_dict())), MISFIT),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "pruned"
+    pruned().save_pretrained(folder)
+    return folder
+
+
+def broken_copy(checkpoint: Path, name: str, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for file, content in files(checkpoint).items():
+        (folder / file).write_bytes(content)
+    if name in BROKEN_WEIGHTS:
+        BROKEN_WEIGHTS[name][0](folder / "model.safetensors")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        BROKEN_CONFIGS[name][0](config)
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
+@pytest.mark.parametrize("name", [*BROKEN_CONFIGS, *BROKEN_WEIGHTS])
+def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path: Path, checkpoint: Path, name: str, ignore: bool) -> None:
+    folder = broken_copy(checkpoint, name, tmp_path / "broken")
+    for load in (AutoModelForSequenceClassification.from_pretrained, transformers.BertModel.from_pretrained):
+        with pytest.raises(Exception) as caught:  # noqa: B017, PT011  # its type and text are looked at below
+            load(folder, ignore_mismatched_sizes=ignore)
+        assert type(caught.value) is CheckpointError or name in ("no plan", "a truncated file", "an empty file")
+        message = f"{type(caught.value).__name__}: {caught.value}"
+        assert re.search((BROKEN_CONFIGS | BROKEN_WEIGHTS)[name][1], message), message
+
+
+def test_absurd_sizes_are_refused_without_the_meta_device_too() -> None:
+    config = copy.deepcopy(pruned().config)
+    huge({"kprune": config.kprune})
+    with pytest.raises(CheckpointError, match="1000000000000"):
+        AutoModelForSequenceClassification.from_config(config)
+
+
+def test_heads_that_are_selected_by_number_cannot_be_exchanged(tmp_path: Path) -> None:
+    """The shared position bias of MPNet is cut to the kept heads, which no size tells."""
+    pruned("mpnet").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (heads, *_) = block(config)["select"]["position_bias"]
+    heads[:] = sorted({0, 1, 2, 3} - set(heads))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="changed after it was saved"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without hf_kprune
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Any]:
+    """What a process without hf_kprune makes of pruned checkpoints (one process for all, as its imports take seconds)."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    tasks: dict[str, Any] = {"load": [], "broken": {}, "cache": str(folder / "cache")}
+    for model_type, head in ONE_HEAD:
+        model = pruned(model_type, head)
+        directory = folder / f"{model_type} pruned"
+        model.save_pretrained(directory)
+        tokenizer().save_pretrained(directory)
+        tasks["load"].append(
+            {
+                "name": model_type,
+                "directory": str(directory),
+                "auto": AUTO[head],
+                "class": type(model).__name__,
+                "batch": collate(rows(5)),
+                "implementations": ["eager"] if model_type == "mpnet" else ["sdpa", "eager"],
+                "pipeline": PIPELINES.get(head),
+                "text": TEXT,
+            }
+        )
+    for name in [*BROKEN_CONFIGS, *BROKEN_WEIGHTS]:
+        tasks["broken"][name] = str(broken_copy(checkpoint, name, folder / "broken" / name))
+    fake_hub_cache(folder / "cache", pruned())
+    torch.save(tasks, folder / "tasks.pt")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "without_hf_kprune.py"), str(folder)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
+    assert results["import"].startswith("ModuleNotFoundError")
+    return {**results, "folder": folder}
+
+
+@pytest.mark.parametrize(("model_type", "head"), ONE_HEAD)
+def test_without_hf_kprune_the_checkpoint_brings_its_code(elsewhere: dict[str, Any], model_type: str, head: str) -> None:
+    found, model = elsewhere[model_type], pruned(model_type, head)
+    assert_same_state(found["state"], model.state_dict())
+    assert (found["class"], found["is stock"]) == (type(model).__name__, True)
+    with torch.no_grad():
+        expected = model(**collate(rows(5)))[0]
+    outputs = found["outputs"]
+    for name in outputs.keys() - {"a base model", "a new head", "a new model"}:
+        close(outputs[name], expected)
+    close(outputs["a base model"], model.base_model(**collate(rows(5)))[0])
+    assert outputs["a new head"].isfinite().all()
+    assert outputs["a new model"].isfinite().all()
+    assert outputs["a new model"].shape == expected.shape
+    assert found["hidden states"] == 4
+    assert found["heads"] == [2, 3]
+    if head in PIPELINES:
+        here = pipeline(PIPELINES[head], model=str(elsewhere["folder"] / f"{model_type} pruned"))(TEXT)
+        assert_close_json(found["pipeline"], here)
+    # what was saved there loads here
+    loaded = getattr(transformers, AUTO[head]).from_pretrained(found["saved"])
+    assert type(loaded) is type(model)
+    assert_same(loaded, model, head)
+
+
+def assert_close_json(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_close_json(a, b)
+    else:
+        assert one == (pytest.approx(other, abs=1e-5) if isinstance(other, float) else other)
+
+
+@pytest.mark.parametrize("model_type", [model_type for model_type, _ in ONE_HEAD])
+def test_without_hf_kprune_and_trust_the_error_says_how_to_load(elsewhere: dict[str, Any], model_type: str) -> None:
+    refused = elsewhere[model_type]["refused"]
+    assert len(refused) == 5  # two classes, each with ignore_mismatched_sizes too, and the checkpoint saved there
+    for message in refused:
+        assert HOW_TO_LOAD in message
+
+
+@pytest.mark.parametrize("name", [*BROKEN_CONFIGS, *BROKEN_WEIGHTS])
+def test_without_hf_kprune_a_contradiction_is_refused(elsewhere: dict[str, Any], name: str) -> None:
+    for message in elsewhere[name]:
+        assert message.startswith("CheckpointError") or name in ("no plan", "a truncated file", "an empty file")
+        assert re.search((BROKEN_CONFIGS | BROKEN_WEIGHTS)[name][1], message), message
+
+
+def test_without_hf_kprune_a_name_on_the_hub_loads_and_is_saved_whole(elsewhere: dict[str, Any]) -> None:
+    assert_same_state(elsewhere["hub"], pruned().state_dict())
+    assert HOW_TO_LOAD in elsewhere["hub refused"]
+    saved = elsewhere["folder"] / "from the hub"
+    assert (saved / "modeling_kprune.py").exists()
+    assert "--" not in json.loads((saved / "config.json").read_text())["auto_map"]["AutoModel"]
+    assert_same(AutoModelForSequenceClassification.from_pretrained(saved), pruned())
+
+
+def test_without_hf_kprune_a_push_holds_all_that_loading_needs(elsewhere: dict[str, Any]) -> None:
+    pushed = elsewhere["pushed"]
+    assert pushed.keys() == {"README.md", "config.json", "model.safetensors", "modeling_kprune.py"}
+    assert json.loads(pushed["config.json"])["transformers_weights"] == HOW_TO_LOAD
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_hf_kprune_and_trust_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    model = pruned(model_type)
+    model.save_pretrained(tmp_path / "1")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1", trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules")
+    assert_same(loaded, model)
+    KPrunePruner(loaded).save_model(str(tmp_path / "2"))
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "2"), model)
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "2", trust_remote_code=True), model)
+    again = prune(loaded, (1, 5, 0, 3, 2, 0))
+    again.save_pretrained(tmp_path / "3")
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "3"), again)
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_file_that_travels_is_short_and_needs_torch_and_transformers_only() -> None:
+    text = Path(modeling_kprune.__file__).read_text()
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
+    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert len(text.splitlines()) < 280
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_dense_models_are_left_alone(tmp_path: Path, model_type: str) -> None:
+    model = tiny(model_type)
+    install()
+    model.save_pretrained(tmp_path / "dense")
+    assert sorted(os.listdir(tmp_path / "dense")) == ["config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not {"kprune", "auto_map", "transformers_weights"} & config.keys()
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense"), model)
+    head, info = AutoModelForTokenClassification.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert isinstance(head, classes(model_type)["TOKEN_CLASSIFICATION"])
+    assert "classifier.weight" in {*info["missing_keys"], *info["unexpected_keys"]} or info["missing_keys"] == set()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes") as caught:
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense", vocab_size=61)
+    assert not isinstance(caught.value, CheckpointError)
+    with pytest.raises(OSError, match="nowhere"):
+        AutoModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_plan_that_keeps_everything_is_no_plan(tmp_path: Path) -> None:
+    model = prune(tiny(), (4, 12, 4, 12, 4, 12))
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_installing_twice_is_harmless() -> None:
+    names = [(PreTrainedModel, "post_init"), (PreTrainedModel, "from_pretrained")]
+    names += [(PreTrainedConfig, "from_dict"), (PreTrainedConfig, "to_json_file")]
+    before = [vars(owner)[name] for owner, name in names]
+    install()
+    assert [vars(owner)[name] for owner, name in names] == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Atomic saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_or_an_error_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path: Path) -> None:
+    """In a process of its own, which forks one child per file operation of `save_model`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(TESTS / "kill_while_saving.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    counted = json.loads(done.stdout.splitlines()[-1])
+    for outcomes in counted.values():
+        assert outcomes["before"] > 10
+        assert outcomes["after"] >= 1
+    assert counted.keys() == {"kill, absent", "kill, present", "error, present"}
+    assert counted["kill, present"]["absent"] <= 1  # the old one is moved away, then the new one there
+
+
+@pytest.mark.parametrize("stage", ["save_pretrained", "add", "verify"])
+def test_an_exception_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, out = pruned(), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("old")
+    if stage == "save_pretrained":
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    elif stage == "verify":
+        monkeypatch.setattr("hf_kprune.checkpoint.verify", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically(model, str(out), "50GB", fail if stage == "add" else lambda _: None)
+    assert files(tmp_path) == {"out/mine": b"old"}
+
+
+@pytest.mark.parametrize("damage", ["a value", "a name", "a dtype", "the plan"])
+def test_what_was_written_wrongly_is_caught_before_it_counts(tmp_path: Path, damage: str) -> None:
+    model = pruned()
+
+    def spoil(folder: str) -> None:
+        file = Path(folder) / "model.safetensors"
+        tensors = load_file(file)
+        if damage == "a value":
+            tensors[KEY][0, 0] += 1e-3
+        elif damage == "a name":
+            tensors["bert.encoder.layer.0.attention.self.quarry.weight"] = tensors.pop(KEY)
+        elif damage == "a dtype":
+            tensors = {k: v.half() for k, v in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        if damage == "the plan":
+            config = json.loads((Path(folder) / "config.json").read_text())
+            set_kept(3)(config)
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(CheckpointError):
+        save_atomically(model, str(tmp_path / "out"), "50GB", spoil)
+    assert os.listdir(tmp_path) == []
+    save_atomically(model, str(tmp_path / "out"), "50GB", lambda _: None)
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), model)
+
+
+def test_folders_in_a_checkpoint_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def add(folder: str) -> None:
+        Path(folder, "templates").mkdir()
+        Path(folder, "templates", "chat.txt").write_text("hello")
+
+    save_atomically(pruned(), "a/b/out", "50GB", add)
+    assert (tmp_path / "a" / "b" / "out" / "templates" / "chat.txt").read_text() == "hello"
+    with safe_open(tmp_path / "a" / "b" / "out" / "model.safetensors", "pt") as file:
+        assert KEY in file.keys()  # noqa: SIM118

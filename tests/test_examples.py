@@ -1,0 +1,81 @@
+"""What the README, the demo and the notebook show is what happens, on the bundled model, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT.pop("HF_TOKEN", None)
+
+
+def test_readme_snippet_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    snippet, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL).groups()  # type: ignore[union-attr]
+    assert readme[: readme.index(printed)].count("\n") < 40
+    assert len(snippet.strip().replace("\n\n", "\n").splitlines()) <= 13  # twelve lines and the imports' own
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == printed.strip()
+
+
+def test_bundled_files_are_small_and_calibration_does_not_overlap_evaluation() -> None:
+    shipped = [p for folder in ("sst2-tiny", "data") for p in (EXAMPLES / folder).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in shipped) <= 12_000_000
+    calibration = pd.read_parquet(EXAMPLES / "data/sst2_calibration.parquet")
+    validation = pd.read_parquet(EXAMPLES / "data/sst2_validation.parquet")
+    assert list(calibration.columns) == ["sentence"]
+    assert (len(calibration), len(validation)) == (2000, 872)
+    overlap = set(calibration["sentence"].str.strip()) & set(validation["sentence"].str.strip())
+    assert not overlap
+
+
+@pytest.mark.slow
+def test_demo_prunes_the_bundled_model_and_keeps_its_accuracy(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "prune_sst2.py"), "--output_dir", str(tmp_path / "pruned")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, pruned = re.search(r"accuracy.*?([\d.]+)%\s+([\d.]+)%", done.stdout).groups()  # type: ignore[union-attr]
+    assert float(dense) >= 84
+    assert float(pruned) >= float(dense) - 6
+    report = json.loads((tmp_path / "pruned" / "kprune_report.json").read_text())
+    assert report["after"]["flops"] <= 0.5 * report["before"]["flops"]
+
+
+@pytest.mark.slow
+def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("sst2-tiny", "data"):
+        (tmp_path / name).symlink_to(EXAMPLES / name)
+    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    ran = NotebookClient(nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4), timeout=600).execute(
+        resources={"metadata": {"path": str(tmp_path)}}
+    )
+
+    def printed(notebook: nbformat.NotebookNode) -> list[str]:
+        """Printed lines without those that hold times."""
+        texts = [o["text"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout"]
+        return [line for line in "".join(texts).splitlines() if not line.endswith(" s")]
+
+    def without_figures(lines: list[str]) -> list[str]:
+        return [re.sub(r"[\d.,]+", "#", line) for line in lines]
+
+    assert printed(stored)
+    assert without_figures(printed(ran)) == without_figures(printed(stored))

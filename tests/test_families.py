@@ -1,0 +1,426 @@
+"""Families: cutting == masking on every model type and head, and the description carries to other architectures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import MODEL_TYPES, classes, collate, logits, rows, tiny
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
+from hf_kprune.families import FAMILIES
+from hf_kprune.hooks import masked, resumed, run_sublayer, run_to_bottom, run_to_top
+from hf_kprune.sublayers import Sublayer, cut, find_sublayers, head_geometry, row_indices, write_plan
+
+
+CLASSES = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
+
+
+def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
+    """Keep-masks by name: ragged ones, each sublayer emptied with the rest halved, all emptied."""
+    every = [torch.arange(s.num_units) for s in sublayers]
+    made = {
+        "even units": [units % 2 == 0 for units in every],
+        "odd units": [units % 2 == 1 for units in every],
+        "ragged": [units >= i % 4 for i, units in enumerate(every)],
+        "nothing": [units < 0 for units in every],
+    }
+    for i, sublayer in enumerate(sublayers):
+        made[f"without {sublayer.name}"] = [units < 0 if k == i else units % 2 == k % 2 for k, units in enumerate(every)]
+    return made
+
+
+def cut_all(model: PreTrainedModel, masks: list[Tensor]) -> PreTrainedModel:
+    """A cut copy."""
+    student = copy.deepcopy(model)
+    sublayers = find_sublayers(student)
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        cut(sublayer, mask)
+    write_plan(student, sublayers)
+    return student
+
+
+def by_column(sublayers: list[Sublayer], masks: list[Tensor]) -> list[Tensor]:
+    return [mask.repeat_interleave(s.unit_width).float() for s, mask in zip(sublayers, masks, strict=True)]
+
+
+def masked_logits(model: PreTrainedModel, masks: list[Tensor], head: str) -> Tensor:
+    sublayers = find_sublayers(model)
+    with masked(sublayers, by_column(sublayers, masks)):
+        return logits(model, head)
+
+
+def check_cut_equals_masked(model: PreTrainedModel, head: str) -> None:
+    dense = logits(model, head)
+    for name, masks in plans(find_sublayers(model)).items():
+        student = cut_all(model, masks)
+        made = logits(student, head)
+        expected = masked_logits(model, masks, head)
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        assert (made - dense).abs().max() > 1e-3, f"{name}: cutting did nothing"
+        assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
+
+
+@pytest.mark.parametrize(("model_type", "head"), CLASSES)
+def test_cut_equals_masked_for_every_head(model_type: str, head: str) -> None:
+    layers = "n_layers" if model_type == "distilbert" else "num_hidden_layers"
+    check_cut_equals_masked(tiny(model_type, head, **{layers: 2}), head)
+
+
+@pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if m != "mpnet"])  # which has eager attention only
+def test_cut_equals_masked_in_sdpa_and_in_eager(model_type: str) -> None:
+    model = tiny(model_type, "SEQUENCE_CLASSIFICATION")
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert model.config._attn_implementation == attention
+        check_cut_equals_masked(model, "SEQUENCE_CLASSIFICATION")
+
+
+@pytest.mark.parametrize(("model_type", "head"), CLASSES)
+def test_keeping_all_changes_nothing(model_type: str, head: str) -> None:
+    model = tiny(model_type, head)
+    config, state = model.config.to_dict(), model.state_dict()
+    student = cut_all(model, [torch.ones(s.num_units).bool() for s in find_sublayers(model)])
+    assert not hasattr(student.config, "kprune")
+    assert student.config.to_dict() == config
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+    assert torch.equal(logits(student, head), logits(model, head))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_cutting_twice_equals_cutting_once(model_type: str) -> None:
+    model = tiny(model_type)
+    units = [s.num_units for s in find_sublayers(model)]
+    first = [torch.arange(n) % 4 != i % 4 for i, n in enumerate(units)]
+    for empty in (None, 0, 1):
+        second = [torch.arange(int(m.sum())) % 2 == 1 for m in first]
+        if empty is not None:
+            second[empty][:] = False
+        both = [m.clone().masked_scatter(m, s) for m, s in zip(first, second, strict=True)]
+        halfway = cut_all(model, first)
+        before = copy.deepcopy(halfway.config.kprune)
+        twice, once = cut_all(halfway, second), cut_all(model, both)
+        assert halfway.config.kprune == before, "cutting a copy changed the plan of the model it was copied from"
+        assert twice.config.kprune == once.config.kprune
+        torch.testing.assert_close(logits(twice), logits(once), rtol=0, atol=0)
+        torch.testing.assert_close(logits(twice), masked_logits(model, both, ""), rtol=1e-5, atol=1e-5)
+        assert [(s.name, s.num_units, s.plan["of"]) for s in find_sublayers(twice)] == [
+            (s.name, int(m.sum()), n) for s, m, n in zip(find_sublayers(model), both, units, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_gradients_and_dtype_of_the_cut_weights_are_kept(model_type: str) -> None:
+    model = tiny(model_type).half()
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(False)
+    student = cut_all(model, plans(find_sublayers(model))["odd units"])
+    assert {p.dtype for p in student.parameters()} == {torch.float16}
+    assert {n: p.requires_grad for n, p in student.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_plan_is_data_that_survives_json(model_type: str) -> None:
+    model = tiny(model_type)
+    student = cut_all(model, plans(find_sublayers(model))["without " + find_sublayers(model)[2].name])
+    again = type(model)(AutoConfig.for_model(**student.config.to_dict())).eval()
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in student.named_parameters()}
+    again.load_state_dict(student.state_dict())
+    assert torch.equal(logits(again), logits(student))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("tokens", [1, 31.47, 128])
+def test_flops_of_a_unit_are_the_papers(model_type: str, tokens: float) -> None:
+    """METHOD 1.6: F_head = 8 s d d_h + 4 s^2 d_h and F_neuron = 4 s d, before and after a cut."""
+    model = tiny(model_type)
+    d, d_h = 16, 4
+    student = cut_all(model, plans(find_sublayers(model))["odd units"])
+    for sublayer in find_sublayers(model) + find_sublayers(student):
+        expected = 8 * tokens * d * d_h + 4 * tokens**2 * d_h if sublayer.kind == "attention" else 4 * tokens * d
+        assert sublayer.unit_flops(tokens) == pytest.approx(expected, rel=1e-12)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """The products of all units of a layer on one sequence, counted by torch.utils.flop_counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny("bert", "", attn_implementation="eager")
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.encoder(torch.randn(1, 11, 16))
+    assert counter.get_total_flops() == sum(s.num_units * s.unit_flops(11) for s in find_sublayers(model))
+
+
+HEADS, HEAD_DIM, GROUP = 3, 2, 2
+"""A layout by hand: 3 units, each a key-value head of 2 rows and its 2 query heads."""
+
+
+def hand_built(layout: str) -> list[list[int]]:
+    """Label every row of a projection with its unit, as the layout says, and read off the rows of each unit."""
+    q, kv = [u for u in range(HEADS) for _ in range(GROUP * HEAD_DIM)], [u for u in range(HEADS) for _ in range(HEAD_DIM)]
+    neurons = list(range(HEADS))
+    owners = {
+        "q": q,
+        "kv": kv,
+        "qkv": q + kv + kv,
+        "qkv:perhead": [u for u in range(HEADS) for _ in range((GROUP + 2) * HEAD_DIM)],
+        "f": neurons,
+        "2f": neurons + neurons,
+    }[layout]
+    return [[row for row, owner in enumerate(owners) if owner == unit] for unit in range(HEADS)]
+
+
+@pytest.mark.parametrize("layout", ["q", "kv", "qkv", "qkv:perhead", "f", "2f"])
+def test_rows_of_a_unit(layout: str) -> None:
+    head_dim, group = (1, 1) if "f" in layout else (HEAD_DIM, GROUP)
+    assert row_indices(layout, HEADS, head_dim, group).tolist() == hand_built(layout)
+    assert row_indices(layout, 0, head_dim, group).shape == (0, len(hand_built(layout)[0]))
+
+
+def test_an_unknown_layout_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        row_indices("kqv", 2, 4, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_architecture_is_refused_and_told_the_way_out() -> None:
+    config = AutoConfig.for_model("xlnet", d_model=8, n_head=2, n_layer=1, d_inner=8, vocab_size=60)
+    model = transformers.XLNetModel(config)
+    with pytest.raises(UnsupportedArchitectureError, match=r"(?s)'xlnet' \(XLNetModel\); known: bert, .*register_family"):
+        find_sublayers(model)
+    with pytest.raises(UnsupportedArchitectureError, match=r"docs/add_a_family\.md"):
+        KPrunePruner(model)
+
+
+def test_projections_that_the_family_does_not_describe_are_refused() -> None:
+    model = tiny("bert", "CAUSAL_LM", add_cross_attention=True)
+    with pytest.raises(UnsupportedArchitectureError, match=r"(?s)crossattention\.self\.query.*describes.*register_family"):
+        find_sublayers(model)
+
+
+@pytest.fixture
+def families() -> Iterator[None]:
+    """Let a test describe families, and forget them afterwards."""
+    before = dict(FAMILIES)
+    yield
+    FAMILIES.clear()
+    FAMILIES.update(before)
+
+
+@pytest.mark.usefixtures("families")
+def test_layers_that_are_not_where_the_family_says_are_refused() -> None:
+    register_family("bert", Stack("encoder.layers", FAMILIES["bert"][0].blocks))
+    with pytest.raises(UnsupportedArchitectureError, match=r"no list of layers at 'encoder\.layers'.*register_family"):
+        find_sublayers(tiny())
+
+
+@pytest.mark.usefixtures("families")
+def test_a_registered_family_replaces_the_one_that_was_there() -> None:
+    """Only the FFNs described: then the attention's projections are not, which is refused too."""
+    (stack,) = FAMILIES["bert"]
+    register_family("bert", Stack(stack.layers, stack.blocks[1:]))
+    with pytest.raises(UnsupportedArchitectureError, match=r"attention\.self\.query"):
+        find_sublayers(tiny())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The description on architectures that hf_kprune does not bring: grouped queries, gated FFNs, fused projections, pre-norm
+# ---------------------------------------------------------------------------------------------------------------------
+
+DECODER = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "use_cache": False,
+}
+OTHERS: dict[str, tuple[str, dict[str, Any], Stack]] = {
+    "llama": (
+        "LlamaForCausalLM",
+        {**DECODER, "num_key_value_heads": 2, "intermediate_size": 12, "attention_bias": True},
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"self_attn.q_proj": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+                    output="self_attn.o_proj",
+                    core="self_attn",
+                    stream="input_layernorm",
+                ),
+                Block(
+                    "ffn",
+                    inputs={"mlp.gate_proj": "f", "mlp.up_proj": "f"},
+                    output="mlp.down_proj",
+                    stream="post_attention_layernorm",
+                ),
+            ),
+        ),
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        {**DECODER, "intermediate_size": 12, "use_parallel_residual": False},
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"attention.query_key_value": "qkv:perhead"},
+                    output="attention.dense",
+                    core="attention",
+                    stream="input_layernorm",
+                ),
+                Block(
+                    "ffn",
+                    inputs={"mlp.dense_h_to_4h": "f"},
+                    output="mlp.dense_4h_to_h",
+                    stream="post_attention_layernorm",
+                ),
+            ),
+        ),
+    ),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        {
+            **{k: v for k, v in DECODER.items() if k != "use_cache"},
+            "intermediate_size": 12,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+        },
+        Stack(
+            "layers",
+            (
+                Block("attention", inputs={"attn.Wqkv": "qkv"}, output="attn.Wo", core="attn", stream="attn_norm"),
+                Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
+            ),
+        ),
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {**DECODER, "ffn_dim": 12, "word_embed_proj_dim": 16},
+        Stack(
+            "decoder.layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"self_attn.q_proj": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+                    output="self_attn.out_proj",
+                    core="self_attn",
+                    stream="self_attn_layer_norm",
+                    sizes={"self_attn.num_heads": "heads", "self_attn.embed_dim": "width"},
+                ),
+                Block("ffn", inputs={"fc1": "f"}, output="fc2", stream="final_layer_norm"),
+            ),
+        ),
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {**DECODER, "num_key_value_heads": 2, "intermediate_size": 12},
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"self_attn.qkv_proj": "qkv"},
+                    output="self_attn.o_proj",
+                    core="self_attn",
+                    stream="input_layernorm",
+                    sizes={"self_attn.num_key_value_heads": "kv_heads"},
+                ),
+                Block(
+                    "ffn",
+                    inputs={"mlp.gate_up_proj": "2f"},
+                    output="mlp.down_proj",
+                    stream="post_attention_layernorm",
+                ),
+            ),
+        ),
+    ),
+}
+
+
+def other(model_type: str) -> PreTrainedModel:
+    """A tiny random model of an architecture that is described here, and its description registered."""
+    name, settings, stack = OTHERS[model_type]
+    register_family(model_type, stack)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(AutoConfig.for_model(model_type, **settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.usefixtures("families")
+@pytest.mark.parametrize("model_type", [m for m in OTHERS if m != "phi3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cut_equals_masked_on_architectures_described_here(model_type: str, attention: str) -> None:
+    model = other(model_type)
+    model.set_attn_implementation(attention)
+    check_cut_equals_masked(model, "")
+
+
+@pytest.mark.usefixtures("families")
+def test_phi3_can_lose_neurons_and_whole_attentions() -> None:
+    """Its attention reads the number of heads from the config of the whole model, which no attribute path reaches."""
+    model = other("phi3")
+    sublayers = find_sublayers(model)
+    for empty in (None, 0, 2, 4):
+        masks = [torch.full((s.num_units,), i != empty) for i, s in enumerate(sublayers)]
+        for i in (1, 3, 5):
+            masks[i] = torch.arange(sublayers[i].num_units) % 3 == i // 2
+        student = cut_all(model, masks)
+        torch.testing.assert_close(logits(student), masked_logits(model, masks, ""), rtol=1e-5, atol=1e-5)
+        assert (logits(student) - logits(model)).abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("families")
+def test_grouped_queries_leave_by_groups_and_cost_what_they_have() -> None:
+    model = other("llama")
+    assert head_geometry(model.config) == (4, 2)
+    attention, ffn = find_sublayers(model)[:2]
+    assert (attention.num_units, attention.unit_width) == (2, 8)
+    s, d, d_h = 11, 16, 4
+    # two query heads, one key and one value head, and two heads' columns of the output
+    assert attention.unit_flops(s) == 2 * s * d * (2 + 1 + 1 + 2) * d_h + 4 * s**2 * 2 * d_h
+    assert ffn.unit_flops(s) == 2 * s * d * 3  # gate, up, down
+    cut(attention, torch.tensor([False, True]))
+    module = attention.layer.self_attn
+    assert (module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features) == (8, 4, 4)
+
+
+@pytest.mark.usefixtures("families")
+@pytest.mark.parametrize("model_type", [m for m in OTHERS if m != "opt"])
+def test_streams_are_carried_on_architectures_described_here(model_type: str) -> None:
+    model = other(model_type)
+    sublayers, inputs = find_sublayers(model), collate(rows(4))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        stream = run_to_bottom(model, inputs, sublayers)
+        top = run_to_top(model, inputs, sublayers, stream)
+        for position in range(len(sublayers)):
+            with resumed(sublayers, position, stream):
+                torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+            tap = run_sublayer(model, inputs, sublayers, position, stream)
+            torch.testing.assert_close(tap.stream + tap.output, tap.above)  # pre-norm: nothing joins but the sublayer
+            stream = tap.above
+    torch.testing.assert_close(stream, top)

@@ -1,0 +1,186 @@
+"""Predictive knowledge by head: which loss a model gets, and that neither padding nor batches change it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import MODEL_TYPES, classes, collate, rows, tiny
+from torch import Tensor
+from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
+
+from hf_kprune import UnsupportedModelError
+from hf_kprune.heads import KnowledgeLoss, embedding_loss, knowledge_loss
+from hf_kprune.knowledge import bernoulli_kl_divergence, kl_divergence, squared_error
+
+
+NAMES = {
+    "": "embedding (mean)",
+    "CAUSAL_LM": "causal language model",
+    "MASKED_LM": "masked language model",
+    "MULTIPLE_CHOICE": "multiple choice",
+    "NEXT_SENTENCE_PREDICTION": "next sentence prediction",
+    "PRETRAINING": "pretraining heads",
+    "QUESTION_ANSWERING": "extractive question answering",
+    "SEQUENCE_CLASSIFICATION": "classification",
+    "TOKEN_CLASSIFICATION": "token classification",
+}
+EVERY_HEAD = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
+PROBLEMS = [
+    ("classification", {"num_labels": 3}),
+    ("classification", {"num_labels": 2, "problem_type": "single_label_classification"}),
+    ("regression", {"num_labels": 1}),
+    ("regression", {"num_labels": 3, "problem_type": "regression"}),
+    ("multi-label classification", {"num_labels": 3, "problem_type": "multi_label_classification"}),
+]
+
+
+def batch(head: str, count: int = 5, padding: int = 0) -> dict[str, Tensor]:
+    inputs = collate(rows(count, choices=3 if head == "MULTIPLE_CHOICE" else 0))
+    pad = torch.nn.functional.pad
+    return {
+        "input_ids": pad(inputs["input_ids"], (0, padding), value=1),
+        "attention_mask": pad(inputs["attention_mask"], (0, padding)),
+    }
+
+
+def losses(loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    valid = inputs["attention_mask"].flatten(0, -2).bool()
+    return loss(student(**inputs), teacher(**inputs), valid)
+
+
+def students(model_type: str, head: str, **config: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models of different weights, in float64 so that differences are those of the loss."""
+    return tiny(model_type, head, seed=1, **config).double(), tiny(model_type, head, **config).double()
+
+
+def gradient_norm(loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    weights = [p for name, p in student.named_parameters() if "layer.0." in name]
+    student.requires_grad_(True)
+    gradients = torch.autograd.grad(losses(loss, student, teacher, inputs).sum(), weights, allow_unused=True)
+    return sum(float(g.norm()) for g in gradients if g is not None)
+
+
+@pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
+def test_every_head_of_every_family_has_its_loss(model_type: str, head: str) -> None:
+    student, teacher = students(model_type, head)
+    name, loss = knowledge_loss(student, 2.0, "mean")
+    if head == "PRETRAINING" and classes(model_type)[head] is classes(model_type).get("MASKED_LM"):
+        head = "MASKED_LM"  # families pretrained by masked words alone have one class for both
+    assert name == NAMES[head]
+    inputs = batch(head)
+    values = losses(loss, student, teacher, inputs).detach()
+
+    assert values.shape == (5,)
+    assert float(values.min()) > 0
+    padded = losses(loss, student, teacher, batch(head, padding=7)).detach()
+    torch.testing.assert_close(padded, values, rtol=1e-9, atol=1e-12)
+    singly = [losses(loss, student, teacher, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(5)]
+    torch.testing.assert_close(torch.cat(singly).detach(), values, rtol=1e-9, atol=1e-12)
+
+    same = losses(loss, teacher, teacher, inputs).detach()
+    assert float(same.abs().max()) < 1e-12
+    assert gradient_norm(loss, teacher, teacher, inputs) < 1e-6 < 1e-4 < gradient_norm(loss, student, teacher, inputs)
+
+
+@pytest.mark.parametrize(("expected", "config"), PROBLEMS)
+def test_a_sequence_head_is_told_by_problem_type_and_labels(expected: str, config: dict[str, Any]) -> None:
+    student, teacher = students("bert", "SEQUENCE_CLASSIFICATION", **config)
+    name, loss = knowledge_loss(student, 2.0, "mean")
+    assert name == expected
+    inputs = batch("")
+    s, t = student(**inputs).logits, teacher(**inputs).logits
+    by_hand = {
+        "classification": lambda: kl_divergence(s, t, 2.0),
+        "regression": lambda: ((s - t) ** 2).mean(1),
+        "multi-label classification": lambda: bernoulli_kl_divergence(s, t, 2.0),
+    }[expected]()
+    torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
+    assert gradient_norm(loss, teacher, teacher, inputs) < 1e-6 < gradient_norm(loss, student, teacher, inputs)
+
+
+def test_regression_is_per_sample_and_has_no_gradient_at_the_teacher_unlike_a_broadcast_one() -> None:
+    """METHOD 1.13, B1: what the published code computes is wrong by the pairs of different samples."""
+    model = tiny(num_labels=1)
+    _, loss = knowledge_loss(model, 2.0, "mean")
+    z = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
+    outputs = SequenceClassifierOutput(logits=z)
+    valid = torch.ones(3, 1).bool()
+    (gradient,) = torch.autograd.grad(loss(outputs, SequenceClassifierOutput(logits=z.detach()), valid).sum(), [z])
+    assert torch.equal(gradient, torch.zeros_like(z))
+    (broadcast,) = torch.autograd.grad((z - z.detach().squeeze(1)).square().mean(), [z])
+    assert broadcast.abs().max() > 0.1
+    with pytest.raises(ValueError, match="must have one shape"):
+        loss(outputs, SequenceClassifierOutput(logits=z.detach().squeeze(1)), valid)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_padding(
+    temperature: float, dtype: torch.dtype
+) -> None:
+    """METHOD 1.13, B8: the published softmax goes over padding too."""
+    _, loss = knowledge_loss(tiny("bert", "QUESTION_ANSWERING"), temperature, "mean")
+    generator = torch.Generator().manual_seed(0)
+    starts, ends, other_starts, other_ends = (torch.randn(2, 6, generator=generator).to(dtype) for _ in range(4))
+    valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
+
+    def outputs(filler: float, start: Tensor, end: Tensor) -> QuestionAnsweringModelOutput:
+        start, end = (torch.where(valid, z, torch.tensor(filler, dtype=dtype)) for z in (start, end))
+        return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
+
+    made = loss(outputs(100.0, starts, ends), outputs(-3.0, other_starts, other_ends), valid)
+    by_hand = [
+        (kl_divergence(s[v], t[v], temperature) + kl_divergence(e[v], f[v], temperature)) / 2
+        for s, e, t, f, v in zip(starts, ends, other_starts, other_ends, valid, strict=True)
+    ]
+    torch.testing.assert_close(made, torch.stack(by_hand))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler", "none"])
+def test_embedding_is_pooled_and_normalised(pooling: str) -> None:
+    student, teacher = students("bert", "")
+    name, loss = knowledge_loss(student, 2.0, pooling)
+    assert name == f"embedding ({pooling})"
+    inputs = batch("")
+    s, t, valid = student(**inputs), teacher(**inputs), inputs["attention_mask"].bool()
+    by_hand = []
+    for i in range(5):
+        a, b = (outputs.last_hidden_state[i][valid[i]] for outputs in (s, t))
+        if pooling == "none":
+            by_hand.append(squared_error(a, b).mean())
+            continue
+        if pooling == "mean":
+            a, b = a.mean(0), b.mean(0)
+        else:
+            a, b = (a[0], b[0]) if pooling == "cls" else (s.pooler_output[i], t.pooler_output[i])
+        by_hand.append(2 - 2 * torch.cosine_similarity(a, b, dim=0))  # of vectors of length 1
+    torch.testing.assert_close(losses(loss, student, teacher, inputs), torch.stack(by_hand))
+
+
+def test_normalised_embeddings_have_no_scale_and_hidden_states_do() -> None:
+    hidden = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(2, 4).bool()
+    one, three = (BaseModelOutput(last_hidden_state=hidden * factor) for factor in (1, 3))
+    assert embedding_loss(three, one, valid, "mean").max() < 1e-10
+    torch.testing.assert_close(embedding_loss(three, one, valid, "none"), (4 * hidden.square()).mean((1, 2)))
+
+
+def test_a_subclass_has_the_head_of_its_parent() -> None:
+    class Mine(classes("bert")["QUESTION_ANSWERING"]):  # type: ignore[misc]
+        pass
+
+    assert knowledge_loss(Mine(tiny().config), 2.0, "mean")[0] == "extractive question answering"
+
+
+def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
+    class Odd(BertPreTrainedModel):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.bert = BertModel(config)
+            self.post_init()
+
+    with pytest.raises(UnsupportedModelError, match=r"head of Odd; pass compute_loss=\(student_outputs, teacher_outputs"):
+        knowledge_loss(Odd(tiny().config), 2.0, "mean")

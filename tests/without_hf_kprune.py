@@ -1,0 +1,105 @@
+"""Run by test_checkpoint.py in a process that cannot import hf_kprune: load checkpoints there, write down what came out.
+
+python tests/without_hf_kprune.py FOLDER        reads FOLDER/tasks.pt, writes FOLDER/results.pt
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+sys.modules["hf_kprune"] = None  # type: ignore[assignment]  # wherever it is installed: importing it fails
+
+import torch
+import transformers
+from huggingface_hub import HfApi
+from transformers import AutoModel, AutoModelForTokenClassification, pipeline
+
+
+def error_of(load: Any, *args: Any, **kwargs: Any) -> str:
+    """Type and text of what `load` raises; empty if it loads."""
+    try:
+        load(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def load_each_way(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    auto, directory, batch = getattr(transformers, task["auto"]), task["directory"], task["batch"]
+    stock = getattr(transformers, task["class"])
+    found: dict[str, Any] = {
+        "refused": [
+            error_of(load, directory, ignore_mismatched_sizes=ignore)
+            for load in (auto.from_pretrained, stock.from_pretrained)
+            for ignore in (False, True)
+        ]
+    }
+    outputs = found["outputs"] = {}
+
+    @torch.no_grad()
+    def run(name: str, model: Any) -> Any:
+        outputs[name] = model.eval()(**batch)[0]
+        return model
+
+    model = run("loaded", auto.from_pretrained(directory, trust_remote_code=True))
+    found["state"] = model.state_dict()
+    found["class"], found["is stock"] = type(model).__name__, isinstance(model, stock)
+    run("copied", copy.deepcopy(model))
+    run("pickled", pickle.loads(pickle.dumps(model)))
+    for implementation in task["implementations"]:
+        model.set_attn_implementation(implementation)
+        run(implementation, model)
+    full = model(**batch, output_hidden_states=True, output_attentions=True)
+    found["hidden states"] = len(full.hidden_states)
+    found["heads"] = [a.shape[1] for a in full.attentions if a is not None]
+    run("by its own class", type(model).from_pretrained(directory))
+    again = folder / task["name"]
+    model.save_pretrained(again)
+    run("saved again", auto.from_pretrained(again, trust_remote_code=True))
+    found["saved"] = str(again)
+    found["refused"].append(error_of(auto.from_pretrained, again))
+    run("a base model", AutoModel.from_pretrained(directory, trust_remote_code=True))
+    run("a new head", AutoModelForTokenClassification.from_pretrained(directory, trust_remote_code=True))
+    run("a new model", auto.from_config(model.config, trust_remote_code=True))
+    if task["pipeline"]:
+        found["pipeline"] = pipeline(task["pipeline"], model=directory, trust_remote_code=True)(task["text"])
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    tasks = torch.load(folder / "tasks.pt", weights_only=False)
+    results: dict[str, Any] = {"import": error_of(__import__, "hf_kprune")}
+    for task in tasks["load"]:
+        results[task["name"]] = load_each_way(task, folder)
+    for name, directory in tasks["broken"].items():
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        results[name] = [
+            error_of(load, directory, trust_remote_code=True, ignore_mismatched_sizes=ignore) for ignore in (False, True)
+        ]
+    hub = transformers.AutoModelForSequenceClassification.from_pretrained(
+        "someone/pruned", revision="v2", cache_dir=tasks["cache"], trust_remote_code=True
+    )
+    hub.save_pretrained(folder / "from the hub")
+    results["hub"] = hub.state_dict()
+    results["hub refused"] = error_of(
+        transformers.AutoModelForSequenceClassification.from_pretrained, "someone/pruned", cache_dir=tasks["cache"]
+    )
+    pushed = results["pushed"] = {}
+    HfApi.create_repo = lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id)
+    HfApi.create_commit = lambda api, operations, **kwargs: pushed.update(
+        {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
+    )
+    hub.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="me/small")
+    torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main()
