@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer, set_seed
 
 
@@ -47,8 +47,7 @@ def parse_args() -> argparse.Namespace:
 def write_data(train: pd.DataFrame, validation: pd.DataFrame, args: argparse.Namespace) -> None:
     """The shipped data: an unlabelled sample of the training sentences, and the validation split."""
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    sentences = train[["sentence"]].drop_duplicates()
-    sentences = sentences[sentences["sentence"].str.split().str.len() >= 4]
+    sentences = train[["sentence"]].drop_duplicates().loc[lambda rows: rows["sentence"].str.split().str.len() >= 4]
     sentences.sample(2000, random_state=args.seed).to_parquet(args.data_dir / "sst2_calibration.parquet", index=False)
     validation[["sentence", "label"]].to_parquet(args.data_dir / "sst2_validation.parquet", index=False)
 
@@ -129,7 +128,7 @@ def make_student(teacher, tokenizer, kept: list[int], layers: list[int], sentenc
             module.weight.copy_(rows @ teacher.get_submodule(source).weight @ columns.T)
             module.bias.copy_(rows @ teacher.get_submodule(source).bias)
         elif isinstance(module, torch.nn.LayerNorm):  # scale and shift by least squares
-            x, y = F.layer_norm(inputs[source] @ pca.T, (HIDDEN,)), outputs[source] @ pca.T
+            x, y = functional.layer_norm(inputs[source] @ pca.T, (HIDDEN,)), outputs[source] @ pca.T
             module.weight.copy_(((x - x.mean(0)) * (y - y.mean(0))).mean(0) / x.var(0, correction=0))
             module.bias.copy_(y.mean(0) - module.weight * x.mean(0))
     return student
@@ -148,9 +147,9 @@ def distil(student, tokenizer, sentences: list[str], labels: torch.Tensor, targe
             for rows, batch in batches(tokenizer, [sentences[i] for i in chunk], args.batch_size):
                 with torch.autocast(device.type, torch.bfloat16):
                     logits = student(**batch.to(device)).logits.float()
-                soft, target = (F.log_softmax(x / t, dim=-1) for x in (logits, targets[chunk[rows]].to(device)))
-                loss = t * t * F.kl_div(soft, target, log_target=True, reduction="batchmean")
-                loss = loss + args.label_weight * F.cross_entropy(logits, labels[chunk[rows]].to(device))
+                soft, target = (functional.log_softmax(x / t, dim=-1) for x in (logits, targets[chunk[rows]].to(device)))
+                loss = t * t * functional.kl_div(soft, target, log_target=True, reduction="batchmean")
+                loss = loss + args.label_weight * functional.cross_entropy(logits, labels[chunk[rows]].to(device))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()

@@ -37,10 +37,7 @@ from .version import __version__
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 """File endings and the loaders of `datasets` that read them."""
 
-NO_PIPELINE = {
-    "multiple-choice": transformers.AutoModelForMultipleChoice,
-    "question-answering": transformers.AutoModelForQuestionAnswering,
-}
+NO_PIPELINE = {"multiple-choice": "AutoModelForMultipleChoice", "question-answering": "AutoModelForQuestionAnswering"}
 """Tasks that transformers has models for, but not in every version a pipeline."""
 
 
@@ -102,7 +99,8 @@ def load_model_for(name: str, task: str | None) -> PreTrainedModel:
     if task is None:
         return load_model(name)
     try:
-        auto = NO_PIPELINE.get(task) or PIPELINE_REGISTRY.check_task(task)[1]["pt"][0]
+        named = NO_PIPELINE.get(task)
+        auto = getattr(transformers, named) if named else PIPELINE_REGISTRY.check_task(task)[1]["pt"][0]
     except KeyError:
         tasks = sorted({*NO_PIPELINE, *PIPELINE_REGISTRY.get_supported_tasks()})
         raise ArgumentError(f"task is {task!r}, expected one of {', '.join(tasks)}") from None
@@ -158,17 +156,13 @@ def label_ids(labels: Sequence[Any], model: PreTrainedModel) -> list[Any]:
     ids = [config.label2id.get(label) if isinstance(label, str) else label for label in labels]
     wrong = {str(label) for label, i in zip(labels, ids, strict=True) if i not in range(config.num_labels)}
     if wrong:
-        raise ArgumentError(
-            f"the evaluation data have the labels {sorted(wrong)[:5]}, the model knows 0 to {config.num_labels - 1}, or by "
-            f"name {', '.join(map(str, config.label2id))}"
-        )
+        known = ", ".join(map(str, config.label2id))
+        raise ArgumentError(f"the evaluation data have the labels {sorted(wrong)[:5]}, the model {known}, or their numbers")
     return ids
 
 
-def metric_function(name: str | None, model: PreTrainedModel) -> Callable[[Any], dict[str, float]] | None:
+def metric_function(name: str, model: PreTrainedModel) -> Callable[[Any], dict[str, float]]:
     """`compute_metrics` for a metric of the `evaluate` library."""
-    if name is None:
-        return None
     with trying(f"load the metric {name!r}"):
         metric = evaluate.load(name)
 
@@ -202,15 +196,12 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         eval_dataset = None
         if data.eval_dataset_name or data.eval_file:
             if not choices and "ForSequenceClassification" not in kind:
-                raise ArgumentError(
-                    f"evaluation here is for sequence classification, regression and multiple choice, not for {kind}; "
-                    "prune without evaluation data and compare with KPrunePruner.evaluate()"
-                )
+                raise ArgumentError(f"{kind} cannot be evaluated here: leave that out and use KPrunePruner.evaluate()")
             source = (data.eval_dataset_name, data.eval_dataset_config_name, data.eval_dataset_split, data.eval_file)
             rows = load_data(*source, [*data.columns, data.label_column])
             eval_dataset = rows.map(encode, batched=True, remove_columns=rows.column_names)
             eval_dataset = eval_dataset.add_column("label", label_ids(rows[data.label_column], model))
-        compute_metrics = metric_function(data.metric, model)
+        compute_metrics = metric_function(data.metric, model) if data.metric else None
 
     def collate_choices(rows: list[dict[str, Any]]) -> dict[str, Any]:  # it wants a label, also where nothing looks at it
         return dict(transformers.DataCollatorForMultipleChoice(tokenizer)([{"label": 0, **row} for row in rows]))

@@ -384,10 +384,13 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown label": (
         {"eval_file": "{data}/three.csv"},
-        "have the labels ['2'], the model knows 0 to 1, or by name LABEL_0, LABEL_1",
+        "have the labels ['2'], the model LABEL_0, LABEL_1, or their numbers",
     ),
     "no label column": ({"eval_file": "{data}/train.csv", "label_column": "gold"}, "no column gold in the data"),
-    "evaluation of tokens": ({"eval_file": "{data}/train.csv", "model_name_or_path": "{tokens}"}, "evaluation here is for"),
+    "evaluation of tokens": (
+        {"eval_file": "{data}/train.csv", "model_name_or_path": "{tokens}"},
+        "BertForTokenClassification cannot be evaluated here",
+    ),
     "unreachable": ({"sparsity": 0.9, "prune_ffn": False}, "this model can reach 0 to"),
     "too few tokens": ({"num_tokens": 5}, "raise num_tokens (now 5)"),
 }
