@@ -147,7 +147,7 @@ def distil(student, tokenizer, sentences: list[str], labels: torch.Tensor, targe
             for rows, batch in batches(tokenizer, [sentences[i] for i in chunk], args.batch_size):
                 with torch.autocast(device.type, torch.bfloat16):
                     logits = student(**batch.to(device)).logits.float()
-                soft, target = (functional.log_softmax(x / t, dim=-1) for x in (logits, targets[chunk[rows]].to(device)))
+                soft, target = (functional.log_softmax(x / t, -1) for x in (logits, targets[chunk[rows]].to(device)))
                 loss = t * t * functional.kl_div(soft, target, log_target=True, reduction="batchmean")
                 loss = loss + args.label_weight * functional.cross_entropy(logits, labels[chunk[rows]].to(device))
                 loss.backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -103,6 +103,11 @@ def draw_rows(model: PreTrainedModel, dataset: Any, processing_class: Any, args:
     A dataset with a length is drawn from at random (`args.seed`), a stream is read from its beginning. Labels are
     dropped unless a data collator of the caller's may want to see them (`keep_labels`); nothing here uses them.
     """
+    if isinstance(dataset, (str, Mapping)):  # both have a length and items, which are no rows
+        raise CalibrationError(
+            f"the calibration dataset is a {type(dataset).__name__}, expected a dataset of rows or a list of texts (of a "
+            "DatasetDict, pass one split)"
+        )
     limit = max_positions(model)
     labels = {"label", "labels", "label_ids", *find_labels(type(model))}
     accepted = set(inspect.signature(model.forward).parameters) - labels

@@ -230,8 +230,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
 
 def plan(data: DataArguments, args: KPruneArguments) -> None:
     pruner = make_pruner(data, args)
-    report = pruner.plan()
-    pruner.accelerator.print(f"\nA plan only: nothing was changed or written.\n\n{report}")
+    pruner.accelerator.print(f"\nA plan only: nothing was changed or written.\n\n{pruner.plan()}")
 
 
 def inspect(name: str) -> None:

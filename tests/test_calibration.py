@@ -178,6 +178,13 @@ def test_empty_rows_are_passed_over_and_nothing_else_is_an_error() -> None:
             drawn(nothing)
 
 
+def test_a_text_and_a_dict_of_splits_are_no_datasets() -> None:
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(3))})
+    for dataset, name in (("w5 w6", "str"), (splits, "DatasetDict"), (rows(1)[0], "dict")):
+        with pytest.raises(CalibrationError, match=f"is a {name}, expected a dataset of rows or a list of texts"):
+            drawn(dataset, tokenizer())
+
+
 def test_choices_count_each_and_may_differ_in_length() -> None:
     row = {"input_ids": [[5, 6, 7], [8]], "attention_mask": [[1, 1, 1], [1]]}
     square = {key: torch.tensor(value) for key, value in rows(1, choices=3)[0].items()}

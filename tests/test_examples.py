@@ -65,9 +65,8 @@ def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(tmp_path: Path
     for name in ("sst2-tiny", "data"):
         (tmp_path / name).symlink_to(EXAMPLES / name)
     stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
-    ran = NotebookClient(nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4), timeout=600).execute(
-        resources={"metadata": {"path": str(tmp_path)}}
-    )
+    resources = {"metadata": {"path": str(tmp_path)}}
+    ran = NotebookClient(nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4), timeout=600, resources=resources).execute()
 
     def printed(notebook: nbformat.NotebookNode) -> list[str]:
         """Printed lines without those that hold times."""

@@ -116,6 +116,20 @@ def test_cutting_twice_equals_cutting_once(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_modules_know_how_many_heads_they_have(model_type: str) -> None:
+    """Whether or not their forward asks."""
+    student = cut_all(tiny(model_type), plans(find_sublayers(tiny(model_type)))["ragged"])
+    told = {"num_attention_heads": 1, "n_heads": 1, "all_head_size": 4}
+    seen = set()
+    for sublayer in find_sublayers(student):
+        for module in sublayer.layer.modules() if sublayer.kind == "attention" else ():
+            for name in told.keys() & vars(module).keys():
+                assert getattr(module, name) == sublayer.num_units * told[name], f"{sublayer.name}: {name}"
+                seen.add(sublayer.num_units)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_and_dtype_of_the_cut_weights_are_kept(model_type: str) -> None:
     model = tiny(model_type).half()
     for parameter in model.base_model.parameters():

@@ -116,7 +116,7 @@ def test_regression_is_per_sample_and_has_no_gradient_at_the_teacher_unlike_a_br
         loss(outputs, SequenceClassifierOutput(logits=z.detach().squeeze(1)), valid)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_padding(
     temperature: float, dtype: torch.dtype
@@ -137,6 +137,25 @@ def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_pad
         for s, e, t, f, v in zip(starts, ends, other_starts, other_ends, valid, strict=True)
     ]
     torch.testing.assert_close(made, torch.stack(by_hand))
+
+
+def test_pretraining_heads_count_each() -> None:
+    """BERT: words, as the mean over tokens, and next sentence; ELECTRA: replaced or not, as the mean over tokens."""
+    inputs = batch("")
+    valid = inputs["attention_mask"].bool()
+    student, teacher = students("bert", "PRETRAINING")
+    _, loss = knowledge_loss(student, 2.0, "mean")
+    s, t = student(**inputs), teacher(**inputs)
+    words = kl_divergence(s.prediction_logits, t.prediction_logits, 2.0)
+    pair = kl_divergence(s.seq_relationship_logits, t.seq_relationship_logits, 2.0)
+    by_hand = torch.stack([w[v].mean() for w, v in zip(words, valid, strict=True)]) + pair
+    torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
+
+    student, teacher = students("electra", "PRETRAINING")
+    _, loss = knowledge_loss(student, 2.0, "mean")
+    s, t = (torch.stack([z, -z], -1) / 2 for z in (student(**inputs).logits, teacher(**inputs).logits))
+    by_hand = torch.stack([w[v].mean() for w, v in zip(kl_divergence(s, t, 2.0), valid, strict=True)])
+    torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler", "none"])
