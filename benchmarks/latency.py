@@ -14,7 +14,7 @@ import time
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_kprune.pruner import load_model
+from hf_kprune.loading import load_model
 from hf_kprune.sublayers import find_sublayers
 
 

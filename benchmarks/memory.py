@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py MODEL TEXTS.parquet COLUMN [--depth 1 2] [--num_tokens 100000]
 
-Each depth is measured in a process of its own. "above" is the peak over what the process held, model included, when pruning began;
-the weights of the copy that is pruned are in it, and are shown beside it.
+Each depth is measured in a process of its own. "above" is the peak over what the process held, model included, when
+pruning began; the weights of the copy that is pruned are in it, and are shown beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.pruner import load_model, peak_memory
+from hf_kprune.loading import load_model
+from hf_kprune.pruner import peak_memory
 from hf_kprune.sublayers import find_sublayers
 
 

@@ -1,6 +1,6 @@
 """Prune the sentiment classifier that comes with the repository and show what that cost and gained. Offline, on a CPU.
 
-    python examples/prune_sst2.py [--sparsity 0.5] [--output_dir DIR]
+python examples/prune_sst2.py [--sparsity 0.5] [--output_dir DIR]
 """
 
 from __future__ import annotations

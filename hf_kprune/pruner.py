@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import platform
 import sys
@@ -13,41 +12,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
-import transformers
 from accelerate import Accelerator
-from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .arguments import KPruneArguments
 from .calibration import Calibration, draw_rows, together
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
-from .errors import ArgumentError, BudgetError, CalibrationError
+from .cost import BudgetTerms, model_size
+from .errors import ArgumentError, CalibrationError
 from .heads import KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
+from .loading import load_model, load_tokenizer
 from .methods import METHODS
-from .report import PruningReport, Size, SublayerReport
-from .search import TOLERANCE, group_sizes
-from .sublayers import Sublayer, check_model, cut, find_sublayers, write_plan
+from .report import PruningReport, SublayerReport
+from .search import TOLERANCE
+from .sublayers import check_model, cut, find_sublayers, write_plan
 from .version import __version__
 
 
 logger = logging.get_logger(__name__)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "tokenizer.model",
-)
 
 
 class KPrunePruner:
@@ -390,81 +380,6 @@ class KPrunePruner:
             if not self.accelerator.is_main_process:
                 return None
             return push_folder(path, self.args, commit_message, token, **kwargs)
-
-
-class BudgetTerms:
-    """What units cost, and how many sublayers must keep.
-
-    Raises:
-        BudgetError: If `args.sparsity` is out of reach.
-    """
-
-    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, tokens: float):
-        self.sublayers = sublayers
-        self.costs = [s.unit_flops(tokens) for s in sublayers]
-        self.minimum, self.multiple = [], []
-        for s in sublayers:
-            heads = s.kind == "attention"
-            free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
-            self.multiple.append(1 if heads else args.round_to)
-            self.minimum.append(min(least, s.num_units) if free else s.num_units)
-        self.total = self.cost_from(0)
-        self.budget = (1 - args.sparsity) * self.total
-        forced = [group_sizes(s.num_units, m, r)[0] for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True)]
-        least_cost = sum(cost * units for cost, units in zip(self.costs, forced, strict=True))
-        if not self.total:
-            raise BudgetError("the model has no heads and no neurons left to prune")
-        if least_cost > self.budget * (1 + TOLERANCE):
-            reach = math.floor(1e4 * (1 - least_cost / self.total)) / 1e4  # rounded down, so that it can be asked for
-            raise BudgetError(
-                f"sparsity is {args.sparsity}, the fraction of prunable FLOPs to remove; with min_heads={args.min_heads}, "
-                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
-                f"prune_ffn={args.prune_ffn} this model can reach 0 to {reach:.4f}"
-            )
-
-    def cost_from(self, position: int) -> float:
-        """FLOPs of the sublayers from `position` up, as they are now."""
-        pairs = zip(self.costs[position:], self.sublayers[position:], strict=True)
-        return sum(cost * s.num_units for cost, s in pairs)
-
-
-def model_class(config: Any) -> type[PreTrainedModel]:
-    """The class that a config names; the base model if it names none."""
-    if not config.architectures:
-        return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
-    found = getattr(transformers, config.architectures[0], None)
-    if found is None:
-        raise ArgumentError(
-            f"the config of {config.name_or_path or 'the model'} names the architecture {config.architectures[0]!r}, which "
-            "transformers lacks; load the model yourself"
-        )
-    return cast(type[PreTrainedModel], found)
-
-
-def load_model(name: str) -> PreTrainedModel:
-    """Load a model with the class that its config names."""
-    return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
-
-
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
-    if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
-        return None
-    return AutoTokenizer.from_pretrained(name)
-
-
-def model_size(model: PreTrainedModel, flops: float) -> Size:
-    """Parameters and bytes (tied ones once), also without the embedding tables, and the given FLOPs."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = list(model.parameters())
-    rest = [p for p in parameters if id(p) not in tables]
-    return Size(
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in rest),
-        sum(p.numel() * p.element_size() for p in parameters),
-        sum(p.numel() * p.element_size() for p in rest),
-        flops,
-    )
 
 
 def versions() -> dict[str, str]:

@@ -46,6 +46,8 @@ class SublayerReport:
         error = ""
         if self.error_before is not None and self.error_after is not None:
             error = f" | error {self.error_before:.4f} -> {self.error_after:.4f}"
+        if self.undetermined:
+            error += f" | {self.undetermined} features undetermined"
         unit = "heads" if self.kind == "attention" else "neurons"
         return (
             f"{self.name}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left{error} | "

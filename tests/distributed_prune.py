@@ -1,6 +1,6 @@
 """Run by test_distributed.py in one or several processes: prune, then let the main process write plan and weights.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/distributed_prune.py OUT [MODEL] [--fail RANK]
+python -m torch.distributed.run --nproc_per_node 2 tests/distributed_prune.py OUT [MODEL] [--fail RANK]
 """
 
 from __future__ import annotations

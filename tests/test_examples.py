@@ -66,7 +66,9 @@ def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(tmp_path: Path
         (tmp_path / name).symlink_to(EXAMPLES / name)
     stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
-    ran = NotebookClient(nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4), timeout=600, resources=resources).execute()
+    ran = NotebookClient(
+        nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4), timeout=600, resources=resources
+    ).execute()
 
     def printed(notebook: nbformat.NotebookNode) -> list[str]:
         """Printed lines without those that hold times."""

@@ -1,0 +1,64 @@
+"""What units cost, what may be spent, and what a model weighs."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .arguments import KPruneArguments
+from .errors import BudgetError
+from .report import Size
+from .search import TOLERANCE, group_sizes
+from .sublayers import Sublayer
+
+
+class BudgetTerms:
+    """What units cost, and how many sublayers must keep.
+
+    Raises:
+        BudgetError: If `args.sparsity` is out of reach.
+    """
+
+    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, tokens: float):
+        self.sublayers = sublayers
+        self.costs = [s.unit_flops(tokens) for s in sublayers]
+        self.minimum, self.multiple = [], []
+        for s in sublayers:
+            heads = s.kind == "attention"
+            free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
+            self.multiple.append(1 if heads else args.round_to)
+            self.minimum.append(min(least, s.num_units) if free else s.num_units)
+        self.total = self.cost_from(0)
+        self.budget = (1 - args.sparsity) * self.total
+        forced = [group_sizes(s.num_units, m, r)[0] for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True)]
+        least_cost = sum(cost * units for cost, units in zip(self.costs, forced, strict=True))
+        if not self.total:
+            raise BudgetError("the model has no heads and no neurons left to prune")
+        if least_cost > self.budget * (1 + TOLERANCE):
+            reach = math.floor(1e4 * (1 - least_cost / self.total)) / 1e4  # rounded down, so that it can be asked for
+            raise BudgetError(
+                f"sparsity is {args.sparsity}, the fraction of prunable FLOPs to remove; with min_heads={args.min_heads}, "
+                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
+                f"prune_ffn={args.prune_ffn} this model can reach 0 to {reach:.4f}"
+            )
+
+    def cost_from(self, position: int) -> float:
+        """FLOPs of the sublayers from `position` up, as they are now."""
+        pairs = zip(self.costs[position:], self.sublayers[position:], strict=True)
+        return sum(cost * s.num_units for cost, s in pairs)
+
+
+def model_size(model: PreTrainedModel, flops: float) -> Size:
+    """Parameters and bytes (tied ones once), also without the embedding tables, and the given FLOPs."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parameters = list(model.parameters())
+    rest = [p for p in parameters if id(p) not in tables]
+    return Size(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in rest),
+        sum(p.numel() * p.element_size() for p in parameters),
+        sum(p.numel() * p.element_size() for p in rest),
+        flops,
+    )

@@ -1,0 +1,46 @@
+"""Load a model and its tokenizer by name or path alone."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import transformers
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from .errors import ArgumentError
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+)
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The class that a config names; the base model if it names none."""
+    if not config.architectures:
+        return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
+    found = getattr(transformers, config.architectures[0], None)
+    if found is None:
+        raise ArgumentError(
+            f"the config of {config.name_or_path or 'the model'} names the architecture {config.architectures[0]!r}, which "
+            "transformers lacks; load the model yourself"
+        )
+    return cast(type[PreTrainedModel], found)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Load a model with the class that its config names."""
+    return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
+    if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(name)
