@@ -168,6 +168,8 @@ def test_measured_rows_are_the_first_ones() -> None:
         lengths = [len(row) for row in ids(made)]
         assert sum(lengths[: made.measured - 1]) < measure <= sum(lengths[: made.measured])
     assert drawn(data, num_tokens=100).measured == len(made.rows)
+    exact = drawn([{"input_ids": [5, 6, 7]}] * 9, num_tokens=9, num_measure_tokens=6)
+    assert (len(exact.rows), exact.measured) == (3, 2)
 
 
 def test_empty_rows_are_passed_over_and_nothing_else_is_an_error() -> None:
