@@ -25,13 +25,14 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import cached_file, logging
 
 from .arguments import KPruneArguments
-from .calibration import max_positions, together
+from .calibration import together
 from .cost import model_size
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
 from .loading import load_model, load_tokenizer, model_class
 from .modeling_kprune import HOW_TO_LOAD
 from .pruner import KPrunePruner
 from .report import JSON_NAME, PruningReport
+from .rows import max_positions
 from .sublayers import find_sublayers
 from .version import __version__
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .arguments import KPruneArguments
-from .calibration import Calibration, draw_rows, together
+from .calibration import Calibration, together
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .cost import BudgetTerms, model_size
@@ -32,6 +32,7 @@ from .hub import model_card, push_folder
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .report import PruningReport, SublayerReport
+from .rows import draw_rows
 from .search import TOLERANCE
 from .sublayers import check_model, cut, find_sublayers, write_plan
 from .version import __version__

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_kprune.calibration
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
-from hf_kprune.calibration import Calibration, Rows, draw_rows, row_length, row_tokens
+from hf_kprune.calibration import Calibration
 from hf_kprune.heads import knowledge_loss
 from hf_kprune.hooks import masked
 from hf_kprune.methods import Statistics
 from hf_kprune.reconstruction import NormalEquations
+from hf_kprune.rows import Rows, draw_rows, row_length, row_tokens
 from hf_kprune.sublayers import cut, find_sublayers, write_plan
 
 
@@ -539,3 +540,36 @@ def test_rows_of_different_length_need_something_that_pads() -> None:
 def test_what_a_collator_makes_up_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"made \['texts'\], expected tensors that BertForSequenceClassification takes"):
         prune(rows(24), data_collator=lambda batch: {**collate(batch), "texts": ["?"] * len(batch)})
+
+
+def test_a_family_that_carries_the_stream_wrongly_is_refused_and_the_model_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-NeoX with parallel residuals, described as if its blocks ran one after the other: cut, but not carried, right."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from hf_kprune import Block, Stack, UnsupportedArchitectureError
+    from hf_kprune.families import FAMILIES
+
+    blocks = (
+        Block(
+            "attention",
+            inputs={"attention.query_key_value": "qkv:perhead"},
+            output="attention.dense",
+            stream="input_layernorm",
+            core="attention",
+        ),
+        Block("ffn", inputs={"mlp.dense_h_to_4h": "f"}, output="mlp.dense_4h_to_h", stream="post_attention_layernorm"),
+    )
+    monkeypatch.setitem(FAMILIES, "gpt_neox", (Stack("layers", blocks),))
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "num_hidden_layers": 2}
+    for parallel in (False, True):
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, use_parallel_residual=parallel)).eval()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        args = KPruneArguments(sparsity=0.3, disable_tqdm=True, use_cpu=True)
+        pruner = KPrunePruner(model, args, rows(20), data_collator=collate)
+        if not parallel:
+            assert pruner.prune().sparsity >= 0.3
+            continue
+        with pytest.raises(UnsupportedArchitectureError, match="blocks that run in parallel"):
+            pruner.prune()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
