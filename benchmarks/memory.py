@@ -21,8 +21,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_kprune import KPruneArguments, KPrunePruner
+from hf_kprune.cost import peak_memory
 from hf_kprune.loading import load_model
-from hf_kprune.pruner import peak_memory
 from hf_kprune.sublayers import find_sublayers
 
 

@@ -28,12 +28,14 @@ from hf_kprune.methods import METHODS, KPrune, Statistics
 
 
 class RandomScores(KPrune):
-    """Ablation: K-prune without knowledge measurement."""
+    """Ablation: K-prune without knowledge measurement; heads and neurons have the same chance."""
+
+    def __init__(self, args: KPruneArguments):
+        super().__init__(args)
+        self.generator = torch.Generator().manual_seed(args.seed)
 
     def score(self, statistics: Statistics) -> Tensor:
-        units = len(statistics.energy) // statistics.unit_width
-        generator = torch.Generator().manual_seed(self.args.seed + units)
-        return torch.rand(units, generator=generator) / statistics.cost
+        return torch.rand(len(statistics.energy) // statistics.unit_width, generator=self.generator)
 
 
 class UniformSearch(KPrune):

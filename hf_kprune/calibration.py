@@ -100,7 +100,11 @@ class Calibration:
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype)
-        self.mean_tokens = rows.tokens / len(rows.rows)
+        if accelerator.num_processes > 1 and len(set(gather_object([rows.fingerprint["sha256"]]))) > 1:
+            raise CalibrationError(
+                "the processes drew different calibration rows; give all of them the whole dataset, it is shared out here"
+            )
+        self.mean_tokens = rows.tokens / rows.sequences
         self.batches: list[Batch] = []
         for measured, part in ((True, rows.rows[: rows.measured]), (False, rows.rows[rows.measured :])):
             by_length = sorted(range(len(part)), key=lambda i: (row_length(part[i]), i))
@@ -222,7 +226,7 @@ class Calibration:
                     tokens += part.valid.sum()
                     grad = torch.enable_grad() if loss is not None else torch.no_grad()
                     with grad, autocast, resumed(sublayers, position, stream[rows]), probed(targets) as features:
-                        outputs = student(**part.inputs)
+                        outputs = student(**part.inputs, return_dict=True)
                     valid = part.valid.unsqueeze(-1)
                     for place, a in features.items():
                         energy[place] += a.detach().float().square().mul(valid).sum((0, 1))
@@ -230,7 +234,7 @@ class Calibration:
                         continue
                     assert top is not None
                     with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), top[rows]):
-                        expected = teacher(**part.inputs)
+                        expected = teacher(**part.inputs, return_dict=True)
                     losses = loss(in_float32(outputs), in_float32(expected), part.valid)
                     if losses.shape != (stop - start,):
                         raise ArgumentError(

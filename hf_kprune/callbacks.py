@@ -86,7 +86,7 @@ class ReportingCallback(KPruneCallback):
     """Sends the figures of every sublayer, and of the whole, to the integrations of `report_to` (TensorBoard, W&B, ...)."""
 
     def __init__(self, args: KPruneArguments) -> None:
-        self.arguments = args.training_arguments(args.output_dir or "kprune_runs")
+        self.arguments = args.training_arguments("kprune_runs")  # not output_dir, which must be empty
         self.state, self.control = TrainerState(is_world_process_zero=True), TrainerControl()
         try:
             self.integrations = [make() for make in get_reporting_integration_callbacks(self.arguments.report_to)]

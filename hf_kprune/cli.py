@@ -219,6 +219,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     say, name = pruner.accelerator.print, type(pruner.model).__name__
     dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
     report = pruner.prune()
+    push, args.push_to_hub = args.push_to_hub, False
     with trying(f"write to {path!r}"):
         pruner.save_model()
     say(f"\n{report}")
@@ -229,6 +230,9 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         say("\n".join(f"| {key} | {dense[key]:.4f} | {pruned[key]:.4f} |" for key in figures) + "\n")
     say(f"The pruned model is in {path}. To load it:\n\n    import hf_kprune\n    from transformers import {name}\n")
     say(f"    model = {name}.from_pretrained({path!r})\n")
+    if push:
+        with trying("push to the Hub"):
+            pruner.push_to_hub()
 
 
 def plan(data: DataArguments, args: KPruneArguments) -> None:

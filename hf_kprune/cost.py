@@ -1,9 +1,12 @@
-"""What units cost, what may be spent, and what a model weighs."""
+"""What units cost, what may be spent, and what a model weighs and pruning takes."""
 
 from __future__ import annotations
 
 import math
+import sys
 
+import psutil
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,8 +35,9 @@ class BudgetTerms:
             self.minimum.append(min(least, s.num_units) if free else s.num_units)
         self.total = self.cost_from(0)
         self.budget = (1 - args.sparsity) * self.total
-        forced = [group_sizes(s.num_units, m, r)[0] for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True)]
-        least_cost = sum(cost * units for cost, units in zip(self.costs, forced, strict=True))
+        groups = (group_sizes(s.num_units, m, r) for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True))
+        self.forced = [cost * sizes[0] for cost, sizes in zip(self.costs, groups, strict=True)]
+        least_cost = sum(self.forced)
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
         if least_cost > self.budget * (1 + TOLERANCE):
@@ -43,6 +47,10 @@ class BudgetTerms:
                 f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
                 f"prune_ffn={args.prune_ffn} this model can reach 0 to {reach:.4f}"
             )
+
+    def remaining(self, spent: float, position: int) -> float:
+        """What may be spent on the sublayers from `position` up: never less, by rounding, than what they must cost."""
+        return max(self.budget - spent, sum(self.forced[position:]))
 
     def cost_from(self, position: int) -> float:
         """FLOPs of the sublayers from `position` up, as they are now."""
@@ -62,3 +70,15 @@ def model_size(model: PreTrainedModel, flops: float) -> Size:
         sum(p.numel() * p.element_size() for p in rest),
         flops,
     )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device's allocator on a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .errors import UnsupportedModelError
+from .errors import ArgumentError, UnsupportedModelError
 from .knowledge import bernoulli_kl_divergence, kl_divergence, mean_over_tokens, squared_error
 
 
@@ -63,6 +63,9 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
             return mean_over_tokens(words, valid) + pair
         s, t = (outputs.logits.unsqueeze(-1) for outputs in (student, teacher))  # ELECTRA: replaced or not, per token
         return mean_over_tokens(bernoulli_kl_divergence(s, t, temperature), valid)
+
+    if pooling == "pooler" and getattr(model.base_model, "pooler", None) is None:
+        raise ArgumentError(f"pooling is 'pooler', which {type(model).__name__} lacks here; expected mean, cls or none")
 
     def embedding(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         return embedding_loss(student, teacher, valid, pooling)

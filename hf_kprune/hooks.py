@@ -196,16 +196,3 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
 
             stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(show)))
         yield features
-
-
-@contextmanager
-def masked(sublayers: Sequence[Sublayer], masks: Sequence[Tensor]) -> Iterator[None]:
-    """Multiply the features of each sublayer by its mask, broadcastable to (B, T, C): what cutting must be equal to."""
-    with ExitStack() as stack:
-        for sublayer, mask in zip(sublayers, masks, strict=True):
-
-            def scale(_: nn.Module, args: tuple[Any, ...], mask: Tensor = mask) -> tuple[Any, ...]:
-                return (args[0] * mask, *args[1:])
-
-            stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(scale)))
-        yield

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer
@@ -25,7 +21,7 @@ from .arguments import KPruneArguments
 from .calibration import Calibration, together
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
-from .cost import BudgetTerms, model_size
+from .cost import BudgetTerms, model_size, peak_memory
 from .errors import ArgumentError, CalibrationError
 from .heads import KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
@@ -35,7 +31,7 @@ from .report import PruningReport, SublayerReport
 from .rows import draw_rows
 from .search import TOLERANCE
 from .sublayers import check_model, cut, find_sublayers, write_plan
-from .version import __version__
+from .version import versions
 
 
 logger = logging.get_logger(__name__)
@@ -52,7 +48,7 @@ class KPrunePruner:
 
     Args:
         model: A `PreTrainedModel`, or the name or path of one, which is loaded with the class that its config names.
-            `prune()` changes it in place, as `Trainer.train()` does, all at once at its end.
+            `prune()` changes it in place, all at once at its end; submodules that you hold on to stay dense.
         args: Options; `sparsity` is the fraction of prunable FLOPs to **remove**.
         calibration_dataset: A `datasets.Dataset`, an `IterableDataset`, any map-style dataset of tokenised rows, or a
             plain list of strings (or of pairs of strings), tokenised with `processing_class`. Labels in it are ignored.
@@ -120,8 +116,9 @@ class KPrunePruner:
             CalibrationError: If the calibration data cannot be used.
             ArgumentError: If options or inputs contradict each other.
         """
-        if self.args.output_dir is not None:
-            self.args.check_output_dir()
+        with together(self.accelerator):
+            if self.args.output_dir is not None and self.accelerator.is_main_process:
+                self.args.check_output_dir()
         student, report = self._prune_copy(calibration_dataset)
         self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
         self.report, self._saved = report, None
@@ -130,7 +127,12 @@ class KPrunePruner:
 
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
         """A dry run: the report of what `prune()` would do, to the unit, with the model left as it is."""
-        return self._prune_copy(calibration_dataset)[1]
+        listeners = self.callback_handler.callbacks
+        self.callback_handler.callbacks = [c for c in listeners if not isinstance(c, ReportingCallback)]
+        try:
+            return self._prune_copy(calibration_dataset)[1]
+        finally:
+            self.callback_handler.callbacks = listeners
 
     def _prune_sublayers(
         self,
@@ -144,7 +146,7 @@ class KPrunePruner:
         args, method = self.args, METHODS[self.args.method](self.args)
         sublayers, references = find_sublayers(student), find_sublayers(teacher)
         terms = BudgetTerms(sublayers, args, calibration.mean_tokens)
-        budget, flops = terms.budget, terms.total
+        spent, flops = 0.0, terms.total
         with self._phase("measure"):
             teacher_streams = calibration.bottom(teacher, references)
             teacher_top = calibration.top(teacher, references, teacher_streams)
@@ -156,6 +158,7 @@ class KPrunePruner:
             begin, units = time.perf_counter(), sublayer.num_units
             entry = SublayerReport(sublayer.name, sublayer.kind, units)
             keep = torch.ones(units, dtype=torch.bool)
+            budget = terms.remaining(spent, i)
             if terms.cost_from(i) > budget * (1 + TOLERANCE) and terms.minimum[i] < units:
                 # (a) knowledge measurement, on the student as pruned so far
                 with self._phase("measure"):
@@ -170,7 +173,7 @@ class KPrunePruner:
                     entry.scores = [float(f"{score:.6g}") for score in scores[0].tolist()]
             cut(sublayer, keep)
             changed = changed or not bool(keep.all())
-            budget -= terms.costs[i] * int(keep.sum())
+            spent += terms.costs[i] * int(keep.sum())
             flops -= terms.costs[i] * (units - int(keep.sum()))
 
             # (c) KPWT, of the cut student against the teacher, whose sublayer it also corrects for the error from below
@@ -329,13 +332,13 @@ class KPrunePruner:
             CheckpointError: If it does not load back as it was saved.
         """
         with together(self.accelerator):
-            path = self.args.check_output_dir(output_dir)
             if self.accelerator.is_main_process:
+                path = self.args.check_output_dir(output_dir)
                 save_atomically(self.model, path, self.args.max_shard_size, self._save_beside)
                 self._tell("on_save", path, model=self.model)
-        self._saved = path
+        self._saved = output_dir or self.args.output_dir
         if self.args.push_to_hub:
-            self._push(path)
+            self._push()
 
     def _save_beside(self, directory: str) -> None:
         if self.processing_class is not None:
@@ -344,25 +347,58 @@ class KPrunePruner:
             self.report.save(directory)
         self.create_model_card(output_dir=directory)
 
-    def create_model_card(self, output_dir: str | None = None, **fields: Any) -> None:
-        """Write README.md, a model card, into `output_dir` (default: the one of the options).
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        *,
+        output_dir: str | None = None,
+    ) -> None:
+        """Write README.md, a model card, into `output_dir`, an existing directory (default: the one of the options).
 
-        Args:
-            output_dir: An existing directory.
-            fields: As in `Trainer.create_model_card`: language, license, tags, model_name, finetuned_from, tasks, dataset.
+        The other arguments are those of `Trainer.create_model_card`.
         """
         directory = output_dir or self.args.output_dir
         if directory is None:
             raise ArgumentError("no output_dir: pass it to create_model_card() or to KPruneArguments")
         if self.accelerator.is_main_process:
-            Path(directory, "README.md").write_text(model_card(self.model, self.report, **fields), encoding="utf-8")
+            card = model_card(
+                self.model,
+                self.report,
+                language=language,
+                license=license,
+                tags=tags,
+                model_name=model_name,
+                finetuned_from=finetuned_from,
+                tasks=tasks,
+                dataset_tags=dataset_tags,
+                dataset=dataset,
+                dataset_args=dataset_args,
+            )
+            Path(directory, "README.md").write_text(card, encoding="utf-8")
 
-    def push_to_hub(self, commit_message: str = "K-pruned model", token: str | None = None, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str = "K-pruned model",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Push the saved checkpoint to the Hub, after saving it if need be.
 
         Args:
             commit_message: Of the commit.
+            blocking: Whether to wait for the end of the upload.
             token: Instead of `hub_token`.
+            revision: Branch, instead of `hub_revision`; made if it does not exist.
             kwargs: For `huggingface_hub.HfApi.upload_folder`.
 
         Returns:
@@ -374,27 +410,12 @@ class KPrunePruner:
                 self.save_model()
             finally:
                 self.args.push_to_hub = push
-        return self._push(str(self._saved), commit_message, token, **kwargs)
+        return self._push(commit_message, token, revision, run_as_future=not blocking, **kwargs)
 
-    def _push(self, path: str, commit_message: str = "K-pruned model", token: str | None = None, **kwargs: Any) -> Any:
+    def _push(
+        self, commit_message: str = "K-pruned model", token: str | None = None, revision: str | None = None, **kwargs: Any
+    ) -> Any:
         with together(self.accelerator):
             if not self.accelerator.is_main_process:
                 return None
-            return push_folder(path, self.args, commit_message, token, **kwargs)
-
-
-def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")}
-    return {"python": platform.python_version(), "hf_kprune": __version__, **packages}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator on a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # Unix only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+            return push_folder(str(self._saved), self.args, commit_message, token, revision, **kwargs)

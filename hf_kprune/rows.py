@@ -75,6 +75,11 @@ class Rows:
     tokens: int
     fingerprint: dict[str, Any]
 
+    @property
+    def sequences(self) -> int:
+        """More than the rows where a row holds several choices."""
+        return sum(len(row["input_ids"]) if has_choices(row) else 1 for row in self.rows)
+
 
 def draw_rows(model: PreTrainedModel, dataset: Any, processing_class: Any, args: KPruneArguments, keep_labels: bool) -> Rows:
     """Draw rows without replacement until they hold `args.num_tokens` tokens, and check them.
@@ -113,22 +118,22 @@ def draw_rows(model: PreTrainedModel, dataset: Any, processing_class: Any, args:
         seen_columns.update(columns)
         return {key: row[key] for key in columns if key in kept}
 
-    order: Iterable[Any]
+    order: Iterable[tuple[int, Any]]
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         draw = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        order = (dataset[index] for index in draw)
+        order = ((index, dataset[index]) for index in draw)
     else:
-        order = iter(dataset)
+        order = enumerate(dataset)
 
     rows: list[dict[str, Any]] = []
     tokens, measured, digest = 0, 0, hashlib.sha256()
     vocabulary = model.get_input_embeddings().num_embeddings
-    for raw in order:
+    for index, raw in order:
         row = prepare(raw)
         count, length = row_tokens(row), row_length(row)
         if limit is not None and length > limit:
             raise CalibrationError(
-                f"calibration row {len(rows)} has {length} tokens, {type(model).__name__} takes at most {limit}; tokenise "
+                f"calibration row {index} has {length} tokens, {type(model).__name__} takes at most {limit}; tokenise "
                 f"with truncation=True, max_length={limit}, or pass texts and set max_seq_length"
             )
         ids = torch.tensor(list(flat(row["input_ids"])))
@@ -136,7 +141,7 @@ def draw_rows(model: PreTrainedModel, dataset: Any, processing_class: Any, args:
             continue
         if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
             raise CalibrationError(
-                f"calibration row {len(rows)} has token ids {int(ids.min())} to {int(ids.max())}, the model's vocabulary "
+                f"calibration row {index} has token ids {int(ids.min())} to {int(ids.max())}, the model's vocabulary "
                 f"has {vocabulary}; was it made with another tokenizer?"
             )
         rows.append(row)

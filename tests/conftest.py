@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+from hf_kprune.sublayers import Sublayer
 
 
 torch.set_num_threads(1)
@@ -115,6 +119,19 @@ def logits(model: PreTrainedModel, head: str = "SEQUENCE_CLASSIFICATION", seed: 
             by_token = value.shape[:2] == batch["input_ids"].shape and head != "MULTIPLE_CHOICE"
             parts.append(value[batch["attention_mask"].bool()].flatten() if by_token else value.flatten())
     return torch.cat(parts)
+
+
+@contextmanager
+def masked(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Multiply the features of each sublayer by its mask, broadcastable to (B, T, C): what cutting must be equal to."""
+    with ExitStack() as stack:
+        for sublayer, mask in zip(sublayers, masks, strict=True):
+
+            def scale(_: torch.nn.Module, args: tuple[Any, ...], mask: torch.Tensor = mask) -> tuple[Any, ...]:
+                return (args[0] * mask, *args[1:])
+
+            stack.callback(sublayer.output.register_forward_pre_hook(scale).remove)
+        yield
 
 
 @pytest.fixture(scope="session")

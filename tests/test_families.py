@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODEL_TYPES, classes, collate, logits, rows, tiny
+from conftest import MODEL_TYPES, classes, collate, logits, masked, rows, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.families import FAMILIES
-from hf_kprune.hooks import masked, resumed, run_sublayer, run_to_bottom, run_to_top
+from hf_kprune.hooks import resumed, run_sublayer, run_to_bottom, run_to_top
 from hf_kprune.sublayers import Sublayer, cut, find_sublayers, head_geometry, row_indices, write_plan
 
 

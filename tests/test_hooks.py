@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, classes, collate, rows, tiny
+from conftest import MODEL_TYPES, classes, collate, masked, rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_kprune.hooks import masked, probed, resumed, run_sublayer, run_to_bottom, run_to_top
+from hf_kprune.hooks import probed, resumed, run_sublayer, run_to_bottom, run_to_top
 from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
 
 

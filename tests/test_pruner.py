@@ -39,7 +39,10 @@ from hf_kprune import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
-from hf_kprune.callbacks import PrinterCallback, ProgressCallback
+from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
+from hf_kprune.cost import BudgetTerms
+from hf_kprune.search import threshold_search
+from hf_kprune.sublayers import find_sublayers
 
 
 LAYERS, HEADS, NEURONS, WIDTH, HEAD_SIZE = 3, 4, 12, 16, 4
@@ -784,3 +787,66 @@ def test_an_error_in_the_middle_leaves_the_model() -> None:
     model = tiny()
     with unchanged(model), pytest.raises(RuntimeError, match="the disk is gone"):
         prune(model, sparsity=0.6, callbacks=[Failing()])
+
+
+def test_a_sparsity_that_the_switches_reach_exactly_is_reached() -> None:
+    """All of the FFN and none of the heads: what rounding leaves of the budget must not count as too little."""
+    model = tiny("bert", hidden_size=64, intermediate_size=640)
+    for neurons in (0, 3):
+        terms = BudgetTerms(find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), 7.3)
+        ffn = sum(c * (s.num_units - neurons) for c, s in zip(terms.costs, terms.sublayers, strict=True) if s.kind == "ffn")
+        args = KPruneArguments(sparsity=ffn / terms.total, prune_heads=False, min_neurons=neurons, tune=False)
+        reached = BudgetTerms(find_sublayers(model), args, 7.3)
+        spent = 0.0
+        for i, cost in enumerate(reached.costs):
+            left = reached.remaining(spent, i)
+            scores = [torch.rand(s.num_units) for s in reached.sublayers[i:]]
+            keep = threshold_search(scores, reached.costs[i:], left, reached.minimum[i:], reached.multiple[i:])[0]
+            assert int(keep.sum()) == reached.minimum[i]
+            spent += cost * int(keep.sum())
+
+
+def test_plan_writes_nothing_and_reports_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+
+    class Listening(ReportingCallback):
+        def __init__(self) -> None:
+            self.integrations = []
+
+        def _tell(self, event: str, **kwargs: Any) -> None:
+            told.append(event)
+
+    options = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True, "output_dir": str(tmp_path / "out")}
+    pruner = KPrunePruner(tiny(), KPruneArguments(**options), rows(20), data_collator=collate, callbacks=[Listening()])
+    pruner.plan()
+    assert not told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_pooler_cannot_be_pooled_by_it() -> None:
+    args = KPruneArguments(pooling="pooler", disable_tqdm=True, use_cpu=True)
+    pruner = KPrunePruner(tiny("distilbert", ""), args, rows(20), data_collator=collate)
+    with pytest.raises(ArgumentError, match="pooling is 'pooler', which DistilBertModel lacks"):
+        pruner.prune()
+
+
+def test_a_model_that_returns_tuples_is_pruned_like_one_that_does_not() -> None:
+    kept = []
+    for return_dict in (True, False):
+        args = KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True)
+        pruner = KPrunePruner(tiny(return_dict=return_dict), args, rows(20), data_collator=collate)
+        kept.append([s.kept for s in pruner.prune().sublayers])
+    assert kept[0] == kept[1]
+
+
+def test_a_model_of_several_dtypes_is_saved(tmp_path: Path) -> None:
+    model = tiny().to(torch.bfloat16)
+    model.classifier.float()
+    pruner = KPrunePruner(
+        model, KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True), rows(20), data_collator=collate
+    )
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "out"))
+    again = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(again.classifier.weight, pruner.model.classifier.weight)
