@@ -100,10 +100,6 @@ class Calibration:
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype)
-        if accelerator.num_processes > 1 and len(set(gather_object([rows.fingerprint["sha256"]]))) > 1:
-            raise CalibrationError(
-                "the processes drew different calibration rows; give all of them the whole dataset, it is shared out here"
-            )
         self.mean_tokens = rows.tokens / rows.sequences
         self.batches: list[Batch] = []
         for measured, part in ((True, rows.rows[: rows.measured]), (False, rows.rows[rows.measured :])):
@@ -146,6 +142,13 @@ class Calibration:
             flat = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), reduction="sum")
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def check_same_rows(self) -> None:
+        """Raise `CalibrationError` on every process if they drew different rows, as from a dataset shared out before."""
+        if self.accelerator.num_processes > 1 and len(set(gather_object([self.rows.fingerprint["sha256"]]))) > 1:
+            raise CalibrationError(
+                "the processes drew different calibration rows; give all of them the whole dataset, it is shared out here"
+            )
 
     def agree(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors of the main process, on every process."""

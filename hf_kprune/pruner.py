@@ -211,6 +211,7 @@ class KPrunePruner:
             with together(self.accelerator):
                 calibration = self._calibration(model, calibration_dataset)
                 terms = BudgetTerms(find_sublayers(model), args, calibration.mean_tokens)
+            calibration.check_same_rows()
             name, loss = ("custom", self.compute_loss) if self.compute_loss else (None, None)
             if loss is None:
                 name, loss = knowledge_loss(model, args.temperature, args.pooling)

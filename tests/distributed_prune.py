@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 tests/distributed_prune.py OU
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=31)
     parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--fail", type=int, help="Rank of the process whose dataset fails.")
+    parser.add_argument("--split", action="store_true", help="Each process gets rows of its own.")
     parser.add_argument("--fail_late", action="store_true", help="It fails in the middle of pruning.")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -59,12 +61,15 @@ def main() -> None:
         options.num_measure_tokens = 130
         pruner = KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)
     rank = pruner.accelerator.process_index
+    if args.split:
+        pruner.calibration_dataset = rows(args.rows, seed=rank)
     if args.fail is not None and not args.fail_late:
         pruner.calibration_dataset = Failing(pruner.calibration_dataset, rank == args.fail)
     if args.fail_late and rank == args.fail:
         original = type(pruner.model).forward
         calls = 0
 
+        @functools.wraps(original)
         def fail(self: Any, *inputs: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1

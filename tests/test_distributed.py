@@ -71,6 +71,12 @@ def test_a_failure_on_one_process_ends_all_with_its_message(tmp_path: Path, late
     assert not (tmp_path / "2" / "model").exists()
 
 
+def test_rows_shared_out_beforehand_are_refused(tmp_path: Path) -> None:
+    done = launch(2, tmp_path / "2", "bert", "--split")
+    assert done.returncode != 0
+    assert "the processes drew different calibration rows" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_one_process_equals_many_on_a_real_model(tmp_path: Path, pack: Path, processes: int) -> None:
