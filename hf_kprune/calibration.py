@@ -29,7 +29,7 @@ from .rows import Rows, has_choices, row_length
 from .sublayers import Sublayer
 
 
-GRAPH_LAYERS = 4
+GRAPH_LAYERS = 3
 """Layers whose activations the measuring pass may hold for a whole batch. A deeper model takes the batch in slices, so
 that memory does not grow with depth."""
 
