@@ -212,13 +212,14 @@ class KPrunePruner:
                 calibration = self._calibration(model, calibration_dataset)
                 terms = BudgetTerms(find_sublayers(model), args, calibration.mean_tokens)
             calibration.check_same_rows()
-            name, loss = ("custom", self.compute_loss) if self.compute_loss else (None, None)
-            if loss is None:
+            if self.compute_loss is not None:
+                name, loss = "custom", self.compute_loss
+            else:
                 name, loss = knowledge_loss(model, args.temperature, args.pooling)
             report = PruningReport(
                 model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
                 method=args.method,
-                knowledge=str(name),
+                knowledge=name,
                 sparsity_asked=args.sparsity,
                 before=model_size(model, terms.total),
                 sequence_length=calibration.mean_tokens,
