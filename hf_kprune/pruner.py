@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
-from transformers.utils import logging
 
 from .arguments import KPruneArguments
 from .calibration import Calibration, together
@@ -32,9 +31,6 @@ from .rows import draw_rows
 from .search import TOLERANCE
 from .sublayers import check_model, cut, find_sublayers, write_plan
 from .version import versions
-
-
-logger = logging.get_logger(__name__)
 
 
 class KPrunePruner:
