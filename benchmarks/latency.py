@@ -40,7 +40,7 @@ def alternate(models: list[PreTrainedModel], batch: int, length: int, repeats: i
 
 
 def prunable_flops(model: PreTrainedModel, length: int) -> float:
-    return sum(s.unit_flops(length) * s.num_units for s in find_sublayers(model))
+    return sum(s.unit_flops({s.stack_name: length}) * s.num_units for s in find_sublayers(model))
 
 
 def main() -> None:

@@ -27,11 +27,11 @@ class KPruneArguments:
     > What is removed
 
     `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
-    `method`, `prune_heads`, `prune_ffn`, `min_heads`, `min_neurons`, `round_to`.
+    `method`, `prune_heads`, `prune_ffn`, `head_unit`, `min_heads`, `min_neurons`, `round_to`.
 
     > Calibration
 
-    `num_tokens`, `num_measure_tokens`, `max_seq_length`, `per_device_batch_size`, `remove_unused_columns`, `seed`.
+    `num_tokens`, `num_measure_tokens`, `max_seq_length`, `packing`, `per_device_batch_size`, `remove_unused_columns`, `seed`.
 
     > Knowledge measurement
 
@@ -56,6 +56,12 @@ class KPruneArguments:
     method: str = _option("kprune", "Pruning method: 'kprune' is the method of the paper (Park et al., ICLR 2024).")
     prune_heads: bool = _option(True, "Whether attention heads may be pruned.")
     prune_ffn: bool = _option(True, "Whether FFN neurons may be pruned.")
+    head_unit: str = _option(
+        "group",
+        "With grouped queries, what is pruned as one: a key-value head with its query heads (group), or one query head of "
+        "every group (query), which leaves keys, values and their cache whole.",
+        choices=["group", "query"],
+    )
     min_heads: int = _option(0, "Heads that every attention sublayer keeps at least; 0 may empty a sublayer.")
     min_neurons: int = _option(0, "Neurons that every FFN sublayer keeps at least; 0 may empty a sublayer.")
     round_to: int = _option(1, "FFN widths are multiples of this (or the full width): 8 or 64 suit some hardware.")
@@ -66,6 +72,9 @@ class KPruneArguments:
     )
     max_seq_length: int | None = _option(
         None, "Tokens after which texts are truncated when tokenised here. None: what the model can take."
+    )
+    packing: bool = _option(
+        False, "Join all texts and cut them into calibration rows of max_seq_length tokens (None: the model's, at most 1024)."
     )
     per_device_batch_size: int = _option(32, "Calibration sequences per batch and device. Does not change the result.")
     remove_unused_columns: bool = _option(
@@ -120,6 +129,7 @@ class KPruneArguments:
                 check(name, value == value and abs(value) != float("inf"), "a finite number")
         check("sparsity", 0 <= self.sparsity < 1, "the fraction of prunable FLOPs to remove, in [0, 1)")
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        check("head_unit", self.head_unit in ("group", "query"), "group or query")
         for name in ("min_heads", "min_neurons"):
             check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("round_to", "num_tokens", "per_device_batch_size", "per_device_eval_batch_size"):

@@ -15,18 +15,18 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, default_data_collator
 from transformers.utils import find_labels
 
 from .arguments import KPruneArguments
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError
 from .heads import KnowledgeLoss
-from .hooks import probed, resumed, run_sublayer, run_to_bottom, run_to_top
+from .hooks import State, by_token, check_order, probed, resumed, run_sublayer, run_to_top
 from .methods import Statistics
 from .reconstruction import NormalEquations
 from .rows import Rows, has_choices, row_length
-from .sublayers import Sublayer
+from .sublayers import Sublayer, find_sublayers
 
 
 GRAPH_LAYERS = 3
@@ -51,6 +51,18 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         raise error
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def in_float32(outputs: Any) -> Any:
     """Model outputs with their half-precision tensors in float32."""
     for key, value in outputs.items():
@@ -59,26 +71,47 @@ def in_float32(outputs: Any) -> Any:
     return outputs
 
 
+def shifted_right(model: PreTrainedModel, labels: Any) -> Tensor:
+    """What the decoder reads when it is to give `labels`, (B, T), in which -100 is padding."""
+    config = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    start = config.bos_token_id if start is None else start
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return shifted.masked_fill(shifted == -100, config.pad_token_id or 0)
+
+
 @dataclass
 class Batch:
-    """Collated inputs on the device, the tokens that are not padding (B, T), and whether they serve for measuring."""
+    """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, and those whose outputs count
+    for knowledge; and whether they serve for measuring."""
 
-    inputs: dict[str, Tensor]
-    valid: Tensor
+    inputs: dict[str, Any]
+    valid: dict[str, Tensor]
+    counted: Tensor
     measured: bool
 
+    @property
+    def samples(self) -> int:
+        """Rows in the batch, which may be several sequences each (multiple choice)."""
+        return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
+
     def part(self, start: int, stop: int) -> Batch:
-        """The samples from `start` to `stop`, which may be several sequences each (multiple choice)."""
-        samples = len(next(iter(self.inputs.values())))
-        each = len(self.valid) // samples
-        inputs = {key: value[start:stop] for key, value in self.inputs.items()}
-        return Batch(inputs, self.valid[start * each : stop * each], self.measured)
+        """The samples from `start` to `stop`."""
+        samples = self.samples
+
+        def of(tensor: Any) -> Any:
+            if not isinstance(tensor, Tensor):
+                return tensor
+            return tensor[start * len(tensor) // samples : stop * len(tensor) // samples]
+
+        inputs, valid = ({k: of(v) for k, v in held.items()} for held in (self.inputs, self.valid))
+        return Batch(inputs, valid, of(self.counted), self.measured)
 
 
 class Calibration:
     """The calibration data of one process, and what is summed over them.
 
-    Streams are lists with one tensor (B, T, D) per batch.
+    Streams are lists with one `State` per batch.
 
     Args:
         accelerator: Device and processes.
@@ -100,8 +133,9 @@ class Calibration:
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype)
-        self.mean_tokens = rows.tokens / rows.sequences
         self.batches: list[Batch] = []
+        self.sublayers = find_sublayers(model, args.head_unit)
+        self.tokens: dict[str, int] = {}
         for measured, part in ((True, rows.rows[: rows.measured]), (False, rows.rows[rows.measured :])):
             by_length = sorted(range(len(part)), key=lambda i: (row_length(part[i]), i))
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
@@ -113,9 +147,13 @@ class Calibration:
         self, rows: list[dict[str, Any]], collator: Any, processing_class: Any, model: PreTrainedModel, measured: bool
     ) -> Batch:
         labels = {"label", "labels", "label_ids", *find_labels(type(model))}
+        accepted = set(inspect.signature(model.forward).parameters)
+        targets = "decoder_input_ids" in accepted or any("labels" in row for row in rows)
         if collator is not None:
             inputs = dict(collator([dict(row) for row in rows]))
-        elif processing_class is not None and not has_choices(rows[0]):
+        elif processing_class is not None and targets and hasattr(processing_class, "pad_token_id"):
+            inputs = dict(DataCollatorForSeq2Seq(processing_class)([dict(row) for row in rows]))
+        elif processing_class is not None and hasattr(processing_class, "pad") and not has_choices(rows[0]):
             inputs = dict(DataCollatorWithPadding(processing_class)([dict(row) for row in rows]))
         elif len({row_length(row) for row in rows}) == 1:
             inputs = default_data_collator([dict(row) for row in rows])
@@ -124,8 +162,13 @@ class Calibration:
                 "the calibration rows differ in length and there is nothing to pad them with; pass processing_class (the "
                 "tokenizer) or data_collator"
             )
+        told = inputs.get("labels")
+        skip = told == -100 if isinstance(told, Tensor) and told.dim() == 2 else None
+        if "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs and skip is not None:
+            inputs["decoder_input_ids"] = shifted_right(model, told)
+            inputs["decoder_attention_mask"] = torch.cat([torch.ones_like(skip[:, :1]), ~skip[:, :-1]], 1).long()
+            skip = None
         inputs = {key: value for key, value in inputs.items() if key not in labels}
-        accepted = set(inspect.signature(model.forward).parameters)
         surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
         if surplus:
             raise CalibrationError(
@@ -133,8 +176,43 @@ class Calibration:
                 f"{sorted(accepted - labels)}"
             )
         inputs = {key: value.to(self.accelerator.device) for key, value in inputs.items()}
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        return Batch(inputs, mask.flatten(0, -2).bool(), measured)
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        valid = {s.stack_name: self._valid(model, s, inputs) for s in {s.stack_name: s for s in self.sublayers}.values()}
+        counted = list(valid.values())[-1]
+        if skip is not None and skip.shape == counted.shape:  # the logits of a token predict the next one's label
+            counted = counted & ~torch.cat([skip[:, 1:], torch.ones_like(skip[:, :1])], 1).to(counted.device)
+        return Batch(inputs, valid, counted, measured)
+
+    def _valid(self, model: PreTrainedModel, sublayer: Sublayer, inputs: dict[str, Any]) -> Tensor:
+        """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T)."""
+        name = sublayer.stack_name
+        key = sublayer.stack.mask
+        if key == "decoder_attention_mask" and "decoder_input_ids" not in inputs:
+            key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
+        mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
+        if ids is not None:
+            return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
+        with in_eval_mode(model):  # images, audio: how many tokens they make is the model's business
+            if mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
+                top = run_to_top(model, inputs, self.sublayers).inputs[name]
+                return cast(Tensor, model._get_feature_vector_attention_mask(top.shape[1], mask).bool())
+            if name not in self.tokens:
+                tops = run_to_top(model, inputs, self.sublayers).inputs
+                self.tokens = {stack: top.shape[1] for stack, top in tops.items()}
+        samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+        return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
+
+    def lengths(self) -> dict[str, float]:
+        """Mean tokens of a sequence in each stack, over all processes."""
+        names = list(dict.fromkeys(s.stack_name for s in self.sublayers))
+        sums = [
+            torch.tensor([sum(int(b.valid[n].sum()) for b in self.batches), sum(len(b.valid[n]) for b in self.batches)])
+            for n in names
+        ]
+        sums = [s.double().to(self.accelerator.device) for s in sums]
+        self._reduce(sums)
+        return {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
         """Add up tensors of float64 over all processes, in place, by one call."""
@@ -156,43 +234,42 @@ class Calibration:
             return tensors
         return cast(list[Tensor], broadcast([t.to(self.accelerator.device) for t in tensors], from_process=0))
 
-    def bottom(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> list[Tensor]:
-        """The streams below the first sublayer."""
-        with together(self.accelerator):
-            return [run_to_bottom(model, batch.inputs, sublayers) for batch in self.batches]
+    def bottom(self) -> list[State]:
+        """The states below the first sublayer: nothing has run."""
+        return [State() for _ in self.batches]
 
-    def top(self, model: PreTrainedModel, sublayers: Sequence[Sublayer], streams: list[Tensor]) -> list[Tensor | None]:
-        """The streams above the last sublayer, of the batches that are measured.
+    def top(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> list[State | None]:
+        """The states above the last sublayer, of the batches that are measured.
 
         Raises `UnsupportedArchitectureError` if carrying a batch up sublayer by sublayer does not arrive there: then the
-        model's family describes it wrongly, though cutting may work (parallel blocks do not add up one after the other).
+        model's family describes it wrongly, though cutting may work.
         """
         with together(self.accelerator):
-            for batch, carried in zip(self.batches[:1], streams, strict=False):
+            for batch in self.batches[:1]:
+                check_order(model, batch.inputs, sublayers)
+                state, expected = State(), run_to_top(model, batch.inputs, sublayers)
                 for position in range(len(sublayers)):
-                    carried = run_sublayer(model, batch.inputs, sublayers, position, carried).above
-                expected = run_to_top(model, batch.inputs, sublayers, streams[0])
-                error, size = (carried - expected)[batch.valid].abs().max(), expected[batch.valid].abs().max()
-                if error > 1e-3 * size:
-                    raise UnsupportedArchitectureError(
-                        f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} away from where it "
-                        f"does as a whole; its family {model.config.model_type!r} does not tell how its layers add up "
-                        "(blocks that run in parallel?): docs/add_a_family.md"
-                    )
-            return [
-                run_to_top(model, batch.inputs, sublayers, stream) if batch.measured else None
-                for batch, stream in zip(self.batches, streams, strict=True)
-            ]
+                    state = run_sublayer(model, batch.inputs, sublayers, position, state).above
+                for name, top in expected.inputs.items():
+                    valid = batch.valid[name]
+                    error, size = (state.inputs[name] - top)[valid].abs().max(), top[valid].abs().max()
+                    if error > 1e-3 * size:
+                        raise UnsupportedArchitectureError(
+                            f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} away from where "
+                            f"it does as a whole; its family {model.config.model_type!r} does not tell what its layers give: "
+                            "docs/add_a_family.md"
+                        )
+            return [run_to_top(model, batch.inputs, sublayers) if batch.measured else None for batch in self.batches]
 
     def measure(
         self,
         student: PreTrainedModel,
         sublayers: Sequence[Sublayer],
         position: int,
-        streams: list[Tensor],
+        streams: list[State],
         teacher: PreTrainedModel,
         teacher_sublayers: Sequence[Sublayer],
-        teacher_top: list[Tensor | None],
+        teacher_top: list[State | None],
         loss: KnowledgeLoss | None,
     ) -> list[Statistics]:
         """Knowledge measurement on all units of the sublayers from `position` up, by a forward and backward pass.
@@ -204,15 +281,15 @@ class Calibration:
             streams: The student's, below the target.
             teacher: Whose head turns `teacher_top` into the outputs that the student's are compared with.
             teacher_sublayers: The teacher's.
-            teacher_top: The teacher's streams above its last sublayer.
+            teacher_top: The teacher's states above its last sublayer.
             loss: Predictive knowledge, or None where it is zero because student and teacher are still the same.
         """
         targets = sublayers[position:]
         device = self.accelerator.device
-        columns = [t.output.in_features for t in targets]
+        columns = [t.weight.shape[1] for t in targets]
         energy, total, square = ([torch.zeros(c, dtype=torch.float64, device=device) for c in columns] for _ in range(3))
         samples = torch.zeros(1, dtype=torch.float64, device=device)
-        tokens = torch.zeros(1, dtype=torch.float64, device=device)
+        tokens = torch.zeros(len(targets), dtype=torch.float64, device=device)
         slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
         half = self.args.measure_dtype == "bfloat16"
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -220,25 +297,26 @@ class Calibration:
             for batch, stream, top in zip(self.batches, streams, teacher_top, strict=True):
                 if not batch.measured:
                     continue
-                count = len(next(iter(batch.inputs.values())))
-                each, size = len(batch.valid) // count, -(-count // slices)
+                count = batch.samples
+                size = -(-count // slices)
                 for start in range(0, count, size):
                     stop = min(start + size, count)
-                    part, rows = batch.part(start, stop), slice(start * each, stop * each)
+                    part, state = batch.part(start, stop), stream.part(start, stop, count)
                     samples += stop - start
-                    tokens += part.valid.sum()
                     grad = torch.enable_grad() if loss is not None else torch.no_grad()
-                    with grad, autocast, resumed(sublayers, position, stream[rows]), probed(targets) as features:
+                    with grad, autocast, resumed(sublayers, position, state), probed(targets) as features:
                         outputs = student(**part.inputs, return_dict=True)
-                    valid = part.valid.unsqueeze(-1)
                     for place, a in features.items():
-                        energy[place] += a.detach().float().square().mul(valid).sum((0, 1))
+                        valid = part.valid[targets[place].stack_name].unsqueeze(-1)
+                        energy[place] += by_token(a.detach(), valid).float().square().mul(valid).sum((0, 1))
+                        tokens[place] += valid.sum()
                     if loss is None:
                         continue
                     assert top is not None
-                    with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), top[rows]):
+                    above = top.part(start, stop, count)
+                    with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), above):
                         expected = teacher(**part.inputs, return_dict=True)
-                    losses = loss(in_float32(outputs), in_float32(expected), part.valid)
+                    losses = loss(in_float32(outputs), in_float32(expected), part.counted)
                     if losses.shape != (stop - start,):
                         raise ArgumentError(
                             f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, "
@@ -247,48 +325,53 @@ class Calibration:
                     gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
                     for (place, a), gradient in zip(features.items(), gradients, strict=True):
                         if gradient is not None:  # of several sequences per sample (choices), one mask serves all
-                            by_mask = torch.einsum("btc,btc->bc", a.detach().float(), gradient.float()).double()
-                            g = by_mask.view(stop - start, each, -1).sum(1)
+                            like = part.valid[targets[place].stack_name].unsqueeze(-1)
+                            a, gradient = by_token(a.detach(), like).float(), by_token(gradient, like).float()
+                            by_mask = torch.einsum("btc,btc->bc", a, gradient).double()
+                            g = by_mask.view(stop - start, len(by_mask) // (stop - start), by_mask.shape[1]).sum(1)
                             total[place] += g.sum(0)
                             square[place] += g.square().sum(0)
         self._reduce([*energy, *total, *square, samples, tokens])
         for target, e in zip(targets, energy, strict=True):  # all before the gradients, which carry NaN downwards
             self.check_finite(target, (e,))
         measured = []
-        for target, e, g, g2 in zip(targets, energy, total, square, strict=True):
+        lengths = self.lengths()
+        for target, e, g, g2, count in zip(targets, energy, total, square, tokens.tolist(), strict=True):
             self.check_finite(target, (g, g2))
-            cost, weight = target.unit_flops(self.mean_tokens), target.output.weight
-            measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(tokens), int(samples)))
+            cost, weight = target.unit_flops(lengths), target.weight
+            measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(count), int(samples)))
         return measured
 
     def normal_equations(
         self,
         student: PreTrainedModel,
         sublayers: Sequence[Sublayer],
-        streams: list[Tensor],
+        streams: list[State],
         teacher: PreTrainedModel,
         teacher_sublayers: Sequence[Sublayer],
-        teacher_streams: list[Tensor],
+        teacher_streams: list[State],
         position: int,
     ) -> NormalEquations:
         """The sums that fit the student's target sublayer to the teacher's, for the columns that it still has.
 
         Carries `teacher_streams` above the target, in place, as its outputs are at hand.
         """
-        output = sublayers[position].output
-        equations = NormalEquations.zeros(output.in_features, output.out_features, self.accelerator.device)
+        sublayer = sublayers[position]
+        rows, columns = sublayer.weight.shape
+        equations = NormalEquations.zeros(columns, rows, self.accelerator.device)
         with together(self.accelerator):
             for i, batch in enumerate(self.batches):
                 told = run_sublayer(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i])
                 tap = run_sublayer(student, batch.inputs, sublayers, position, streams[i])
-                reference = (told.stream + told.output)[batch.valid]
-                equations.add(tap.features[batch.valid], reference - tap.stream[batch.valid], reference, self.dtype)
+                valid = batch.valid[sublayer.stack_name]
+                reference = (told.stream + told.output)[valid]
+                equations.add(tap.features[valid], reference - tap.stream[valid], reference, self.dtype)
                 teacher_streams[i] = told.above
         self._reduce(equations.tensors())
-        self.check_finite(sublayers[position], equations.tensors())
+        self.check_finite(sublayer, equations.tensors())
         return equations
 
-    def advance(self, model: PreTrainedModel, sublayers: Sequence[Sublayer], position: int, streams: list[Tensor]) -> None:
+    def advance(self, model: PreTrainedModel, sublayers: Sequence[Sublayer], position: int, streams: list[State]) -> None:
         """Carry the streams of `model` above the sublayer at `position`, in place."""
         with together(self.accelerator):
             for i, batch in enumerate(self.batches):

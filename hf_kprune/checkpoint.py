@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from . import modeling_kprune
-from .modeling_kprune import CheckpointError, load_checked, seal, shrink, unseal
+from .modeling_kprune import CheckpointError, is_pruned, load_checked, seal, shrink, unseal
 
 
 def auto_map(model_type: str) -> dict[str, str]:
@@ -63,7 +63,7 @@ def install() -> None:
 
     @functools.wraps(write)
     def write_and_seal(self: PreTrainedConfig, json_file_path: Any, use_diff: bool = True) -> None:
-        pruned = getattr(self, "kprune", None) is not None
+        pruned = is_pruned(self)
         if pruned:
             self.auto_map = auto_map(self.model_type)
         elif "modeling_kprune." in str(getattr(self, "auto_map", "")):

@@ -193,6 +193,8 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         kind, choices = type(model).__name__, "ForMultipleChoice" in type(model).__name__
         if not choices and len(data.columns) > 2:
             raise ArgumentError(f"text_columns names {len(data.columns)} columns, {kind} takes one or two")
+        if args.packing and len(data.columns) > 1:
+            raise ArgumentError(f"packing joins the texts of one column, text_columns names {len(data.columns)}")
         limits = [n for n in (args.max_seq_length, max_positions(model), tokenizer.model_max_length) if n is not None]
         encode = encoder(data.columns, tokenizer, min(limits), choices)
         dataset = load_data(data.dataset_name, data.dataset_config_name, data.dataset_split, data.dataset_file, data.columns)
@@ -210,7 +212,8 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         return dict(transformers.DataCollatorForMultipleChoice(tokenizer)([{"label": 0, **row} for row in rows]))
 
     collator = collate_choices if choices else None
-    return KPrunePruner(model, args, dataset.with_transform(encode), collator, eval_dataset, tokenizer, compute_metrics)
+    calibration = dataset[data.columns[0]] if args.packing else dataset.with_transform(encode)
+    return KPrunePruner(model, args, calibration, collator, eval_dataset, tokenizer, compute_metrics)
 
 
 def prune(data: DataArguments, args: KPruneArguments) -> None:

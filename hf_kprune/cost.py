@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 
 import psutil
 import torch
@@ -24,12 +25,12 @@ class BudgetTerms:
         BudgetError: If `args.sparsity` is out of reach.
     """
 
-    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, tokens: float):
+    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float]):
         self.sublayers = sublayers
-        self.costs = [s.unit_flops(tokens) for s in sublayers]
+        self.costs = [s.unit_flops(lengths) for s in sublayers]
         self.minimum, self.multiple = [], []
         for s in sublayers:
-            heads = s.kind == "attention"
+            heads = s.kind != "ffn"
             free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
             self.multiple.append(1 if heads else args.round_to)
             self.minimum.append(min(least, s.num_units) if free else s.num_units)

@@ -1,21 +1,24 @@
 """Run a model from one sublayer to another: forward hooks, owned by contexts that always remove them. Torch only.
 
-A model is carried upwards one sublayer at a time. What is carried is the *stream*: before a layer its input, inside a
-layer the residual sum so far. To go on from there the model's own forward is called, with everything below passing the
-stream through, so masks, positions and heads stay the model's business.
+A model is carried upwards one sublayer at a time. What is carried is a `State`: for each stack the input of the layer that
+has been reached, and inside that layer the outputs of the sublayers that have run. To go on from there the model's own
+forward is called, with the layers below passing the input on and those sublayers answering with their outputs, so masks,
+positions, the way outputs join, and heads stay the model's business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import UnsupportedArchitectureError
+from .modeling_kprune import fill, parameter_names
 from .sublayers import Sublayer
 
 
@@ -23,25 +26,52 @@ class _Stop(Exception):  # noqa: N818
     """Ends a forward pass once what it was run for has been seen."""
 
 
+@dataclass(frozen=True)
+class State:
+    """How far a batch of B sequences has been carried. At first nowhere: then the model begins by itself.
+
+    Args:
+        inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it gave: (B, T, D).
+        held: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
+    """
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def part(self, start: int, stop: int, samples: int) -> State:
+        """That of the samples from `start` to `stop` out of `samples`, which may be several sequences each."""
+
+        def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: t[start * len(t) // samples : stop * len(t) // samples] for k, t in tensors.items()}
+
+        return State(of(self.inputs), of(self.held))
+
+
 @dataclass
 class Tap:
     """What one sublayer did with a batch of B sequences of T tokens.
 
     Args:
-        stream: Residual input of the sublayer, X in METHOD 1.2, (B, T, D).
+        stream: Residual input of the sublayer, X in METHOD 1.2, (B, T, D), in units of `output`; zero if that does not
+            simply join the stream.
         features: Input of the output projection, (B, T, C).
         output: Output of the output projection with its bias, Sub(X), (B, T, D).
-        above: The stream above the sublayer, (B, T, D).
+        above: The state above the sublayer.
     """
 
     stream: Tensor
     features: Tensor
     output: Tensor
-    above: Tensor
+    above: State
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return cast(Tensor, args[0] if args else kwargs["hidden_states"])
+
+
+def by_token(tensor: Tensor, like: Tensor) -> Tensor:
+    """(B, T, ...) from what some models flatten to (B * T, ...)."""
+    return tensor if tensor.dim() == like.dim() else tensor.view(*like.shape[:2], *tensor.shape[1:])
 
 
 @contextmanager
@@ -66,66 +96,52 @@ def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = before
 
 
-def _silence(stack: ExitStack, sublayer: Sublayer, stream: Tensor) -> None:
-    """Let a sublayer that has already run add zero, without computing it."""
-    silent = torch.zeros_like(stream)
+def _answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:
+    """Let a sublayer that has already run answer with its `output`, without computing it."""
     block = sublayer.block
     if block.core:
-        y = silent if block.output.startswith(block.core + ".") else stream[..., :0]
-        returns = tuple(y if entry == "y" else None for entry in block.returns)
-        stack.enter_context(_forward(sublayer.layer.get_submodule(block.core), lambda *_, **__: returns))
-    stack.enter_context(_forward(sublayer.output, lambda *_, **__: silent))
+        core = sublayer.layer.get_submodule(block.core)
+        names = parameter_names(core)
+        y = output if block.output.startswith(block.core + ".") else output[..., :0]
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return fill(block.returns, y.clone(), {**dict(zip(names, args, strict=False)), **kwargs})
+
+        stack.enter_context(_forward(core, answer))
+    stack.enter_context(_forward(sublayer.output, lambda *_, **__: output.clone()))
 
 
 @contextmanager
-def resumed(sublayers: Sequence[Sublayer], position: int, stream: Tensor | None) -> Iterator[None]:
+def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Iterator[None]:
     """Within this context the model of `sublayers` computes from `sublayers[position]` up only.
 
     Args:
         sublayers: All sublayers of the model, bottom to top.
         position: The first that is to be computed; `len(sublayers)` for the head alone.
-        stream: The stream below it, (B, T, D); None runs the whole model.
+        state: Below it.
     """
+    target = sublayers[position] if position < len(sublayers) else None
+    stacks = {s.stack_name: s for s in sublayers[: position + 1]}
     with ExitStack() as stack:
-        if stream is not None:
-            layer = sublayers[position].layer if position < len(sublayers) else None
-            for below in sublayers[:position]:
-                if below.layer is layer:
-                    _silence(stack, below, stream)
-                elif below.is_last_of_layer:
-                    passed = (stream,) if below.stack.returns_tuple else stream
-                    stack.enter_context(_forward(below.layer, lambda *_, result=passed, **__: result))
-            if layer is not None:
+        for name, sublayer in stacks.items():
+            if name not in state.inputs:  # the model comes to its first layer by itself
+                continue
+            stream, layers = state.inputs[name], list(sublayer.layers)
+            if target is not None and name == target.stack_name:
+                layers = layers[: target.index]
 
-                def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                def replace(
+                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor = stream
+                ) -> tuple[Any, dict[str, Any]]:
                     return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
 
-                stack.enter_context(_hook(layer.register_forward_pre_hook(replace, with_kwargs=True)))
-        yield
-
-
-@contextmanager
-def _tapped(sublayer: Sublayer, seen: dict[str, Tensor]) -> Iterator[None]:
-    """Fill `seen`, by the names in `Tap`, during the next forward pass and end that pass above `sublayer`."""
-
-    def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["stream"] = _first(args, kwargs)
-
-    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen["features"], seen["output"] = args[0], output
-        if not sublayer.is_last_of_layer:
-            seen["above"] = seen["stream"] + output
-            raise _Stop
-
-    def on_layer(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen["above"] = output[0] if sublayer.stack.returns_tuple else output
-        raise _Stop
-
-    reader = sublayer.layer.get_submodule(sublayer.block.stream)
-    with ExitStack() as stack:
-        stack.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
-        stack.enter_context(_hook(sublayer.output.register_forward_hook(on_output)))
-        stack.enter_context(_hook(sublayer.layer.register_forward_hook(on_layer)))
+                stack.enter_context(_hook(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
+            for layer in layers:
+                result = fill(sublayer.stack.returns, stream, {})
+                stack.enter_context(_forward(layer, lambda *_, result=result, **__: result))
+        for below in sublayers[:position]:
+            if below.name in state.held:
+                _answer(stack, below, state.held[below.name])
         yield
 
 
@@ -139,46 +155,104 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def run_sublayer(
-    model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], position: int, stream: Tensor
+    model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], position: int, state: State
 ) -> Tap:
-    """Run one sublayer of `model` on the stream below it, and nothing else of any layer."""
+    """Run one sublayer of `model` on the state below it, with what lies between it and the next, and nothing else."""
+    sublayer = sublayers[position]
+    following = sublayers[position + 1] if position + 1 < len(sublayers) else None
+    stack, block = sublayer.stack, sublayer.block
     seen: dict[str, Tensor] = {}
-    with resumed(sublayers, position, stream), _tapped(sublayers[position], seen):
+
+    def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["input"] = _first(args, kwargs)
+
+    def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["stream"] = _first(args, kwargs)
+
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen["features"], seen["output"] = args[0], output.clone()  # some models go on in place
+        if following is not None and following.layer is sublayer.layer:
+            raise _Stop
+
+    def on_next(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["above"] = _first(args, kwargs)
+        raise _Stop
+
+    def on_end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["above"] = hidden_states(stack.returns, output)
+        raise _Stop
+
+    with ExitStack() as hooks, resumed(sublayers, position, state):
+        hooks.enter_context(_hook(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
+        if block.stream is not None:
+            reader = sublayer.layer.get_submodule(block.stream)
+            hooks.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+        hooks.enter_context(_hook(sublayer.output.register_forward_hook(on_output)))
+        if following is None or following.layers is not sublayer.layers:
+            hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end)))
+        elif following.layer is not sublayer.layer:
+            hooks.enter_context(_hook(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
         _run(model, inputs)
-    return Tap(**seen)
+
+    output = by_token(seen["output"], seen["input"])
+    stream = torch.zeros_like(output)
+    if "stream" in seen:
+        earlier = [state.held[s.name] for s in sublayers[:position] if sublayer.parallel and s.name in state.held]
+        stream = by_token(seen["stream"], seen["input"]) / sublayer.residual + sum(earlier)
+    inputs_above = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
+    held = {} if "above" in seen else {**state.held, sublayer.name: seen["output"]}
+    return Tap(stream, by_token(seen["features"], seen["input"]), output, State(inputs_above, held))
+
+
+def hidden_states(returns: Any, output: Any) -> Tensor:
+    """The hidden states in what a layer returned, see `Stack.returns`."""
+    return cast(Tensor, output if returns == "y" else output[list(returns).index("y")])
 
 
 @torch.no_grad()
-def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> Tensor:
-    """The stream below the first sublayer, (B, T, D)."""
-    seen: list[Tensor] = []
+def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> State:
+    """Run `model` from its inputs to the top of its last stack: the state for the head alone."""
+    tops: dict[str, Tensor] = {}
+    stacks = {s.stack_name: s for s in sublayers}
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_first(args, kwargs))
-        raise _Stop
+    def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tops[name] = hidden_states(sublayer.stack.returns, output)
+            if len(tops) == len(stacks):
+                raise _Stop
 
-    with _hook(sublayers[0].layer.register_forward_pre_hook(stop, with_kwargs=True)):
+        return see
+
+    with ExitStack() as hooks:
+        for name, sublayer in stacks.items():
+            hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
         _run(model, inputs)
-    return seen[0]
+    return State(tops)
 
 
 @torch.no_grad()
-def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], stream: Tensor) -> Tensor:
-    """The stream above the last sublayer, (B, T, D), from the one below the first."""
-    seen: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(output[0] if sublayers[-1].stack.returns_tuple else output)
-        raise _Stop
-
-    with resumed(sublayers, 0, stream), _hook(sublayers[-1].layer.register_forward_hook(stop)):
-        _run(model, inputs)
-    return seen[0]
+def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> None:
+    """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run once, in their order."""
+    ran: list[int] = []
+    with ExitStack() as hooks:
+        for place, sublayer in enumerate(sublayers):
+            hooks.enter_context(_hook(sublayer.output.register_forward_hook(lambda *_, place=place: ran.append(place))))
+        model(**inputs)
+    for stack in dict.fromkeys(s.stack_name for s in sublayers):
+        expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
+        found = [place for place in ran if sublayers[place].stack_name == stack]
+        if found != expected:
+            names = [sublayers[place].name for place in found]
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its family describes "
+                f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "
+                "does the family name its blocks in another order? docs/add_a_family.md"
+            )
 
 
 @contextmanager
 def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect the features (B, T, C) of each sublayer in the next forward pass, by its place in `sublayers`.
+    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place in `sublayers`.
 
     With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c = 1, the gradient
     to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.

@@ -26,7 +26,7 @@ class Statistics:
     """What was measured of one sublayer, summed over all calibration sequences. C columns, U units.
 
     Args:
-        kind: `"attention"` or `"ffn"`.
+        kind: `"attention"`, `"cross_attention"` or `"ffn"`.
         unit_width: Columns of a unit; C = U * unit_width.
         cost: FLOPs of one unit.
         weight: Output projection, (D, C).
@@ -87,7 +87,7 @@ class KPrune:
         s, args = statistics, self.args
         predictive = mean_squared_gradient(s.gradient_sum, s.gradient_square, s.samples, self.batch)
         knowledge = args.lambda_pred * predictive + args.lambda_rep * representational(s.energy, s.weight, s.tokens)
-        mu = (s.unit_width if args.mu is None else args.mu) if s.kind == "attention" else 1
+        mu = (s.unit_width if args.mu is None else args.mu) if s.kind != "ffn" else 1
         return mu * per_unit(knowledge, s.unit_width) / (s.cost / 1e9)
 
     def search(

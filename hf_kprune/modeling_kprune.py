@@ -9,13 +9,15 @@ torch and transformers only and knows no architecture: which modules are narrowe
 
     "kprune": {"format": 1, "sha256": "1f3c...", "stacks": [{"layers": "encoder.layer", "blocks": [
         {"kind": "attention", "of": 12, "kept": [5, 0, ...],          units before pruning, and kept in each layer
-         "rows": {"attention.self.query": 32, ...},                    output rows of a projection per kept unit
+         "rows": {"attention.self.query": [32, 0], ...},               output rows of a projection per kept unit, and for all
          "columns": {"attention.output.dense": 32},                    input columns of a projection per kept unit
          "sizes": {"attention.self.num_attention_heads": 1, ...},      attributes per kept unit
-         "core": "attention.self", "returns": ["y", null],             what is replaced where no unit is kept
-         "select": {}}, ...]}]}
+         "heads": 1, "table": {}, "select": {},                        heads of a unit, and what else has one slice per head
+         "core": "attention.self", "returns": ["y", null]},            what is replaced where no unit is kept
+        ...]}]}
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -23,9 +25,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 
 FORMAT = 1
@@ -41,35 +44,110 @@ class CheckpointError(ValueError):
     """A K-pruned checkpoint whose plan, config or weights contradict each other."""
 
 
+def fill(returns: Any, y: Any, arguments: dict[str, Any]) -> Any:
+    """What a module returns, by the template of its family: `"y"` is its output, `"y+x"` has its argument `x` added."""
+    if isinstance(returns, (list, tuple)):
+        return tuple(fill(entry, y, arguments) for entry in returns)
+    if returns is None:
+        return None
+    name, _, added = returns.partition("+")
+    assert name == "y"
+    return y + arguments[added] if added else y
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Names of the arguments that `module` takes by position."""
+    stood_for = getattr(module, "parameter_names", None)
+    return stood_for or list(inspect.signature(type(module).forward).parameters)[1:]
+
+
 class EmptyAttention(nn.Module):
     """Stands in for an attention module without heads: adds nothing to the residual stream but its output bias."""
 
     is_kprune_stand_in = True
 
-    def __init__(self, attention: nn.Module, output: str | None, returns: list[str | None]):
+    def __init__(self, attention: nn.Module, kind: str, output: str | None, returns: Any):
         super().__init__()
-        self.output, self.returns = output, returns
+        for name, value in vars(attention).items():  # flags that the layer around it reads, such as is_sliding
+            if isinstance(value, (bool, int, float, str)) and name != "training":
+                setattr(self, name, value)
+        self.kind, self.output, self.returns, self.parameter_names = kind, output, returns, parameter_names(attention)
         if output is not None:  # the projection keeps its name, so its bias keeps its key in the state dict
             self.add_module(output, attention.get_submodule(output))
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        hidden = arguments[self.parameter_names[0]]
+        if self.kind == "attention":
+            for value in arguments.values():
+                if isinstance(value, Cache):
+                    self.keep_in_step(value, hidden)
         y = hidden[..., :0] if self.output is None else self.get_submodule(self.output)(hidden[..., :0])
-        return tuple(y if entry == "y" else None for entry in self.returns)
+        return fill(self.returns, y, arguments)
+
+    def keep_in_step(self, cache: Any, hidden: Any) -> None:
+        """Fill this layer's slot with zeros: models read the number of cached tokens from any of the slots."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        index = int(self.layer_idx)  # type: ignore[arg-type]
+        slot = cache.layers[index] if index < len(cache.layers) else None
+        held = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
+        heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
+        zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], width)
+        cache.update(zeros, zeros, index)
+
+
+class EmptyProjection(nn.Module):
+    """Stands in for a `Conv1D` without inputs, which it cannot multiply: its bias alone. Its names stay the same."""
+
+    is_kprune_stand_in = True
+
+    def __init__(self, projection: Any):
+        super().__init__()
+        self.nx, self.nf = 0, projection.nf
+        self.weight = nn.Parameter(projection.weight[:0].detach().clone(), requires_grad=projection.weight.requires_grad)
+        self.bias = projection.bias
+
+    def forward(self, hidden: Any) -> Any:
+        bias: Any = self.bias
+        return bias.expand(*hidden.shape[:-1], -1)
+
+
+class ConfigView:
+    """A config with a few values of its own, for a module that asks its model's config for its size. All else is live."""
+
+    def __init__(self, config: Any, values: dict[str, Any]):
+        self.__dict__.update(values, kprune_config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "kprune_config":
+            raise AttributeError(name)
+        return getattr(self.kprune_config, name)
 
 
 class SelectHeads:
-    """Pre-forward hook: of an argument that carries one slice per head (dimension 1), pass the kept heads on."""
+    """Pre-forward hook: of an argument that carries one slice per head, pass the kept heads on.
 
-    def __init__(self, argument: str, heads: list[int]):
-        self.argument, self.heads = argument, heads
+    `where` they lie: `"1"` or `"0"`, that dimension; `"0:batch"`, dimension 0 with the batch folded in before the heads;
+    `"none"`: None is passed instead.
+    """
+
+    def __init__(self, argument: str, where: str, of: int, heads: list[int]):
+        self.argument, self.where, self.of, self.heads = argument, where, of, heads
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         value = bound.arguments.get(self.argument)
         if value is not None:
-            bound.arguments[self.argument] = value[:, self.heads]
+            bound.arguments[self.argument] = self.select(value)
         return bound.args, bound.kwargs
+
+    def select(self, value: Any) -> Any:
+        if self.where == "none":
+            return None
+        if self.where == "0:batch":
+            return value.unflatten(0, (-1, self.of))[:, self.heads].flatten(0, 1)
+        return value.index_select(int(self.where), torch.tensor(self.heads, device=value.device))
 
 
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
@@ -85,45 +163,103 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
 
 
 def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | None = None) -> None:
-    """Give the linear module at `path` this many of its output rows or input columns.
+    """Give the linear module (or `Conv1D`, or embedding) at `path` this many of its output rows or input columns.
 
     The loader overwrites the values; a fresh model (`from_config`) keeps those it was initialised with.
     """
-    linear = layer.get_submodule(path)
-    for size, name, dim in ((rows, "out_features", 0), (columns, "in_features", 1)):
-        if size is None or getattr(linear, name) == size:
+    module = layer.get_submodule(path)
+    out, inner = SIZES[kind_of(module)]
+    turned = kind_of(module) != "linear"  # the weight is (in, out)
+    for size, name, dim in ((rows, out, 0), (columns, inner, 1)):
+        if size is None or getattr(module, name) == size:
             continue
-        for key, old in list(linear.named_parameters(recurse=False)):
-            if dim < old.dim():
-                part = old.detach().narrow(dim, 0, size).clone()
-                setattr(linear, key, nn.Parameter(part, requires_grad=old.requires_grad))
-        setattr(linear, name, size)
+        for key, old in list(module.named_parameters(recurse=False)):
+            if old.dim() == 1 and dim == 1:
+                continue
+            part = old.detach().narrow(1 - dim if turned and old.dim() == 2 else dim, 0, size).clone()
+            setattr(module, key, nn.Parameter(part, requires_grad=old.requires_grad))
+        setattr(module, name, size)
+    if columns == 0 and kind_of(module) == "conv1d" and not getattr(module, "is_kprune_stand_in", False):
+        layer.set_submodule(path, EmptyProjection(module))
+
+
+SIZES = {"linear": ("out_features", "in_features"), "conv1d": ("nf", "nx"), "embedding": ("embedding_dim", "num_embeddings")}
+
+
+def kind_of(module: nn.Module) -> str:
+    return "conv1d" if hasattr(module, "nf") else "embedding" if hasattr(module, "embedding_dim") else "linear"
+
+
+def own_tables(layers: nn.ModuleList, block: dict[str, Any]) -> None:
+    """Give every layer its own table of relative positions, of which the dense model has one for all (T5)."""
+    for path in block["table"]:
+        owner, _, name = path.rpartition(".")
+        holders = [layer.get_submodule(owner) for layer in layers]
+        table = next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+        for holder in holders:
+            if not hasattr(holder, name) and not getattr(holder, "is_kprune_stand_in", False):
+                setattr(holder, name, copy.deepcopy(table))
+                holder.__dict__["has_relative_attention_bias"] = True
+
+
+def set_size(layer: nn.Module, path: str, value: int) -> None:
+    """Set an attribute of a module in `layer`; of its config, for that module alone."""
+    owner, _, attribute = path.rpartition(".")
+    if owner.split(".")[-1] != "config":
+        setattr(layer.get_submodule(owner), attribute, value)
+        return
+    module: Any = layer.get_submodule(owner.rpartition(".")[0])
+    if hasattr(module.config, "kprune_config"):
+        module.config.__dict__[attribute] = value
+    else:
+        module.config = ConfigView(module.config, {attribute: value})
+
+
+def get_size(layer: nn.Module, path: str) -> Any:
+    """The value that `set_size` sets; None if there is no such module or attribute."""
+    value: Any = layer
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
     """Set the modules of one block in layer number `index` to the sizes of `block["kept"][index]` units."""
     kept = block["kept"][index]
-    core = layer.get_submodule(block["core"]) if block["core"] else None
-    if getattr(core, "is_kprune_stand_in", False):
+    core = layer.get_submodule(block["core"]) if block["core"] and kept is not None else None
+    if kept is None or getattr(core, "is_kprune_stand_in", False):
         return
-    for path, width in block["rows"].items():
+    for path, (width, fixed) in block["rows"].items():
+        if has(layer, path):
+            resize(layer, path, rows=kept * width + fixed)
+    for path, width in block["table"].items():
         resize(layer, path, rows=kept * width)
     for path, width in block["columns"].items():
         resize(layer, path, columns=kept * width)
     for path, factor in block["sizes"].items():
-        owner, _, attribute = path.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, kept * factor)
+        if get_size(layer, path) is not None:
+            set_size(layer, path, kept * factor)
     if core is None:
         return
     if kept == 0:
         (output,) = block["columns"]
         inside = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
-        layer.set_submodule(block["core"], EmptyAttention(core, inside, block["returns"]))
+        layer.set_submodule(block["core"], EmptyAttention(core, block["kind"], inside, block["returns"]))
         return
-    for hook in [key for key, hook in core._forward_pre_hooks.items() if getattr(hook, "argument", None)]:
-        del core._forward_pre_hooks[hook], core._forward_pre_hooks_with_kwargs[hook]
-    for argument, heads in block["select"].items():
-        core.register_forward_pre_hook(SelectHeads(argument, heads[index]), with_kwargs=True)
+    for key in [key for key, hook in core._forward_pre_hooks.items() if getattr(hook, "argument", None)]:
+        del core._forward_pre_hooks[key], core._forward_pre_hooks_with_kwargs[key]
+    for argument, (where, heads) in block["select"].items():
+        select = SelectHeads(argument, where, block["of"] * block["heads"], heads[index])
+        core.register_forward_pre_hook(select, with_kwargs=True)
+
+
+def has(layer: nn.Module, path: str) -> bool:
+    """Whether there is a module at `path`."""
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def digest(stacks: list[dict[str, Any]]) -> str:
@@ -139,14 +275,23 @@ def check_plan(stack: dict[str, Any], layers: nn.ModuleList) -> None:
         if len(kept) != len(layers):
             raise CheckpointError(f"{where} lists {len(kept)} layers for {kind}, the model has {len(layers)}")
         for index, layer in enumerate(layers):
-            sizes = [(path, "out_features", width) for path, width in block["rows"].items()]
-            sizes += [(path, "in_features", width) for path, width in block["columns"].items()]
-            sizes += [(*path.rpartition(".")[::2], factor) for path, factor in block["sizes"].items()]
-            for path, attribute, width in sizes:
-                found = getattr(layer.get_submodule(path), attribute)
-                if found != of * width:
+            if kept[index] is None and not has(layer, *block["columns"]):
+                continue
+            sizes = [
+                (f"{path}.{SIZES[kind_of(layer.get_submodule(path))][0]}", width, fixed)
+                for path, (width, fixed) in block["rows"].items()
+                if has(layer, path)
+            ]
+            sizes += [
+                (f"{path}.{SIZES[kind_of(layer.get_submodule(path))][1]}", width, 0)
+                for path, width in block["columns"].items()
+            ]
+            sizes += [(path, factor, 0) for path, factor in block["sizes"].items() if get_size(layer, path) is not None]
+            for path, width, fixed in sizes:
+                found = get_size(layer, path)
+                if found != of * width + fixed:
                     raise CheckpointError(
-                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}.{attribute}, which is {found} in the "
+                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}, which is {found} in the "
                         "model that the rest of the config describes"
                     )
             if type(kept[index]) is not int or not 0 <= kept[index] <= of:
@@ -157,6 +302,8 @@ def check_plan(stack: dict[str, Any], layers: nn.ModuleList) -> None:
 
 def shrink(model: nn.Module) -> nn.Module:
     """Shrink `model`, built at its dense sizes, to the plan in `model.config.kprune`, in place. Does nothing twice.
+
+    A stack that `model` lacks is passed over: a part of the model (an encoder alone) has a part of the layers.
 
     Raises `CheckpointError` if the plan is of a later format, does not fit the model or contradicts itself.
     """
@@ -169,11 +316,7 @@ def shrink(model: nn.Module) -> nn.Module:
         todo = []
         for stack in plan["stacks"]:
             layers = find_layers(model, stack["layers"])
-            if layers is None:
-                raise CheckpointError(
-                    f"config.json: {type(model).__name__} lacks {stack['layers']}, which the kprune plan names"
-                )
-            if getattr(layers, "kprune_stack", None) != stack:
+            if layers is not None and getattr(layers, "kprune_stack", None) != stack:
                 check_plan(stack, layers)
                 todo.append((stack, layers))
         if digest(plan["stacks"]) != plan["sha256"]:
@@ -181,18 +324,27 @@ def shrink(model: nn.Module) -> nn.Module:
                 "config.json: the kprune plan was changed after it was saved; restore the config.json that was"
             )
         for stack, layers in todo:
-            for index, layer in enumerate(layers):
-                for block in stack["blocks"]:
+            for block in stack["blocks"]:
+                own_tables(layers, block)
+                for index, layer in enumerate(layers):
                     shrink_layer(layer, block, index)
             layers.__dict__["kprune_stack"] = stack
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"config.json: the kprune plan cannot be followed: {type(error).__name__}: {error}") from error
     return model
 
 
+def is_pruned(config: Any) -> bool:
+    """Whether a config, or one inside it (a tower of CLIP's), has a plan; of a config or its dictionary."""
+    values = config if isinstance(config, dict) else config.to_dict()
+    return values.get("kprune") is not None or any(is_pruned(value) for value in values.values() if isinstance(value, dict))
+
+
 def unseal(config: Any) -> Any:
     """Drop the notice that keeps plain transformers from loading this checkpoint at its dense sizes."""
-    if getattr(config, "kprune", None) is not None and hasattr(config, "transformers_weights"):
+    if hasattr(config, "transformers_weights") and is_pruned(config):
         del config.transformers_weights
     return config
 
@@ -205,9 +357,14 @@ def seal(directory: str | os.PathLike[str]) -> None:
     """
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # adapters are saved without config
-    if config.get("kprune") is not None:
+    if is_pruned(config):
         config["transformers_weights"] = HOW_TO_LOAD
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def inner_models(model: nn.Module) -> list[Any]:
+    """`model` and the models inside it (its base model, its towers), outermost first."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -220,12 +377,18 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
         config = kwargs.pop("config", None) or name
         if not isinstance(config, PreTrainedConfig):
             config = PreTrainedConfig.get_config_dict(config, **kwargs)[0]
-        if (config if isinstance(config, dict) else config.to_dict()).get("kprune") is None:
+        if not is_pruned(config):
             raise
         raise CheckpointError(f"{name}: {MISFIT}, see the table above") from error
-    plan = getattr(model.config, "kprune", None) or {"stacks": []}
+    stacks = []
+    for inner in inner_models(model):
+        told = (getattr(inner.config, "kprune", None) or {"stacks": []})["stacks"]
+        stacks += told
+        if inner is model and told and not any(find_layers(model, stack["layers"]) for stack in told):
+            lacked = ", ".join(stack["layers"] for stack in told)
+            raise CheckpointError(f"config.json: {type(model).__name__} lacks {lacked}, which the kprune plan names")
     random = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    lost = [key for key in random if any(f"{stack['layers']}." in key for stack in plan["stacks"])]
+    lost = [key for key in random if any(f"{stack['layers']}." in key for stack in stacks)]
     if lost:
         raise CheckpointError(f"{name}: {MISFIT}: {len(lost)} tensors are missing or of another size, such as {min(lost)}")
     return (model, info) if output_loading_info else model
@@ -235,7 +398,8 @@ class KPruneMixin(PreTrainedModel):
     """What a stock model class needs to load and save a K-pruned checkpoint by itself."""
 
     def post_init(self) -> None:
-        shrink(self)
+        for inner in inner_models(self):
+            shrink(inner)
         super().post_init()
 
     @classmethod

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from .arguments import KPruneArguments
-from .calibration import Calibration, together
+from .calibration import Calibration, in_eval_mode, together
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .cost import BudgetTerms, model_size, peak_memory
@@ -29,7 +29,7 @@ from .methods import METHODS
 from .report import PruningReport, SublayerReport
 from .rows import draw_rows
 from .search import TOLERANCE
-from .sublayers import check_model, cut, find_sublayers, write_plan
+from .sublayers import check_model, cut, find_sublayers, with_own_tables, write_plan
 from .version import versions
 
 
@@ -78,7 +78,7 @@ class KPrunePruner:
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model))
         check_model(model)
-        find_sublayers(model)
+        find_sublayers(model, self.args.head_unit)
         self.model = model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class
@@ -116,7 +116,8 @@ class KPrunePruner:
             if self.args.output_dir is not None and self.accelerator.is_main_process:
                 self.args.check_output_dir()
         student, report = self._prune_copy(calibration_dataset)
-        self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
+        if any(len(entry.kept) < entry.units for entry in report.sublayers):
+            self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
         self.report, self._saved = report, None
         self._tell("on_prune_end", model=self.model)
         return report
@@ -140,13 +141,12 @@ class KPrunePruner:
     ) -> None:
         """K-prune: for each sublayer, bottom to top, measure knowledge, search a mask (KPMS), tune weights (KPWT)."""
         args, method = self.args, METHODS[self.args.method](self.args)
-        sublayers, references = find_sublayers(student), find_sublayers(teacher)
-        terms = BudgetTerms(sublayers, args, calibration.mean_tokens)
+        sublayers, references = (find_sublayers(model, args.head_unit) for model in (student, teacher))
+        terms = BudgetTerms(sublayers, args, calibration.lengths())
         spent, flops = 0.0, terms.total
         with self._phase("measure"):
-            teacher_streams = calibration.bottom(teacher, references)
-            teacher_top = calibration.top(teacher, references, teacher_streams)
-            streams = list(teacher_streams)
+            teacher_top = calibration.top(teacher, references)
+            teacher_streams, streams = calibration.bottom(), calibration.bottom()
         changed = False  # whether the student differs from the teacher yet
 
         for i, sublayer in enumerate(sublayers):
@@ -178,12 +178,11 @@ class KPrunePruner:
                     equations = calibration.normal_equations(
                         student, sublayers, streams, teacher, references, teacher_streams, i
                     )
-                    output = sublayer.output
-                    fit = method.tune(equations, output.weight, output.bias)
+                    fit = method.tune(equations, sublayer.weight, sublayer.bias)
                     tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
                     with torch.no_grad():
-                        for parameter, value in zip((output.weight, output.bias), tuned, strict=False):
-                            parameter.copy_(value)
+                        for parameter, value in zip((sublayer.weight, sublayer.bias), tuned, strict=False):
+                            parameter.copy_(value)  # type: ignore[union-attr]
                     entry.error_before, entry.error_after = fit.error_before, fit.error_after
                     entry.damping, entry.undetermined = fit.damping, fit.undetermined
                 calibration.advance(student, sublayers, i, streams)
@@ -206,7 +205,8 @@ class KPrunePruner:
             check_model(model)
             with together(self.accelerator):
                 calibration = self._calibration(model, calibration_dataset)
-                terms = BudgetTerms(find_sublayers(model), args, calibration.mean_tokens)
+                lengths = calibration.lengths()
+                terms = BudgetTerms(find_sublayers(model, args.head_unit), args, lengths)
             calibration.check_same_rows()
             if self.compute_loss is not None:
                 name, loss = "custom", self.compute_loss
@@ -218,7 +218,7 @@ class KPrunePruner:
                 knowledge=name,
                 sparsity_asked=args.sparsity,
                 before=model_size(model, terms.total),
-                sequence_length=calibration.mean_tokens,
+                sequence_length=sum(lengths.values()) / len(lengths),
                 calibration=calibration.rows.fingerprint,
                 arguments=args.to_dict(),
                 versions=versions(),
@@ -228,27 +228,26 @@ class KPrunePruner:
                 torch.cuda.reset_peak_memory_stats()
             # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
             half = model.dtype in (torch.float16, torch.bfloat16)
-            teacher = copy.deepcopy(model).float() if half else model
+            teacher = with_own_tables(copy.deepcopy(model).float() if half else model)
             student = copy.deepcopy(teacher)
             student.requires_grad_(False)
         modes = {name: module.training for name, module in model.named_modules()}
-        names = [s.name for s in find_sublayers(model)]
+        names = [s.name for s in find_sublayers(model, args.head_unit)]
         previous, self.report = self.report, report
         try:
             self._tell("on_prune_begin", model=student, sublayers=names)
-            teacher.eval()
-            student.eval()
-            self._prune_sublayers(student, teacher, calibration, loss, report)
+            with in_eval_mode(teacher):
+                student.eval()
+                self._prune_sublayers(student, teacher, calibration, loss, report)
         finally:
-            for name, module in model.named_modules():
-                module.training = modes[name]
             self.report = previous
         for name, module in student.named_modules():
             module.training = modes.get(name, model.training)
         originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
-            tensor.data = tensor.data.to(originals[name].dtype)
-            tensor.requires_grad_(originals[name].requires_grad)
+            original = originals.get(name)  # a table of positions of its own has none
+            tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
+            tensor.requires_grad_(original is None or original.requires_grad)
         report.after = model_size(student, report.after.flops)
         report.seconds = {**self._seconds, "total": time.perf_counter() - begin}
         report.peak_memory = peak_memory(self.accelerator.device)
@@ -259,14 +258,17 @@ class KPrunePruner:
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None)
-        widest = max(find_sublayers(model), key=lambda s: s.output.in_features)
-        if self.args.tune and rows.tokens < widest.output.in_features:
-            raise CalibrationError(
-                f"{rows.tokens} calibration tokens (in {len(rows.rows)} rows) are fewer than the {widest.output.in_features} "
-                f"columns of {widest.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
-                "or give more rows"
-            )
-        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args)
+        calibration = Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args)
+        lengths = calibration.lengths()
+        for sublayer in find_sublayers(model, self.args.head_unit) if self.args.tune else ():
+            tokens, columns = round(lengths[sublayer.stack_name] * rows.sequences), sublayer.weight.shape[1]
+            if tokens < columns:
+                raise CalibrationError(
+                    f"{tokens} calibration tokens (in {len(rows.rows)} rows) are fewer than the {columns} columns of "
+                    f"{sublayer.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
+                    "or give more rows"
+                )
+        return calibration
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

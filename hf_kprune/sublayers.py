@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -11,9 +13,36 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedArchitectureError, UnsupportedModelError
-from .families import FAMILIES, Block, Stack
-from .modeling_kprune import FORMAT, HOW_TO_LOAD, digest, find_layers, shrink_layer
+from .families import FAMILIES, REFUSED, Block, Stack
+from .modeling_kprune import (
+    FORMAT,
+    HOW_TO_LOAD,
+    SIZES,
+    digest,
+    find_layers,
+    has,
+    kind_of,
+    own_tables,
+    shrink_layer,
+)
 from .version import __version__
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one unit holds: rows of query and of key (or value) projections, `head_dim` apart where `strided`.
+
+    A neuron is (1, 1). A head is (d, d), with g query heads to a key-value head (g d, d). One query head out of each of
+    the k groups is (k d, 0): the heads of a unit are spread over the groups, and keys and values stay whole.
+    """
+
+    q: int
+    kv: int
+    head_dim: int
+    strided: bool = False
+
+
+NEURON = Unit(1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -21,18 +50,17 @@ class Sublayer:
     """One attention or FFN sublayer of a live model.
 
     `plan` is this block's entry in `config.kprune` (shared by the layers of the stack) and `index` the layer's place in it.
-    A unit is `head_dim * group` columns of the output projection wide: a head and its group of query heads, or a neuron
-    (1 * 1).
+    `owner` is the model whose config holds it: the model itself, or a tower inside it.
     """
 
     name: str
-    layers: nn.ModuleList
+    owner: PreTrainedModel = field(repr=False)
+    layers: nn.ModuleList = field(repr=False)
     stack: Stack
     block: Block
     plan: dict[str, Any]
     index: int
-    head_dim: int
-    group: int
+    unit: Unit
 
     @property
     def layer(self) -> nn.Module:
@@ -43,131 +71,261 @@ class Sublayer:
         return self.block.kind
 
     @property
-    def is_last_of_layer(self) -> bool:
-        return self.block is self.stack.blocks[-1]
+    def stack_name(self) -> str:
+        """Path of the list of layers."""
+        return self.name.rsplit(".", 2)[0]
+
+    @property
+    def reads(self) -> str:
+        """The stack that keys and values come from: another one in cross-attention."""
+        if self.kind != "cross_attention":
+            return self.stack_name
+        return self.stack_name.removesuffix(self.stack.layers) + self.stack.reads
 
     @property
     def unit_width(self) -> int:
-        return self.head_dim * self.group
+        """Columns of a unit in the output projection."""
+        return self.unit.q
 
     @property
-    def output(self) -> nn.Linear:
-        """The output projection, whose input columns are the units' features: weight (D, U * unit_width)."""
-        return cast(nn.Linear, self.layer.get_submodule(self.block.output))
+    def output(self) -> nn.Module:
+        """The output projection, whose input columns are the units' features."""
+        return self.layer.get_submodule(self.block.output)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the output projection, (D, U * unit_width), a view."""
+        return oriented(self.output)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the output projection, (D,)."""
+        return cast("Tensor | None", self.output.bias)
 
     @property
     def num_units(self) -> int:
-        return self.output.in_features // self.unit_width
+        return self.weight.shape[1] // self.unit_width
 
-    def unit_flops(self, tokens: float) -> float:
-        """FLOPs of one unit for one sequence of `tokens` tokens, a multiply-add counted as 2 (METHOD: F_head, F_neuron).
+    @property
+    def parallel(self) -> bool:
+        """Whether the layer adds this sublayer's output to those of its others, all of the same stream."""
+        parallel = self.stack.parallel
+        return bool(getattr(self.owner.config, parallel)) if isinstance(parallel, str) else parallel
+
+    @property
+    def residual(self) -> float:
+        """What the output is multiplied by before it joins the stream."""
+        return float(getattr(self.owner.config, self.stack.residual)) if self.stack.residual else 1.0
+
+    def unit_flops(self, lengths: Mapping[str, float]) -> float:
+        """FLOPs of one unit for one sequence, a multiply-add counted as 2 (METHOD: F_head, F_neuron).
 
         F_head = 8 s d d_h + 4 s^2 d_h,  F_neuron = 4 s d  for plain attention and FFN; here from the shapes, so that
-        gated FFNs and grouped queries come out right.
+        gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other stack's tokens,
+        come out right.
+
+        Args:
+            lengths: Tokens of a sequence, for each stack.
         """
-        entries = self.unit_width * self.output.out_features
-        for path, width in self.plan["rows"].items():
-            if self.num_units:
-                entries += width * cast(nn.Linear, self.layer.get_submodule(path)).in_features
-        mixing = 4 * tokens**2 * self.unit_width if self.kind == "attention" else 0
-        return 2 * tokens * entries + mixing
+        tokens, read = lengths[self.stack_name], lengths[self.reads]
+        entries = tokens * self.unit_width * self.weight.shape[0]
+        for path, layout in self.block.inputs.items():
+            width, _ = self.plan["rows"].get(path, (0, 0))
+            if self.num_units and has(self.layer, path):
+                length = read if layout == "kv" else tokens
+                entries += length * width * oriented(self.layer.get_submodule(path)).shape[1]
+        return 2 * entries + (0 if self.kind == "ffn" else 4 * tokens * read * self.unit_width)
 
 
-def row_indices(layout: str, num_units: int, head_dim: int, group: int) -> Tensor:
+def oriented(projection: nn.Module) -> Tensor:
+    """Weight of a linear module, (rows, columns); a `Conv1D` holds it the other way round."""
+    weight = cast(Tensor, projection.weight)
+    return weight if kind_of(projection) == "linear" else weight.T
+
+
+def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear module another weight (rows, columns), of any size, and bias."""
+    turned = kind_of(projection) != "linear"
+    for name, value in (("weight", weight.T if turned else weight), ("bias", bias)):
+        if value is not None:
+            old = cast(Tensor, getattr(projection, name))
+            setattr(projection, name, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
+    for attribute, size in zip(SIZES[kind_of(projection)], weight.shape, strict=True):
+        if hasattr(projection, attribute):
+            setattr(projection, attribute, size)
+
+
+def row_indices(layout: str, num_units: int, unit: Unit) -> Tensor:
     """Rows of a projection that belong to each unit, (num_units, rows per unit). See `Block.inputs` for the layouts.
 
-    `head_dim` and `group` are 1 for FFN neurons. The columns of an output projection are laid out as `"q"`.
+    The columns of an output projection are laid out as `"q"`.
     """
-    q, kv = head_dim * group, head_dim
+    units, d = torch.arange(num_units).unsqueeze(1), unit.head_dim
+    if unit.strided:
+        groups = torch.arange(unit.q // d).view(1, -1, 1)
+        if layout not in ("q", "qkv", "qkv:perhead"):
+            return torch.zeros(num_units, 0, dtype=torch.long)
+        group_size = num_units * d + (2 * d if layout == "qkv:perhead" else 0)
+        return (groups * group_size + units.unsqueeze(2) * d + torch.arange(d)).flatten(1)
+    q, kv = unit.q, unit.kv
     parts = {"q": [q], "kv": [kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv], "f": [1], "2f": [1, 1]}[layout]
     starts = [num_units * sum(parts[:p]) for p in range(len(parts))]
-    units = torch.arange(num_units).unsqueeze(1)
     return torch.cat([s + units * w + torch.arange(w) for s, w in zip(starts, parts, strict=True)], dim=1)
 
 
-def head_geometry(config: Any) -> tuple[int, int]:
-    """(head size, query heads per key-value head) of the dense model, which its config keeps after pruning."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return head_dim, heads // (getattr(config, "num_key_value_heads", None) or heads)
+def head_unit(config: Any, stack: Stack, block: Block, by: str) -> Unit:
+    """What a unit of an attention is, from the dense model's config, which stays as it is after pruning.
+
+    Args:
+        config: Of the model that owns the stack.
+        stack: Names the attributes.
+        block: Of the stack.
+        by: `"group"`, a key-value head with its query heads, or `"query"`, one query head of every group. With a single
+            key-value head for all (multi-query attention), and equal ones, a query head.
+    """
+    heads = getattr(config, stack.heads)
+    d = getattr(config, stack.head_dim, None) or config.hidden_size // heads
+    kv_heads = getattr(config, stack.kv_heads, None) or heads
+    if block.whole:
+        return Unit(heads * d, kv_heads * d, d)
+    if kv_heads < heads and (by == "query" or kv_heads == 1):
+        return Unit(kv_heads * d, 0, d, strided=True)
+    return Unit(heads // kv_heads * d, d, d)
 
 
-def find_sublayers(model: PreTrainedModel) -> list[Sublayer]:
+def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """The models whose layers a family describes, with their paths: `model` itself, or else those inside it."""
+    if model.config.model_type in FAMILIES:
+        return [("", model)]
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer) for outer, _ in found)
+        if isinstance(module, PreTrainedModel) and module.config.model_type in FAMILIES and not inside:
+            found.append((name + ".", module))
+    return found
+
+
+def find_sublayers(model: PreTrainedModel, by: str = "group") -> list[Sublayer]:
     """The sublayers of `model`, bottom to top, as its family in `families.py` describes them.
+
+    Args:
+        model: Any.
+        by: With grouped queries, what a unit is, see `head_unit`.
 
     Raises `UnsupportedArchitectureError` if there is no family for its `model_type`, or if the family does not describe
     every projection of every layer.
     """
-    stacks = FAMILIES.get(model.config.model_type)
-    if stacks is None:
+    owners = described(model)
+    if not owners:
+        reason = REFUSED.get(model.config.model_type)
         raise UnsupportedArchitectureError(
-            f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}); known: "
+            f"{model.config.model_type!r} ({type(model).__name__}) cannot be pruned: {reason}"
+            if reason
+            else f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}); known: "
             f"{', '.join(sorted(FAMILIES))}. Describe one of its layers in ten lines with hf_kprune.register_family: "
             "docs/add_a_family.md"
         )
-    head_dim, group = head_geometry(model.config)
-    old = {stack["layers"]: stack for stack in (getattr(model.config, "kprune", None) or {"stacks": []})["stacks"]}
-    found = []
-    for stack in stacks:
-        layers = find_layers(model, stack.layers)
-        if layers is None:
-            raise UnsupportedArchitectureError(
-                f"{type(model).__name__} has no list of layers at {stack.layers!r}, where its family "
-                f"{model.config.model_type!r} says; describe this variant with hf_kprune.register_family: docs/add_a_family.md"
-            )
-        for layer in layers:
-            _check_described(model, layer, stack)
-        plans = []
-        for number, block in enumerate(stack.blocks):
-            d, g = (head_dim, group) if block.kind == "attention" else (1, 1)
-            width = d * g
-            kept = [cast(nn.Linear, layer.get_submodule(block.output)).in_features // width for layer in layers]
-            before = old[stack.layers]["blocks"][number] if stack.layers in old else None
-            plans.append(
-                {
-                    "kind": block.kind,
-                    "of": before["of"] if before else max(kept),
-                    "kept": kept,
-                    "rows": {path: row_indices(layout, 1, d, g).shape[1] for path, layout in block.inputs.items()},
-                    "columns": {block.output: width},
-                    "sizes": {p: {"heads": g, "kv_heads": 1, "width": width}[s] for p, s in block.sizes.items()},
-                    "core": block.core,
-                    "returns": list(block.returns),
-                    "select": before["select"] if before else {a: [list(range(k)) for k in kept] for a in block.select},
-                }
-            )
-        for index in range(len(layers)):
-            for block, plan in zip(stack.blocks, plans, strict=True):
-                found.append(
-                    Sublayer(
-                        name=f"{stack.layers}.{index}.{block.kind}",
-                        layers=layers,
-                        stack=stack,
-                        block=block,
-                        plan=plan,
-                        index=index,
-                        head_dim=head_dim if block.kind == "attention" else 1,
-                        group=group if block.kind == "attention" else 1,
-                    )
-                )
+    found = [s for path, owner in owners for s in _sublayers_of(path, owner, by)]
+    _check_nothing_left_out(model, found)
     return found
 
 
-def _check_described(model: PreTrainedModel, layer: nn.Module, stack: Stack) -> None:
-    projections = {name for name, m in layer.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    listed = {path for block in stack.blocks for path in (*block.inputs, block.output)}
-    gone = {
-        path
-        for block in stack.blocks
-        if block.core and getattr(layer.get_submodule(block.core), "is_kprune_stand_in", False)
-        for path in block.inputs
+def _sublayers_of(path: str, owner: PreTrainedModel, by: str) -> list[Sublayer]:
+    stacks = FAMILIES[owner.config.model_type]
+    old = {stack["layers"]: stack for stack in (getattr(owner.config, "kprune", None) or {"stacks": []})["stacks"]}
+    found = []
+    lists = [(stack, find_layers(owner, stack.layers)) for stack in stacks]
+    if not any(lists_ for _, lists_ in lists):
+        raise UnsupportedArchitectureError(
+            f"{type(owner).__name__} has no list of layers at {' or '.join(repr(s.layers) for s in stacks)}, where its family "
+            f"{owner.config.model_type!r} says; describe this variant with hf_kprune.register_family: docs/add_a_family.md"
+        )
+    for stack, layers in lists:
+        if layers is None:  # an encoder without its decoder
+            continue
+        for layer in layers:
+            _check_described(owner, layer, stack)
+        before = old[stack.layers]["blocks"] if stack.layers in old else [None] * len(stack.blocks)
+        units = [NEURON if b.kind == "ffn" else head_unit(owner.config, stack, b, by) for b in stack.blocks]
+        plans = [
+            _plan_of(layers, block, unit, then, by) for block, unit, then in zip(stack.blocks, units, before, strict=True)
+        ]
+        for index in range(len(layers)):
+            for block, plan, unit in zip(stack.blocks, plans, units, strict=True):
+                if plan["kept"][index] is not None:
+                    name = f"{path}{stack.layers}.{index}.{block.kind}"
+                    found.append(Sublayer(name, owner, layers, stack, block, plan, index, unit))
+    return found
+
+
+def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, Any] | None, by: str) -> dict[str, Any]:
+    """The entry of `config.kprune` for a block, with the sizes that the layers have now."""
+    kept = [
+        oriented(layer.get_submodule(block.output)).shape[1] // unit.q if has(layer, block.output) else None
+        for layer in layers
+    ]
+    rows, heads = {}, unit.q // unit.head_dim
+    for path, layout in block.inputs.items():
+        width = row_indices(layout, 1, unit).shape[1]
+        sizes = {
+            oriented(layer.get_submodule(path)).shape[0] - units * width
+            for layer, units in zip(layers, kept, strict=True)
+            if units is not None and has(layer, path)
+        }
+        if width and sizes:
+            (fixed,) = sizes
+            rows[path] = [width, fixed]
+    factors = {"heads": heads, "kv_heads": unit.kv // unit.head_dim, "width": unit.q, "groups": int(unit.strided)}
+    plan = {
+        "kind": block.kind,
+        "of": max((units for units in kept if units is not None), default=0),
+        "kept": kept,
+        "rows": rows,
+        "columns": {block.output: unit.q},
+        "heads": heads,
+        "sizes": {path: factors[size] for path, size in block.sizes.items() if factors[size]},
+        "core": block.core,
+        "returns": list(block.returns) if isinstance(block.returns, tuple) else block.returns,
+        "table": {block.table: heads} if block.table else {},
+        "select": {a: [where, [list(range((k or 0) * heads)) for k in kept]] for a, where in block.select.items()},
     }
-    if projections != listed - gone:
+    if before is not None:
+        if before["columns"] != plan["columns"]:
+            raise UnsupportedArchitectureError(
+                f"this model was pruned by units of {before['columns']} columns and cannot be pruned by others, of "
+                f"{plan['columns']}; keep to the same head_unit (now {by!r})"
+            )
+        plan["of"], plan["select"], plan["rows"] = before["of"], before["select"], before["rows"]
+    return plan
+
+
+def _check_described(model: PreTrainedModel, layer: nn.Module, stack: Stack) -> None:
+    apart = tuple(f"{path}." for path in stack.untouched)
+    projections = {
+        name
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not f"{name}.".startswith(apart)
+    }
+    listed = {path for block in stack.blocks for path in (*block.inputs, block.output)}
+    missing = {block.output for block in stack.blocks if block.kind == "attention" and not has(layer, block.output)}
+    if projections - listed or (missing and not any(has(layer, block.output) for block in stack.blocks)):
         raise UnsupportedArchitectureError(
             f"a layer of {type(model).__name__} has the projections {sorted(projections)}; its family "
-            f"{model.config.model_type!r} describes {sorted(listed - gone)}. Describe this variant with "
+            f"{model.config.model_type!r} describes {sorted(listed)}. Describe this variant with "
             "hf_kprune.register_family: docs/add_a_family.md"
         )
+
+
+def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
+    """A budget is meant for the whole model: refuse if there are layers that no stack names."""
+    inside = {id(module) for layers in {s.layers for s in sublayers} for module in layers.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in inside and len(module) > 0:
+            if any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules()) and not isinstance(module[0], nn.Linear):
+                raise UnsupportedArchitectureError(
+                    f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} does not "
+                    "describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
+                )
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -204,50 +362,65 @@ def check_model(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def cut(sublayer: Sublayer, keep: Tensor) -> None:
     """Keep only the units in `keep`, boolean (U,), of a sublayer, in place."""
-    layer, plan, output, num_units = sublayer.layer, sublayer.plan, sublayer.output, sublayer.num_units
+    layer, plan, num_units, unit = sublayer.layer, sublayer.plan, sublayer.num_units, sublayer.unit
     kept = keep.nonzero().flatten().cpu()
     if len(kept) == num_units:
         return
     for path, layout in sublayer.block.inputs.items():
-        rows = row_indices(layout, num_units, sublayer.head_dim, sublayer.group)[kept]
-        linear = cast(nn.Linear, layer.get_submodule(path))
-        index = rows.flatten().sort().values.to(linear.weight.device)  # part after part, and unit after unit in each
-        linear.weight = nn.Parameter(linear.weight[index], requires_grad=linear.weight.requires_grad)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias[index], requires_grad=linear.bias.requires_grad)
-        linear.out_features = len(index)
-    columns = row_indices("q", num_units, sublayer.head_dim, sublayer.group)[kept].flatten().to(output.weight.device)
-    output.weight = nn.Parameter(output.weight[:, columns].contiguous(), requires_grad=output.weight.requires_grad)
-    output.in_features = len(columns)
+        if path in plan["rows"] and has(layer, path):
+            projection = layer.get_submodule(path)
+            weight, bias = oriented(projection), cast("Tensor | None", projection.bias)
+            gone = set(range(num_units)) - set(kept.tolist())
+            dropped = row_indices(layout, num_units, unit)[sorted(gone)].flatten()
+            rows = torch.ones(len(weight), dtype=torch.bool).index_fill(0, dropped, False).to(weight.device)
+            set_projection(projection, weight[rows], None if bias is None else bias[rows])
+    columns = row_indices("q", num_units, unit)[kept].flatten().sort().values
+    set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
+    heads = columns[:: unit.head_dim] // unit.head_dim
+    own_tables(sublayer.layers, plan)
+    for path in plan["table"]:
+        table = cast(nn.Embedding, layer.get_submodule(path))
+        table.weight = nn.Parameter(table.weight[:, heads.to(table.weight.device)], table.weight.requires_grad)
+        table.embedding_dim = len(heads)
     plan["kept"][sublayer.index] = len(kept)
-    for heads in plan["select"].values():
-        heads[sublayer.index] = [heads[sublayer.index][i] for i in kept.tolist()]
+    for _, indices in plan["select"].values():
+        indices[sublayer.index] = [indices[sublayer.index][i] for i in heads.tolist()]
     shrink_layer(layer, plan, sublayer.index)
 
 
+def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its own (T5).
+
+    Then every layer can run by itself.
+    """
+    if not any(s.plan["table"] for s in find_sublayers(model)):
+        return model
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for sublayer in find_sublayers(twin):
+        own_tables(sublayer.layers, sublayer.plan)
+        shrink_layer(sublayer.layer, sublayer.plan, sublayer.index)
+    return twin
+
+
 def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
-    """Write the sizes of `sublayers`, all those of `model`, into `model.config.kprune`; none if nothing is pruned."""
-    stacks: dict[int, dict[str, Any]] = {}
-    for sublayer in sublayers:
-        layers = sublayer.layers
-        entry = stacks.setdefault(
-            id(layers),
-            {
-                "layers": sublayer.stack.layers,
-                "blocks": [],
-            },
-        )
-        if sublayer.plan not in entry["blocks"]:
-            entry["blocks"].append(sublayer.plan)
-        layers.__dict__["kprune_stack"] = entry
-    if all(units == plan["of"] for entry in stacks.values() for plan in entry["blocks"] for units in plan["kept"]):
-        if getattr(model.config, "kprune", None) is not None:
-            del model.config.kprune
-        return
-    model.config.kprune = {
-        "format": FORMAT,
-        "created_by": f"hf_kprune {__version__}",
-        "how_to_load": HOW_TO_LOAD,
-        "sha256": digest(list(stacks.values())),
-        "stacks": list(stacks.values()),
-    }
+    """Write the sizes of `sublayers`, all those of `model`, into its config; none if nothing is pruned."""
+    for owner in {id(s.owner): s.owner for s in sublayers}.values():
+        stacks: dict[int, dict[str, Any]] = {}
+        for sublayer in sublayers:
+            if sublayer.owner is owner:
+                entry = stacks.setdefault(id(sublayer.layers), {"layers": sublayer.stack.layers, "blocks": []})
+                if sublayer.plan not in entry["blocks"]:
+                    entry["blocks"].append(sublayer.plan)
+                sublayer.layers.__dict__["kprune_stack"] = entry
+        blocks = [plan for entry in stacks.values() for plan in entry["blocks"]]
+        if all(units in (None, plan["of"]) for plan in blocks for units in plan["kept"]):
+            if getattr(owner.config, "kprune", None) is not None:
+                del owner.config.kprune
+            continue
+        owner.config.kprune = {
+            "format": FORMAT,
+            "created_by": f"hf_kprune {__version__}",
+            "how_to_load": HOW_TO_LOAD,
+            "sha256": digest(list(stacks.values())),
+            "stacks": list(stacks.values()),
+        }

@@ -134,6 +134,34 @@ def masked(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> Iter
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", action="store_true", help="Write docs/supported_models.md from the results of test_zoo.py.")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of families x what was proved of them, from the results of this run."""
+    if not config.getoption("--table"):
+        return
+    cells: dict[str, dict[str, str]] = {}
+    refused: dict[str, str] = {}
+    for outcome, mark in (("passed", "yes"), ("skipped", "-"), ("failed", "**no**")):
+        for report in terminalreporter.getreports(outcome):
+            for key, value in report.user_properties:
+                if key == "family":
+                    cells.setdefault(value[0], {})[value[1]] = mark
+                elif key == "refused":
+                    refused[value[0]] = value[1]
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    lines = ["| model type | " + " | ".join(columns) + " |", "| --- |" + " :---: |" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(row.get(c, "-") for c in columns) + " |" for name, row in sorted(cells.items())]
+    green = sum("**no**" not in row.values() for row in cells.values())
+    lines += ["", f"{green} of {len(cells)} green, {len({n.split(':')[0] for n in cells})} model types.", ""]
+    lines += ["| refused | because |", "| --- | --- |", *(f"| {name} | {why} |" for name, why in sorted(refused.items()))]
+    head = "# Supported models\n\nWritten by `pytest tests/test_zoo.py --table`; `type:variant` is another config of a type.\n\n"
+    (ROOT / "docs" / "supported_models.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(scope="session")
 def pack() -> Path:
     if not PACK.is_dir():

@@ -258,8 +258,8 @@ def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
 
 def measure(made: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int) -> list[Statistics]:
     ours, theirs = find_sublayers(student), find_sublayers(teacher)
-    streams = made.bottom(student, ours)
-    top = made.top(teacher, theirs, made.bottom(teacher, theirs))
+    streams = made.bottom()
+    top = made.top(teacher, theirs)
     for below in range(position):
         made.advance(student, ours, below, streams)
     return made.measure(student, ours, position, streams, teacher, theirs, top, knowledge_loss(student, 2.0, "mean")[1])
@@ -271,7 +271,7 @@ def naively(
     """Row by row, without padding, through the whole model, with real masks."""
     sublayers = find_sublayers(student)[position:]
     _, loss = knowledge_loss(student, 2.0, "mean")
-    masks = [torch.ones(s.output.in_features, requires_grad=True) for s in sublayers]
+    masks = [torch.ones(s.weight.shape[1], requires_grad=True) for s in sublayers]
     sums = [{k: torch.zeros(len(m), dtype=torch.float64) for k in ("energy", "total", "square")} for m in masks]
     for row in data:
         inputs = collate([row])
@@ -328,7 +328,7 @@ def test_measured_sums_are_those_of_real_masks_row_by_row(model_type: str, head:
     assert {s.tokens for s in made} == {sum(map(row_tokens, data))}
     sublayers = find_sublayers(student)[position:]
     mean = sum(map(row_tokens, data)) / (27 if head == "MULTIPLE_CHOICE" else 9)  # FLOPs are those of one sequence
-    assert [(s.kind, s.unit_width, s.cost) for s in made] == [(s.kind, s.unit_width, s.unit_flops(mean)) for s in sublayers]
+    assert [(s.kind, s.unit_width, s.cost) for s in made] == [(s.kind, s.unit_width, s.unit_flops({s.stack_name: mean})) for s in sublayers]
     assert all(s.weight is sublayer.output.weight for s, sublayer in zip(made, sublayers, strict=True))
 
 
@@ -382,7 +382,7 @@ def test_without_a_loss_only_energy_is_measured() -> None:
     data, teacher = rows(9), tiny()
     made = calibration(teacher, data)
     sublayers = find_sublayers(teacher)
-    streams = made.bottom(teacher, sublayers)
+    streams = made.bottom()
     statistics = made.measure(teacher, sublayers, 0, streams, teacher, sublayers, [None], None)
     expected = naively(pruned(teacher, 0), teacher, 0, data)
     for s, wanted in zip(statistics, expected, strict=True):
@@ -407,8 +407,8 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     teacher = tiny()
     student, made = pruned(teacher, 1), calibration(teacher, rows(5))
     ours, theirs = find_sublayers(student), find_sublayers(teacher)
-    streams, below = made.bottom(student, ours), made.bottom(teacher, theirs)
-    top = made.top(teacher, theirs, below)
+    streams = made.bottom()
+    top = made.top(teacher, theirs)
 
     def mean(s: Any, t: Any, valid: Tensor) -> Tensor:
         return (s.logits - t.logits).square().mean()
@@ -427,7 +427,7 @@ def test_normal_equations_are_those_of_the_stacked_features(model_type: str, pos
     ours, theirs = find_sublayers(student), find_sublayers(teacher)
     cut(ours[position], torch.arange(ours[position].num_units) % 2 == 0)
     made = calibration(student, data[::-1], **options)
-    streams, teacher_streams = made.bottom(student, ours), made.bottom(teacher, theirs)
+    streams, teacher_streams = made.bottom(), made.bottom()
     for below in range(position):
         made.advance(student, ours, below, streams)
         made.normal_equations(student, ours, streams, teacher, theirs, teacher_streams, below)  # carries the teacher's
@@ -456,7 +456,7 @@ def test_normal_equations_are_those_of_the_stacked_features(model_type: str, pos
         features.append(a_s)
         target.append(x_t + y_t - x_s)
         reference.append(x_t + y_t)
-    expected = NormalEquations.zeros(ours[position].output.in_features, 16, torch.device("cpu"))
+    expected = NormalEquations.zeros(ours[position].weight.shape[1], 16, torch.device("cpu"))
     expected.add(torch.cat(features), torch.cat(target), torch.cat(reference))
     assert int(equations.tokens) == sum(map(row_tokens, data))
     for value, wanted in zip(equations.tensors(), expected.tensors(), strict=True):
@@ -541,8 +541,8 @@ def test_what_a_collator_makes_up_is_refused() -> None:
         prune(rows(24), data_collator=lambda batch: {**collate(batch), "texts": ["?"] * len(batch)})
 
 
-def test_a_family_that_carries_the_stream_wrongly_is_refused_and_the_model_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-NeoX with parallel residuals, described as if its blocks ran one after the other: cut, but not carried, right."""
+def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting is right in any order, carrying is not."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from hf_kprune import Block, Stack, UnsupportedArchitectureError
@@ -558,17 +558,17 @@ def test_a_family_that_carries_the_stream_wrongly_is_refused_and_the_model_left_
         ),
         Block("ffn", inputs={"mlp.dense_h_to_4h": "f"}, output="mlp.dense_4h_to_h", stream="post_attention_layernorm"),
     )
-    monkeypatch.setitem(FAMILIES, "gpt_neox", (Stack("layers", blocks),))
     sizes = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "num_hidden_layers": 2}
-    for parallel in (False, True):
+    for wrong in (False, True):
+        monkeypatch.setitem(FAMILIES, "gpt_neox", (Stack("layers", blocks[::-1] if wrong else blocks),))
         torch.manual_seed(0)
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, use_parallel_residual=parallel)).eval()
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, use_parallel_residual=wrong)).eval()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         args = KPruneArguments(sparsity=0.3, disable_tqdm=True, use_cpu=True)
         pruner = KPrunePruner(model, args, rows(20), data_collator=collate)
-        if not parallel:
+        if not wrong:
             assert pruner.prune().sparsity >= 0.3
             continue
-        with pytest.raises(UnsupportedArchitectureError, match="blocks that run in parallel"):
+        with pytest.raises(UnsupportedArchitectureError, match="runs .*layers.0.attention, layers.0.ffn.* in this order"):
             pruner.prune()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -13,7 +13,7 @@ from conftest import MODEL_TYPES, classes, collate, masked, rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_kprune.hooks import probed, resumed, run_sublayer, run_to_bottom, run_to_top
+from hf_kprune.hooks import State, probed, resumed, run_sublayer, run_to_top
 from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
 
 
@@ -64,7 +64,7 @@ def check_walk(model: PreTrainedModel, head: str) -> None:
     with torch.no_grad():
         expected = floats(model(**inputs))
         last = model.base_model(**{k: v.flatten(0, -2) for k, v in inputs.items()}).last_hidden_state
-        stream = bottom = run_to_bottom(model, inputs, sublayers)
+        stream = State()
         for position in range(len(sublayers) + 1):
             with resumed(sublayers, position, stream):
                 made = floats(model(**inputs))
@@ -73,9 +73,11 @@ def check_walk(model: PreTrainedModel, head: str) -> None:
                 torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
             if position < len(sublayers):
                 stream = run_sublayer(model, inputs, sublayers, position, stream).above
-    torch.testing.assert_close(stream, last, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(run_to_top(model, inputs, sublayers, bottom), last, rtol=1e-5, atol=1e-5)
-    with resumed(sublayers, 3, None), torch.no_grad():  # no stream: the whole model
+    for state in (stream, run_to_top(model, inputs, sublayers)):
+        (top,) = state.inputs.values()
+        torch.testing.assert_close(top, last, rtol=1e-5, atol=1e-5)
+        assert not state.held
+    with resumed(sublayers, 3, State()), torch.no_grad():  # nothing was carried: the whole model
         assert all(torch.equal(a, b) for a, b in zip(floats(model(**inputs)), expected, strict=True))
 
 
@@ -109,7 +111,7 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
             )
             stack.callback(hook.remove)
         model(**inputs)
-    below = run_to_bottom(model, inputs, sublayers)
+    below = State()
     for i, sublayer in enumerate(sublayers):
         tap = run_sublayer(model, inputs, sublayers, i, below)
         torch.testing.assert_close(tap.features, seen[i], rtol=1e-5, atol=1e-5)
@@ -122,7 +124,7 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
 def test_nothing_below_is_computed_again(model_type: str) -> None:
     model = tiny(model_type)
     sublayers, inputs = find_sublayers(model), batch()
-    stream = run_to_bottom(model, inputs, sublayers)
+    stream = State()
     for position, sublayer in enumerate(sublayers):
         insides = [[s.layer.get_submodule(path) for path in s.block.inputs] for s in sublayers]
         with counted(sum(insides, [])) as called:
@@ -133,23 +135,21 @@ def test_nothing_below_is_computed_again(model_type: str) -> None:
             with resumed(sublayers, position, stream), torch.no_grad():
                 model(**inputs)
             assert [id(m) for m in called] == [id(m) for part in insides[position:] for m in part]
-            called.clear()
-            with resumed(sublayers, len(sublayers), stream), torch.no_grad():
-                model(**inputs)
-            assert not called
         stream = above
+    with counted(sum(insides, [])) as called, resumed(sublayers, len(sublayers), stream), torch.no_grad():
+        model(**inputs)
+    assert not called
 
 
 def test_what_stops_a_pass_stops_it_early() -> None:
-    """Neither the bottom nor a sublayer's pass reaches the head or anything above."""
+    """No pass that does not need the head reaches it."""
     model = tiny()
     sublayers, inputs = find_sublayers(model), batch()
     above = [model.classifier, model.bert.pooler]
     with counted([*above, *(s.layer for s in sublayers)]) as called:
-        stream = run_to_bottom(model, inputs, sublayers)
-        assert not called
-        run_sublayer(model, inputs, sublayers, 1, stream)
-        run_to_top(model, inputs, sublayers, stream)
+        state = run_sublayer(model, inputs, sublayers, 0, State()).above
+        run_sublayer(model, inputs, sublayers, 1, state)
+        run_to_top(model, inputs, sublayers)
     assert not {id(m) for m in above} & {id(m) for m in called}
 
 
@@ -157,7 +157,7 @@ def test_masks_of_ones_change_nothing_and_gradients_of_features_are_those_of_mas
     model, inputs = tiny(), batch()
     model.requires_grad_(False)
     sublayers = find_sublayers(model)
-    masks = [torch.ones(s.output.in_features, requires_grad=True) for s in sublayers]
+    masks = [torch.ones(s.weight.shape[1], requires_grad=True) for s in sublayers]
     with masked(sublayers, masks):
         by_mask = torch.autograd.grad(model(**inputs).logits.square().sum(), masks)
     with probed(sublayers) as features:
@@ -176,11 +176,16 @@ def test_probing_without_gradients_builds_no_graph() -> None:
     assert not any(f.requires_grad for f in features.values())
 
 
+def below(sublayers: list[Sublayer]) -> State:
+    """Some state below the second FFN."""
+    return State({sublayers[3].stack_name: torch.zeros(5, 12, 16)}, {sublayers[2].name: torch.zeros(5, 12, 16)})
+
+
 Use = Callable[[PreTrainedModel, list[Sublayer], dict[str, Tensor]], Any]
 
 
 def use_resumed(model: PreTrainedModel, sublayers: list[Sublayer], inputs: dict[str, Tensor]) -> None:
-    with resumed(sublayers, 3, torch.zeros(5, 12, 16)):
+    with resumed(sublayers, 3, below(sublayers)):
         model(**inputs)
 
 
@@ -195,9 +200,8 @@ def use_masked(model: PreTrainedModel, sublayers: list[Sublayer], inputs: dict[s
 
 
 USES: dict[str, Use] = {
-    "run_to_bottom": lambda model, sublayers, inputs: run_to_bottom(model, inputs, sublayers),
-    "run_sublayer": lambda model, sublayers, inputs: run_sublayer(model, inputs, sublayers, 3, torch.zeros(5, 12, 16)),
-    "run_to_top": lambda model, sublayers, inputs: run_to_top(model, inputs, sublayers, torch.zeros(5, 12, 16)),
+    "run_sublayer": lambda model, sublayers, inputs: run_sublayer(model, inputs, sublayers, 3, below(sublayers)),
+    "run_to_top": lambda model, sublayers, inputs: run_to_top(model, inputs, sublayers),
     "resumed": use_resumed,
     "probed": use_probed,
     "masked": use_masked,
@@ -217,8 +221,7 @@ def test_nothing_is_left_on_the_model_also_after_an_error(model_type: str, use: 
     def fail(*_: Any) -> None:
         raise RuntimeError("in the middle")
 
-    place = model.base_model.embeddings if use == "run_to_bottom" else sublayers[3].output
-    hook = place.register_forward_pre_hook(fail)
+    hook = sublayers[3].output.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         USES[use](model, sublayers, inputs)
     hook.remove()
@@ -233,8 +236,7 @@ def test_a_forward_that_was_already_replaced_is_put_back() -> None:
     core = sublayers[2].layer.get_submodule("attention.self")
     original = core.forward
     core.forward = replaced = lambda *args, **kwargs: original(*args, **kwargs)
-    stream = run_to_bottom(model, inputs, sublayers)
-    run_sublayer(model, inputs, sublayers, 3, stream)
+    run_sublayer(model, inputs, sublayers, 3, below(sublayers))
     assert core.__dict__["forward"] is replaced
 
 
@@ -243,4 +245,4 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
     sublayers = find_sublayers(model)
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
     with pytest.raises(RuntimeError, match="BertForSequenceClassification never reached the sublayer asked for"):
-        run_sublayer(model, inputs, sublayers, 4, run_to_bottom(model, inputs, sublayers))
+        run_sublayer(model, inputs, sublayers, 4, State())

@@ -48,6 +48,9 @@ from hf_kprune.sublayers import find_sublayers
 LAYERS, HEADS, NEURONS, WIDTH, HEAD_SIZE = 3, 4, 12, 16, 4
 
 
+LENGTHS = {"encoder.layer": 7.3}
+
+
 def make_pruner(model: Any, data: Any = None, **options: Any) -> KPrunePruner:
     """A pruner; options that are not in `KPruneArguments` go to `KPrunePruner`."""
     names = {field.name for field in dataclasses.fields(KPruneArguments)}
@@ -793,10 +796,10 @@ def test_a_sparsity_that_the_switches_reach_exactly_is_reached() -> None:
     """All of the FFN and none of the heads: what rounding leaves of the budget must not count as too little."""
     model = tiny("bert", hidden_size=64, intermediate_size=640)
     for neurons in (0, 3):
-        terms = BudgetTerms(find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), 7.3)
+        terms = BudgetTerms(find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), LENGTHS)
         ffn = sum(c * (s.num_units - neurons) for c, s in zip(terms.costs, terms.sublayers, strict=True) if s.kind == "ffn")
         args = KPruneArguments(sparsity=ffn / terms.total, prune_heads=False, min_neurons=neurons, tune=False)
-        reached = BudgetTerms(find_sublayers(model), args, 7.3)
+        reached = BudgetTerms(find_sublayers(model), args, LENGTHS)
         spent = 0.0
         for i, cost in enumerate(reached.costs):
             left = reached.remaining(spent, i)

@@ -1,0 +1,208 @@
+"""Every family: masked == cut, carried == run, keep-all == dense, saved == loaded, pruned twice == pruned once.
+
+    pytest tests/test_zoo.py --table
+
+prints which of them hold for which model type, and writes docs/supported_models.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import masked
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from zoo import ZOO, inputs_for, make, outputs_of
+
+from hf_kprune import UnsupportedModelError
+from hf_kprune.families import FAMILIES, REFUSED
+from hf_kprune.hooks import State, resumed, run_sublayer, run_to_top
+from hf_kprune.sublayers import cut, find_sublayers, with_own_tables, write_plan
+
+
+Record = Callable[[str, object], None]
+every = pytest.mark.parametrize("name", ZOO)
+
+
+def plans(units: list[int]) -> dict[str, list[Tensor]]:
+    """Keep-masks: complementary ones, so that every unit is cut once and kept once; each sublayer emptied; all emptied."""
+    numbers = [torch.arange(n) for n in units]
+    made = {
+        "even": [n % 2 == 0 for n in numbers],
+        "odd": [n % 2 == 1 for n in numbers],
+        "nothing": [n < 0 for n in numbers],
+    }
+    for i in range(len(units)):
+        made[f"without {i}"] = [n < 0 if k == i else n % 2 == k % 2 for k, n in enumerate(numbers)]
+    return made
+
+
+def cut_all(model: PreTrainedModel, masks: list[Tensor]) -> PreTrainedModel:
+    """A cut copy."""
+    student = copy.deepcopy(model)
+    sublayers = find_sublayers(student)
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        cut(sublayer, mask)
+    write_plan(student, sublayers)
+    return student
+
+
+def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str) -> Tensor:
+    sublayers = find_sublayers(model)
+    columns = []
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        unit, d = sublayer.unit, sublayer.unit.head_dim
+        if unit.strided:  # unit j is query head j of every group
+            columns.append(mask.view(1, -1, 1).expand(unit.q // d, -1, d).flatten().float())
+        else:
+            columns.append(mask.repeat_interleave(unit.q).float())
+    with masked(sublayers, columns):
+        return outputs_of(model, kind)
+
+
+def close(made: Tensor, expected: Tensor, why: str) -> None:
+    scale = float(expected.abs().max().clamp(min=1))
+    torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5 * scale, msg=lambda m: f"{why}: {m}")
+
+
+def check_cut_equals_masked(model: PreTrainedModel, kind: str, wanted: Callable[[str], bool]) -> None:
+    dense = outputs_of(model, kind)
+    for plan, masks in plans([s.num_units for s in find_sublayers(model)]).items():
+        if wanted(plan):
+            student = cut_all(model, masks)
+            close(outputs_of(student, kind), masked_outputs(model, masks, kind), plan)
+            assert (outputs_of(student, kind) - dense).abs().max() > 1e-4, f"{plan}: cutting did nothing"
+            assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
+
+
+def implementations(model: PreTrainedModel) -> list[str]:
+    return ["sdpa", "eager"] if model._supports_sdpa else ["eager"]
+
+
+@every
+@pytest.mark.parametrize("cuts", ["masked == cut", "emptied"])
+def test_cut_equals_masked(name: str, cuts: str, record_property: Record) -> None:
+    record_property("family", (name, cuts))
+    model, kind = make(name), ZOO[name][2]
+    for attention in implementations(model):
+        model.set_attn_implementation(attention)
+        check_cut_equals_masked(model, kind, lambda plan: (plan in ("even", "odd")) == (cuts != "emptied"))
+
+
+@every
+def test_carried_equals_run(name: str, record_property: Record) -> None:
+    """Also of a pruned model, whose positions with nothing left are carried too."""
+    record_property("family", (name, "carried"))
+    kind, dense = ZOO[name][2], with_own_tables(make(name))
+    units = [s.num_units for s in find_sublayers(dense)]
+    for model in (dense, cut_all(dense, plans(units)["without 0"]), cut_all(dense, plans(units)["without 1"])):
+        sublayers, inputs = find_sublayers(model), inputs_for(model, kind)
+        expected, state = outputs_of(model, kind), State()
+        for position in range(len(sublayers) + 1):
+            with resumed(sublayers, position, state):
+                close(outputs_of(model, kind), expected, f"resumed at {position}")
+            if position < len(sublayers):
+                tap = run_sublayer(model, inputs, sublayers, position, state)
+                assert tap.features.shape[:-1] == tap.output.shape[:-1] == tap.stream.shape[:-1]
+                state = tap.above
+        tops = run_to_top(model, inputs, sublayers)
+        assert state.inputs.keys() == tops.inputs.keys()
+        for stack, top in tops.inputs.items():
+            close(state.inputs[stack], top, stack)
+
+
+@every
+def test_the_stream_is_what_the_output_joins(name: str, record_property: Record) -> None:
+    """Doubling what a tap says the stream and the output add up to is what the next sublayer's stream sees, where both
+    are plain sums: the sublayer's stream plus its output is the stream of the next in the same layer, or, last in a
+    pre-norm layer, what the layer gives. Post-norm layers normalise in between, which is seen by the sum's being the
+    input of the norm: here, the sum must be computed by the model somewhere."""
+    record_property("family", (name, "stream"))
+    kind, model = ZOO[name][2], with_own_tables(make(name))
+    sublayers, inputs = find_sublayers(model), inputs_for(model, kind)
+    state = State()
+    for position, sublayer in enumerate(sublayers):
+        tap = run_sublayer(model, inputs, sublayers, position, state)
+        if sublayer.block.stream is not None:
+            total = (tap.stream + tap.output) * sublayer.residual
+            seen: list[Tensor] = []
+            hooks = [
+                m.register_forward_hook(
+                    lambda _, args, kwargs, out, seen=seen: seen.extend(
+                        t for t in (*args, *kwargs.values(), *(out if isinstance(out, tuple) else (out,))) if isinstance(t, Tensor)
+                    ),
+                    with_kwargs=True,
+                )
+                for m in sublayer.owner.modules()
+            ]
+            with torch.no_grad(), resumed(sublayers, position, state):
+                model(**inputs)
+            for hook in hooks:
+                hook.remove()
+            parts = [t.view_as(total) for t in seen if t.numel() == total.numel() and t.is_floating_point()]
+            assert any(torch.allclose(t, total, rtol=1e-4, atol=1e-4) for t in parts), f"{sublayer.name}: no such sum"
+        state = tap.above
+
+
+@every
+def test_keeping_all_changes_nothing(name: str, record_property: Record) -> None:
+    record_property("family", (name, "keep-all"))
+    model, kind = make(name), ZOO[name][2]
+    student = cut_all(model, [torch.ones(s.num_units).bool() for s in find_sublayers(model)])
+    assert student.config.to_dict() == model.config.to_dict()
+    assert student.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(outputs_of(student, kind), outputs_of(model, kind))
+
+
+@every
+def test_saved_equals_loaded(name: str, tmp_path: Path, record_property: Record) -> None:
+    record_property("family", (name, "saved == loaded"))
+    model, kind = make(name), ZOO[name][2]
+    units = [s.num_units for s in find_sublayers(model)]
+    for plan in ("odd", "without 0", "without 1", "nothing"):
+        student = cut_all(model, plans(units)[plan])
+        student.save_pretrained(tmp_path / plan)
+        again = type(model).from_pretrained(tmp_path / plan).eval()
+        state = again.state_dict()
+        assert state.keys() == student.state_dict().keys()
+        assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
+        close(outputs_of(again, kind), outputs_of(student, kind), plan)
+
+
+@every
+def test_pruned_twice_equals_pruned_once(name: str, tmp_path: Path, record_property: Record) -> None:
+    record_property("family", (name, "re-prune"))
+    model, kind = make(name), ZOO[name][2]
+    units = [s.num_units for s in find_sublayers(model)]
+    first = [torch.arange(n) % 4 != i % 4 if n > 1 else torch.ones(1).bool() for i, n in enumerate(units)]
+    second = [torch.arange(int(m.sum())) % 2 == 1 for m in first]
+    both = [m.clone().masked_scatter(m, s) for m, s in zip(first, second, strict=True)]
+    cut_all(model, first).save_pretrained(tmp_path)
+    halfway = type(model).from_pretrained(tmp_path).eval()
+    twice, once = cut_all(halfway, second), cut_all(model, both)
+    close(outputs_of(twice, kind), outputs_of(once, kind), "twice")
+    plan_twice, plan_once = (copy.deepcopy(getattr(m.config, "kprune", None)) for m in (twice, once))
+    assert plan_twice == plan_once
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_refused_with_the_reason(model_type: str, record_property: Record) -> None:
+    record_property("refused", (model_type, REFUSED[model_type]))
+    model: Any = type("Model", (), {"config": AutoConfig.for_model(model_type), "named_modules": lambda self: []})()
+    with pytest.raises(UnsupportedModelError, match=model_type):
+        find_sublayers(model)
+
+
+def test_every_family_is_in_the_zoo() -> None:
+    inside = {inner for name in ZOO for inner in inner_types(name)}
+    assert set(FAMILIES) <= inside
+
+
+def inner_types(name: str) -> set[str]:
+    """Model types of the models in a model of the zoo."""
+    return {m.config.model_type for m in make(name).modules() if isinstance(m, PreTrainedModel)}
