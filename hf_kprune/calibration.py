@@ -21,13 +21,16 @@ from transformers.utils import find_labels
 
 from .arguments import KPruneArguments
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError
-from .heads import KnowledgeLoss
-from .hooks import State, by_token, check_order, probed, resumed, run_sublayer, run_to_top
+from .heads import KnowledgeLoss, PerToken
+from .hooks import State, by_token, check_order, only_tokens, probed, resumed, run_sublayer, run_to_top
 from .methods import Statistics
 from .reconstruction import NormalEquations
 from .rows import Rows, has_choices, row_length
 from .sublayers import Sublayer, find_sublayers
 
+
+LOGITS = 2**24
+"""Logits of a language model that exist at once while measuring; with more, its head runs on some tokens at a time."""
 
 GRAPH_LAYERS = 3
 """Layers whose activations the measuring pass may hold for a whole batch. A deeper model takes the batch in slices, so
@@ -193,7 +196,7 @@ class Calibration:
         mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
         if ids is not None:
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
-        with in_eval_mode(model):  # images, audio: how many tokens they make is the model's business
+        with in_eval_mode(model), torch.no_grad():  # images, audio: how many tokens they make is the model's business
             if mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
                 top = run_to_top(model, inputs, self.sublayers).inputs[name]
                 return cast(Tensor, model._get_feature_vector_attention_mask(top.shape[1], mask).bool())
@@ -247,7 +250,8 @@ class Calibration:
         with together(self.accelerator):
             for batch in self.batches[:1]:
                 check_order(model, batch.inputs, sublayers)
-                state, expected = State(), run_to_top(model, batch.inputs, sublayers)
+                with torch.no_grad():
+                    state, expected = State(), run_to_top(model, batch.inputs, sublayers)
                 for position in range(len(sublayers)):
                     state = run_sublayer(model, batch.inputs, sublayers, position, state).above
                 for name, top in expected.inputs.items():
@@ -259,7 +263,8 @@ class Calibration:
                             f"it does as a whole; its family {model.config.model_type!r} does not tell what its layers give: "
                             "docs/add_a_family.md"
                         )
-            return [run_to_top(model, batch.inputs, sublayers) if batch.measured else None for batch in self.batches]
+            with torch.no_grad():
+                return [run_to_top(model, batch.inputs, sublayers) if batch.measured else None for batch in self.batches]
 
     def measure(
         self,
@@ -303,9 +308,11 @@ class Calibration:
                     stop = min(start + size, count)
                     part, state = batch.part(start, stop), stream.part(start, stop, count)
                     samples += stop - start
+                    chunk = self.chunk(student, part) if isinstance(loss, PerToken) else 0
                     grad = torch.enable_grad() if loss is not None else torch.no_grad()
                     with grad, autocast, resumed(sublayers, position, state), probed(targets) as features:
-                        outputs = student(**part.inputs, return_dict=True)
+                        reached = run_to_top(student, part.inputs, sublayers) if chunk else None
+                        outputs = student(**part.inputs, return_dict=True) if reached is None else None
                     for place, a in features.items():
                         valid = part.valid[targets[place].stack_name].unsqueeze(-1)
                         energy[place] += by_token(a.detach(), valid).float().square().mul(valid).sum((0, 1))
@@ -314,15 +321,22 @@ class Calibration:
                         continue
                     assert top is not None
                     above = top.part(start, stop, count)
-                    with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), above):
-                        expected = teacher(**part.inputs, return_dict=True)
-                    losses = loss(in_float32(outputs), in_float32(expected), part.counted)
-                    if losses.shape != (stop - start,):
-                        raise ArgumentError(
-                            f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, "
-                            "expected one number each"
-                        )
-                    gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
+                    if reached is not None and isinstance(loss, PerToken):
+                        with autocast:
+                            pulled, pull = self.pull_on_top(
+                                student, sublayers, reached, teacher, teacher_sublayers, above, part, loss, chunk
+                            )
+                        gradients = torch.autograd.grad(pulled, list(features.values()), pull, allow_unused=True)
+                    else:
+                        with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), above):
+                            expected = teacher(**part.inputs, return_dict=True)
+                        losses = loss(in_float32(outputs), in_float32(expected), part.counted)
+                        if losses.shape != (stop - start,):
+                            raise ArgumentError(
+                                f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, "
+                                "expected one number each"
+                            )
+                        gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
                     for (place, a), gradient in zip(features.items(), gradients, strict=True):
                         if gradient is not None:  # of several sequences per sample (choices), one mask serves all
                             like = part.valid[targets[place].stack_name].unsqueeze(-1)
@@ -341,6 +355,45 @@ class Calibration:
             cost, weight = target.unit_flops(lengths), target.weight
             measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(count), int(samples)))
         return measured
+
+    def chunk(self, model: PreTrainedModel, batch: Batch) -> int:
+        """Tokens of a batch whose logits over the vocabulary may exist at once; 0 if those of all may."""
+        vocabulary = model.get_output_embeddings()
+        if vocabulary is None or batch.counted.numel() * len(vocabulary.weight) <= LOGITS:
+            return 0
+        return max(1, LOGITS // (len(batch.counted) * len(vocabulary.weight)))
+
+    def pull_on_top(
+        self,
+        student: PreTrainedModel,
+        sublayers: Sequence[Sublayer],
+        top: State,
+        teacher: PreTrainedModel,
+        teacher_sublayers: Sequence[Sublayer],
+        teacher_top: State,
+        batch: Batch,
+        loss: PerToken,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states below the student's head, (B, T, D), and the gradient of the summed knowledge loss to them.
+
+        The heads of both run on `chunk` tokens at a time.
+        """
+        name = sublayers[-1].stack_name
+        hidden, counts = top.inputs[name], batch.counted.sum(1)
+        leaf = hidden.detach().requires_grad_()
+        pull = torch.zeros_like(hidden)
+        pairs = (student, sublayers, State({**top.inputs, name: leaf})), (teacher, teacher_sublayers, teacher_top)
+        for start in range(0, hidden.shape[1], chunk):
+            counted = batch.counted[:, start : start + chunk]
+            made = []
+            for model, layers, state in pairs:
+                with torch.set_grad_enabled(model is student), resumed(layers, len(layers), state):
+                    with only_tokens(model.get_output_embeddings(), start, start + chunk):
+                        made.append(in_float32(model(**batch.inputs, return_dict=True)))
+            losses = loss(made[0], made[1], counted) * counted.sum(1) / counts.clamp(min=1)
+            pull += torch.autograd.grad(losses.sum(), leaf)[0]
+        return hidden, pull
 
     def normal_equations(
         self,

@@ -11,7 +11,8 @@ To add a family, describe one of its layers (docs/add_a_family.md walks through 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Block:
         output: Projection whose input columns belong to units. Its output is the sublayer's output.
         stream: Module that reads the residual stream which the output joins (a norm in pre-norm models, the FFN's
             first projection in post-norm ones); `""` if it is the layer's own input; None if the output is normalised or
-            scaled before it joins: then weight tuning rebuilds the output alone.
+            scaled before it joins: then weight tuning rebuilds the output alone. `"a|b"`: of two, the one that runs first,
+            where an option of the model decides.
         core: Attention module that is replaced when no head is left.
         returns: What `core` returns: `"y"` stands for the attention's output, `None` for None. A lone `"y"` that is not
             in a tuple is written `"y"`.
@@ -41,6 +43,7 @@ class Block:
             through a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it with that value.
         select: Arguments of `core` that carry one slice per head, and where: `"1"` in dimension 1, `"0"` in dimension 0,
             `"0:batch"` in dimension 0 with the batch folded in before it; `"none"` passes None in its place.
+        slices: Parameters, none of a projection, that hold one slice per head, and in which dimension, `"0"` or `"1"`.
         table: An embedding of relative positions with one column per head, which the first layer of the stack holds for
             all (T5). In a pruned model every layer has its own.
         whole: Why its heads cannot be told apart (a norm across all of them): then all of them are one unit. `""` if
@@ -55,6 +58,7 @@ class Block:
     returns: tuple[str | None, ...] | str = ("y", None)
     sizes: Mapping[str, str] = field(default_factory=dict)
     select: Mapping[str, str] = field(default_factory=dict)
+    slices: Mapping[str, str] = field(default_factory=dict)
     table: str = ""
     whole: str = ""
 
@@ -94,38 +98,221 @@ class Stack:
     uniform: Mapping[str, str] = field(default_factory=dict)
 
 
-_BERT = Stack(
+def _attention(module: str, output: str, qkv: str = "q_proj k_proj v_proj", kind: str = "attention", **rest: Any) -> Block:
+    """Attention whose `module` holds the three projections."""
+    q, k, v = (f"{module}.{name}" for name in qkv.split())
+    return Block(kind, inputs={q: "q", k: "kv", v: "kv"}, output=output, core=module, **rest)
+
+
+def _ffn(inputs: str, output: str, stream: str | None) -> Block:
+    return Block("ffn", inputs=dict.fromkeys(inputs.split(), "f"), output=output, stream=stream)
+
+
+def _bert(reads: str | None = "intermediate.dense", core: str = "attention.self", **rest: Any) -> tuple[Block, Block]:
+    """BERT's layer. `reads` is the FFN's stream: a layer norm, where that comes first."""
+    sizes = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
+    attention = _attention(core, "attention.output.dense", "query key value", sizes=sizes, **rest)
+    return attention, _ffn("intermediate.dense", "output.dense", reads)
+
+
+def _bart(pre_norm: bool, sizes: Mapping[str, str] = {"num_heads": "heads"}, **rest: Any) -> tuple[Stack, Stack]:
+    """BART's encoder and decoder. `pre_norm`: layer norms come before what they are for."""
+
+    def attention(module: str, kind: str, stream: str) -> Block:
+        told = {f"{module}.{name}": size for name, size in sizes.items()}
+        return _attention(module, f"{module}.out_proj", kind=kind, stream=stream, sizes=told, **rest)
+
+    own = attention("self_attn", "attention", "")
+    cross = attention("encoder_attn", "cross_attention", "encoder_attn_layer_norm" if pre_norm else "encoder_attn")
+    ffn = _ffn("fc1", "fc2", "final_layer_norm" if pre_norm else "fc1")
+    below = Stack("encoder.layers", (own, ffn), heads="encoder_attention_heads")
+    above = Stack("decoder.layers", (own, cross, ffn), heads="decoder_attention_heads", mask="decoder_attention_mask")
+    return below, replace(above, reads="encoder.layers")
+
+
+def _t5(encoder: str = "SelfAttention", ffn: str = "DenseReluDense", **rest: Any) -> tuple[Stack, Stack]:
+    """T5's encoder and decoder. Every layer asks its own table of positions, not the bias that the layer below passes up."""
+
+    def attention(number: int, name: str, kind: str = "attention", table: str = "") -> Block:
+        module = f"layer.{number}.{name}"
+        return _attention(
+            module,
+            f"{module}.o",
+            "q k v",
+            kind,
+            stream=f"layer.{number}.layer_norm",
+            returns=("y", None, None),
+            sizes={f"{module}.n_heads": "heads", f"{module}.inner_dim": "width"},
+            table=f"{module}.relative_attention_bias" if kind == "attention" else "",
+            select={"position_bias": "none"},
+        )
+
+    def feed_forward(number: int) -> Block:
+        layer = f"layer.{number}"
+        return _ffn(
+            " ".join(f"{layer}.{ffn}.{name}" for name in ("wi", "wi_0", "wi_1")), f"{layer}.{ffn}.wo", f"{layer}.layer_norm"
+        )
+
+    below = Stack("encoder.block", (attention(0, encoder), feed_forward(1)))
+    blocks = (attention(0, "SelfAttention"), attention(1, "EncDecAttention", "cross_attention"), feed_forward(2))
+    above = Stack("decoder.block", blocks, mask="decoder_attention_mask", reads="encoder.block")
+    shared: dict[str, Any] = {"returns": ("y", None, None), "heads": "num_heads", "head_dim": "d_kv", **rest}
+    return replace(below, **shared), replace(above, **shared)
+
+
+_BERT = Stack("encoder.layer", _bert())
+_BERT_PAIR = replace(_BERT, returns=("y", None))
+_BERT_SINGLE = Stack("encoder.layer", _bert(returns=("y",)), returns=("y",))
+_LONGFORMER = {
+    "inputs": {
+        f"attention.self.{name}{kind}": "q" if name == "query" else "kv"
+        for name in ("query", "key", "value")
+        for kind in ("", "_global")
+    }
+}
+_VIT = Stack(
+    "layers",
+    (
+        _attention("attention", "attention.o_proj", sizes={"attention.num_attention_heads": "heads"}),
+        _ffn("mlp.fc1", "mlp.fc2", "layernorm_after"),
+    ),
+    mask="",
+)
+_VIT_NESTED = Stack("encoder.layer", _bert("layernorm_after", "attention.attention"), mask="")
+_DINO = Stack(
     "encoder.layer",
     (
-        Block(
-            "attention",
-            inputs={"attention.self.query": "q", "attention.self.key": "kv", "attention.self.value": "kv"},
-            output="attention.output.dense",
-            core="attention.self",
-            sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"},
-        ),
-        Block("ffn", inputs={"intermediate.dense": "f"}, output="output.dense", stream="intermediate.dense"),
+        _attention("attention", "attention.o_proj", sizes={"attention.num_attention_heads": "heads"}, stream=None),
+        _ffn("mlp.fc1", "mlp.fc2", None),
+        _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", None),
     ),
+    mask="",
+)
+_CLIP = Stack(
+    "encoder.layers",
+    (
+        _attention("self_attn", "self_attn.out_proj", sizes={"self_attn.num_heads": "heads"}),
+        _ffn("mlp.fc1", "mlp.fc2", "layer_norm2"),
+    ),
+)
+_CLIP_VISION = replace(_CLIP, mask="")
+_WAV2VEC2 = Stack(
+    "encoder.layers",
+    (
+        _attention("attention", "attention.out_proj", sizes={"attention.num_heads": "heads"}),
+        _ffn(
+            "feed_forward.intermediate_dense",
+            "feed_forward.output_dense",
+            "final_layer_norm|feed_forward.intermediate_dense",  # with and without do_stable_layer_norm
+        ),
+    ),
+    untouched=("adapter_layer",),
 )
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
+    # BERT and its kin
     "bert": (_BERT,),
+    "bert-generation": (_BERT,),
     "camembert": (_BERT,),
+    "chinese_clip_text_model": (_BERT,),
+    "altclip_text_model": (_BERT,),
+    "data2vec-text": (_BERT,),
     "electra": (_BERT,),
+    "ernie": (_BERT,),
+    "layoutlm": (_BERT,),
+    "markuplm": (_BERT,),
     "roberta": (_BERT,),
+    "roc_bert": (_BERT,),
+    "splinter": (_BERT,),
     "xlm-roberta": (_BERT,),
+    "esm": (Stack("encoder.layer", _bert("LayerNorm")),),
+    "megatron-bert": (Stack("encoder.layer", _bert("ln"), returns=("y", None)),),
+    "rembert": (_BERT_PAIR,),
+    "roberta-prelayernorm": (Stack("encoder.layer", _bert("intermediate.LayerNorm")),),
+    "roformer": (_BERT_PAIR,),
+    "tapas": (_BERT_SINGLE,),
+    "visual_bert": (_BERT_SINGLE,),
+    "xlm-roberta-xl": (Stack("encoder.layer", _bert("LayerNorm")),),
+    "xmod": (
+        Stack("encoder.layer", _bert("output.LayerNorm|intermediate.dense"), untouched=("output.adapter_modules",)),
+    ),  # with and without pre_norm
+    "yoso": (_BERT_SINGLE,),
+    # other encoders of text
+    "deberta": (
+        Stack(
+            "encoder.layer",
+            (
+                Block(
+                    "attention",
+                    inputs={
+                        "attention.self.in_proj": "qkv:perhead",
+                        "attention.self.pos_proj": "kv",
+                        "attention.self.pos_q_proj": "q",
+                    },
+                    output="attention.output.dense",
+                    core="attention.self",
+                    sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"},
+                    slices={"attention.self.q_bias": "0", "attention.self.v_bias": "0"},
+                ),
+                _BERT.blocks[1],
+            ),
+            returns=("y", None),
+        ),
+    ),
+    "deberta-v2": (
+        Stack(
+            "encoder.layer",
+            (
+                Block(
+                    "attention",
+                    inputs={
+                        "attention.self.query_proj": "q",
+                        "attention.self.key_proj": "kv",
+                        "attention.self.value_proj": "kv",
+                        "attention.self.pos_key_proj": "kv",
+                        "attention.self.pos_query_proj": "q",
+                    },
+                    output="attention.output.dense",
+                    core="attention.self",
+                    sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"},
+                ),
+                _BERT.blocks[1],
+            ),
+            returns=("y", None),
+            head_dim="attention_head_size",
+        ),
+    ),
     "distilbert": (
         Stack(
             "transformer.layer",
             (
-                Block(
-                    "attention",
-                    inputs={"attention.q_lin": "q", "attention.k_lin": "kv", "attention.v_lin": "kv"},
-                    output="attention.out_lin",
-                    core="attention",
-                    sizes={"attention.n_heads": "heads"},
+                _attention("attention", "attention.out_lin", "q_lin k_lin v_lin", sizes={"attention.n_heads": "heads"}),
+                _ffn("ffn.lin1", "ffn.lin2", "ffn.lin1"),
+            ),
+        ),
+    ),
+    "longformer": (
+        Stack(
+            "encoder.layer",
+            (
+                replace(
+                    _BERT.blocks[0],
+                    **_LONGFORMER,
+                    sizes={},
+                    returns=("y",),
+                    whole="its heads are reshaped to the hidden size",
                 ),
-                Block("ffn", inputs={"ffn.lin1": "f"}, output="ffn.lin2", stream="ffn.lin1"),
+                _BERT.blocks[1],
+            ),
+            returns=("y",),
+        ),
+    ),
+    "modernbert": (
+        Stack(
+            "layers",
+            (
+                Block("attention", inputs={"attn.Wqkv": "qkv"}, output="attn.Wo", core="attn"),
+                Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
             ),
         ),
     ),
@@ -133,23 +320,151 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         Stack(
             "encoder.layer",
             (
-                Block(
-                    "attention",
-                    inputs={"attention.attn.q": "q", "attention.attn.k": "kv", "attention.attn.v": "kv"},
-                    output="attention.attn.o",
-                    core="attention.attn",
+                _attention(
+                    "attention.attn",
+                    "attention.attn.o",
+                    "q k v",
                     sizes={"attention.attn.num_attention_heads": "heads", "attention.attn.all_head_size": "width"},
                     select={"position_bias": "1"},
                 ),
-                Block("ffn", inputs={"intermediate.dense": "f"}, output="output.dense", stream="intermediate.dense"),
+                _BERT.blocks[1],
             ),
             returns=("y",),
         ),
     ),
+    "nomic_bert": (
+        Stack(
+            "layers",
+            (
+                _attention("self_attn", "self_attn.o_proj"),
+                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "mlp"),
+            ),
+        ),
+    ),
+    "eurobert": (
+        Stack(
+            "layers",
+            (
+                _attention("self_attn", "self_attn.o_proj", sizes={"self_attn.num_key_value_groups": "groups"}),
+                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"),
+            ),
+        ),
+    ),
+    # encoder-decoders
+    "bart": _bart(pre_norm=False),
+    "blenderbot": _bart(pre_norm=True),
+    "blenderbot-small": _bart(pre_norm=False),
+    "m2m_100": _bart(pre_norm=True),
+    "marian": _bart(pre_norm=False),
+    "mbart": _bart(pre_norm=True),
+    "mvp": tuple(
+        replace(stack, returns=returns)
+        for stack, returns in zip(
+            _bart(pre_norm=False, sizes={"num_heads": "heads", "embed_dim": "width"}, select={"attn_prompt": "1"}),
+            (("y", None), ("y",)),
+            strict=True,
+        )
+    ),
+    "pegasus": _bart(pre_norm=True),
+    "plbart": _bart(pre_norm=False),
+    "speech_to_text": _bart(pre_norm=True),
+    "whisper": (replace(_bart(pre_norm=True)[0], mask=""), _bart(pre_norm=True)[1]),
+    "longt5": (
+        replace(_t5("LocalSelfAttention")[0], returns=("y", None)),
+        replace(_t5()[1], returns=("y", None, None, None, None)),
+    ),
+    "mt5": _t5(),
+    "switch_transformers": _t5(
+        ffn="mlp", untouched=("layer.1.mlp.router", "layer.1.mlp.experts", "layer.2.mlp.router", "layer.2.mlp.experts")
+    ),
+    "t5": _t5(),
+    "umt5": _t5(returns="y"),
+    # images
+    "beit": (
+        replace(
+            _VIT,
+            blocks=(
+                replace(_VIT.blocks[0], stream=None, select={"attention_mask": "1"}),
+                replace(_VIT.blocks[1], stream=None),
+            ),
+        ),
+    ),
+    "data2vec-vision": (
+        Stack(
+            "encoder.layer",
+            _bert(
+                None,
+                "attention.attention",
+                stream=None,
+                select={"relative_position_bias": "1"},
+                slices={"attention.attention.relative_position_bias.relative_position_bias_table": "1"},
+            ),
+            returns=("y", None),
+            mask="",
+        ),
+    ),
+    "deit": (_VIT,),
+    "dinov2": (_DINO,),
+    "dinov2_with_registers": (_DINO,),
+    "dinov3_vit": (
+        Stack(
+            "model.layer",
+            (
+                _attention("attention", "attention.o_proj", sizes={"attention.num_heads": "heads"}, stream=None),
+                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", None),
+            ),
+            mask="",
+        ),
+    ),
+    "dpt": (_VIT_NESTED,),
+    "ijepa": (_VIT,),
+    "videomae": (_VIT_NESTED,),
+    "vit": (_VIT,),
+    "vit_mae": (_VIT,),
+    "vit_msn": (_VIT,),
+    "vivit": (_VIT,),
+    "yolos": (_VIT_NESTED,),
+    # images and text, tower by tower
+    "altclip_vision_model": (_CLIP_VISION,),
+    "chinese_clip_vision_model": (_CLIP_VISION,),
+    "clip_text_model": (_CLIP,),
+    "clip_vision_model": (_CLIP_VISION,),
+    "metaclip_2_text_model": (_CLIP,),
+    "metaclip_2_vision_model": (_CLIP_VISION,),
+    "siglip2_text_model": (_CLIP,),
+    "siglip2_vision_model": (_CLIP_VISION,),
+    "siglip_text_model": (_CLIP,),
+    "siglip_vision_model": (_CLIP_VISION,),
+    # sound
+    "audio-spectrogram-transformer": (_VIT,),
+    "data2vec-audio": (_WAV2VEC2,),
+    "hubert": (_WAV2VEC2,),
+    "sew": (_WAV2VEC2,),
+    "unispeech": (_WAV2VEC2,),
+    "unispeech-sat": (_WAV2VEC2,),
+    "wav2vec2": (_WAV2VEC2,),
 }
 
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "albert": "its layers share one set of weights",
+    "big_bird": "it exchanges its attention modules while it runs, by the length of the input",
+    "bigbird_pegasus": "it exchanges its attention modules while it runs, by the length of the input",
+    "convbert": "half of its attention is a convolution whose kernels are made from all heads",
+    "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
+    "fnet": "it mixes tokens by a Fourier transform: there are no heads",
+    "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
+    "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
+    "ibert": "its projections are integer ones, not nn.Linear",
+    "mobilebert": "a layer has four FFNs between bottlenecks of another width",
+    "reformer": "its layers are reversible and hash the queries",
+    "squeezebert": "its projections are grouped convolutions",
+    "swin": "its stages have different widths and head counts",
+    "swinv2": "its stages have different widths and head counts",
+    "wavlm": "its attention is one torch function that takes no narrower projections",
+    "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",
+    "xlnet": "its attention weights are no projections, and it has two streams",
+}
 """Model types that cannot be described, and why."""
 
 

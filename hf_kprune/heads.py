@@ -7,6 +7,7 @@ sequences are batched. Padding never counts. Sequence heads give one divergence;
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ from .knowledge import bernoulli_kl_divergence, kl_divergence, mean_over_tokens,
 
 KnowledgeLoss = Callable[[Any, Any, Tensor], Tensor]
 """(student outputs, teacher outputs, valid tokens (B, T)) -> one loss per sequence, (B,)."""
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Mean over the tokens of a sequence of the divergence of their logits. As a sum of tokens' it may be taken in parts."""
+
+    temperature: float
+
+    def __call__(self, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return mean_over_tokens(kl_divergence(student.logits, teacher.logits, self.temperature), valid)
 
 
 def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> tuple[str, KnowledgeLoss]:
@@ -44,8 +55,7 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
     def regression(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         return squared_error(student.logits, teacher.logits)
 
-    def per_token(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return mean_over_tokens(kl_divergence(student.logits, teacher.logits, temperature), valid)
+    per_token = PerToken(temperature)
 
     def span(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         def over_tokens(name: str) -> Tensor:
@@ -70,6 +80,12 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
     def embedding(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         return embedding_loss(student, teacher, valid, pooling)
 
+    def towers(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        def distance(key: str) -> Tensor:
+            return (F.normalize(student[key], dim=-1) - F.normalize(teacher[key], dim=-1)).square().sum(-1)
+
+        return distance("text_embeds") + distance("image_embeds")
+
     def sequence() -> tuple[str, KnowledgeLoss]:
         problem, labels = model.config.problem_type, model.config.num_labels
         if problem == "regression" or (problem is None and labels == 1):
@@ -84,9 +100,17 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         "MODEL_FOR_TOKEN_CLASSIFICATION": lambda: ("token classification", per_token),
         "MODEL_FOR_MASKED_LM": lambda: ("masked language model", per_token),
         "MODEL_FOR_CAUSAL_LM": lambda: ("causal language model", per_token),
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM": lambda: ("sequence-to-sequence language model", per_token),
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ": lambda: ("speech-to-text model", per_token),
+        "MODEL_FOR_CTC": lambda: ("speech recognition by CTC", per_token),
+        "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION": lambda: ("audio frame classification", per_token),
+        "MODEL_FOR_IMAGE_CLASSIFICATION": sequence,
+        "MODEL_FOR_AUDIO_CLASSIFICATION": sequence,
         "MODEL_FOR_MULTIPLE_CHOICE": lambda: ("multiple choice", divergence),
         "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: ("next sentence prediction", divergence),
         "MODEL_FOR_PRETRAINING": lambda: ("pretraining heads", pretraining),
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION": lambda: ("embeddings of text and image", towers),
+        "MODEL_FOR_TEXT_ENCODING": lambda: (f"embedding ({pooling})", embedding),
         "MODEL": lambda: (f"embedding ({pooling})", embedding),
     }
     for cls in type(model).__mro__:

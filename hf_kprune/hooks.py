@@ -167,7 +167,7 @@ def run_sublayer(
         seen["input"] = _first(args, kwargs)
 
     def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["stream"] = _first(args, kwargs)
+        seen.setdefault("stream", _first(args, kwargs))
 
     def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         seen["features"], seen["output"] = args[0], output.clone()  # some models go on in place
@@ -185,8 +185,9 @@ def run_sublayer(
     with ExitStack() as hooks, resumed(sublayers, position, state):
         hooks.enter_context(_hook(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
         if block.stream is not None:
-            reader = sublayer.layer.get_submodule(block.stream)
-            hooks.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+            for path in block.stream.split("|"):
+                reader = sublayer.layer.get_submodule(path)
+                hooks.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
         hooks.enter_context(_hook(sublayer.output.register_forward_hook(on_output)))
         if following is None or following.layers is not sublayer.layers:
             hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end)))
@@ -209,9 +210,8 @@ def hidden_states(returns: Any, output: Any) -> Tensor:
     return cast(Tensor, output if returns == "y" else output[list(returns).index("y")])
 
 
-@torch.no_grad()
 def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> State:
-    """Run `model` from its inputs to the top of its last stack: the state for the head alone."""
+    """Run `model` to the top of its last stack: the state for the head alone."""
     tops: dict[str, Tensor] = {}
     stacks = {s.stack_name: s for s in sublayers}
 
@@ -237,7 +237,7 @@ def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence
     with ExitStack() as hooks:
         for place, sublayer in enumerate(sublayers):
             hooks.enter_context(_hook(sublayer.output.register_forward_hook(lambda *_, place=place: ran.append(place))))
-        model(**inputs)
+        run_to_top(model, inputs, sublayers)
     for stack in dict.fromkeys(s.stack_name for s in sublayers):
         expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
         found = [place for place in ran if sublayers[place].stack_name == stack]
@@ -248,6 +248,17 @@ def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence
                 f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "
                 "does the family name its blocks in another order? docs/add_a_family.md"
             )
+
+
+@contextmanager
+def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
+    """Let `module`, which takes (B, T, D), see the tokens from `start` to `stop` only."""
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, start:stop], *args[1:])
+
+    with _hook(module.register_forward_pre_hook(narrow)):
+        yield
 
 
 @contextmanager

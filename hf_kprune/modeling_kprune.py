@@ -12,7 +12,7 @@ torch and transformers only and knows no architecture: which modules are narrowe
          "rows": {"attention.self.query": [32, 0], ...},               output rows of a projection per kept unit, and for all
          "columns": {"attention.output.dense": 32},                    input columns of a projection per kept unit
          "sizes": {"attention.self.num_attention_heads": 1, ...},      attributes per kept unit
-         "heads": 1, "table": {}, "select": {},                        heads of a unit, and what else has one slice per head
+         "heads": 1, "table": {}, "select": {}, "slices": {},          heads of a unit, and what else has one slice per head
          "core": "attention.self", "returns": ["y", null]},            what is replaced where no unit is kept
         ...]}]}
 """
@@ -223,6 +223,15 @@ def get_size(layer: nn.Module, path: str) -> Any:
     return value
 
 
+def set_slices(layer: nn.Module, path: str, dim: int, indices: torch.Tensor) -> None:
+    """Keep these indices of a dimension of the parameter at `path`; nothing if there is none."""
+    old = get_size(layer, path)
+    if old is not None:
+        owner, _, name = path.rpartition(".")
+        part = old.detach().index_select(dim, indices.to(old.device))
+        setattr(layer.get_submodule(owner), name, nn.Parameter(part, requires_grad=old.requires_grad))
+
+
 def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
     """Set the modules of one block in layer number `index` to the sizes of `block["kept"][index]` units."""
     kept = block["kept"][index]
@@ -236,6 +245,8 @@ def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
         resize(layer, path, rows=kept * width)
     for path, width in block["columns"].items():
         resize(layer, path, columns=kept * width)
+    for path, (dim, width) in block["slices"].items():
+        set_slices(layer, path, dim, torch.arange(kept * width))
     for path, factor in block["sizes"].items():
         if get_size(layer, path) is not None:
             set_size(layer, path, kept * factor)
@@ -287,11 +298,16 @@ def check_plan(stack: dict[str, Any], layers: nn.ModuleList) -> None:
                 for path, width in block["columns"].items()
             ]
             sizes += [(path, factor, 0) for path, factor in block["sizes"].items() if get_size(layer, path) is not None]
-            for path, width, fixed in sizes:
-                found = get_size(layer, path)
-                if found != of * width + fixed:
+            found = [(path, get_size(layer, path), width, fixed) for path, width, fixed in sizes]
+            found += [
+                (path, parameter.shape[dim], width, 0)
+                for path, (dim, width) in block["slices"].items()
+                if (parameter := get_size(layer, path)) is not None
+            ]
+            for path, size, width, fixed in found:
+                if size != of * width + fixed:
                     raise CheckpointError(
-                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}, which is {found} in the "
+                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}, which is {size} in the "
                         "model that the rest of the config describes"
                     )
             if type(kept[index]) is not int or not 0 <= kept[index] <= of:

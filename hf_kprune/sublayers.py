@@ -20,9 +20,11 @@ from .modeling_kprune import (
     SIZES,
     digest,
     find_layers,
+    get_size,
     has,
     kind_of,
     own_tables,
+    set_slices,
     shrink_layer,
 )
 from .version import __version__
@@ -245,10 +247,11 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str) -> list[Sublayer]:
             continue
         for layer in layers:
             _check_described(owner, layer, stack)
-        before = old[stack.layers]["blocks"] if stack.layers in old else [None] * len(stack.blocks)
+        before = {path: b for b in old.get(stack.layers, {"blocks": []})["blocks"] for path in b["columns"]}
         units = [NEURON if b.kind == "ffn" else head_unit(owner.config, stack, b, by) for b in stack.blocks]
         plans = [
-            _plan_of(layers, block, unit, then, by) for block, unit, then in zip(stack.blocks, units, before, strict=True)
+            _plan_of(layers, block, unit, before.get(block.output), by)
+            for block, unit in zip(stack.blocks, units, strict=True)
         ]
         for index in range(len(layers)):
             for block, plan, unit in zip(stack.blocks, plans, units, strict=True):
@@ -275,6 +278,12 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
         if width and sizes:
             (fixed,) = sizes
             rows[path] = [width, fixed]
+    slices = {
+        path: [int(dim), value.shape[int(dim)] // units]
+        for path, dim in block.slices.items()
+        for layer, units in zip(layers, kept, strict=True)
+        if units and (value := get_size(layer, path)) is not None
+    }
     factors = {"heads": heads, "kv_heads": unit.kv // unit.head_dim, "width": unit.q, "groups": int(unit.strided)}
     plan = {
         "kind": block.kind,
@@ -287,6 +296,7 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
         "core": block.core,
         "returns": list(block.returns) if isinstance(block.returns, tuple) else block.returns,
         "table": {block.table: heads} if block.table else {},
+        "slices": slices,
         "select": {a: [where, [list(range((k or 0) * heads)) for k in kept]] for a, where in block.select.items()},
     }
     if before is not None:
@@ -295,7 +305,7 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
                 f"this model was pruned by units of {before['columns']} columns and cannot be pruned by others, of "
                 f"{plan['columns']}; keep to the same head_unit (now {by!r})"
             )
-        plan["of"], plan["select"], plan["rows"] = before["of"], before["select"], before["rows"]
+        plan |= {key: before[key] for key in ("of", "select", "rows", "slices")}
     return plan
 
 
@@ -374,6 +384,8 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
             dropped = row_indices(layout, num_units, unit)[sorted(gone)].flatten()
             rows = torch.ones(len(weight), dtype=torch.bool).index_fill(0, dropped, False).to(weight.device)
             set_projection(projection, weight[rows], None if bias is None else bias[rows])
+    for path, (dim, width) in plan["slices"].items():
+        set_slices(layer, path, dim, row_indices("q", num_units, Unit(width, width, width))[kept].flatten())
     columns = row_indices("q", num_units, unit)[kept].flatten().sort().values
     set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
     heads = columns[:: unit.head_dim] // unit.head_dim

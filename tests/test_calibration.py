@@ -572,3 +572,21 @@ def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_a
         with pytest.raises(UnsupportedArchitectureError, match="runs .*layers.0.attention, layers.0.ffn.* in this order"):
             pruner.prune()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("head", ["CAUSAL_LM", "MASKED_LM"])
+@pytest.mark.parametrize("logits", [1, 60 * 9 * 2, 60 * 9 * 5])
+def test_the_vocabulary_in_parts_is_the_vocabulary(monkeypatch: pytest.MonkeyPatch, head: str, logits: int) -> None:
+    """No more logits exist at once than asked (one token's at least), and the sums are the same."""
+    data, teacher = rows(9), tiny("bert", head)
+    student = pruned(teacher, 2)
+    expected = measure(calibration(student, data), student, teacher, 2)
+    most: list[int] = []
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(lambda _, args, output: most.append(output.numel()))
+    monkeypatch.setattr("hf_kprune.calibration.LOGITS", logits)
+    made = measure(calibration(student, data), student, teacher, 2)
+    assert max(most) <= max(logits, 60 * 9)
+    for a, b in zip(made, expected, strict=True):
+        torch.testing.assert_close(a.gradient_sum, b.gradient_sum, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(a.gradient_square, b.gradient_square, rtol=1e-4, atol=1e-9)

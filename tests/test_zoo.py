@@ -110,7 +110,8 @@ def test_carried_equals_run(name: str, record_property: Record) -> None:
                 tap = run_sublayer(model, inputs, sublayers, position, state)
                 assert tap.features.shape[:-1] == tap.output.shape[:-1] == tap.stream.shape[:-1]
                 state = tap.above
-        tops = run_to_top(model, inputs, sublayers)
+        with torch.no_grad():
+            tops = run_to_top(model, inputs, sublayers)
         assert state.inputs.keys() == tops.inputs.keys()
         for stack, top in tops.inputs.items():
             close(state.inputs[stack], top, stack)
@@ -144,7 +145,7 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
                 model(**inputs)
             for hook in hooks:
                 hook.remove()
-            parts = [t.view_as(total) for t in seen if t.numel() == total.numel() and t.is_floating_point()]
+            parts = [t.reshape_as(total) for t in seen if t.numel() == total.numel() and t.is_floating_point()]
             assert any(torch.allclose(t, total, rtol=1e-4, atol=1e-4) for t in parts), f"{sublayer.name}: no such sum"
         state = tap.above
 

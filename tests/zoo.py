@@ -32,12 +32,337 @@ ENCODER: dict[str, Any] = {
     "pad_token_id": 1,
 }
 
+SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 12,
+    "decoder_ffn_dim": 12,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+T5: dict[str, Any] = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_layers": 3,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "pad_token_id": 1,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 2,
+}
+IMAGE: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 3,
+}
+AUDIO: dict[str, Any] = {
+    **{
+        key: ENCODER[key]
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "num_hidden_layers",
+            "pad_token_id",
+        )
+    },
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+TEXT_TOWER = {**ENCODER, "bos_token_id": 2, "eos_token_id": 3}
+
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
     "llama": ("LlamaForCausalLM", DECODER, "text"),
     # encoders, encoder-decoders, vision, speech
     "bert": ("BertForSequenceClassification", ENCODER, "text"),
+    "bert-generation": ("BertGenerationEncoder", ENCODER, "text"),
+    "camembert": ("CamembertForMaskedLM", ENCODER, "text"),
+    "data2vec-text": ("Data2VecTextForTokenClassification", ENCODER, "text"),
+    "electra": ("ElectraForSequenceClassification", {**ENCODER, "embedding_size": 8}, "text"),
+    "ernie": ("ErnieForSequenceClassification", ENCODER, "text"),
+    "layoutlm": ("LayoutLMForTokenClassification", ENCODER, "text"),
+    "markuplm": (
+        "MarkupLMForTokenClassification",
+        {
+            **ENCODER,
+            "max_depth": 2,
+            "max_xpath_tag_unit_embeddings": 220,
+            "max_xpath_subs_unit_embeddings": 20,
+            "tag_pad_id": 216,
+            "subs_pad_id": 18,
+            "xpath_unit_hidden_size": 4,
+        },
+        "text",
+    ),
+    "roberta": ("RobertaForSequenceClassification", ENCODER, "text"),
+    "roc_bert": (
+        "RoCBertForSequenceClassification",
+        {
+            **ENCODER,
+            "shape_vocab_size": 60,
+            "pronunciation_vocab_size": 60,
+            "pronunciation_embed_dim": 8,
+            "shape_embed_dim": 8,
+            "enable_shape": False,
+            "enable_pronunciation": False,
+        },
+        "text",
+    ),
+    "splinter": ("SplinterModel", {**ENCODER, "question_token_id": 5}, "text"),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", ENCODER, "text"),
+    "esm": ("EsmForTokenClassification", {**ENCODER, "mask_token_id": 4}, "text"),
+    "esm:rotary": (
+        "EsmForMaskedLM",
+        {**ENCODER, "mask_token_id": 4, "position_embedding_type": "rotary", "token_dropout": True},
+        "text",
+    ),
+    "megatron-bert": ("MegatronBertForSequenceClassification", ENCODER, "text"),
+    "rembert": (
+        "RemBertForSequenceClassification",
+        {**ENCODER, "input_embedding_size": 8, "output_embedding_size": 8, "bos_token_id": 2, "eos_token_id": 3},
+        "text",
+    ),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForSequenceClassification", ENCODER, "text"),
+    "roformer": ("RoFormerForSequenceClassification", ENCODER, "text"),
+    "tapas": ("TapasModel", ENCODER, "text"),
+    "visual_bert": ("VisualBertModel", ENCODER, "text"),
+    "xlm-roberta-xl": ("XLMRobertaXLForSequenceClassification", ENCODER, "text"),
+    "xmod": ("XmodForSequenceClassification", {**ENCODER, "default_language": "en_XX"}, "text"),
+    "xmod:pre_norm": (
+        "XmodForSequenceClassification",
+        {
+            **ENCODER,
+            "default_language": "en_XX",
+            "pre_norm": True,
+            "adapter_reuse_layer_norm": True,
+            "ln_before_adapter": True,
+        },
+        "text",
+    ),
+    "yoso": ("YosoForSequenceClassification", {**ENCODER, "use_expectation": True}, "text"),
+    "deberta": (
+        "DebertaForSequenceClassification",
+        {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+        "text",
+    ),
+    "deberta:absolute": ("DebertaForTokenClassification", ENCODER, "text"),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        {
+            **ENCODER,
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "max_relative_positions": 8,
+            "conv_kernel_size": 3,
+            "conv_act": "gelu",
+        },
+        "text",
+    ),
+    "deberta-v2:v3": (
+        "DebertaV2ForTokenClassification",
+        {
+            **ENCODER,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 6,
+            "max_relative_positions": 12,
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "attention_head_size": 4,
+        },
+        "text",
+    ),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        {
+            "vocab_size": 60,
+            "dim": 16,
+            "n_heads": 4,
+            "hidden_dim": 12,
+            "n_layers": 3,
+            "max_position_embeddings": 40,
+            "pad_token_id": 1,
+        },
+        "text",
+    ),
+    "longformer": (
+        "LongformerForSequenceClassification",
+        {
+            **ENCODER,
+            "attention_window": 4,
+            "max_position_embeddings": 60,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "sep_token_id": 3,
+        },
+        "text",
+    ),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        {
+            **ENCODER,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "local_attention": 4,
+        },
+        "text",
+    ),
+    "mpnet": ("MPNetForSequenceClassification", ENCODER, "text"),
+    "nomic_bert": ("NomicBertForSequenceClassification", ENCODER, "text"),
+    "eurobert": (
+        "EuroBertForTokenClassification",
+        {**ENCODER, "num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4},
+        "text",
+    ),
+    # encoder-decoders
+    "bart": ("BartForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "blenderbot": ("BlenderbotForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "m2m_100": ("M2M100ForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "marian": ("MarianMTModel", SEQ2SEQ, "seq2seq"),
+    "mbart": ("MBartForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "mvp": ("MvpForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "mvp:prompt": (
+        "MvpForConditionalGeneration",
+        {**SEQ2SEQ, "use_prompt": True, "prompt_length": 3, "prompt_mid_dim": 8},
+        "seq2seq",
+    ),
+    "pegasus": ("PegasusForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "plbart": ("PLBartForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "speech_to_text": (
+        "Speech2TextForConditionalGeneration",
+        {
+            **SEQ2SEQ,
+            "max_source_positions": 40,
+            "max_target_positions": 40,
+            "input_feat_per_channel": 8,
+            "conv_channels": 8,
+            "num_conv_layers": 2,
+        },
+        "speech_features",
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {
+            **SEQ2SEQ,
+            "num_mel_bins": 8,
+            "max_source_positions": 10,
+            "max_target_positions": 40,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+        "audio_features",
+    ),
+    "longt5": ("LongT5ForConditionalGeneration", {**T5, "local_radius": 2}, "seq2seq"),
+    "mt5": ("MT5ForConditionalGeneration", T5, "seq2seq"),
+    "switch_transformers": (
+        "SwitchTransformersForConditionalGeneration",
+        {**T5, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64},
+        "seq2seq",
+    ),
+    "t5": ("T5ForConditionalGeneration", T5, "seq2seq"),
+    "t5:gated": (
+        "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        "seq2seq",
+    ),
+    "t5:encoder": ("T5EncoderModel", T5, "text"),
+    "umt5": ("UMT5ForConditionalGeneration", T5, "seq2seq"),
+    # images
+    "beit": (
+        "BeitForImageClassification",
+        {**IMAGE, "use_relative_position_bias": True, "layer_scale_init_value": 0.5},
+        "image",
+    ),
+    "beit:shared": ("BeitModel", {**IMAGE, "use_shared_relative_position_bias": True, "use_mean_pooling": False}, "image"),
+    "data2vec-vision": (
+        "Data2VecVisionForImageClassification",
+        {**IMAGE, "use_relative_position_bias": True, "use_shared_relative_position_bias": True},
+        "image",
+    ),
+    "deit": ("DeiTForImageClassification", IMAGE, "image"),
+    "dinov2": ("Dinov2ForImageClassification", {**IMAGE, "mlp_ratio": 1, "layerscale_value": 0.5}, "image"),
+    "dinov2:swiglu": ("Dinov2Model", {**IMAGE, "mlp_ratio": 1, "use_swiglu_ffn": True}, "image"),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", {**IMAGE, "mlp_ratio": 1}, "image"),
+    "dinov3_vit": ("DINOv3ViTModel", IMAGE, "image"),
+    "dinov3_vit:gated": ("DINOv3ViTModel", {**IMAGE, "use_gated_mlp": True}, "image"),
+    "dpt": ("DPTModel", {**IMAGE, "backbone_out_indices": [0, 1, 2]}, "image"),
+    "ijepa": ("IJepaForImageClassification", IMAGE, "image"),
+    "videomae": ("VideoMAEForVideoClassification", {**IMAGE, "num_frames": 4, "tubelet_size": 2}, "video"),
+    "vit": ("ViTForImageClassification", IMAGE, "image"),
+    "vit_mae": ("ViTMAEModel", IMAGE, "image"),
+    "vit_msn": ("ViTMSNForImageClassification", IMAGE, "image"),
+    "vivit": ("VivitForVideoClassification", {**IMAGE, "num_frames": 4, "tubelet_size": [2, 4, 4]}, "video"),
+    "yolos": ("YolosForObjectDetection", {**IMAGE, "image_size": [8, 8], "num_detection_tokens": 3}, "image"),
+    # images and text
+    "altclip": ("AltCLIPModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
+    "chinese_clip": ("ChineseCLIPModel", {"text_config": ENCODER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
+    "clip": ("CLIPModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
+    "clip_text_model": ("CLIPTextModelWithProjection", TEXT_TOWER, "text"),
+    "clip_vision_model": ("CLIPVisionModelWithProjection", IMAGE, "image"),
+    "metaclip_2": ("MetaClip2Model", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
+    "siglip": ("SiglipModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE}, "clip"),
+    "siglip_vision_model": ("SiglipVisionModel", IMAGE, "image"),
+    "vision-text-dual-encoder": (
+        "VisionTextDualEncoderModel",
+        {
+            "text_config": {**ENCODER, "model_type": "bert"},
+            "vision_config": {**IMAGE, "model_type": "vit"},
+            "projection_dim": 8,
+        },
+        "clip",
+    ),
+    # sound
+    "audio-spectrogram-transformer": (
+        "ASTForAudioClassification",
+        {**{k: v for k, v in IMAGE.items() if k in ENCODER}, "max_length": 32, "num_mel_bins": 16},
+        "spectrogram",
+    ),
+    "data2vec-audio": (
+        "Data2VecAudioForCTC",
+        {**AUDIO, "conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
+        "audio_values",
+    ),
+    "hubert": ("HubertForCTC", AUDIO, "audio_values"),
+    "sew": ("SEWForCTC", {**AUDIO, "squeeze_factor": 2}, "audio_values"),
+    "unispeech": ("UniSpeechForCTC", {**AUDIO, "num_ctc_classes": 60}, "audio_values"),
+    "unispeech-sat": ("UniSpeechSatForCTC", {**AUDIO, "num_ctc_classes": 60}, "audio_values"),
+    "wav2vec2": ("Wav2Vec2ForCTC", AUDIO, "audio_values"),
+    "wav2vec2:stable": (
+        "Wav2Vec2ForSequenceClassification",
+        {**AUDIO, "do_stable_layer_norm": True, "feat_extract_norm": "layer", "adapter_attn_dim": 4},
+        "audio_values",
+    ),
 }
 
 
@@ -76,6 +401,13 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         return {**text(9), **text(6, prefix="decoder_")}
     if kind == "image":
         return {"pixel_values": torch.randn(batch, config.num_channels, config.image_size, config.image_size)}
+    if kind == "video":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.randn(batch, config.num_frames, config.num_channels, size, size)}
+    if kind == "spectrogram":
+        return {"input_values": torch.randn(batch, config.max_length, config.num_mel_bins)}
+    if kind == "speech_features":
+        return {"input_features": torch.randn(batch, 24, config.input_feat_per_channel), **text(6, prefix="decoder_")}
     if kind == "clip":
         vision = config.vision_config
         return {**text(9), "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size)}
