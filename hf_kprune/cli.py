@@ -250,7 +250,7 @@ def inspect(name: str) -> None:
             model = model_class(config)(config)
         model.to(config.dtype or torch.float32)
         report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
-    pruned, size, dtype = getattr(config, "kprune", None), model_size(model, 0), str(model.dtype).removeprefix("torch.")
+    pruned, size, dtype = getattr(config, "kprune", None), model_size(model), str(model.dtype).removeprefix("torch.")
     print(f"{name}: {type(model).__name__} ({config.model_type}), {'K-pruned' if pruned else 'dense'}")
     print(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
     print(f"without embeddings: {size.parameters_without_embeddings:,} ({size.bytes_without_embeddings / 1e6:,.1f} MB)")

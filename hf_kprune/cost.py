@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
@@ -59,8 +59,21 @@ class BudgetTerms:
         return sum(cost * s.num_units for cost, s in pairs)
 
 
-def model_size(model: PreTrainedModel, flops: float) -> Size:
-    """Parameters and bytes (tied ones once), also without the embedding tables, and the given FLOPs."""
+def cache_bytes_per_token(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> int:
+    """What the cache of a model that generates grows by with each token: keys and values of every self-attention of its
+    decoder, the last stack. An emptied one still counts tokens, by one number each."""
+    if not model.can_generate():
+        return 0
+    total = 0
+    for s in sublayers:
+        if s.stack_name == sublayers[-1].stack_name and s.kind == "attention":
+            width = s.unit.q if s.unit.strided else s.num_units * s.unit.kv
+            total += 2 * (width if s.num_units else 1) * s.weight.element_size()
+    return total
+
+
+def model_size(model: PreTrainedModel, sublayers: Sequence[Sublayer] = (), flops: float = 0.0) -> Size:
+    """Parameters and bytes (tied ones once), also without the embedding tables, the given FLOPs, and cache per token."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     parameters = list(model.parameters())
     rest = [p for p in parameters if id(p) not in tables]
@@ -70,6 +83,7 @@ def model_size(model: PreTrainedModel, flops: float) -> Size:
         sum(p.numel() * p.element_size() for p in parameters),
         sum(p.numel() * p.element_size() for p in rest),
         flops,
+        cache_bytes_per_token(model, sublayers),
     )
 
 

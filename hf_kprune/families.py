@@ -46,8 +46,8 @@ class Block:
         slices: Parameters, none of a projection, that hold one slice per head, and in which dimension, `"0"` or `"1"`.
         table: An embedding of relative positions with one column per head, which the first layer of the stack holds for
             all (T5). In a pruned model every layer has its own.
-        whole: Why its heads cannot be told apart (a norm across all of them): then all of them are one unit. `""` if
-            they can.
+        whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that says whether
+            they cannot: then all of them are one unit. `""` if they can.
     """
 
     kind: str
@@ -76,7 +76,8 @@ class Stack:
         residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""` for none.
         untouched: Module paths in the layer whose projections are left as they are (experts, routers).
         heads: Config attribute with the number of query heads.
-        kv_heads: Config attribute with the number of key-value heads, where there is one.
+        kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for all.
+            `"flag ? this : that"` asks one of two attributes.
         head_dim: Config attribute with the size of a head, where there is one; else hidden size / heads.
         mask: Model input that tells padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from.
@@ -130,7 +131,12 @@ def _bart(pre_norm: bool, sizes: Mapping[str, str] = {"num_heads": "heads"}, **r
     return below, replace(above, reads="encoder.layers")
 
 
-def _t5(encoder: str = "SelfAttention", ffn: str = "DenseReluDense", **rest: Any) -> tuple[Stack, Stack]:
+_TRIPLE = ("y", None, None)
+
+
+def _t5(
+    encoder: str = "SelfAttention", ffn: str = "DenseReluDense", core: tuple[str | None, ...] = _TRIPLE, **rest: Any
+) -> tuple[Stack, Stack]:
     """T5's encoder and decoder. Every layer asks its own table of positions, not the bias that the layer below passes up."""
 
     def attention(number: int, name: str, kind: str = "attention", table: str = "") -> Block:
@@ -141,7 +147,7 @@ def _t5(encoder: str = "SelfAttention", ffn: str = "DenseReluDense", **rest: Any
             "q k v",
             kind,
             stream=f"layer.{number}.layer_norm",
-            returns=("y", None, None),
+            returns=core,
             sizes={f"{module}.n_heads": "heads", f"{module}.inner_dim": "width"},
             table=f"{module}.relative_attention_bias" if kind == "attention" else "",
             select={"position_bias": "none"},
@@ -156,7 +162,7 @@ def _t5(encoder: str = "SelfAttention", ffn: str = "DenseReluDense", **rest: Any
     below = Stack("encoder.block", (attention(0, encoder), feed_forward(1)))
     blocks = (attention(0, "SelfAttention"), attention(1, "EncDecAttention", "cross_attention"), feed_forward(2))
     above = Stack("decoder.block", blocks, mask="decoder_attention_mask", reads="encoder.block")
-    shared: dict[str, Any] = {"returns": ("y", None, None), "heads": "num_heads", "head_dim": "d_kv", **rest}
+    shared: dict[str, Any] = {"returns": _TRIPLE, "heads": "num_heads", "head_dim": "d_kv", **rest}
     return replace(below, **shared), replace(above, **shared)
 
 
@@ -208,6 +214,97 @@ _WAV2VEC2 = Stack(
     ),
     untouched=("adapter_layer",),
 )
+_FFN_SIZE = {"ffn": "intermediate_size"}
+_SIZES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", **_FFN_SIZE}
+_LLAMA_ATTENTION = _attention(
+    "self_attn",
+    "self_attn.o_proj",
+    sizes={
+        "self_attn.num_heads": "heads",
+        "self_attn.num_attention_heads": "heads",
+        "self_attn.num_key_value_heads": "kv_heads",
+        "self_attn.num_key_value_groups": "groups",
+    },
+)
+_LLAMA_FFN = Block(
+    "ffn",
+    inputs={"mlp.gate_proj": "f", "mlp.up_proj": "f", "mlp.gate_up_proj": "2f"},
+    output="mlp.down_proj",
+    stream="post_attention_layernorm",
+)
+_LLAMA = Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FFN), uniform=_SIZES)
+_LLAMA_WHOLE = replace(_LLAMA_ATTENTION, whole="its queries and keys are normalised across heads")
+_NORM_AFTER = replace(_LLAMA, blocks=(replace(_LLAMA_ATTENTION, stream=None), replace(_LLAMA_FFN, stream=None)))
+_OLMO2 = replace(_NORM_AFTER, blocks=(replace(_LLAMA_WHOLE, stream=None), _NORM_AFTER.blocks[1]), uniform=_FFN_SIZE)
+# `parallel` also where an option of the model says no: the stream is what came in and what was added, either way
+_PARALLEL = replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="")), parallel=True, uniform=_FFN_SIZE)
+# experts stay as they are; the FFNs that every token passes lose neurons: dense layers and shared experts
+_MOE = replace(
+    _LLAMA,
+    blocks=(
+        _LLAMA_ATTENTION,
+        _LLAMA_FFN,
+        *(
+            _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)
+            for shared in ("shared_expert", "shared_experts")
+        ),
+    ),
+    untouched=("mlp.experts", "mlp.gate", "mlp.shared_expert_gate"),
+    uniform={},
+)
+_GRANITE_MOE = replace(
+    _LLAMA,
+    blocks=(
+        _LLAMA_ATTENTION,
+        Block("ffn", inputs={"shared_mlp.input_linear": "2f"}, output="shared_mlp.output_linear", stream=None),
+    ),
+    residual="residual_multiplier",
+    untouched=("block_sparse_moe",),
+    uniform={},
+)
+_NEOX_FFN = _ffn("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "post_attention_layernorm")
+_OPT = Stack(
+    "decoder.layers",
+    (
+        _attention(
+            "self_attn",
+            "self_attn.out_proj",
+            sizes={"self_attn.num_heads": "heads", "self_attn.embed_dim": "width"},
+        ),
+        _ffn("fc1", "fc2", "final_layer_norm|fc1"),
+    ),
+    uniform={"ffn": "ffn_dim"},
+)
+_GPT2 = Stack(
+    "h",
+    (
+        Block(
+            "attention",
+            inputs={"attn.c_attn": "qkv"},
+            output="attn.c_proj",
+            core="attn",
+            sizes={"attn.num_heads": "heads", "attn.embed_dim": "width", "attn.split_size": "width"},
+        ),
+        _ffn("mlp.c_fc", "mlp.c_proj", "ln_2"),
+    ),
+    uniform={"ffn": "n_inner"},
+)
+_BLOOM = Stack(
+    "h",
+    (
+        Block(
+            "attention",
+            inputs={"self_attention.query_key_value": "qkv:perhead"},
+            output="self_attention.dense",
+            core="self_attention",
+            returns=("y+residual", None),
+            sizes={"self_attention.num_heads": "heads", "self_attention.num_kv_heads": "kv_heads"},
+            select={"alibi": "0:batch"},
+        ),
+        _NEOX_FFN,
+    ),
+    returns=("y", None),
+)
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     # BERT and its kin
@@ -215,7 +312,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "bert-generation": (_BERT,),
     "camembert": (_BERT,),
     "chinese_clip_text_model": (_BERT,),
-    "altclip_text_model": (_BERT,),
+    "altclip_text_model": (replace(_BERT, layers="roberta.encoder.layer"),),
     "data2vec-text": (_BERT,),
     "electra": (_BERT,),
     "ernie": (_BERT,),
@@ -378,7 +475,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ffn="mlp", untouched=("layer.1.mlp.router", "layer.1.mlp.experts", "layer.2.mlp.router", "layer.2.mlp.experts")
     ),
     "t5": _t5(),
-    "umt5": _t5(returns="y"),
+    "umt5": _t5(core=("y", None), returns="y"),
     # images
     "beit": (
         replace(
@@ -420,7 +517,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "ijepa": (_VIT,),
     "videomae": (_VIT_NESTED,),
     "vit": (_VIT,),
-    "vit_mae": (_VIT,),
     "vit_msn": (_VIT,),
     "vivit": (_VIT,),
     "yolos": (_VIT_NESTED,),
@@ -432,7 +528,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "metaclip_2_text_model": (_CLIP,),
     "metaclip_2_vision_model": (_CLIP_VISION,),
     "siglip2_text_model": (_CLIP,),
-    "siglip2_vision_model": (_CLIP_VISION,),
+    "siglip2_vision_model": (replace(_CLIP, mask="pixel_attention_mask"),),
     "siglip_text_model": (_CLIP,),
     "siglip_vision_model": (_CLIP_VISION,),
     # sound
@@ -443,6 +539,161 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "unispeech": (_WAV2VEC2,),
     "unispeech-sat": (_WAV2VEC2,),
     "wav2vec2": (_WAV2VEC2,),
+    # decoders
+    "apertus": (replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="feedforward_layernorm"))),),
+    "arcee": (_LLAMA,),
+    "biogpt": (replace(_OPT, layers="layers", uniform=_FFN_SIZE),),
+    "bloom": (_BLOOM,),
+    "cohere": (replace(_PARALLEL, blocks=(replace(_LLAMA_ATTENTION, whole="use_qk_norm"), replace(_LLAMA_FFN, stream=""))),),
+    "cohere2": (_PARALLEL,),
+    "exaone4": (_NORM_AFTER,),
+    "falcon": (
+        replace(
+            _BLOOM,
+            blocks=(
+                replace(_BLOOM.blocks[0], returns=("y", None), select={"alibi": "1", "attention_mask": "1"}),
+                replace(_NEOX_FFN, stream=""),
+            ),
+            parallel=True,
+            kv_heads="new_decoder_architecture ? num_kv_heads : multi_query",
+            uniform={"ffn": "ffn_hidden_size"},
+        ),
+    ),
+    "gemma": (_LLAMA,),
+    "gemma2": (_NORM_AFTER,),
+    "gemma3_text": (_NORM_AFTER,),
+    "glm": (_LLAMA,),
+    "glm4": (_NORM_AFTER,),
+    "gpt2": (_GPT2,),
+    "gpt_bigcode": (
+        replace(
+            _GPT2,
+            blocks=(
+                replace(
+                    _GPT2.blocks[0],
+                    inputs={"attn.c_attn": "qkv:perhead"},
+                    sizes={
+                        **_GPT2.blocks[0].sizes,
+                        "attn.kv_heads": "kv_heads",
+                        "attn.num_key_value_groups": "groups",
+                    },
+                ),
+                _GPT2.blocks[1],
+            ),
+            kv_heads="multi_query",
+        ),
+    ),
+    "gpt_neo": (
+        Stack(
+            "h",
+            (
+                _attention("attn.attention", "attn.attention.out_proj", sizes={"attn.attention.num_heads": "heads"}),
+                _GPT2.blocks[1],
+            ),
+            returns=("y", None),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "gpt_neox": (
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"attention.query_key_value": "qkv:perhead"},
+                    output="attention.dense",
+                    core="attention",
+                ),
+                replace(_NEOX_FFN, stream=""),
+            ),
+            parallel=True,
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "gptj": (
+        Stack(
+            "h",
+            (
+                _attention("attn", "attn.out_proj", sizes={"attn.num_attention_heads": "heads"}),
+                _ffn("mlp.fc_in", "mlp.fc_out", ""),
+            ),
+            returns=("y", None),
+            parallel=True,
+            uniform={"ffn": "n_inner"},
+        ),
+    ),
+    "granite": (replace(_LLAMA, residual="residual_multiplier"),),
+    "granitemoe": (_GRANITE_MOE,),
+    "granitemoeshared": (_GRANITE_MOE,),
+    "helium": (replace(_LLAMA, uniform=_FFN_SIZE),),
+    "llama": (_LLAMA,),
+    "ministral": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "mixtral": (_MOE,),
+    "mpt": (
+        Stack(
+            "blocks",
+            (
+                Block(
+                    "attention",
+                    inputs={"attn.Wqkv": "qkv"},
+                    output="attn.out_proj",
+                    core="attn",
+                    sizes={"attn.n_heads": "heads"},
+                    select={"position_bias": "0"},
+                ),
+                _ffn("ffn.up_proj", "ffn.down_proj", "norm_2"),
+            ),
+            returns=("y", None),
+        ),
+    ),
+    "nemotron": (_LLAMA,),
+    "olmo": (_LLAMA,),
+    "olmo2": (_OLMO2,),
+    "olmo3": (_OLMO2,),
+    "olmoe": (replace(_MOE, blocks=(_LLAMA_WHOLE,)),),
+    "opt": (_OPT,),
+    "persimmon": (
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"self_attn.query_key_value": "qkv:perhead"},
+                    output="self_attn.dense",
+                    core="self_attn",
+                    sizes={"self_attn.num_heads": "heads"},
+                ),
+                _NEOX_FFN,
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "phi": (replace(_PARALLEL, blocks=(replace(_LLAMA_ATTENTION, output="self_attn.dense"), _ffn("mlp.fc1", "mlp.fc2", ""))),),
+    "phi3": (
+        replace(
+            _LLAMA,
+            blocks=(
+                replace(
+                    _LLAMA_ATTENTION,
+                    inputs={"self_attn.qkv_proj": "qkv"},
+                    sizes={**_LLAMA_ATTENTION.sizes, "self_attn.config.num_attention_heads": "heads"},
+                ),
+                _LLAMA_FFN,
+            ),
+        ),
+    ),
+    "qwen2": (_LLAMA,),
+    "qwen2_moe": (_MOE,),
+    "qwen3": (_LLAMA,),
+    "qwen3_moe": (_MOE,),
+    "seed_oss": (_LLAMA,),
+    "smollm3": (_LLAMA,),
+    "stablelm": (
+        replace(_PARALLEL, blocks=(replace(_LLAMA_ATTENTION, whole="qk_layernorm"), replace(_LLAMA_FFN, stream=""))),
+    ),
+    "starcoder2": (replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _ffn("mlp.c_fc", "mlp.c_proj", "post_attention_layernorm"))),),
+    "xglm": (replace(_OPT, layers="layers"),),
 }
 
 
@@ -461,6 +712,7 @@ REFUSED: dict[str, str] = {
     "squeezebert": "its projections are grouped convolutions",
     "swin": "its stages have different widths and head counts",
     "swinv2": "its stages have different widths and head counts",
+    "vit_mae": "it hides other patches in every pass",
     "wavlm": "its attention is one torch function that takes no narrower projections",
     "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "xlnet": "its attention weights are no projections, and it has two streams",

@@ -89,7 +89,8 @@ class EmptyAttention(nn.Module):
         """Fill this layer's slot with zeros: models read the number of cached tokens from any of the slots."""
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        index = int(self.layer_idx)  # type: ignore[arg-type]
+        told: Any = getattr(self, "layer_idx", None)
+        index = self.layer_id if told is None else told  # type: ignore[assignment]
         slot = cache.layers[index] if index < len(cache.layers) else None
         held = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
         heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
@@ -147,6 +148,8 @@ class SelectHeads:
             return None
         if self.where == "0:batch":
             return value.unflatten(0, (-1, self.of))[:, self.heads].flatten(0, 1)
+        if value.shape[int(self.where)] == 1:  # one for all heads
+            return value
         return value.index_select(int(self.where), torch.tensor(self.heads, device=value.device))
 
 

@@ -217,7 +217,7 @@ class KPrunePruner:
                 method=args.method,
                 knowledge=name,
                 sparsity_asked=args.sparsity,
-                before=model_size(model, terms.total),
+                before=model_size(model, terms.sublayers, terms.total),
                 sequence_length=sum(lengths.values()) / len(lengths),
                 calibration=calibration.rows.fingerprint,
                 arguments=args.to_dict(),
@@ -248,7 +248,7 @@ class KPrunePruner:
             original = originals.get(name)  # a table of positions of its own has none
             tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
             tensor.requires_grad_(original is None or original.requires_grad)
-        report.after = model_size(student, report.after.flops)
+        report.after = model_size(student, find_sublayers(student, args.head_unit), report.after.flops)
         report.seconds = {**self._seconds, "total": time.perf_counter() - begin}
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report

@@ -48,7 +48,7 @@ class SublayerReport:
             error = f" | error {self.error_before:.4f} -> {self.error_after:.4f}"
         if self.undetermined:
             error += f" | {self.undetermined} features undetermined"
-        unit = "heads" if self.kind == "attention" else "neurons"
+        unit = "neurons" if self.kind == "ffn" else "heads"
         return (
             f"{self.name}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left{error} | "
             f"{self.seconds:.1f} s"
@@ -57,13 +57,15 @@ class SublayerReport:
 
 @dataclass
 class Size:
-    """Size of a model: parameters and bytes, also without embeddings, and FLOPs of the prunable sublayers per sequence."""
+    """Size of a model: parameters and bytes, also without embeddings, FLOPs of the prunable sublayers per sequence, and, of
+    a model that generates, the bytes that its cache of keys and values grows by per token."""
 
     parameters: int = 0
     parameters_without_embeddings: int = 0
     bytes: int = 0
     bytes_without_embeddings: int = 0
     flops: float = 0.0
+    cache_bytes_per_token: int = 0
 
 
 @dataclass
@@ -131,6 +133,9 @@ class PruningReport:
             ),
             (f"prunable GFLOPs at {self.sequence_length:.1f} tokens", self.before.flops / 1e9, self.after.flops / 1e9, ".4g"),
         ]
+        if self.before.cache_bytes_per_token:
+            caches = self.before.cache_bytes_per_token, self.after.cache_bytes_per_token
+            rows.append(("KV-cache bytes per token", *caches, ",.0f"))
         lines = [
             f"K-pruned {self.model}: {self.sparsity:.2%} of the prunable FLOPs removed ({self.sparsity_asked:.2%} asked), "
             f"method {self.method}, {self.seconds.get('total', 0):.0f} s",

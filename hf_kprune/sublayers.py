@@ -187,12 +187,18 @@ def head_unit(config: Any, stack: Stack, block: Block, by: str) -> Unit:
     """
     heads = getattr(config, stack.heads)
     d = getattr(config, stack.head_dim, None) or config.hidden_size // heads
-    kv_heads = getattr(config, stack.kv_heads, None) or heads
-    if block.whole:
+    kv_heads = ask(config, stack.kv_heads) or heads
+    if block.whole and getattr(config, block.whole, True):
         return Unit(heads * d, kv_heads * d, d)
     if kv_heads < heads and (by == "query" or kv_heads == 1):
         return Unit(kv_heads * d, 0, d, strided=True)
     return Unit(heads // kv_heads * d, d, d)
+
+
+def ask(config: Any, name: str) -> Any:
+    """The value of a config attribute, None if there is none; of `"flag ? this : that"`, that of the one the flag chooses."""
+    flag, _, names = name.partition(" ? ")
+    return getattr(config, names.split(" : ")[not getattr(config, flag)] if names else name, None)
 
 
 def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:

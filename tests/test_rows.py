@@ -185,6 +185,13 @@ def test_rows_of_pixels_in_every_kind_of_dataset_are_the_same() -> None:
     assert other.fingerprint["sha256"] != expected.fingerprint["sha256"]
 
 
+def test_what_a_processor_makes_beyond_the_models_inputs_is_no_surplus_column() -> None:
+    row = {"image": Image(images(1)[0])}
+    assert one("ViTModel", [row], ImageProcessor(), patches, remove_unused_columns=False).keys() == {"pixel_values"}
+    with pytest.raises(CalibrationError, match="drop the other columns or set remove_unused_columns=True"):
+        drawn("ViTModel", [{**row, "file": "a"}], ImageProcessor(), patches, remove_unused_columns=False)
+
+
 def test_tokens_and_lengths_of_rows_without_ids_are_the_callers() -> None:
     row = {"pixel_values": images(1)[0]}
     assert (row_tokens(row, patches), row_length(row, patches), has_choices(row)) == (5, 5, False)
@@ -205,6 +212,7 @@ def test_an_image_and_its_text_are_one_row() -> None:
         assert torch.as_tensor(row["input_ids"]).tolist() == [5, 6, 7]
         assert torch.equal(row["pixel_values"], torch.tensor(image))
     assert expected.tokens == rows.tokens == 3
+    assert one("CLIPModel", ["w5"], Processor())["input_ids"] == [5]  # by the processor's tokenizer
     assert rows.fingerprint["sha256"] == expected.fingerprint["sha256"]
     dimmer = drawn("CLIPModel", [{**prepared, "pixel_values": image / 2}])
     assert dimmer.fingerprint["sha256"] != expected.fingerprint["sha256"]
@@ -347,6 +355,8 @@ def test_a_pair_is_a_source_and_a_target() -> None:
     cut = one(name, data[:1], tokenizer(), max_seq_length=2)
     assert (cut["input_ids"], cut["labels"]) == ([5, 6], [8, 9])
     assert one("BartForSequenceClassification", data[:1], tokenizer())["input_ids"] == [5, 6, 7, 4, 8, 9]  # not a target
+    masked = {"input_ids": [5, 6], "attention_mask": [1.0, 1.0]}
+    assert drawn("T5EncoderModel", [masked]).rows == [masked]  # lists that a tokenizer can pad
     assert one("T5EncoderModel", ["w5 w6"], tokenizer()).keys() == {"input_ids", "attention_mask"}
 
 

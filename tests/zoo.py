@@ -22,6 +22,28 @@ DECODER: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
+SMALL: dict[str, Any] = {"vocab_size": 60, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+MHA: dict[str, Any] = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
+HEAD_DIM: dict[str, Any] = {**DECODER, "head_dim": 4}
+SLIDING: dict[str, Any] = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+GPT: dict[str, Any] = {**SMALL, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 12}
+FALCON: dict[str, Any] = {
+    **SMALL,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 12,
+}
+MOE: dict[str, Any] = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+GRANITE_MOE: dict[str, Any] = {
+    **DECODER,
+    "residual_multiplier": 0.3,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 ENCODER: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 16,
@@ -95,7 +117,94 @@ TEXT_TOWER = {**ENCODER, "bos_token_id": 2, "eos_token_id": 3}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
+    "apertus": ("ApertusForCausalLM", DECODER, "text"),
+    "arcee": ("ArceeForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}, "text"),
+    "biogpt": ("BioGptForCausalLM", MHA, "text"),
+    "bloom": ("BloomForCausalLM", {**SMALL, "hidden_size": 16, "n_layer": 3, "n_head": 4}, "text"),
+    "cohere": ("CohereForCausalLM", DECODER, "text"),
+    "cohere:qk-norm": ("CohereForCausalLM", {**DECODER, "use_qk_norm": True}, "text"),
+    "cohere2": ("Cohere2ForCausalLM", {**DECODER, **SLIDING}, "text"),
+    "exaone4": ("Exaone4ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
+    "falcon": ("FalconForCausalLM", FALCON, "text"),
+    "falcon:alibi": ("FalconForCausalLM", {**FALCON, "alibi": True, "multi_query": False, "bias": True}, "text"),
+    "falcon:new": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, "text"),
+    "falcon:sequential": ("FalconForCausalLM", {**FALCON, "multi_query": False, "parallel_attn": False}, "text"),
+    "gemma": ("GemmaForCausalLM", HEAD_DIM, "text"),
+    "gemma2": ("Gemma2ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
+    "gemma3_text": ("Gemma3ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
+    "glm": ("GlmForCausalLM", {**HEAD_DIM, "attention_bias": True}, "text"),
+    "glm4": ("Glm4ForCausalLM", HEAD_DIM, "text"),
+    "gpt2": ("GPT2LMHeadModel", GPT, "text"),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", GPT, "text"),
+    "gpt_bigcode:multi-head": ("GPTBigCodeForCausalLM", {**GPT, "multi_query": False}, "text"),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {
+            **SMALL,
+            "hidden_size": 16,
+            "num_layers": 3,
+            "num_heads": 4,
+            "intermediate_size": 12,
+            "max_position_embeddings": 64,
+            "window_size": 4,
+            "attention_types": [[["global", "local", "global"], 1]],
+        },
+        "text",
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", MHA, "text"),
+    "gpt_neox:sequential": ("GPTNeoXForCausalLM", {**MHA, "use_parallel_residual": False}, "text"),
+    "gptj": ("GPTJForCausalLM", {**GPT, "rotary_dim": 2}, "text"),
+    "granite": ("GraniteForCausalLM", {**DECODER, "residual_multiplier": 0.3, "attention_multiplier": 0.5}, "text"),
+    "granitemoe": ("GraniteMoeForCausalLM", GRANITE_MOE, "text"),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", {**GRANITE_MOE, "shared_intermediate_size": 8}, "text"),
+    "helium": ("HeliumForCausalLM", HEAD_DIM, "text"),
     "llama": ("LlamaForCausalLM", DECODER, "text"),
+    "llama:bias": ("LlamaForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}, "text"),
+    "llama:multi-query": ("LlamaForCausalLM", {**DECODER, "num_key_value_heads": 1}, "text"),
+    "ministral": ("MinistralForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
+    "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 4}, "text"),
+    "mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4}, "text"),
+    "mpt": ("MptForCausalLM", {**SMALL, "d_model": 16, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}, "text"),
+    "nemotron": ("NemotronForCausalLM", {**DECODER, "attention_bias": True}, "text"),
+    "olmo": ("OlmoForCausalLM", {**DECODER, "clip_qkv": 2.0}, "text"),
+    "olmo2": ("Olmo2ForCausalLM", DECODER, "text"),
+    "olmo3": ("Olmo3ForCausalLM", {**DECODER, **SLIDING}, "text"),
+    "olmoe": ("OlmoeForCausalLM", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, "text"),
+    "opt": ("OPTForCausalLM", {**MHA, "ffn_dim": 12, "word_embed_proj_dim": 16}, "text"),
+    "opt:post-norm": (
+        "OPTForCausalLM",
+        {**MHA, "ffn_dim": 12, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+        "text",
+    ),
+    "persimmon": ("PersimmonForCausalLM", MHA, "text"),
+    "phi": ("PhiForCausalLM", {**DECODER, "qk_layernorm": True}, "text"),
+    "phi3": ("Phi3ForCausalLM", DECODER, "text"),
+    "qwen2": ("Qwen2ForCausalLM", DECODER, "text"),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**MOE, "shared_expert_intermediate_size": 8, "mlp_only_layers": [1]},
+        "text",
+    ),
+    "qwen3": ("Qwen3ForCausalLM", HEAD_DIM, "text"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**MOE, "head_dim": 4, "mlp_only_layers": [1]}, "text"),
+    "seed_oss": ("SeedOssForCausalLM", HEAD_DIM, "text"),
+    "smollm3": ("SmolLM3ForCausalLM", DECODER, "text"),
+    "stablelm": ("StableLmForCausalLM", {**DECODER, "partial_rotary_factor": 0.5, "use_qkv_bias": True}, "text"),
+    "stablelm:parallel": ("StableLmForCausalLM", {**DECODER, "use_parallel_residual": True}, "text"),
+    "stablelm:qk-norm": ("StableLmForCausalLM", {**DECODER, "qk_layernorm": True}, "text"),
+    "starcoder2": ("Starcoder2ForCausalLM", DECODER, "text"),
+    "xglm": (
+        "XGLMForCausalLM",
+        {
+            **SMALL,
+            "d_model": 16,
+            "num_layers": 3,
+            "attention_heads": 4,
+            "ffn_dim": 12,
+            "max_position_embeddings": 64,
+        },
+        "text",
+    ),
     # encoders, encoder-decoders, vision, speech
     "bert": ("BertForSequenceClassification", ENCODER, "text"),
     "bert-generation": ("BertGenerationEncoder", ENCODER, "text"),
@@ -320,7 +429,6 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "ijepa": ("IJepaForImageClassification", IMAGE, "image"),
     "videomae": ("VideoMAEForVideoClassification", {**IMAGE, "num_frames": 4, "tubelet_size": 2}, "video"),
     "vit": ("ViTForImageClassification", IMAGE, "image"),
-    "vit_mae": ("ViTMAEModel", IMAGE, "image"),
     "vit_msn": ("ViTMSNForImageClassification", IMAGE, "image"),
     "vivit": ("VivitForVideoClassification", {**IMAGE, "num_frames": 4, "tubelet_size": [2, 4, 4]}, "video"),
     "yolos": ("YolosForObjectDetection", {**IMAGE, "image_size": [8, 8], "num_detection_tokens": 3}, "image"),
@@ -332,6 +440,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "clip_vision_model": ("CLIPVisionModelWithProjection", IMAGE, "image"),
     "metaclip_2": ("MetaClip2Model", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
     "siglip": ("SiglipModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE}, "clip"),
+    "siglip2": (
+        "Siglip2Model",
+        {"text_config": TEXT_TOWER, "vision_config": {**IMAGE, "num_patches": 16}},
+        "patches",
+    ),
     "siglip_vision_model": ("SiglipVisionModel", IMAGE, "image"),
     "vision-text-dual-encoder": (
         "VisionTextDualEncoderModel",
@@ -400,7 +513,8 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
     if kind == "seq2seq":
         return {**text(9), **text(6, prefix="decoder_")}
     if kind == "image":
-        return {"pixel_values": torch.randn(batch, config.num_channels, config.image_size, config.image_size)}
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.randn(batch, config.num_channels, size, size)}
     if kind == "video":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(batch, config.num_frames, config.num_channels, size, size)}
@@ -408,6 +522,11 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         return {"input_values": torch.randn(batch, config.max_length, config.num_mel_bins)}
     if kind == "speech_features":
         return {"input_features": torch.randn(batch, 24, config.input_feat_per_channel), **text(6, prefix="decoder_")}
+    if kind == "patches":
+        patches = torch.randn(batch, 6, config.vision_config.num_channels * config.vision_config.patch_size**2)
+        shapes = torch.tensor([[2, 2 + row % 2] for row in range(batch)])
+        mask = (torch.arange(6) < shapes.prod(1, keepdim=True)).long()
+        return {**text(9), "pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     if kind == "clip":
         vision = config.vision_config
         return {**text(9), "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size)}

@@ -1,0 +1,154 @@
+"""generate() of a cut model == generate() of the masked dense one, token for token, in every way of generating."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import masked
+from test_zoo import cut_all, plans
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from zoo import ZOO, inputs_for, make
+
+from hf_kprune.cost import cache_bytes_per_token
+from hf_kprune.sublayers import find_sublayers
+
+
+Record = Callable[[str, object], None]
+DECODERS = [n for n, (c, _, kind) in ZOO.items() if kind in ("text", "unpadded") and ("CausalLM" in c or "LMHead" in c)]
+SEQ2SEQ = [n for n, (c, _, kind) in ZOO.items() if kind == "seq2seq" and "ForConditionalGeneration" in c]
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "without cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+}
+CUTS = ("odd", "without 0", "without 1")
+
+
+def columns(model: PreTrainedModel, plan: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Keep-masks of units, and of the columns of the output projections."""
+    sublayers = find_sublayers(model)
+    masks = plans([s.num_units for s in sublayers])[plan]
+    wide = []
+    for s, mask in zip(sublayers, masks, strict=True):
+        d = s.unit.head_dim
+        wide.append(
+            mask.view(1, -1, 1).expand(s.unit.q // d, -1, d).flatten().float()
+            if s.unit.strided
+            else mask.repeat_interleave(s.unit.q).float()
+        )
+    return masks, wide
+
+
+def prompt(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
+    """Left-padded prompts of different lengths."""
+    inputs = inputs_for(model, "text" if kind == "unpadded" else kind)
+    if kind == "seq2seq":
+        return {key: value for key, value in inputs.items() if not key.startswith("decoder")}
+    inputs = {key: value.flip(1) for key, value in inputs.items()}
+    return inputs if kind == "text" else {"input_ids": inputs["input_ids"][:, -6:]}
+
+
+def generate(model: PreTrainedModel, kind: str, **options: Any) -> Tensor:
+    torch.manual_seed(3)
+    settings = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, "pad_token_id": 1, **options}
+    inputs = prompt(model, kind)
+    if "prompt_lookup_num_tokens" in options:  # one sequence at a time
+        inputs = {key: value[:1] for key, value in inputs.items()}
+    return model.generate(**inputs, **settings)
+
+
+def check(name: str, ways: dict[str, dict[str, Any]]) -> None:
+    model, kind = make(name), ZOO[name][2]
+    for plan in CUTS:
+        masks, wide = columns(model, plan)
+        student = cut_all(model, masks)
+        for way, options in ways.items():
+            with masked(find_sublayers(model), wide):
+                expected = generate(model, kind, **options)
+            made = generate(student, kind, **options)
+            assert torch.equal(made, expected), f"{plan}, {way}"
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *SEQ2SEQ])
+def test_generates_the_same_tokens(name: str, record_property: Record) -> None:
+    record_property("family", (name, "generate"))
+    check(name, {way: WAYS[way] for way in ("greedy", "beams")})
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "beams")])
+@pytest.mark.parametrize("name", [n for n in ("opt", "gpt2", "llama", "gpt_neox", "gemma2", "mistral", "t5", "bart") if n in ZOO])
+def test_generates_the_same_tokens_in_every_way(name: str, way: str) -> None:
+    if way == "prompt lookup" and name in SEQ2SEQ:
+        pytest.skip("a continuation of the prompt's own words")
+    check(name, {way: WAYS[way]})
+
+
+@pytest.mark.parametrize("name", [n for n in ("llama", "mistral", "gemma2", "opt", "gpt2") if n in ZOO])
+@pytest.mark.parametrize("plan", CUTS)
+def test_assisted_by_the_pruned_model_the_dense_one_says_the_same(name: str, plan: str) -> None:
+    model, kind = make(name), ZOO[name][2]
+    student = cut_all(model, columns(model, plan)[0])
+    inputs = {key: value[:1] for key, value in prompt(model, kind).items()}
+    settings: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 1}
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, assistant_model=student, **settings), expected)
+    expected = student.generate(**inputs, **settings)
+    assert torch.equal(student.generate(**inputs, assistant_model=model, **settings), expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_a_cache_goes_on_across_calls(name: str) -> None:
+    """The model in two calls with one cache == in one call, though attentions at the bottom, or all, are gone."""
+    model = make(name)
+    ids = inputs_for(model, "unpadded")["input_ids"]
+    for plan in (*CUTS, "nothing"):
+        student = cut_all(model, columns(model, plan)[0])
+        whole = student(ids, use_cache=True)
+        if not isinstance(whole.past_key_values, transformers.Cache):
+            pytest.skip("keeps its own kind of state")
+        cache = DynamicCache(config=student.config)
+        first = student(ids[:, :4], past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 4, plan
+        second = student(ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+        assert cache.get_seq_length() == ids.shape[1], plan
+        made = torch.cat([first.logits, second.logits], 1)
+        torch.testing.assert_close(made, whole.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in DECODERS if ":" not in n])
+@torch.no_grad()
+def test_the_cache_is_as_large_as_told(name: str) -> None:
+    model = make(name)
+    ids = inputs_for(model, "unpadded")["input_ids"]
+    for plan in ("even", "without 0"):
+        student = cut_all(model, columns(model, plan)[0])
+        cache = student(ids, use_cache=True).past_key_values
+        if not isinstance(cache, transformers.DynamicCache) or not all(hasattr(slot, "keys") for slot in cache.layers):
+            pytest.skip("keeps its own kind of state")
+        if any(getattr(slot, "is_sliding", False) for slot in cache.layers):
+            pytest.skip("a sliding window does not grow")
+        held = sum(t.numel() * t.element_size() for slot in cache.layers for t in (slot.keys, slot.values))
+        told = cache_bytes_per_token(student, find_sublayers(student))
+        assert told * ids.numel() == held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in ("llama", "opt") if n in ZOO])
+def test_compiled_generates_the_same_tokens(name: str) -> None:
+    model, kind = make(name), ZOO[name][2]
+    for plan in ("odd", "without 0"):
+        student = cut_all(model, columns(model, plan)[0])
+        expected = generate(student, kind)
+        compiled = copy.deepcopy(student)
+        compiled.forward = torch.compile(compiled.forward)
+        assert torch.equal(generate(compiled, kind, cache_implementation="static"), expected)
