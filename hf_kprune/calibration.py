@@ -16,16 +16,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, default_data_collator
-from transformers.utils import find_labels
+from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
+from .collate import Collator, collate
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError
 from .heads import KnowledgeLoss, PerToken
 from .hooks import State, by_token, check_order, only_tokens, probed, resumed, run_sublayer, run_to_top
 from .methods import Statistics
 from .reconstruction import NormalEquations
-from .rows import Rows, has_choices, row_length
+from .rows import Rows, row_length
 from .sublayers import Sublayer, find_sublayers
 
 
@@ -74,13 +74,22 @@ def in_float32(outputs: Any) -> Any:
     return outputs
 
 
-def shifted_right(model: PreTrainedModel, labels: Any) -> Tensor:
-    """What the decoder reads when it is to give `labels`, (B, T), in which -100 is padding."""
-    config = model.config
-    start = getattr(config, "decoder_start_token_id", None)
-    start = config.bos_token_id if start is None else start
-    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
-    return shifted.masked_fill(shifted == -100, config.pad_token_id or 0)
+def tokens_of(
+    model: PreTrainedModel, collator: Collator | None, processing_class: Any, device: torch.device
+) -> Callable[[dict[str, Any]], int]:
+    """Counts the tokens that a row of an image or of audio makes, by running it to the first stack. Known shapes are not."""
+    sublayers, known = find_sublayers(model), {}
+
+    def count(row: dict[str, Any]) -> int:
+        shape = tuple(row[model.main_input_name].shape)
+        if shape not in known:
+            inputs, _ = collate([row], collator, processing_class, model)
+            with in_eval_mode(model), torch.no_grad():
+                tops = run_to_top(model, {k: v.to(device) for k, v in inputs.items()}, sublayers).inputs
+            known[shape] = tops[sublayers[0].stack_name].shape[1]
+        return int(known[shape])
+
+    return count
 
 
 @dataclass
@@ -123,16 +132,18 @@ class Calibration:
         processing_class: Tokenizer, whose padding is used if there is no collator.
         model: Whose inputs are prepared.
         args: Options.
+        tokens_per_row: Counts the tokens of a row without token ids, see `tokens_of`.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         rows: Rows,
-        collator: Callable[[list[Any]], dict[str, Any]] | None,
+        collator: Collator | None,
         processing_class: Any,
         model: PreTrainedModel,
         args: KPruneArguments,
+        tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype)
@@ -140,52 +151,20 @@ class Calibration:
         self.sublayers = find_sublayers(model, args.head_unit)
         self.tokens: dict[str, int] = {}
         for measured, part in ((True, rows.rows[: rows.measured]), (False, rows.rows[rows.measured :])):
-            by_length = sorted(range(len(part)), key=lambda i: (row_length(part[i]), i))
+            by_length = sorted(range(len(part)), key=lambda i: (row_length(part[i], tokens_per_row), i))
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
             for start in range(0, len(mine), args.per_device_batch_size):
                 batch = [part[i] for i in mine[start : start + args.per_device_batch_size]]
-                self.batches.append(self._collate(batch, collator, processing_class, model, measured))
+                inputs, counted = collate(batch, collator, processing_class, model)
+                self.batches.append(self._batch(model, inputs, counted, measured))
 
-    def _collate(
-        self, rows: list[dict[str, Any]], collator: Any, processing_class: Any, model: PreTrainedModel, measured: bool
-    ) -> Batch:
-        labels = {"label", "labels", "label_ids", *find_labels(type(model))}
-        accepted = set(inspect.signature(model.forward).parameters)
-        targets = "decoder_input_ids" in accepted or any("labels" in row for row in rows)
-        if collator is not None:
-            inputs = dict(collator([dict(row) for row in rows]))
-        elif processing_class is not None and targets and hasattr(processing_class, "pad_token_id"):
-            inputs = dict(DataCollatorForSeq2Seq(processing_class)([dict(row) for row in rows]))
-        elif processing_class is not None and hasattr(processing_class, "pad") and not has_choices(rows[0]):
-            inputs = dict(DataCollatorWithPadding(processing_class)([dict(row) for row in rows]))
-        elif len({row_length(row) for row in rows}) == 1:
-            inputs = default_data_collator([dict(row) for row in rows])
-        else:
-            raise ArgumentError(
-                "the calibration rows differ in length and there is nothing to pad them with; pass processing_class (the "
-                "tokenizer) or data_collator"
-            )
-        told = inputs.get("labels")
-        skip = told == -100 if isinstance(told, Tensor) and told.dim() == 2 else None
-        if "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs and skip is not None:
-            inputs["decoder_input_ids"] = shifted_right(model, told)
-            inputs["decoder_attention_mask"] = torch.cat([torch.ones_like(skip[:, :1]), ~skip[:, :-1]], 1).long()
-            skip = None
-        inputs = {key: value for key, value in inputs.items() if key not in labels}
-        surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
-        if surplus:
-            raise CalibrationError(
-                f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: "
-                f"{sorted(accepted - labels)}"
-            )
-        inputs = {key: value.to(self.accelerator.device) for key, value in inputs.items()}
-        if "use_cache" in accepted:
+    def _batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None, measured: bool) -> Batch:
+        inputs: dict[str, Any] = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
+        if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False
         valid = {s.stack_name: self._valid(model, s, inputs) for s in {s.stack_name: s for s in self.sublayers}.values()}
-        counted = list(valid.values())[-1]
-        if skip is not None and skip.shape == counted.shape:  # the logits of a token predict the next one's label
-            counted = counted & ~torch.cat([skip[:, 1:], torch.ones_like(skip[:, :1])], 1).to(counted.device)
-        return Batch(inputs, valid, counted, measured)
+        last = list(valid.values())[-1]
+        return Batch(inputs, valid, last if counted is None else last & counted.to(last.device), measured)
 
     def _valid(self, model: PreTrainedModel, sublayer: Sublayer, inputs: dict[str, Any]) -> Tensor:
         """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T)."""

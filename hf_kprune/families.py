@@ -312,7 +312,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "bert-generation": (_BERT,),
     "camembert": (_BERT,),
     "chinese_clip_text_model": (_BERT,),
-    "altclip_text_model": (replace(_BERT, layers="roberta.encoder.layer"),),
+    "altclip_text_model": (replace(_BERT, layers="roberta.encoder.layers"),),
     "data2vec-text": (_BERT,),
     "electra": (_BERT,),
     "ernie": (_BERT,),

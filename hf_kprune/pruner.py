@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from .arguments import KPruneArguments
-from .calibration import Calibration, in_eval_mode, together
+from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .cost import BudgetTerms, model_size, peak_memory
@@ -257,8 +257,9 @@ class KPrunePruner:
         dataset = self.calibration_dataset if dataset is None else dataset
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
-        rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None)
-        calibration = Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args)
+        count = tokens_of(model, self.data_collator, self.processing_class, self.accelerator.device)
+        rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None, count)
+        calibration = Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args, count)
         lengths = calibration.lengths()
         for sublayer in find_sublayers(model, self.args.head_unit) if self.args.tune else ():
             tokens, columns = round(lengths[sublayer.stack_name] * rows.sequences), sublayer.weight.shape[1]

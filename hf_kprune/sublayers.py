@@ -391,7 +391,8 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
             rows = torch.ones(len(weight), dtype=torch.bool).index_fill(0, dropped, False).to(weight.device)
             set_projection(projection, weight[rows], None if bias is None else bias[rows])
     for path, (dim, width) in plan["slices"].items():
-        set_slices(layer, path, dim, row_indices("q", num_units, Unit(width, width, width))[kept].flatten())
+        part = Unit(width, 0, width * unit.head_dim // unit.q, unit.strided)
+        set_slices(layer, path, dim, row_indices("q", num_units, part)[kept].flatten().sort().values)
     columns = row_indices("q", num_units, unit)[kept].flatten().sort().values
     set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
     heads = columns[:: unit.head_dim] // unit.head_dim

@@ -85,7 +85,9 @@ def test_generates_the_same_tokens(name: str, record_property: Record) -> None:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "beams")])
-@pytest.mark.parametrize("name", [n for n in ("opt", "gpt2", "llama", "gpt_neox", "gemma2", "mistral", "t5", "bart") if n in ZOO])
+@pytest.mark.parametrize(
+    "name", [n for n in ("opt", "gpt2", "llama", "gpt_neox", "gemma2", "mistral", "t5", "bart") if n in ZOO]
+)
 def test_generates_the_same_tokens_in_every_way(name: str, way: str) -> None:
     if way == "prompt lookup" and name in SEQ2SEQ:
         pytest.skip("a continuation of the prompt's own words")

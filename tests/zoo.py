@@ -486,7 +486,7 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
     model_class = getattr(transformers, class_name)
     model = model_class(AutoConfig.for_model(name.split(":")[0], **config)).to(dtype).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):  # fixed positions are not saved
             parameter += 0.2 * torch.randn_like(parameter)
         for table in (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None):
             table[model.config.get_text_config().pad_token_id or 0] = 0

@@ -1,0 +1,105 @@
+"""Calibration rows to the inputs of a model: padding, the decoder's inputs, and which tokens' knowledge counts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, default_data_collator
+from transformers.utils import find_labels
+
+from .errors import ArgumentError, CalibrationError
+from .rows import has_choices
+
+
+IGNORED = -100
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def pad(sequences: list[Any], value: int) -> Tensor:
+    """Sequences of numbers, (B, T), filled up on the right with `value`."""
+    tensors = [torch.as_tensor(sequence) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: int) -> dict[str, Any]:
+    """One tensor per column: what the decoder reads or gives, then what the tokenizer pads, then floats."""
+    inputs: dict[str, Any] = {}
+    rows = [dict(row) for row in rows]
+    for key, value in (("labels", IGNORED), ("decoder_input_ids", pad_token_id), ("decoder_attention_mask", 0)):
+        if key in rows[0] and torch.as_tensor(rows[0][key]).dim() == 1:
+            inputs[key] = pad([row.pop(key) for row in rows], value)
+    floats = [key for key, value in rows[0].items() if isinstance(value, Tensor) and value.is_floating_point()]
+    for key in floats:
+        values = [row.pop(key) for row in rows]
+        if len({value.shape for value in values}) == 1:
+            inputs[key] = torch.stack(values)
+        else:
+            extractor = getattr(processing_class, "feature_extractor", processing_class)
+            if not hasattr(extractor, "pad"):
+                raise ArgumentError(
+                    f"the calibration rows' {key} differ in shape and there is nothing to pad them with; pass "
+                    "processing_class (the feature extractor) or data_collator"
+                )
+            inputs |= extractor.pad([{key: value} for value in values], return_tensors="pt")
+    if rows[0] and len({len(row[key]) for row in rows for key in row}) == 1:
+        inputs |= default_data_collator(rows)
+    elif rows[0]:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if not hasattr(tokenizer, "pad") or has_choices(rows[0]):
+            raise ArgumentError(
+                "the calibration rows differ in length and there is nothing to pad them with; pass processing_class (the "
+                "tokenizer) or data_collator"
+            )
+        inputs |= tokenizer.pad(rows, return_tensors="pt")
+    return inputs
+
+
+def shifted_right(model: PreTrainedModel, targets: Tensor) -> Tensor:
+    """What the decoder reads when it is to give `targets`, (B, T), in which -100 is padding."""
+    config: Any = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    start = config.bos_token_id if start is None else start
+    shifted = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id or 0)
+
+
+def collate(
+    rows: list[dict[str, Any]], collator: Collator | None, processing_class: Any, model: PreTrainedModel
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The inputs of `model` for a batch, without labels; and, if labels tell it, the tokens (B, T) whose knowledge counts.
+
+    Targets of an encoder-decoder become what its decoder reads. Targets of -100 of a causal language model are tokens whose
+    prediction does not count.
+
+    Raises:
+        ArgumentError: If rows must be padded and there is nothing to do it with.
+        CalibrationError: If the collator makes what the model does not take.
+    """
+    labels = {"label", "labels", "label_ids", *find_labels(type(model))}
+    accepted = set(inspect.signature(model.forward).parameters)
+    if collator is not None:
+        inputs = dict(collator([dict(row) for row in rows]))
+    else:
+        inputs = pad_rows(rows, processing_class, getattr(model.config.get_text_config(), "pad_token_id", None) or 0)
+    targets, counted = inputs.get("labels"), None
+    if isinstance(targets, Tensor) and targets.dim() == 2:
+        if "decoder_input_ids" not in accepted:  # the logits of a token are for the next one
+            counted = torch.cat([targets[:, 1:] != IGNORED, torch.zeros_like(targets[:, :1], dtype=torch.bool)], 1)
+        elif "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = shifted_right(model, targets)
+            if "decoder_attention_mask" in accepted:
+                real = (targets != IGNORED).long()
+                inputs["decoder_attention_mask"] = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], 1)
+            counted = targets != IGNORED
+    inputs = {key: value for key, value in inputs.items() if key not in labels}
+    surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
+    if surplus:
+        raise CalibrationError(
+            f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: "
+            f"{sorted(accepted - labels)}"
+        )
+    return inputs, counted
