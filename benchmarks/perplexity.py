@@ -2,8 +2,9 @@
 
     python benchmarks/perplexity.py --pack PACK --sparsity 0.05 0.1 0.15 0.2 0.3 0.4 --seeds 0 1 2
 
-Calibrates on blocks of the train split, packed, and evaluates on the test split in windows of `--window` tokens that do not
-overlap. "untuned" is the same search without KPWT after each cut. Writes one JSON line per run and prints a table.
+Calibrates on blocks of the train split, packed, and evaluates on the whole test split in windows of `--window` tokens that do
+not overlap, in bfloat16 autocast, the dense model too. "untuned" is the dense model with the same cuts and its own weights.
+Writes one JSON line per run and prints a table.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_kprune import KPruneArguments, KPrunePruner
+from hf_kprune.sublayers import cut, find_sublayers
 
 
 @torch.no_grad()
@@ -31,7 +33,8 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
     starts = range(0, len(ids) - window - 1, window)
     for first in range(0, len(starts), 4):
         rows = torch.stack([ids[start : start + window + 1] for start in starts[first : first + 4]])
-        logits = model(rows[:, :-1], use_cache=False).logits.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(rows[:, :-1], use_cache=False).logits.float()
         total += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
         count += rows[:, 1:].numel()
     return math.exp(total / count)
@@ -64,16 +67,20 @@ def main() -> None:
     results: dict[tuple[float, str], list[float]] = {}
     for seed in args.seeds:
         for sparsity in args.sparsity:
-            for variant, tune in (("kprune", True), ("untuned", False)):
-                settings = {"sparsity": sparsity, "seed": seed, "tune": tune, "packing": True, "disable_tqdm": True}
-                options = KPruneArguments(**{**settings, "max_seq_length": 256, "per_device_batch_size": 8, **args.options})
-                model = AutoModelForCausalLM.from_pretrained(path)
-                pruner = KPrunePruner(model, options, texts, processing_class=tokenizer)
-                pruner.callback_handler.callbacks.clear()
-                start = time.perf_counter()
-                report = pruner.prune()
-                seconds = time.perf_counter() - start
-                figure = perplexity(pruner.model, ids, args.window)
+            settings = {"sparsity": sparsity, "seed": seed, "packing": True, "disable_tqdm": True}
+            options = KPruneArguments(**{**settings, "max_seq_length": 256, "per_device_batch_size": 8, **args.options})
+            pruner = KPrunePruner(AutoModelForCausalLM.from_pretrained(path), options, texts, processing_class=tokenizer)
+            pruner.callback_handler.callbacks.clear()
+            start = time.perf_counter()
+            report = pruner.prune()
+            seconds = time.perf_counter() - start
+            if args.save:
+                pruner.save_model(str(args.save / f"{args.model}-{sparsity}-{seed}"))
+            untuned = AutoModelForCausalLM.from_pretrained(path)
+            for sublayer, entry in zip(find_sublayers(untuned), report.sublayers, strict=True):
+                cut(sublayer, torch.zeros(entry.units, dtype=torch.bool).index_fill(0, torch.tensor(entry.kept), True))
+            for variant, model in (("kprune", pruner.model), ("untuned", untuned)):
+                figure = perplexity(model, ids, args.window)
                 results.setdefault((sparsity, variant), []).append(figure)
                 print(f"{variant} {sparsity:.0%} seed {seed}: {figure:.2f} ({seconds:.0f} s)", flush=True)
                 if args.output:
@@ -92,8 +99,6 @@ def main() -> None:
                     }
                     with args.output.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-                if args.save and tune:
-                    pruner.save_model(str(args.save / f"{args.model}-{sparsity}-{seed}"))
     print("\n| removed | " + " | ".join(f"{s:.0%}" for s in args.sparsity) + " |\n| --- |" + " ---: |" * len(args.sparsity))
     for variant in ("kprune", "untuned"):
         cells = []

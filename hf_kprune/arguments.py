@@ -27,7 +27,7 @@ class KPruneArguments:
     > What is removed
 
     `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
-    `method`, `prune_heads`, `prune_ffn`, `head_unit`, `min_heads`, `min_neurons`, `round_to`.
+    `method`, `prune_heads`, `prune_ffn`, `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to`.
 
     > Calibration
 
@@ -61,6 +61,11 @@ class KPruneArguments:
         "With grouped queries, what is pruned as one: a key-value head with its query heads (group), or one query head of "
         "every group (query), which leaves keys, values and their cache whole.",
         choices=["group", "query"],
+    )
+    uniform: bool = _option(
+        False,
+        "All layers of a stack end with equally many heads and neurons, so that the result is a plain checkpoint that any "
+        "program loads. For architectures whose config can say it.",
     )
     min_heads: int = _option(0, "Heads that every attention sublayer keeps at least; 0 may empty a sublayer.")
     min_neurons: int = _option(0, "Neurons that every FFN sublayer keeps at least; 0 may empty a sublayer.")

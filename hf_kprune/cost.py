@@ -28,11 +28,13 @@ class BudgetTerms:
     def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float]):
         self.sublayers = sublayers
         self.costs = [s.unit_flops(lengths) for s in sublayers]
+        self.fixed = False
         self.minimum, self.multiple = [], []
         for s in sublayers:
             heads = s.kind != "ffn"
             free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
             self.multiple.append(1 if heads else args.round_to)
+            least = max(least, 1) if args.uniform else least
             self.minimum.append(min(least, s.num_units) if free else s.num_units)
         self.total = self.cost_from(0)
         self.budget = (1 - args.sparsity) * self.total
@@ -48,6 +50,12 @@ class BudgetTerms:
                 f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
                 f"prune_ffn={args.prune_ffn} this model can reach 0 to {reach:.4f}"
             )
+
+    def fix(self, counts: Sequence[int]) -> None:
+        """From now on each sublayer keeps exactly so many units, and the budget is what that costs."""
+        self.fixed, self.minimum = True, list(counts)
+        self.forced = [cost * count for cost, count in zip(self.costs, counts, strict=True)]
+        self.budget = sum(self.forced)
 
     def remaining(self, spent: float, position: int) -> float:
         """What may be spent on the sublayers from `position` up: never less, by rounding, than what they must cost."""

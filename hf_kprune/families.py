@@ -112,8 +112,8 @@ def _ffn(inputs: str, output: str, stream: str | None) -> Block:
 def _bert(reads: str | None = "intermediate.dense", core: str = "attention.self", **rest: Any) -> tuple[Block, Block]:
     """BERT's layer. `reads` is the FFN's stream: a layer norm, where that comes first."""
     sizes = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
-    attention = _attention(core, "attention.output.dense", "query key value", sizes=sizes, **rest)
-    return attention, _ffn("intermediate.dense", "output.dense", reads)
+    attention = _attention(core, "attention.output.dense", "query key value", sizes=sizes)
+    return replace(attention, **rest), _ffn("intermediate.dense", "output.dense", reads)
 
 
 def _bart(pre_norm: bool, sizes: Mapping[str, str] = {"num_heads": "heads"}, **rest: Any) -> tuple[Stack, Stack]:
@@ -126,20 +126,17 @@ def _bart(pre_norm: bool, sizes: Mapping[str, str] = {"num_heads": "heads"}, **r
     own = attention("self_attn", "attention", "")
     cross = attention("encoder_attn", "cross_attention", "encoder_attn_layer_norm" if pre_norm else "encoder_attn")
     ffn = _ffn("fc1", "fc2", "final_layer_norm" if pre_norm else "fc1")
-    below = Stack("encoder.layers", (own, ffn), heads="encoder_attention_heads")
-    above = Stack("decoder.layers", (own, cross, ffn), heads="decoder_attention_heads", mask="decoder_attention_mask")
-    return below, replace(above, reads="encoder.layers")
-
-
-_TRIPLE = ("y", None, None)
+    below = Stack("encoder.layers", (own, ffn), heads="encoder_attention_heads", uniform={"ffn": "encoder_ffn_dim"})
+    above = Stack("decoder.layers", (own, cross, ffn), heads="decoder_attention_heads", uniform={"ffn": "decoder_ffn_dim"})
+    return below, replace(above, mask="decoder_attention_mask", reads="encoder.layers")
 
 
 def _t5(
-    encoder: str = "SelfAttention", ffn: str = "DenseReluDense", core: tuple[str | None, ...] = _TRIPLE, **rest: Any
+    encoder: str = "SelfAttention", ffn: str = "DenseReluDense", core: tuple[str | None, ...] = ("y", None, None), **rest: Any
 ) -> tuple[Stack, Stack]:
     """T5's encoder and decoder. Every layer asks its own table of positions, not the bias that the layer below passes up."""
 
-    def attention(number: int, name: str, kind: str = "attention", table: str = "") -> Block:
+    def attention(number: int, name: str, kind: str = "attention") -> Block:
         module = f"layer.{number}.{name}"
         return _attention(
             module,
@@ -162,20 +159,14 @@ def _t5(
     below = Stack("encoder.block", (attention(0, encoder), feed_forward(1)))
     blocks = (attention(0, "SelfAttention"), attention(1, "EncDecAttention", "cross_attention"), feed_forward(2))
     above = Stack("decoder.block", blocks, mask="decoder_attention_mask", reads="encoder.block")
-    shared: dict[str, Any] = {"returns": _TRIPLE, "heads": "num_heads", "head_dim": "d_kv", **rest}
+    shared: dict[str, Any] = {"returns": core, "heads": "num_heads", "head_dim": "d_kv", **rest}
     return replace(below, **shared), replace(above, **shared)
 
 
-_BERT = Stack("encoder.layer", _bert())
+_FFN_SIZE = {"ffn": "intermediate_size"}
+_BERT = Stack("encoder.layer", _bert(), uniform=_FFN_SIZE)
 _BERT_PAIR = replace(_BERT, returns=("y", None))
-_BERT_SINGLE = Stack("encoder.layer", _bert(returns=("y",)), returns=("y",))
-_LONGFORMER = {
-    "inputs": {
-        f"attention.self.{name}{kind}": "q" if name == "query" else "kv"
-        for name in ("query", "key", "value")
-        for kind in ("", "_global")
-    }
-}
+_BERT_SINGLE = replace(_BERT, blocks=_bert(returns=("y",)), returns=("y",))
 _VIT = Stack(
     "layers",
     (
@@ -183,8 +174,9 @@ _VIT = Stack(
         _ffn("mlp.fc1", "mlp.fc2", "layernorm_after"),
     ),
     mask="",
+    uniform={"heads": "num_attention_heads", **_FFN_SIZE},
 )
-_VIT_NESTED = Stack("encoder.layer", _bert("layernorm_after", "attention.attention"), mask="")
+_VIT_NESTED = replace(_BERT, blocks=_bert("layernorm_after", "attention.attention"), mask="")
 _DINO = Stack(
     "encoder.layer",
     (
@@ -200,6 +192,7 @@ _CLIP = Stack(
         _attention("self_attn", "self_attn.out_proj", sizes={"self_attn.num_heads": "heads"}),
         _ffn("mlp.fc1", "mlp.fc2", "layer_norm2"),
     ),
+    uniform=_FFN_SIZE,
 )
 _CLIP_VISION = replace(_CLIP, mask="")
 _WAV2VEC2 = Stack(
@@ -213,9 +206,9 @@ _WAV2VEC2 = Stack(
         ),
     ),
     untouched=("adapter_layer",),
+    uniform=_FFN_SIZE,
 )
-_FFN_SIZE = {"ffn": "intermediate_size"}
-_SIZES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", **_FFN_SIZE}
+_HEAD_SIZES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
 _LLAMA_ATTENTION = _attention(
     "self_attn",
     "self_attn.o_proj",
@@ -225,6 +218,7 @@ _LLAMA_ATTENTION = _attention(
         "self_attn.num_key_value_heads": "kv_heads",
         "self_attn.num_key_value_groups": "groups",
     },
+    slices={"self_attn.sinks": "0"},
 )
 _LLAMA_FFN = Block(
     "ffn",
@@ -232,7 +226,7 @@ _LLAMA_FFN = Block(
     output="mlp.down_proj",
     stream="post_attention_layernorm",
 )
-_LLAMA = Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FFN), uniform=_SIZES)
+_LLAMA = Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FFN), uniform={**_HEAD_SIZES, **_FFN_SIZE})
 _LLAMA_WHOLE = replace(_LLAMA_ATTENTION, whole="its queries and keys are normalised across heads")
 _NORM_AFTER = replace(_LLAMA, blocks=(replace(_LLAMA_ATTENTION, stream=None), replace(_LLAMA_FFN, stream=None)))
 _OLMO2 = replace(_NORM_AFTER, blocks=(replace(_LLAMA_WHOLE, stream=None), _NORM_AFTER.blocks[1]), uniform=_FFN_SIZE)
@@ -249,9 +243,10 @@ _MOE = replace(
             for shared in ("shared_expert", "shared_experts")
         ),
     ),
-    untouched=("mlp.experts", "mlp.gate", "mlp.shared_expert_gate"),
-    uniform={},
+    untouched=("mlp.experts", "mlp.gate", "mlp.router", "mlp.shared_expert_gate"),
+    uniform=_HEAD_SIZES,
 )
+_MOE_WHOLE = replace(_MOE, blocks=(_LLAMA_WHOLE,), uniform={})
 _GRANITE_MOE = replace(
     _LLAMA,
     blocks=(
@@ -260,7 +255,7 @@ _GRANITE_MOE = replace(
     ),
     residual="residual_multiplier",
     untouched=("block_sparse_moe",),
-    uniform={},
+    uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size"},
 )
 _NEOX_FFN = _ffn("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "post_attention_layernorm")
 _OPT = Stack(
@@ -322,60 +317,48 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "roc_bert": (_BERT,),
     "splinter": (_BERT,),
     "xlm-roberta": (_BERT,),
-    "esm": (Stack("encoder.layer", _bert("LayerNorm")),),
-    "megatron-bert": (Stack("encoder.layer", _bert("ln"), returns=("y", None)),),
+    "esm": (replace(_BERT, blocks=_bert("LayerNorm")),),
+    "megatron-bert": (replace(_BERT_PAIR, blocks=_bert("ln")),),
     "rembert": (_BERT_PAIR,),
-    "roberta-prelayernorm": (Stack("encoder.layer", _bert("intermediate.LayerNorm")),),
+    "roberta-prelayernorm": (replace(_BERT, blocks=_bert("intermediate.LayerNorm")),),
     "roformer": (_BERT_PAIR,),
     "tapas": (_BERT_SINGLE,),
     "visual_bert": (_BERT_SINGLE,),
-    "xlm-roberta-xl": (Stack("encoder.layer", _bert("LayerNorm")),),
+    "xlm-roberta-xl": (replace(_BERT, blocks=_bert("LayerNorm")),),
     "xmod": (
-        Stack("encoder.layer", _bert("output.LayerNorm|intermediate.dense"), untouched=("output.adapter_modules",)),
-    ),  # with and without pre_norm
+        replace(
+            _BERT,
+            blocks=_bert("output.LayerNorm|intermediate.dense"),  # with and without pre_norm
+            untouched=("output.adapter_modules",),
+        ),
+    ),
     "yoso": (_BERT_SINGLE,),
     # other encoders of text
     "deberta": (
-        Stack(
-            "encoder.layer",
-            (
-                Block(
-                    "attention",
-                    inputs={
-                        "attention.self.in_proj": "qkv:perhead",
-                        "attention.self.pos_proj": "kv",
-                        "attention.self.pos_q_proj": "q",
-                    },
-                    output="attention.output.dense",
-                    core="attention.self",
-                    sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"},
-                    slices={"attention.self.q_bias": "0", "attention.self.v_bias": "0"},
-                ),
-                _BERT.blocks[1],
+        replace(
+            _BERT_PAIR,
+            blocks=_bert(
+                inputs={
+                    "attention.self.in_proj": "qkv:perhead",
+                    "attention.self.pos_proj": "kv",
+                    "attention.self.pos_q_proj": "q",
+                },
+                slices={"attention.self.q_bias": "0", "attention.self.v_bias": "0"},
             ),
-            returns=("y", None),
         ),
     ),
     "deberta-v2": (
-        Stack(
-            "encoder.layer",
-            (
-                Block(
-                    "attention",
-                    inputs={
-                        "attention.self.query_proj": "q",
-                        "attention.self.key_proj": "kv",
-                        "attention.self.value_proj": "kv",
-                        "attention.self.pos_key_proj": "kv",
-                        "attention.self.pos_query_proj": "q",
-                    },
-                    output="attention.output.dense",
-                    core="attention.self",
-                    sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"},
-                ),
-                _BERT.blocks[1],
+        replace(
+            _BERT_PAIR,
+            blocks=_bert(
+                inputs={
+                    "attention.self.query_proj": "q",
+                    "attention.self.key_proj": "kv",
+                    "attention.self.value_proj": "kv",
+                    "attention.self.pos_key_proj": "kv",
+                    "attention.self.pos_query_proj": "q",
+                },
             ),
-            returns=("y", None),
             head_dim="attention_head_size",
         ),
     ),
@@ -386,22 +369,25 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 _attention("attention", "attention.out_lin", "q_lin k_lin v_lin", sizes={"attention.n_heads": "heads"}),
                 _ffn("ffn.lin1", "ffn.lin2", "ffn.lin1"),
             ),
+            uniform={"ffn": "hidden_dim"},
         ),
     ),
     "longformer": (
-        Stack(
-            "encoder.layer",
-            (
-                replace(
-                    _BERT.blocks[0],
-                    **_LONGFORMER,
-                    sizes={},
-                    returns=("y",),
-                    whole="its heads are reshaped to the hidden size",
-                ),
-                _BERT.blocks[1],
+        replace(
+            _BERT_SINGLE,
+            blocks=_bert(
+                inputs={
+                    "attention.self.query": "q",
+                    "attention.self.query_global": "q",
+                    "attention.self.key": "kv",
+                    "attention.self.key_global": "kv",
+                    "attention.self.value": "kv",
+                    "attention.self.value_global": "kv",
+                },
+                sizes={},
+                returns=("y",),
+                whole="its heads are reshaped to the hidden size",
             ),
-            returns=("y",),
         ),
     ),
     "modernbert": (
@@ -411,12 +397,13 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 Block("attention", inputs={"attn.Wqkv": "qkv"}, output="attn.Wo", core="attn"),
                 Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
             ),
+            uniform=_FFN_SIZE,
         ),
     ),
     "mpnet": (
-        Stack(
-            "encoder.layer",
-            (
+        replace(
+            _BERT,
+            blocks=(
                 _attention(
                     "attention.attn",
                     "attention.attn.o",
@@ -429,22 +416,15 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             returns=("y",),
         ),
     ),
+    "eurobert": (_LLAMA,),
+    "jina_embeddings_v3": (
+        Stack("layers", (_attention("self_attn", "self_attn.o_proj"), _ffn("mlp.fc1", "mlp.fc2", "mlp")), uniform=_FFN_SIZE),
+    ),
     "nomic_bert": (
         Stack(
             "layers",
-            (
-                _attention("self_attn", "self_attn.o_proj"),
-                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "mlp"),
-            ),
-        ),
-    ),
-    "eurobert": (
-        Stack(
-            "layers",
-            (
-                _attention("self_attn", "self_attn.o_proj", sizes={"self_attn.num_key_value_groups": "groups"}),
-                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"),
-            ),
+            (_attention("self_attn", "self_attn.o_proj"), _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "mlp")),
+            uniform={"heads": "num_attention_heads", **_FFN_SIZE},
         ),
     ),
     # encoder-decoders
@@ -484,19 +464,19 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 replace(_VIT.blocks[0], stream=None, select={"attention_mask": "1"}),
                 replace(_VIT.blocks[1], stream=None),
             ),
+            uniform=_FFN_SIZE,
         ),
     ),
     "data2vec-vision": (
-        Stack(
-            "encoder.layer",
-            _bert(
+        replace(
+            _BERT_PAIR,
+            blocks=_bert(
                 None,
                 "attention.attention",
                 stream=None,
                 select={"relative_position_bias": "1"},
                 slices={"attention.attention.relative_position_bias.relative_position_bias_table": "1"},
             ),
-            returns=("y", None),
             mask="",
         ),
     ),
@@ -511,6 +491,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", None),
             ),
             mask="",
+            uniform=_FFN_SIZE,
         ),
     ),
     "dpt": (_VIT_NESTED,),
@@ -535,7 +516,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "audio-spectrogram-transformer": (_VIT,),
     "data2vec-audio": (_WAV2VEC2,),
     "hubert": (_WAV2VEC2,),
-    "sew": (_WAV2VEC2,),
     "unispeech": (_WAV2VEC2,),
     "unispeech-sat": (_WAV2VEC2,),
     "wav2vec2": (_WAV2VEC2,),
@@ -546,7 +526,22 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "bloom": (_BLOOM,),
     "cohere": (replace(_PARALLEL, blocks=(replace(_LLAMA_ATTENTION, whole="use_qk_norm"), replace(_LLAMA_FFN, stream=""))),),
     "cohere2": (_PARALLEL,),
+    "ctrl": (
+        Stack(
+            "h",
+            (
+                _attention("multi_head_attention", "multi_head_attention.dense", "Wq Wk Wv"),
+                _ffn("ffn.0", "ffn.2", "layernorm2"),
+            ),
+            uniform={"ffn": "dff"},
+        ),
+    ),
+    "cwm": (_LLAMA,),
+    "dots1": (_MOE,),
+    "ernie4_5": (_LLAMA,),
+    "ernie4_5_moe": (_MOE,),
     "exaone4": (_NORM_AFTER,),
+    "exaone_moe": (_MOE,),
     "falcon": (
         replace(
             _BLOOM,
@@ -559,11 +554,13 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             uniform={"ffn": "ffn_hidden_size"},
         ),
     ),
+    "flex_olmo": (replace(_MOE_WHOLE, blocks=(_OLMO2.blocks[0],)),),
     "gemma": (_LLAMA,),
     "gemma2": (_NORM_AFTER,),
     "gemma3_text": (_NORM_AFTER,),
     "glm": (_LLAMA,),
     "glm4": (_NORM_AFTER,),
+    "glm4_moe": (_MOE,),
     "gpt2": (_GPT2,),
     "gpt_bigcode": (
         replace(
@@ -610,6 +607,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             uniform=_FFN_SIZE,
         ),
     ),
+    "gpt_oss": (_MOE,),
     "gptj": (
         Stack(
             "h",
@@ -623,13 +621,31 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ),
     ),
     "granite": (replace(_LLAMA, residual="residual_multiplier"),),
+    "granite_swa": (replace(_LLAMA, residual="residual_multiplier"),),
     "granitemoe": (_GRANITE_MOE,),
+    "granitemoe_swa": (_GRANITE_MOE,),
     "granitemoeshared": (_GRANITE_MOE,),
     "helium": (replace(_LLAMA, uniform=_FFN_SIZE),),
+    "hunyuan_v1_dense": (_LLAMA,),
+    "internlm3": (_LLAMA,),
+    "iquestcoder": (_LLAMA,),
+    "jais2": (_LLAMA,),
     "llama": (_LLAMA,),
+    "minimax_m2": (_MOE_WHOLE,),
     "ministral": (_LLAMA,),
+    "ministral3": (_LLAMA,),
     "mistral": (_LLAMA,),
     "mixtral": (_MOE,),
+    "modernbert-decoder": (
+        Stack(
+            "layers",
+            (
+                _attention("attn", "attn.Wo", sizes={"attn.num_heads": "heads", "attn.all_head_size": "width"}),
+                Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
     "mpt": (
         Stack(
             "blocks",
@@ -647,11 +663,12 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             returns=("y", None),
         ),
     ),
+    "nanochat": (replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _ffn("mlp.fc1", "mlp.fc2", "post_attention_layernorm"))),),
     "nemotron": (_LLAMA,),
     "olmo": (_LLAMA,),
     "olmo2": (_OLMO2,),
     "olmo3": (_OLMO2,),
-    "olmoe": (replace(_MOE, blocks=(_LLAMA_WHOLE,)),),
+    "olmoe": (_MOE_WHOLE,),
     "opt": (_OPT,),
     "persimmon": (
         Stack(
@@ -683,6 +700,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             ),
         ),
     ),
+    "phimoe": (_MOE,),
     "qwen2": (_LLAMA,),
     "qwen2_moe": (_MOE,),
     "qwen3": (_LLAMA,),
@@ -693,6 +711,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(_PARALLEL, blocks=(replace(_LLAMA_ATTENTION, whole="qk_layernorm"), replace(_LLAMA_FFN, stream=""))),
     ),
     "starcoder2": (replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _ffn("mlp.c_fc", "mlp.c_proj", "post_attention_layernorm"))),),
+    "vaultgemma": (replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="pre_feedforward_layernorm"))),),
     "xglm": (replace(_OPT, layers="layers"),),
 }
 
@@ -701,18 +720,27 @@ REFUSED: dict[str, str] = {
     "albert": "its layers share one set of weights",
     "big_bird": "it exchanges its attention modules while it runs, by the length of the input",
     "bigbird_pegasus": "it exchanges its attention modules while it runs, by the length of the input",
+    "bitnet": "its outputs are normalised across all heads and across all neurons before the last projection",
+    "codegen": "its fused projection holds four parts of queries, values and keys, which must stay of one size",
     "convbert": "half of its attention is a convolution whose kernels are made from all heads",
+    "deepseek_v2": "the queries and the values of its heads differ in size",
+    "deepseek_v3": "the queries and the values of its heads differ in size",
+    "diffllama": "its heads work in pairs, across the two halves of the heads",
     "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "fnet": "it mixes tokens by a Fourier transform: there are no heads",
     "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
     "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
+    "gpt_neox_japanese": "the bias of its last attention is not one of a projection",
     "ibert": "its projections are integer ones, not nn.Linear",
+    "minicpm3": "the queries and the values of its heads differ in size",
     "mobilebert": "a layer has four FFNs between bottlenecks of another width",
+    "openai-gpt": "its layers hand on lists",
     "reformer": "its layers are reversible and hash the queries",
+    "sew": "its layers run on fewer tokens than its heads read",
     "squeezebert": "its projections are grouped convolutions",
     "swin": "its stages have different widths and head counts",
     "swinv2": "its stages have different widths and head counts",
-    "vit_mae": "it hides other patches in every pass",
+    "vit_mae": "it hides other patches in every pass; load its encoder as a ViTModel",
     "wavlm": "its attention is one torch function that takes no narrower projections",
     "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "xlnet": "its attention weights are no projections, and it has two streams",

@@ -90,7 +90,7 @@ class EmptyAttention(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         told: Any = getattr(self, "layer_idx", None)
-        index = self.layer_id if told is None else told  # type: ignore[assignment]
+        index: Any = getattr(self, "layer_id", None) if told is None else told
         slot = cache.layers[index] if index < len(cache.layers) else None
         held = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
         heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])

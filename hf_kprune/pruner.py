@@ -28,8 +28,8 @@ from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .report import PruningReport, SublayerReport
 from .rows import draw_rows
-from .search import TOLERANCE
-from .sublayers import check_model, cut, find_sublayers, with_own_tables, write_plan
+from .search import TOLERANCE, uniform_search
+from .sublayers import check_model, cut, find_sublayers, uniform_names, with_own_tables, write_plan, write_stock_config
 from .version import versions
 
 
@@ -143,6 +143,7 @@ class KPrunePruner:
         args, method = self.args, METHODS[self.args.method](self.args)
         sublayers, references = (find_sublayers(model, args.head_unit) for model in (student, teacher))
         terms = BudgetTerms(sublayers, args, calibration.lengths())
+        alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn) if args.uniform else []
         spent, flops = 0.0, terms.total
         with self._phase("measure"):
             teacher_top = calibration.top(teacher, references)
@@ -164,6 +165,10 @@ class KPrunePruner:
                 # (b) KPMS over everything that is not decided yet, used for this sublayer only
                 with self._phase("search"):
                     scores = [method.score(s) for s in statistics]
+                    if args.uniform and not terms.fixed:
+                        left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:]
+                        terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
+                        budget = terms.remaining(spent, i)
                     masks = method.search(scores, terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:])
                     keep = calibration.agree([masks[0].int()])[0].bool().cpu()
                     entry.scores = [float(f"{score:.6g}") for score in scores[0].tolist()]
@@ -193,7 +198,10 @@ class KPrunePruner:
             entry.seconds = time.perf_counter() - begin
             report.sublayers.append(entry)
             self._tell("on_sublayer_end", entry, model=student)
-        write_plan(student, sublayers)
+        if args.uniform:
+            write_stock_config(student, sublayers)
+        else:
+            write_plan(student, sublayers)
         report.sparsity = 1 - flops / terms.total
         report.after.flops = flops
 
@@ -207,6 +215,8 @@ class KPrunePruner:
                 calibration = self._calibration(model, calibration_dataset)
                 lengths = calibration.lengths()
                 terms = BudgetTerms(find_sublayers(model, args.head_unit), args, lengths)
+                if args.uniform:
+                    uniform_names(terms.sublayers, args.prune_heads, args.prune_ffn)
             calibration.check_same_rows()
             if self.compute_loss is not None:
                 name, loss = "custom", self.compute_loss

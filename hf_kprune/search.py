@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,41 @@ def threshold_search(
         mask[order[: sum(sizes[:count])]] = True
         masks.append(mask)
     return masks
+
+
+def uniform_search(
+    scores: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    minimum: Sequence[int],
+    multiple: Sequence[int],
+    alike: Sequence[Hashable],
+) -> list[int]:
+    """How many units each sublayer keeps if those named alike keep equally many: the best such plan within `budget`.
+
+    The n-th best units of alike sublayers stand or fall together, so they compete as one unit, whose cost is the sum of
+    theirs and whose score per cost is their mean, weighted by cost.
+
+    Args:
+        scores: As for `threshold_search`, and so are:
+        costs: equal in alike sublayers;
+        budget: of all of them;
+        minimum: equal in alike sublayers;
+        multiple: equal in alike sublayers.
+        alike: A name for each sublayer.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, name in enumerate(alike):
+        members.setdefault(name, []).append(i)
+    joint_scores, joint_costs = [], []
+    for same in members.values():
+        joint_costs.append(sum(costs[i] for i in same))
+        ranked = (costs[i] * scores[i].cpu().double().sort(descending=True).values for i in same)
+        joint_scores.append(torch.stack(list(ranked)).sum(0) / joint_costs[-1])
+    first = [same[0] for same in members.values()]
+    masks = threshold_search(joint_scores, joint_costs, budget, [minimum[i] for i in first], [multiple[i] for i in first])
+    kept = {name: int(mask.sum()) for name, mask in zip(members, masks, strict=True)}
+    return [kept[name] for name in alike]
 
 
 def group_sizes(num_units: int, minimum: int, multiple: int) -> list[int]:

@@ -261,7 +261,8 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str) -> list[Sublayer]:
         ]
         for index in range(len(layers)):
             for block, plan, unit in zip(stack.blocks, plans, units, strict=True):
-                if plan["kept"][index] is not None:
+                alone = block.kind == "cross_attention" and find_layers(owner, stack.reads) is None  # it reads nothing
+                if plan["kept"][index] is not None and not alone:
                     name = f"{path}{stack.layers}.{index}.{block.kind}"
                     found.append(Sublayer(name, owner, layers, stack, block, plan, index, unit))
     return found
@@ -443,3 +444,42 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
             "sha256": digest(list(stacks.values())),
             "stacks": list(stacks.values()),
         }
+
+
+def uniform_names(sublayers: Sequence[Sublayer], heads: bool, ffn: bool) -> list[tuple[int, str]]:
+    """For each sublayer, whose config and which attribute of it tell its size: those that share it must be alike.
+
+    Raises `UnsupportedArchitectureError` if the config cannot tell what is to be pruned (`heads`, `ffn`).
+    """
+    names = []
+    for s in sublayers:
+        if getattr(s.owner.config, "kprune", None) is not None:
+            raise UnsupportedArchitectureError(
+                f"uniform is True, but {type(s.owner).__name__} was pruned unevenly before; start from the dense model"
+            )
+        key, wanted, other = ("ffn", ffn, "prune_ffn") if s.kind == "ffn" else ("heads", heads, "prune_heads")
+        if wanted and (key not in s.stack.uniform or s.kind == "cross_attention"):
+            what = "another FFN width" if key == "ffn" else "fewer heads of the same size, which it derives from their number"
+            raise UnsupportedArchitectureError(
+                f"uniform is True, but {type(s.owner.config).__name__} cannot say {what}, so stock transformers could not "
+                f"load the result; pass {other}=False to prune the rest, or uniform=False"
+            )
+        names.append((id(s.owner), s.stack.uniform.get(key, s.stack_name + s.kind)))
+    return names
+
+
+def write_stock_config(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
+    """Write the sizes of `sublayers`, alike in all layers, where the stock config has them; nothing else is needed then."""
+    for s in sublayers:
+        config, names, unit = s.owner.config, s.stack.uniform, s.unit
+        if s.kind == "ffn" and "ffn" in names:
+            setattr(config, names["ffn"], s.num_units)
+        elif s.kind == "attention" and "heads" in names:
+            setattr(config, s.stack.head_dim, unit.head_dim)
+            setattr(config, names["heads"], s.num_units * unit.q // unit.head_dim)
+            if "kv_heads" in names and not unit.strided:
+                setattr(config, names["kv_heads"], s.num_units * unit.kv // unit.head_dim)
+        for module in s.layer.modules():
+            view = module.__dict__.get("config")
+            if hasattr(view, "kprune_config"):
+                module.__dict__["config"] = s.owner.config

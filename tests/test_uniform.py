@@ -1,0 +1,123 @@
+"""uniform=True: a stock config, a stock checkpoint, the best plan of equal layers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import collate, rows
+from zoo import ZOO, make, outputs_of
+
+from hf_kprune import KPruneArguments, KPrunePruner, UnsupportedArchitectureError
+from hf_kprune.search import uniform_search
+from hf_kprune.sublayers import find_sublayers
+
+
+Record = Callable[[str, object], None]
+STOCK = [
+    name
+    for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "smollm3", "granite")
+    if name in ZOO
+]
+LOAD_ELSEWHERE = """
+import json, sys
+sys.modules["hf_kprune"] = None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+for folder in sys.argv[1:]:
+    config = json.load(open(folder + "/config.json"))
+    assert "kprune" not in config and "auto_map" not in config, folder
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
+    ids = load_file(folder + "/ids.safetensors")["ids"]
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits}, folder + "/logits.safetensors")
+"""
+
+
+def prune(name: str, **options: object) -> KPrunePruner:
+    args = KPruneArguments(**{"sparsity": 0.4, "disable_tqdm": True, "use_cpu": True, "uniform": True, **options})
+    pruner = KPrunePruner(make(name), args, rows(40, longest=12), data_collator=collate)
+    pruner.callback_handler.callbacks.clear()
+    pruner.prune()
+    return pruner
+
+
+def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    expected = {}
+    for name in STOCK:
+        pruner = prune(name)
+        assert 0.4 <= pruner.report.sparsity < 0.75
+        model, folder = pruner.model, tmp_path / name
+        sizes = {kind: {s.num_units for s in find_sublayers(model) if s.kind == kind} for kind in ("attention", "ffn")}
+        assert all(len(found) == 1 for found in sizes.values()), f"{name}: {sizes}"
+        pruner.save_model(str(folder))
+        ids = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+        save_file({"ids": ids}, folder / "ids.safetensors")
+        with torch.no_grad():
+            expected[folder] = model(ids).logits
+    subprocess.run([sys.executable, "-c", LOAD_ELSEWHERE, *map(str, expected)], check=True)
+    for folder, logits in expected.items():
+        torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_the_config_says_it_all(name: str, record_property: Record) -> None:
+    record_property("family", (name, "uniform"))
+    pruner = prune(name)
+    model = pruner.model
+    again = type(model)(type(model.config).from_dict(json.loads(model.config.to_json_string()))).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(outputs_of(again, "text"), outputs_of(model, "text"))
+
+
+def test_a_query_head_of_every_group_leaves_the_keys(tmp_path: Path) -> None:
+    pruner = prune("llama", head_unit="query", sparsity=0.3)
+    config = pruner.model.config
+    assert config.num_key_value_heads == 2
+    assert config.num_attention_heads in (2, 4)
+    pruner.save_model(str(tmp_path / "saved"))
+
+
+def test_what_the_config_cannot_say_is_refused_and_ffn_alone_is_offered(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=r"BertConfig cannot say fewer heads.*prune_heads=False"):
+        prune("bert")
+    pruner = prune("bert", prune_heads=False, sparsity=0.2)
+    pruner.save_model(str(tmp_path / "saved"))
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "kprune" not in config
+    assert config["intermediate_size"] < 12
+    assert config["num_attention_heads"] == 4
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(outputs_of(loaded, "text"), outputs_of(pruner.model, "text"))
+
+
+def test_the_uniform_plan_is_the_best_one() -> None:
+    """Against every pair of head and neuron counts."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = [torch.rand(n, generator=generator) for n in (4, 12, 4, 12)]
+        costs, alike = [7.0, 2.0, 7.0, 2.0], ["heads", "ffn", "heads", "ffn"]
+        budget = float(torch.rand(1, generator=generator)) * 104
+        if budget < 18:
+            continue
+        made = uniform_search(scores, costs, budget, [1] * 4, [1] * 4, alike)
+        assert made[0] == made[2]
+        assert made[1] == made[3]
+
+        def worth(h: int, f: int, scores: list[torch.Tensor] = scores, costs: list[float] = costs) -> float:
+            kept = (h, f, h, f)
+            return float(sum(c * s.sort(descending=True).values[:k].sum() for s, c, k in zip(scores, costs, kept, strict=True)))
+
+        every = itertools.product(range(1, 5), range(1, 13))
+        best = max(worth(h, f) for h, f in every if 14 * h + 4 * f <= budget)
+        assert 14 * made[0] + 4 * made[1] <= budget
+        assert worth(made[0], made[1]) >= 0.9 * best  # greedy: exact but for what is left of the budget
