@@ -8,6 +8,8 @@ prints which of them hold for which model type, and writes docs/supported_models
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,29 @@ def test_pruned_twice_equals_pruned_once(name: str, tmp_path: Path, record_prope
     close(outputs_of(twice, kind), outputs_of(once, kind), "twice")
     plan_twice, plan_once = (copy.deepcopy(getattr(m.config, "kprune", None)) for m in (twice, once))
     assert plan_twice == plan_once
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What models of the zoo give in a process without hf_kprune, loaded from their checkpoints with trust_remote_code."""
+    wanted = {item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_loaded_elsewhere")}
+    folder, tasks = tmp_path_factory.mktemp("elsewhere"), {}
+    for name in wanted:
+        model, kind = make(name), ZOO[name][2]
+        student = cut_all(model, plans([s.num_units for s in find_sublayers(model)])["without 0"])
+        path = folder / name.replace(":", "_")
+        student.save_pretrained(path)
+        tasks[name] = {"path": str(path), "class": type(model).__name__, "kind": kind, "expected": outputs_of(student, kind)}
+    torch.save(tasks, folder / "tasks.pt")
+    subprocess.run([sys.executable, Path(__file__).with_name("zoo_elsewhere.py"), folder], check=True)
+    results: dict[str, Any] = torch.load(folder / "results.pt")
+    return results
+
+
+@every
+def test_loaded_elsewhere_with_the_code_it_brings(name: str, elsewhere: dict[str, Any], record_property: Record) -> None:
+    record_property("family", (name, "remote code"))
+    assert elsewhere[name] == ""
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
