@@ -42,7 +42,12 @@ BART: dict[str, Any] = {
     "encoder_ffn_dim": 12,
     "decoder_ffn_dim": 12,
 }
-T5GEMMA: dict[str, Any] = {**GROUPED, "head_dim": 4, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+T5GEMMA: dict[str, Any] = {
+    **GROUPED,
+    "head_dim": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 4,
+}
 
 Counts = tuple[int, int] | None
 HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
@@ -54,8 +59,18 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
         "text",
         (2, 2),
     ),
-    "ctrl": ("CTRLLMHeadModel", {"vocab_size": 60, "n_positions": 64, "n_embd": 16, "dff": 12, "n_layer": 2, "n_head": 4}, "text", (2, 2)),
-    "openai-gpt": ("OpenAIGPTLMHeadModel", {"vocab_size": 60, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}, "text", (2, 2)),
+    "ctrl": (
+        "CTRLLMHeadModel",
+        {"vocab_size": 60, "n_positions": 64, "n_embd": 16, "dff": 12, "n_layer": 2, "n_head": 4},
+        "text",
+        (2, 2),
+    ),
+    "openai-gpt": (
+        "OpenAIGPTLMHeadModel",
+        {"vocab_size": 60, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4},
+        "text",
+        (2, 2),
+    ),
     "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", {**GROUPED, "head_dim": 4}, "text", (2, 2)),
     "ernie4_5": ("Ernie4_5ForCausalLM", {**GROUPED, "head_dim": 4, "use_bias": True}, "text", (2, 2)),
     "modernbert-decoder": (
@@ -74,26 +89,61 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
     ),
     "minicpm3": (
         "MiniCPM3ForCausalLM",
-        {**TEXT, "num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4},
+        {
+            **TEXT,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 6,
+            "q_lora_rank": 6,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 4,
+        },
         "text",
         (2, 2),
     ),
-    "mamba": ("MambaForCausalLM", {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, "text", None),
+    "mamba": (
+        "MambaForCausalLM",
+        {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+        "text",
+        None,
+    ),
     # encoders
     "layoutlmv3": (
         "LayoutLMv3Model",
-        {**TEXT, "max_2d_position_embeddings": 64, "coordinate_size": 3, "shape_size": 2, "input_size": 8, "patch_size": 4, "rel_pos_bins": 8, "rel_2d_pos_bins": 8},
+        {
+            **TEXT,
+            "max_2d_position_embeddings": 64,
+            "coordinate_size": 3,
+            "shape_size": 2,
+            "input_size": 8,
+            "patch_size": 4,
+            "rel_pos_bins": 8,
+            "rel_2d_pos_bins": 8,
+        },
         "page",
         (2, 2),
     ),
     "lilt": ("LiltModel", {**TEXT, "max_2d_position_embeddings": 64, "channel_shrink_ratio": 2}, "boxes", (4, 4)),
     "bros": ("BrosModel", TEXT, "corners", (2, 2)),
-    "nystromformer": ("NystromformerModel", {**TEXT, "num_landmarks": 3, "segment_means_seq_len": 9, "conv_kernel_size": 3}, "text", (2, 2)),
+    "nystromformer": (
+        "NystromformerModel",
+        {**TEXT, "num_landmarks": 3, "segment_means_seq_len": 9, "conv_kernel_size": 3},
+        "text",
+        (2, 2),
+    ),
     "luke": ("LukeModel", {**TEXT, "entity_vocab_size": 20, "entity_emb_size": 8}, "entities", (2, 2)),
     "canine": ("CanineModel", {**TEXT, "local_transformer_stride": 16, "num_hash_buckets": 64}, "characters", (4, 4)),
     "perceiver": (
         "PerceiverModel",
-        {"num_latents": 6, "d_latents": 16, "d_model": 16, "num_blocks": 1, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
+        {
+            "num_latents": 6,
+            "d_latents": 16,
+            "d_model": 16,
+            "num_blocks": 1,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+        },
         "features",
         (3, 3),
     ),
@@ -116,7 +166,13 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
     ),
     "led": (
         "LEDForConditionalGeneration",
-        {**BART, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4, "pad_token_id": 1},
+        {
+            **BART,
+            "max_encoder_position_embeddings": 64,
+            "max_decoder_position_embeddings": 64,
+            "attention_window": 4,
+            "pad_token_id": 1,
+        },
         "seq2seq",
         (6, 4),
     ),
@@ -133,10 +189,24 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
         "series",
         (6, 4),
     ),
-    "t5gemma": ("T5GemmaForConditionalGeneration", {"encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": 60}, "seq2seq", (6, 4)),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration",
+        {"encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": 60},
+        "seq2seq",
+        (6, 4),
+    ),
     "pop2piano": (
         "Pop2PianoForConditionalGeneration",
-        {"vocab_size": 60, "composer_vocab_size": 4, "d_model": 16, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8},
+        {
+            "vocab_size": 60,
+            "composer_vocab_size": 4,
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 12,
+            "num_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 8,
+        },
         "piano",
         (6, 4),
     ),
@@ -156,21 +226,42 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
         (6, 4),
     ),
     # images
-    "aimv2": ("Aimv2Model", {"text_config": {**TEXT, "eos_token_id": 3}, "vision_config": IMAGE, "projection_dim": 8}, "clip", (4, 4)),
+    "aimv2": (
+        "Aimv2Model",
+        {"text_config": {**TEXT, "eos_token_id": 3}, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+        (4, 4),
+    ),
     "owlvit": ("OwlViTModel", {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 8}, "clip", (4, 4)),
     "vitdet": (
         "VitDetModel",
-        {**{k: v for k, v in IMAGE.items() if k != "intermediate_size"}, "mlp_ratio": 1, "pretrain_image_size": 8, "use_relative_position_embeddings": True},
+        {
+            **{k: v for k, v in IMAGE.items() if k != "intermediate_size"},
+            "mlp_ratio": 1,
+            "pretrain_image_size": 8,
+            "use_relative_position_embeddings": True,
+        },
         "image",
         (2, 2),
     ),
     "timesformer": ("TimesformerModel", {**IMAGE, "num_frames": 2}, "video", (4, 2)),
-    "segformer": ("SegformerModel", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [2, 2, 4, 4]}, "picture", (4, 4)),
+    "segformer": (
+        "SegformerModel",
+        {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [2, 2, 4, 4]},
+        "picture",
+        (4, 4),
+    ),
     "convnext": ("ConvNextModel", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}, "picture", None),
     # sound
     "wav2vec2-bert": (
         "Wav2Vec2BertModel",
-        {**{k: TEXT[k] for k in TEXT if k != "max_position_embeddings"}, "feature_projection_input_dim": 8, "conv_depthwise_kernel_size": 3, "apply_spec_augment": False, "layerdrop": 0.0},
+        {
+            **{k: TEXT[k] for k in TEXT if k != "max_position_embeddings"},
+            "feature_projection_input_dim": 8,
+            "conv_depthwise_kernel_size": 3,
+            "apply_spec_augment": False,
+            "layerdrop": 0.0,
+        },
         "filterbanks",
         (2, 4),
     ),

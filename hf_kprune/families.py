@@ -455,7 +455,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ffn="mlp", untouched=("layer.1.mlp.router", "layer.1.mlp.experts", "layer.2.mlp.router", "layer.2.mlp.experts")
     ),
     "t5": _t5(),
-    "umt5": _t5(core=("y", None), returns="y"),
+    "umt5": _t5(core=("y", None), returns="y", uniform={"ffn": "d_ff"}),
     # images
     "beit": (
         replace(
@@ -509,9 +509,9 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "metaclip_2_text_model": (_CLIP,),
     "metaclip_2_vision_model": (_CLIP_VISION,),
     "siglip2_text_model": (_CLIP,),
-    "siglip2_vision_model": (replace(_CLIP, mask="pixel_attention_mask"),),
+    "siglip2_vision_model": (replace(_CLIP, mask="pixel_attention_mask", uniform={}),),  # its head has an FFN of that size too
     "siglip_text_model": (_CLIP,),
-    "siglip_vision_model": (_CLIP_VISION,),
+    "siglip_vision_model": (replace(_CLIP_VISION, uniform={}),),
     # sound
     "audio-spectrogram-transformer": (_VIT,),
     "data2vec-audio": (_WAV2VEC2,),

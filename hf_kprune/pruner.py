@@ -29,7 +29,16 @@ from .methods import METHODS
 from .report import PruningReport, SublayerReport
 from .rows import draw_rows
 from .search import TOLERANCE, uniform_search
-from .sublayers import check_model, cut, find_sublayers, uniform_names, with_own_tables, write_plan, write_stock_config
+from .sublayers import (
+    check_model,
+    cut,
+    find_sublayers,
+    uniform_choices,
+    uniform_names,
+    with_own_tables,
+    write_plan,
+    write_stock_config,
+)
 from .version import versions
 
 
@@ -166,7 +175,8 @@ class KPrunePruner:
                 with self._phase("search"):
                     scores = [method.score(s) for s in statistics]
                     if args.uniform and not terms.fixed:
-                        left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:]
+                        allowed = [uniform_choices(s) for s in sublayers[i:]]
+                        left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:], allowed
                         terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
                         budget = terms.remaining(spent, i)
                     masks = method.search(scores, terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:])

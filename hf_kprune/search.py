@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -79,6 +80,7 @@ def uniform_search(
     minimum: Sequence[int],
     multiple: Sequence[int],
     alike: Sequence[Hashable],
+    allowed: Sequence[Sequence[int] | None],
 ) -> list[int]:
     """How many units each sublayer keeps if those named alike keep equally many: the best such plan within `budget`.
 
@@ -92,6 +94,10 @@ def uniform_search(
         minimum: equal in alike sublayers;
         multiple: equal in alike sublayers.
         alike: A name for each sublayer.
+        allowed: Numbers that a sublayer may keep; None: any.
+
+    Raises:
+        ValueError: If no allowed plan is within the budget.
     """
     members: dict[Hashable, list[int]] = {}
     for i, name in enumerate(alike):
@@ -102,8 +108,29 @@ def uniform_search(
         ranked = (costs[i] * scores[i].cpu().double().sort(descending=True).values for i in same)
         joint_scores.append(torch.stack(list(ranked)).sum(0) / joint_costs[-1])
     first = [same[0] for same in members.values()]
-    masks = threshold_search(joint_scores, joint_costs, budget, [minimum[i] for i in first], [multiple[i] for i in first])
-    kept = {name: int(mask.sum()) for name, mask in zip(members, masks, strict=True)}
+    bound = {g: [n for n in told if n >= minimum[i]] for g, i in enumerate(first) if (told := allowed[i]) is not None}
+    free = [g for g in range(len(first)) if g not in bound]
+    best, most = None, -1.0
+    for counts in itertools.product(*bound.values()):
+        plan = dict(zip(bound, counts, strict=True))
+        left = budget * (1 + TOLERANCE) - sum(joint_costs[g] * n for g, n in plan.items())
+        if left < sum(joint_costs[g] * minimum[first[g]] for g in free):
+            continue
+        if free:
+            masks = threshold_search(
+                [joint_scores[g] for g in free],
+                [joint_costs[g] for g in free],
+                left,
+                [minimum[first[g]] for g in free],
+                [multiple[first[g]] for g in free],
+            )
+            plan |= {g: int(mask.sum()) for g, mask in zip(free, masks, strict=True)}
+        worth = sum(joint_costs[g] * float(joint_scores[g][:n].sum()) for g, n in plan.items())
+        if worth > most:
+            best, most = plan, worth
+    if best is None:
+        raise ValueError(f"no uniform plan costs at most {budget:.6g}")
+    kept = {name: best[g] for g, name in enumerate(members)}
     return [kept[name] for name in alike]
 
 

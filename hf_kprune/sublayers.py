@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -468,17 +469,37 @@ def uniform_names(sublayers: Sequence[Sublayer], heads: bool, ffn: bool) -> list
     return names
 
 
+def uniform_choices(sublayer: Sublayer) -> list[int] | None:
+    """Numbers of heads that the stock config accepts (many want a divisor of the hidden size); None for an FFN."""
+    if sublayer.kind == "ffn":
+        return None
+    accepted = []
+    for units in range(1, sublayer.num_units + 1):
+        config = copy.deepcopy(sublayer.owner.config)
+        _set_stock_size(config, sublayer, units)
+        try:
+            type(config).from_dict(config.to_dict())
+        except (ValueError, StrictDataclassError):
+            continue
+        accepted.append(units)
+    return accepted
+
+
+def _set_stock_size(config: Any, sublayer: Sublayer, units: int) -> None:
+    names, unit = sublayer.stack.uniform, sublayer.unit
+    if sublayer.kind == "ffn" and "ffn" in names:
+        setattr(config, names["ffn"], units)
+    elif sublayer.kind == "attention" and "heads" in names:
+        setattr(config, sublayer.stack.head_dim, unit.head_dim)
+        setattr(config, names["heads"], units * unit.q // unit.head_dim)
+        if "kv_heads" in names and not unit.strided:
+            setattr(config, names["kv_heads"], units * unit.kv // unit.head_dim)
+
+
 def write_stock_config(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
     """Write the sizes of `sublayers`, alike in all layers, where the stock config has them; nothing else is needed then."""
     for s in sublayers:
-        config, names, unit = s.owner.config, s.stack.uniform, s.unit
-        if s.kind == "ffn" and "ffn" in names:
-            setattr(config, names["ffn"], s.num_units)
-        elif s.kind == "attention" and "heads" in names:
-            setattr(config, s.stack.head_dim, unit.head_dim)
-            setattr(config, names["heads"], s.num_units * unit.q // unit.head_dim)
-            if "kv_heads" in names and not unit.strided:
-                setattr(config, names["kv_heads"], s.num_units * unit.kv // unit.head_dim)
+        _set_stock_size(s.owner.config, s, s.num_units)
         for module in s.layer.modules():
             view = module.__dict__.get("config")
             if hasattr(view, "kprune_config"):

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODEL_TYPES, classes, collate, logits, masked, rows, tiny
+from conftest import MODEL_TYPES, classes, logits, masked, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.families import FAMILIES
-from hf_kprune.hooks import State, resumed, run_sublayer, run_to_top
 from hf_kprune.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices, write_plan
 
 

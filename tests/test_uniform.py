@@ -103,21 +103,25 @@ def test_what_the_config_cannot_say_is_refused_and_ffn_alone_is_offered(tmp_path
 def test_the_uniform_plan_is_the_best_one() -> None:
     """Against every pair of head and neuron counts."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for trial in range(20):
         scores = [torch.rand(n, generator=generator) for n in (4, 12, 4, 12)]
         costs, alike = [7.0, 2.0, 7.0, 2.0], ["heads", "ffn", "heads", "ffn"]
         budget = float(torch.rand(1, generator=generator)) * 104
         if budget < 18:
             continue
-        made = uniform_search(scores, costs, budget, [1] * 4, [1] * 4, alike)
+        allowed = [None, None, None, None] if trial % 2 else [[1, 2, 4], None, [1, 2, 4], None]
+        made = uniform_search(scores, costs, budget, [1] * 4, [1] * 4, alike, allowed)
         assert made[0] == made[2]
         assert made[1] == made[3]
 
         def worth(h: int, f: int, scores: list[torch.Tensor] = scores, costs: list[float] = costs) -> float:
             kept = (h, f, h, f)
-            return float(sum(c * s.sort(descending=True).values[:k].sum() for s, c, k in zip(scores, costs, kept, strict=True)))
+            return float(
+                sum(c * s.sort(descending=True).values[:k].sum() for s, c, k in zip(scores, costs, kept, strict=True))
+            )
 
-        every = itertools.product(range(1, 5), range(1, 13))
+        every = itertools.product(allowed[0] or range(1, 5), range(1, 13))
+        assert allowed[0] is None or made[0] in allowed[0]
         best = max(worth(h, f) for h, f in every if 14 * h + 4 * f <= budget)
         assert 14 * made[0] + 4 * made[1] <= budget
         assert worth(made[0], made[1]) >= 0.9 * best  # greedy: exact but for what is left of the budget

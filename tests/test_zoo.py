@@ -218,6 +218,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 @every
 def test_loaded_elsewhere_with_the_code_it_brings(name: str, elsewhere: dict[str, Any], record_property: Record) -> None:
     record_property("family", (name, "remote code"))
+    if elsewhere[name] == "no Auto class has it":
+        pytest.skip(f"{ZOO[name][0]} is in no Auto table of transformers")
     assert elsewhere[name] == ""
 
 
