@@ -16,6 +16,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .families import Block, Stack, register_family
+from .legacy import from_legacy
 from .pruner import KPrunePruner
 from .report import PruningReport, SublayerReport
 from .version import __version__
@@ -37,6 +38,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
     "__version__",
+    "from_legacy",
     "register_family",
 ]
 

@@ -107,6 +107,11 @@ class Batch:
         """Rows in the batch, which may be several sequences each (multiple choice)."""
         return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
 
+    def tokens(self, stack: str, like: Tensor) -> Tensor:
+        """Which tokens of `like`, (B, T, ...), in that stack are real; some models (Longformer) pad further by themselves."""
+        valid = self.valid[stack]
+        return torch.nn.functional.pad(valid, (0, like.shape[1] - valid.shape[1]))
+
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop`."""
         samples = self.samples
@@ -234,7 +239,7 @@ class Calibration:
                 for position in range(len(sublayers)):
                     state = run_sublayer(model, batch.inputs, sublayers, position, state).above
                 for name, top in expected.inputs.items():
-                    valid = batch.valid[name]
+                    valid = batch.tokens(name, top)
                     error, size = (state.inputs[name] - top)[valid].abs().max(), top[valid].abs().max()
                     if error > 1e-3 * size:
                         raise UnsupportedArchitectureError(
@@ -293,8 +298,10 @@ class Calibration:
                         reached = run_to_top(student, part.inputs, sublayers) if chunk else None
                         outputs = student(**part.inputs, return_dict=True) if reached is None else None
                     for place, a in features.items():
-                        valid = part.valid[targets[place].stack_name].unsqueeze(-1)
-                        energy[place] += by_token(a.detach(), valid).float().square().mul(valid).sum((0, 1))
+                        name = targets[place].stack_name
+                        a = by_token(a.detach(), part.valid[name].unsqueeze(-1))
+                        valid = part.tokens(name, a)
+                        energy[place] += a.float().square().mul(valid.unsqueeze(-1)).sum((0, 1))
                         tokens[place] += valid.sum()
                     if loss is None:
                         continue
@@ -395,7 +402,7 @@ class Calibration:
             for i, batch in enumerate(self.batches):
                 told = run_sublayer(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i])
                 tap = run_sublayer(student, batch.inputs, sublayers, position, streams[i])
-                valid = batch.valid[sublayer.stack_name]
+                valid = batch.tokens(sublayer.stack_name, told.output)
                 reference = (told.stream + told.output)[valid]
                 equations.add(tap.features[valid], reference - tap.stream[valid], reference, self.dtype)
                 teacher_streams[i] = told.above

@@ -1,4 +1,4 @@
-"""The command line: `hf-kprune prune`, `hf-kprune plan`, `hf-kprune inspect`. docs/cli.md has examples.
+"""The command line: `hf-kprune prune`, `hf-kprune plan`, `hf-kprune inspect`, `hf-kprune convert`. docs/cli.md has examples.
 
 What the user got wrong ends in one line on stderr and exit code 2, Ctrl-C in 130; anything else is a bug and keeps its
 traceback.
@@ -26,8 +26,10 @@ from transformers.utils import cached_file, logging
 
 from .arguments import KPruneArguments
 from .calibration import together
+from .checkpoint import save_atomically
 from .cost import model_size
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
+from .legacy import from_legacy
 from .loading import load_model, load_tokenizer, model_class
 from .modeling_kprune import HOW_TO_LOAD
 from .pruner import KPrunePruner
@@ -219,7 +221,7 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
 def prune(data: DataArguments, args: KPruneArguments) -> None:
     path = args.check_output_dir()
     pruner = make_pruner(data, args)
-    say, name = pruner.accelerator.print, type(pruner.model).__name__
+    say = pruner.accelerator.print
     dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
     report = pruner.prune()
     push, args.push_to_hub = args.push_to_hub, False
@@ -231,11 +233,16 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         say("| evaluation | dense | pruned |\n| --- | ---: | ---: |")
         figures = [key for key in dense if isinstance(dense[key], float) and not key.endswith(("_per_second", "time"))]
         say("\n".join(f"| {key} | {dense[key]:.4f} | {pruned[key]:.4f} |" for key in figures) + "\n")
-    say(f"The pruned model is in {path}. To load it:\n\n    import hf_kprune\n    from transformers import {name}\n")
-    say(f"    model = {name}.from_pretrained({path!r})\n")
+    say(how_to_load(path, pruner.model))
     if push:
         with trying("push to the Hub"):
             pruner.push_to_hub()
+
+
+def how_to_load(path: str, model: PreTrainedModel) -> str:
+    name = type(model).__name__
+    imports = f"    import hf_kprune\n    from transformers import {name}\n"
+    return f"The pruned model is in {path}. To load it:\n\n{imports}\n    model = {name}.from_pretrained({path!r})\n"
 
 
 def plan(data: DataArguments, args: KPruneArguments) -> None:
@@ -272,10 +279,21 @@ def inspect(name: str) -> None:
         print("\n" + PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0])
 
 
+def convert(old: str, new: str) -> None:
+    args = KPruneArguments(output_dir=new)
+    path = args.check_output_dir()
+    with trying(f"load the model {old!r}"):
+        model, tokenizer = from_legacy(old), load_tokenizer(old)
+    with trying(f"write to {path!r}"):
+        save_atomically(model, path, args.max_shard_size, lambda folder: tokenizer and tokenizer.save_pretrained(folder))
+    print(how_to_load(path, model))
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-kprune", description="Prune Transformers models without retraining (K-prune).")
     parser.add_argument("--version", action="version", version=f"hf-kprune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{prune,plan,inspect}", parser_class=CommandParser)
+    names = "{prune,plan,inspect,convert}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=CommandParser)
     usage = "%(prog)s --model_name_or_path MODEL (--dataset_name NAME | --dataset_file FILE) [options]"
     types = (DataArguments, KPruneArguments)
     text = "Prune a model, save it to --output_dir and print what was done."
@@ -285,6 +303,10 @@ def make_parser() -> argparse.ArgumentParser:
     text = "Print the sizes of a dense or pruned model, layer by layer, without loading its weights."
     command = commands.add_parser("inspect", help=text, description=text)
     command.add_argument("model_name_or_path", help="A directory or a name on the Hub.")
+    text = "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can load it."
+    command = commands.add_parser("convert", help=text, description=text)
+    command.add_argument("old", help="The old checkpoint: a directory or a name on the Hub.")
+    command.add_argument("new", help="Directory to write to.")
     return parser
 
 
@@ -296,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ArgumentError(f"no such options: {' '.join(unknown)}; see hf-kprune {options.command} --help")
         if options.command == "inspect":
             inspect(options.model_name_or_path)
+        elif options.command == "convert":
+            convert(options.old, options.new)
         else:
             data, args = ({f.name: getattr(options, f.name) for f in fields(t)} for t in (DataArguments, KPruneArguments))
             (prune if options.command == "prune" else plan)(DataArguments(**data), KPruneArguments(**args))

@@ -86,11 +86,12 @@ def planned(name: str, model_class: Any, config: Any, new_heads: bool, where: di
             f"more than heads and neurons (biases, projections) or are named otherwise cannot be read"
         )
     expected = {key: list(value.shape) for key, value in dense.state_dict().items()}
-    found = {**expected, **{key: list(shape) for key, shape, _ in info["mismatched_keys"]}}
+    found = {key: list(shape) for key, shape in expected.items()}
+    found |= {key: list(shape) for key, shape, _ in info["mismatched_keys"]}
     gone = heads_gone(name, sublayers)
     for s in sublayers:
-        narrow(f"{name}: layer {s.index} of {s.stack.layers}", s, gone[id(s.owner)].get(s.index, set()), found, expected, paths)
-    wrong = [key for key, shape in found.items() if shape != expected.get(key) and not (new_heads and not key.startswith(inside))]
+        narrow(name, s, paths[id(s.layer)], gone[id(s.owner)].get(s.index, set()), found, expected)
+    wrong = [key for key, shape in found.items() if shape != expected.get(key) and (key.startswith(inside) or not new_heads)]
     if wrong:
         key = min(wrong)
         raise CheckpointError(
@@ -127,42 +128,39 @@ def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, 
 
 
 def narrow(
-    where: str,
-    s: Sublayer,
-    gone: set[int],
-    found: dict[str, list[int]],
-    expected: dict[str, list[int]],
-    paths: dict[int, str],
+    name: str, s: Sublayer, layer: str, gone: set[int], found: dict[str, list[int]], expected: dict[str, list[int]]
 ) -> None:
     """Write into the plan of `s` how many units its output projection has in `found`, and into `expected` what follows.
 
     Args:
-        where: Its layer, for messages.
+        name: Of the checkpoint.
         s: A sublayer of the dense model.
+        layer: Path of its layer.
         gone: Heads that its layer lost.
         found: Shapes of the tensors in the weight files.
         expected: Those of the dense model.
-        paths: Of the modules by identity.
     """
-    layer = paths[id(s.layer)]
     turned = kind_of(s.output) != "linear"  # the weight is (in, out)
     columns = found[f"{layer}.{s.block.output}.weight"][0 if turned else 1]
     units, rest = divmod(columns, s.unit_width)
     if rest or units > s.plan["of"]:
         raise CheckpointError(
-            f"{where}: {s.block.output} has {columns} columns, expected at most {s.plan['of']} times {s.unit_width}"
+            f"{name}: {layer}.{s.block.output} has {columns} columns in the weight files, expected a multiple of "
+            f"{s.unit_width} and at most {s.plan['of'] * s.unit_width}"
         )
     if s.kind != "ffn":
-        left = [head for head in range(s.plan["of"] * s.plan["heads"]) if s.kind == "cross_attention" or head not in gone]
+        left = [head for head in range(s.plan["of"] * s.plan["heads"]) if head not in gone]
         if len(left) != units * s.plan["heads"]:
             raise CheckpointError(
-                f"{where}: pruned_heads leaves {len(left)} heads of {s.kind}, the weight files hold {units * s.plan['heads']}"
+                f"{name}: pruned_heads leaves {len(left)} heads in {layer} ({s.kind}), the weight files hold "
+                f"{units * s.plan['heads']}"
             )
         for _, heads in s.plan["select"].values():
             heads[s.index] = left
     s.plan["kept"][s.index] = units
     expected[f"{layer}.{s.block.output}.weight"][0 if turned else 1] = columns
     for path, (width, fixed) in s.plan["rows"].items():
-        for name in ("weight", "bias") if has(s.layer, path) else ():
-            if (shape := expected.get(f"{layer}.{path}.{name}")) is not None:
-                shape[1 if name == "weight" and kind_of(s.layer.get_submodule(path)) != "linear" else 0] = units * width + fixed
+        for tensor in ("weight", "bias") if has(s.layer, path) else ():
+            if (shape := expected.get(f"{layer}.{path}.{tensor}")) is not None:
+                across = tensor == "weight" and kind_of(s.layer.get_submodule(path)) != "linear"
+                shape[int(across)] = units * width + fixed

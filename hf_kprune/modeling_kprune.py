@@ -37,6 +37,7 @@ HOW_TO_LOAD = (
     "trust_remote_code=True to an AutoModel class"
 )
 MISFIT = "the plan in config.json (kprune) and the weight files do not belong together"
+LEGACY = "its heads were pruned by an older transformers (pruned_heads in config.json): load it with hf_kprune.from_legacy"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -397,6 +398,8 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
         if not isinstance(config, PreTrainedConfig):
             config = PreTrainedConfig.get_config_dict(config, **kwargs)[0]
         if not is_pruned(config):
+            if (config if isinstance(config, dict) else config.to_dict()).get("pruned_heads"):
+                raise CheckpointError(f"{name}: {LEGACY}") from error
             raise
         raise CheckpointError(f"{name}: {MISFIT}, see the table above") from error
     stacks = []
