@@ -78,6 +78,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         raise ArgumentError(f"pooling is 'pooler', which {type(model).__name__} lacks here; expected mean, cls or none")
 
     def embedding(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        if "last_hidden_state" not in student and "text_embeds" in student:
+            return towers(student, teacher, valid)
         return embedding_loss(student, teacher, valid, pooling)
 
     def towers(student: Any, teacher: Any, valid: Tensor) -> Tensor:
@@ -105,6 +107,7 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         "MODEL_FOR_CTC": lambda: ("speech recognition by CTC", per_token),
         "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION": lambda: ("audio frame classification", per_token),
         "MODEL_FOR_IMAGE_CLASSIFICATION": sequence,
+        "MODEL_FOR_VIDEO_CLASSIFICATION": sequence,
         "MODEL_FOR_AUDIO_CLASSIFICATION": sequence,
         "MODEL_FOR_MULTIPLE_CHOICE": lambda: ("multiple choice", divergence),
         "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: ("next sentence prediction", divergence),
@@ -115,7 +118,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
     }
     for cls in type(model).__mro__:
         for table, choose in heads.items():
-            if cls.__name__ in getattr(modeling_auto, f"{table}_MAPPING_NAMES").values():
+            listed = getattr(modeling_auto, f"{table}_MAPPING_NAMES").values()
+            if any(cls.__name__ in ((name,) if isinstance(name, str) else name) for name in listed):
                 return choose()
     raise UnsupportedModelError(
         f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "

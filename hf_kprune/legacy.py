@@ -110,7 +110,7 @@ def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, 
     for owner in {id(s.owner): s.owner for s in sublayers}.values():
         entry = getattr(owner.config, "pruned_heads", None) or {}
         try:
-            gone = {int(layer): {int(head) for head in heads} for layer, heads in entry.items()}
+            gone = {int(layer): {int(head) for head in heads} for layer, heads in entry.items() if heads}
         except (AttributeError, TypeError, ValueError):
             raise CheckpointError(f"{name}: pruned_heads is {entry!r}, expected a list of heads for each layer") from None
         attentions = [s for s in sublayers if s.owner is owner and s.kind != "ffn"]
