@@ -145,6 +145,7 @@ def test_the_cache_is_as_large_as_told(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 @pytest.mark.parametrize("name", [n for n in ("llama", "opt") if n in ZOO])
 def test_compiled_generates_the_same_tokens(name: str) -> None:
     model, kind = make(name), ZOO[name][2]
