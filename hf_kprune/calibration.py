@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -190,6 +191,7 @@ class Calibration:
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
 
+    @cached_property
     def lengths(self) -> dict[str, float]:
         """Mean tokens of a sequence in each stack, over all processes."""
         names = list(dict.fromkeys(s.stack_name for s in self.sublayers))
@@ -214,6 +216,18 @@ class Calibration:
             raise CalibrationError(
                 "the processes drew different calibration rows; give all of them the whole dataset, it is shared out here"
             )
+
+    def check_enough_tokens(self) -> None:
+        """Raise `CalibrationError` if there are fewer tokens in a stack than weights that each must determine."""
+        for sublayer in self.sublayers if self.args.tune else ():
+            tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
+            columns = sublayer.weight.shape[1]
+            if tokens < columns:
+                raise CalibrationError(
+                    f"{tokens} calibration tokens (in {len(self.rows.rows)} rows) are fewer than the {columns} columns of "
+                    f"{sublayer.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
+                    "or give more rows"
+                )
 
     def agree(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors of the main process, on every process."""
@@ -335,10 +349,9 @@ class Calibration:
         for target, e in zip(targets, energy, strict=True):  # all before the gradients, which carry NaN downwards
             self.check_finite(target, (e,))
         measured = []
-        lengths = self.lengths()
         for target, e, g, g2, count in zip(targets, energy, total, square, tokens.tolist(), strict=True):
             self.check_finite(target, (g, g2))
-            cost, weight = target.unit_flops(lengths), target.weight
+            cost, weight = target.unit_flops(self.lengths), target.weight
             measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(count), int(samples)))
         return measured
 

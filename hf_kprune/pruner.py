@@ -21,7 +21,7 @@ from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .cost import BudgetTerms, model_size, peak_memory
-from .errors import ArgumentError, CalibrationError
+from .errors import ArgumentError
 from .heads import KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
 from .loading import load_model, load_tokenizer
@@ -151,7 +151,7 @@ class KPrunePruner:
         """K-prune: for each sublayer, bottom to top, measure knowledge, search a mask (KPMS), tune weights (KPWT)."""
         args, method = self.args, METHODS[self.args.method](self.args)
         sublayers, references = (find_sublayers(model, args.head_unit) for model in (student, teacher))
-        terms = BudgetTerms(sublayers, args, calibration.lengths())
+        terms = BudgetTerms(sublayers, args, calibration.lengths)
         alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn) if args.uniform else []
         spent, flops = 0.0, terms.total
         with self._phase("measure"):
@@ -223,11 +223,12 @@ class KPrunePruner:
             check_model(model)
             with together(self.accelerator):
                 calibration = self._calibration(model, calibration_dataset)
-                lengths = calibration.lengths()
-                terms = BudgetTerms(find_sublayers(model, args.head_unit), args, lengths)
-                if args.uniform:
-                    uniform_names(terms.sublayers, args.prune_heads, args.prune_ffn)
             calibration.check_same_rows()
+            lengths = calibration.lengths  # summed over processes, so what follows is the same on all of them
+            calibration.check_enough_tokens()
+            terms = BudgetTerms(find_sublayers(model, args.head_unit), args, lengths)
+            if args.uniform:
+                uniform_names(terms.sublayers, args.prune_heads, args.prune_ffn)
             if self.compute_loss is not None:
                 name, loss = "custom", self.compute_loss
             else:
@@ -279,17 +280,7 @@ class KPrunePruner:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         count = tokens_of(model, self.data_collator, self.processing_class, self.accelerator.device)
         rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None, count)
-        calibration = Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args, count)
-        lengths = calibration.lengths()
-        for sublayer in find_sublayers(model, self.args.head_unit) if self.args.tune else ():
-            tokens, columns = round(lengths[sublayer.stack_name] * rows.sequences), sublayer.weight.shape[1]
-            if tokens < columns:
-                raise CalibrationError(
-                    f"{tokens} calibration tokens (in {len(rows.rows)} rows) are fewer than the {columns} columns of "
-                    f"{sublayer.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
-                    "or give more rows"
-                )
-        return calibration
+        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args, count)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
