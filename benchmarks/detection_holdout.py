@@ -8,7 +8,21 @@ counts in each model. An acceptance is judged by what detection does not share: 
 
 from __future__ import annotations
 
+import copy
+import inspect
+import tempfile
+import warnings
 from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from hf_kprune import UnsupportedArchitectureError
+from hf_kprune.detect import describe
+from hf_kprune.sublayers import cut, find_sublayers, write_plan
 
 
 TEXT: dict[str, Any] = {
@@ -282,3 +296,179 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
         (2, 4),
     ),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models and their inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make(model_type: str, seed: int) -> PreTrainedModel:
+    """A tiny random model, with biases and norms away from their initial values too."""
+    class_name, config, _, _ = HOLDOUT[model_type]
+    torch.manual_seed(seed)
+    model = getattr(transformers, class_name)(AutoConfig.for_model(model_type, **config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def inputs_for(model: PreTrainedModel, kind: str, seed: int, batch: int, longer: int) -> dict[str, Any]:
+    """Random inputs; texts are `longer` by so many tokens, and the second sample is padded."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    def text(length: int, prefix: str = "") -> dict[str, Tensor]:
+        ids = torch.randint(4, 60, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, -2:] = 0
+        return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+
+    made: dict[str, Any]
+    length = 9 + longer
+    if kind in ("text", "characters"):
+        made = text(length if kind == "text" else 32 + 16 * longer)
+    elif kind in ("page", "boxes"):
+        corners = torch.randint(0, 30, (batch, length, 2), generator=generator)
+        made = {**text(length), "bbox": torch.cat([corners, corners + 10], -1)}
+        made |= {"pixel_values": noise(3, 8, 8)} if kind == "page" else {}
+    elif kind == "corners":
+        made = {**text(length), "bbox": torch.rand(batch, length, 8, generator=generator)}
+    elif kind == "entities":
+        places = torch.tensor([[0, 1, -1], [3, -1, -1]]).expand(batch, 2, 3)
+        made = {**text(length), "entity_ids": torch.ones(batch, 2).long(), "entity_position_ids": places}
+    elif kind == "features":
+        made = {"inputs": noise(length, 16)}
+    elif kind == "seq2seq":
+        made = {**text(length), **text(6 + longer, "decoder_")}
+    elif kind == "series":
+        config = model.config
+        past = config.context_length + max(config.lags_sequence)
+        made = {
+            "past_values": noise(past),
+            "past_time_features": noise(past, 2),
+            "past_observed_mask": torch.ones(batch, past),
+            "future_values": noise(config.prediction_length),
+            "future_time_features": noise(config.prediction_length, 2),
+        }
+    elif kind == "piano":
+        made = {"input_features": noise(length, 16), **text(6 + longer, "decoder_")}
+    elif kind == "speech":
+        made = {"input_values": noise(3000 + 400 * longer), **text(6 + longer, "decoder_")}
+    elif kind == "waves":
+        made = {"input_values": noise(400 + 100 * longer)}
+    elif kind == "filterbanks":
+        made = {"input_features": noise(length, 8)}
+    elif kind == "clip":
+        made = {**text(length), "pixel_values": noise(3, 8, 8)}
+    elif kind == "image":
+        made = {"pixel_values": noise(3, 8, 8)}
+    elif kind == "video":
+        made = {"pixel_values": noise(2, 3, 8, 8)}
+    else:
+        made = {"pixel_values": noise(3, 64, 64)}
+    takes = inspect.signature(model.forward).parameters
+    return {**{k: v for k, v in made.items() if k in takes}, **({"use_cache": False} if "use_cache" in takes else {})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def outputs_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Tensor]:
+    """Every float tensor that the model returns."""
+
+    def tensors(value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value] if value.is_floating_point() else []
+        parts = value.values() if hasattr(value, "values") else value if isinstance(value, (list, tuple)) else ()
+        return [tensor for part in parts for tensor in tensors(part)]
+
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return tensors(model(**inputs))
+
+
+def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, Any], counts: Counts) -> str:
+    """What is wrong with an acceptance, `""` if nothing: counts by hand, then cut and masked with other weights and data."""
+    for path, module in accepted.named_modules():
+        if "kprune_family" in vars(module):
+            model.get_submodule(path).__dict__["kprune_family"] = vars(module)["kprune_family"]
+    sublayers = find_sublayers(model)
+    ffns = sum(s.kind == "ffn" for s in sublayers)
+    if counts is None:
+        return "has nothing that may be pruned"
+    if (len(sublayers) - ffns, ffns) != counts:
+        return f"{len(sublayers) - ffns} attentions and {ffns} FFNs, there are {counts[0]} and {counts[1]}"
+    dense = outputs_of(model, inputs)
+    for draw in range(8):
+        generator = torch.Generator().manual_seed(draw)
+        kept = [torch.rand(s.num_units, generator=generator) < (0.3, 0.7)[draw % 2] for s in sublayers]
+        hooks = []
+        for s, keep in zip(sublayers, kept, strict=True):
+            d = s.unit.head_dim
+            if s.unit.strided:
+                columns = keep.view(1, -1, 1).expand(s.unit.q // d, -1, d).flatten().float()
+            else:
+                columns = keep.repeat_interleave(s.unit.q).float()
+            hooks.append(s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:])))
+        masked = outputs_of(model, inputs)
+        for hook in hooks:
+            hook.remove()
+        student = copy.deepcopy(model)
+        for s, keep in zip(find_sublayers(student), kept, strict=True):
+            cut(s, keep)
+        write_plan(student, find_sublayers(student))
+        with tempfile.TemporaryDirectory() as directory:
+            student.save_pretrained(directory)
+            loaded = type(model).from_pretrained(directory).eval()
+        for what, made in (("cut", outputs_of(student, inputs)), ("loaded", outputs_of(loaded, inputs))):
+            if [t.shape for t in made] != [t.shape for t in masked]:
+                return f"{what} returns other shapes than masked"
+            for one, other in zip(made, masked, strict=True):
+                error = float((one - other).nan_to_num(0).abs().max() / other.nan_to_num(0).abs().max().clamp(min=1e-9))
+                if error > 1e-3 or not torch.equal(one.isnan(), other.isnan()):
+                    return f"draw {draw}: {what} is {error:.0e} off masked"
+        if all(torch.allclose(one, other) for one, other in zip(masked, dense, strict=True)) and not all(map(all, kept)):
+            return f"draw {draw}: the masks did nothing"
+    return ""
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    tally: dict[str, int] = {}
+    print("| model type | attentions, FFNs | result | |\n| --- | --- | --- | --- |")
+    for model_type, (_, _, kind, counts) in HOLDOUT.items():
+        built = True
+        try:
+            model = make(model_type, seed=0)
+            inputs = inputs_for(model, kind, seed=1, batch=3, longer=0)
+            outputs_of(model, inputs)
+        except Exception as error:
+            built, result, why = False, "not built", f"{type(error).__name__}: {error}"
+        if built:
+            try:
+                describe(model, inputs)
+                result, why = "proved", ""
+            except UnsupportedArchitectureError as error:
+                result, why = "refused", str(error).split("; ", 1)[1].split(". Describe one")[0]
+        if result == "proved":
+            other = make(model_type, seed=10)
+            why = judge(model, other, inputs_for(other, kind, seed=11, batch=5, longer=2), counts)
+            result = "**wrong**" if why else result
+            kept = [b.kind for m in model.modules() for s in vars(m).get("kprune_family", ()) for b in s.blocks if b.whole]
+            why += "heads together" if kept else ""
+        tally[result] = tally.get(result, 0) + 1
+        expected = "-" if counts is None else f"{counts[0]}, {counts[1]}"
+        print(f"| {model_type} | {expected} | {result} | {' '.join(why.split())} |", flush=True)
+    print("\n" + ", ".join(f"{count} {result}" for result, count in tally.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,8 @@ def main() -> None:
             print(f"| {name.rstrip('/').split('/')[-1]} | {batch} | {rate:.0f} | {speed_up:.2f}x | {cache} |", flush=True)
     for name, model in zip(names, models, strict=True):
         inputs = tokenizer(args.text, return_tensors="pt", return_token_type_ids=False)
-        written = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.3)
+        torch.manual_seed(0)
+        written = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20)
         print(f"\n{name.rstrip('/').split('/')[-1]}: {tokenizer.decode(written[0], skip_special_tokens=True)!r}")
 
 
