@@ -420,9 +420,10 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
         for hook in hooks:
             hook.remove()
         student = copy.deepcopy(model)
-        for s, keep in zip(find_sublayers(student), kept, strict=True):
+        left = find_sublayers(student)
+        for s, keep in zip(left, kept, strict=True):
             cut(s, keep)
-        write_plan(student, find_sublayers(student))
+        write_plan(student, left)
         with tempfile.TemporaryDirectory() as directory:
             student.save_pretrained(directory)
             loaded = type(model).from_pretrained(directory).eval()
@@ -458,9 +459,14 @@ def main() -> None:
                 result, why = "proved", ""
             except UnsupportedArchitectureError as error:
                 result, why = "refused", str(error).split("; ", 1)[1].split(". Describe one")[0]
+            except Exception as error:
+                result, why = "**crashed**", f"{type(error).__name__}: {error}"
         if result == "proved":
             other = make(model_type, seed=10)
-            why = judge(model, other, inputs_for(other, kind, seed=11, batch=5, longer=2), counts)
+            try:
+                why = judge(model, other, inputs_for(other, kind, seed=11, batch=5, longer=2), counts)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
             result = "**wrong**" if why else result
             kept = [b.kind for m in model.modules() for s in vars(m).get("kprune_family", ()) for b in s.blocks if b.whole]
             why += "heads together" if kept else ""

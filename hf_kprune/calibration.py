@@ -7,7 +7,7 @@ decision is taken by the main process and broadcast. So one process and many do 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
 from .collate import Collator, collate
-from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError
+from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
 from .heads import KnowledgeLoss, PerToken
-from .hooks import State, by_token, check_order, only_tokens, probed, resumed, run_sublayer, run_to_top
+from .hooks import State, by_token, check_order, only_tokens, probed, resumed, run_sublayer, run_to_bottom, run_to_top
 from .methods import Statistics
 from .reconstruction import NormalEquations
 from .rows import Rows, row_length
@@ -75,19 +75,29 @@ def in_float32(outputs: Any) -> Any:
     return outputs
 
 
+def fitted(inputs: Mapping[str, Any], model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """Inputs on the device, floats in the dtype of `model`."""
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
+
+    return {key: fit(value) for key, value in inputs.items()}
+
+
 def tokens_of(
     model: PreTrainedModel, collator: Collator | None, processing_class: Any, device: torch.device
 ) -> Callable[[dict[str, Any]], int]:
-    """Counts the tokens that a row of an image or of audio makes, by running it to the first stack. Known shapes are not."""
+    """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known shapes are not."""
     sublayers, known = find_sublayers(model), {}
 
     def count(row: dict[str, Any]) -> int:
         shape = tuple(row[model.main_input_name].shape)
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
-            with in_eval_mode(model), torch.no_grad():
-                tops = run_to_top(model, {k: v.to(device) for k, v in inputs.items()}, sublayers).inputs
-            known[shape] = tops[sublayers[0].stack_name].shape[1]
+            with in_eval_mode(model):
+                known[shape] = run_to_bottom(model, fitted(inputs, model, device), sublayers[0]).shape[1]
         return int(known[shape])
 
     return count
@@ -108,10 +118,19 @@ class Batch:
         """Rows in the batch, which may be several sequences each (multiple choice)."""
         return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
 
-    def tokens(self, stack: str, like: Tensor) -> Tensor:
-        """Which tokens of `like`, (B, T, ...), in that stack are real; some models (Longformer) pad further by themselves."""
-        valid = self.valid[stack]
-        return torch.nn.functional.pad(valid, (0, like.shape[1] - valid.shape[1]))
+    def tokens(self, sublayer: Sublayer, like: Tensor) -> Tensor:
+        """Which tokens of `like`, (B, T, ...), in the stack of `sublayer` are real.
+
+        Raises `UnsupportedModelError` if the model has added tokens of its own that are no padding.
+        """
+        valid = self.valid[sublayer.stack_name]
+        more = like.shape[1] - valid.shape[1]
+        if more < 0 or (more and not sublayer.stack.pads):
+            raise UnsupportedModelError(
+                f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have {valid.shape[1]}; "
+                "which of them are real is not known. Calibrate without the inputs that add tokens"
+            )
+        return torch.nn.functional.pad(valid, (0, more))
 
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop`."""
@@ -181,14 +200,15 @@ class Calibration:
         mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
         if ids is not None:
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
-        with in_eval_mode(model), torch.no_grad():  # images, audio: how many tokens they make is the model's business
-            if mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
-                top = run_to_top(model, inputs, self.sublayers).inputs[name]
-                return cast(Tensor, model._get_feature_vector_attention_mask(top.shape[1], mask).bool())
-            if name not in self.tokens:
-                tops = run_to_top(model, inputs, self.sublayers).inputs
-                self.tokens = {stack: top.shape[1] for stack, top in tops.items()}
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+        if mask is not None or name not in self.tokens:  # images, audio: how many tokens they make is the model's business
+            with in_eval_mode(model):
+                bottom = run_to_bottom(model, fitted(inputs, model, self.accelerator.device), sublayer)
+            self.tokens[name] = bottom.shape[1]
+            if mask is not None and mask.shape == (samples, self.tokens[name]):
+                return cast(Tensor, mask.bool())
+            if mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
+                return cast(Tensor, model._get_feature_vector_attention_mask(self.tokens[name], mask).bool())
         return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
 
     @cached_property
@@ -253,7 +273,7 @@ class Calibration:
                 for position in range(len(sublayers)):
                     state = run_sublayer(model, batch.inputs, sublayers, position, state).above
                 for name, top in expected.inputs.items():
-                    valid = batch.tokens(name, top)
+                    valid = batch.tokens(next(s for s in sublayers if s.stack_name == name), top)
                     error, size = (state.inputs[name] - top)[valid].abs().max(), top[valid].abs().max()
                     if error > 1e-3 * size:
                         raise UnsupportedArchitectureError(
@@ -261,8 +281,29 @@ class Calibration:
                             f"it does as a whole; its family {model.config.model_type!r} does not tell what its layers give: "
                             "docs/add_a_family.md"
                         )
+                self._check_head(model, sublayers, expected, batch.part(0, 1), batch.samples)
             with torch.no_grad():
                 return [run_to_top(model, batch.inputs, sublayers) if batch.measured else None for batch in self.batches]
+
+    def _check_head(
+        self, model: PreTrainedModel, sublayers: Sequence[Sublayer], top: State, sample: Batch, samples: int
+    ) -> None:
+        """Raise `UnsupportedModelError` if the head makes something else of the top alone than of the whole model."""
+        with torch.no_grad():
+            whole = model(**sample.inputs, return_dict=True)
+            with resumed(sublayers, len(sublayers), top.part(0, 1, samples)):
+                alone = model(**sample.inputs, return_dict=True)
+        for name, value in whole.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                made = alone[name]
+                if value.shape[:2] == sample.counted.shape:
+                    value, made = value[sample.counted], made[sample.counted]
+                if value.numel() and (made - value).abs().max() > 1e-3 * value.abs().max():
+                    raise UnsupportedModelError(
+                        f"the {name} of {type(model).__name__} do not follow from its last layer alone: its head reads lower "
+                        "layers too, which is not carried here; use a head on the last layer (for instance "
+                        "use_weighted_layer_sum=False)"
+                    )
 
     def measure(
         self,
@@ -312,10 +353,9 @@ class Calibration:
                         reached = run_to_top(student, part.inputs, sublayers) if chunk else None
                         outputs = student(**part.inputs, return_dict=True) if reached is None else None
                     for place, a in features.items():
-                        name = targets[place].stack_name
-                        a = by_token(a.detach(), part.valid[name].unsqueeze(-1))
-                        valid = part.tokens(name, a)
-                        energy[place] += a.float().square().mul(valid.unsqueeze(-1)).sum((0, 1))
+                        a = by_token(a.detach(), part.valid[targets[place].stack_name].unsqueeze(-1))
+                        valid = part.tokens(targets[place], a)
+                        energy[place] += a[valid].float().square().sum(0)
                         tokens[place] += valid.sum()
                     if loss is None:
                         continue
@@ -415,7 +455,7 @@ class Calibration:
             for i, batch in enumerate(self.batches):
                 told = run_sublayer(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i])
                 tap = run_sublayer(student, batch.inputs, sublayers, position, streams[i])
-                valid = batch.tokens(sublayer.stack_name, told.output)
+                valid = batch.tokens(sublayer, told.output)
                 reference = (told.stream + told.output)[valid]
                 equations.add(tap.features[valid], reference - tap.stream[valid], reference, self.dtype)
                 teacher_streams[i] = told.above

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import find_labels
 
 from .errors import ArgumentError, CalibrationError
-from .rows import has_choices
+from .rows import has_choices, is_causal, needs_targets
 
 
 IGNORED = -100
@@ -29,6 +29,9 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
     """One tensor per column: what the decoder reads or gives, then what the tokenizer pads, then floats."""
     inputs: dict[str, Any] = {}
     rows = [dict(row) for row in rows]
+    if "decoder_input_ids" in rows[0]:
+        for row in rows:
+            row.setdefault("decoder_attention_mask", [1] * len(row["decoder_input_ids"]))
     for key, value in (("labels", IGNORED), ("decoder_input_ids", pad_token_id), ("decoder_attention_mask", 0)):
         if key in rows[0] and torch.as_tensor(rows[0][key]).dim() == 1:
             inputs[key] = pad([row.pop(key) for row in rows], value)
@@ -60,6 +63,8 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
 
 def shifted_right(model: PreTrainedModel, targets: Tensor) -> Tensor:
     """What the decoder reads when it is to give `targets`, (B, T), in which -100 is padding."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return cast(Tensor, model.prepare_decoder_input_ids_from_labels(targets))
     config: Any = model.config
     start = getattr(config, "decoder_start_token_id", None)
     start = config.bos_token_id if start is None else start
@@ -86,15 +91,18 @@ def collate(
     else:
         inputs = pad_rows(rows, processing_class, getattr(model.config.get_text_config(), "pad_token_id", None) or 0)
     targets, counted = inputs.get("labels"), None
-    if isinstance(targets, Tensor) and targets.dim() == 2:
-        if "decoder_input_ids" not in accepted:  # the logits of a token are for the next one
-            counted = torch.cat([targets[:, 1:] != IGNORED, torch.zeros_like(targets[:, :1], dtype=torch.bool)], 1)
-        elif "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = shifted_right(model, targets)
-            if "decoder_attention_mask" in accepted:
-                real = (targets != IGNORED).long()
-                inputs["decoder_attention_mask"] = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], 1)
-            counted = targets != IGNORED
+    if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():
+        real = targets != IGNORED
+        if is_causal(model):  # the logits of a token are for the next one
+            counted = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1)
+        elif "decoder_input_ids" in accepted and needs_targets(model):
+            if "decoder_input_ids" not in inputs:
+                inputs["decoder_input_ids"] = shifted_right(model, targets)
+            if "decoder_attention_mask" in accepted and "decoder_attention_mask" not in inputs:
+                inputs["decoder_attention_mask"] = real.long()  # the decoder reads as many tokens as it gives
+            counted = real
+    if "decoder_attention_mask" not in accepted:
+        inputs.pop("decoder_attention_mask", None)
     inputs = {key: value for key, value in inputs.items() if key not in labels}
     surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
     if surplus:

@@ -15,7 +15,7 @@ from .arguments import KPruneArguments
 from .errors import BudgetError
 from .report import Size
 from .search import TOLERANCE, group_sizes
-from .sublayers import Sublayer
+from .sublayers import Sublayer, uniform_choices
 
 
 class BudgetTerms:
@@ -34,7 +34,9 @@ class BudgetTerms:
             heads = s.kind != "ffn"
             free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
             self.multiple.append(1 if heads else args.round_to)
-            least = max(least, 1) if args.uniform else least
+            if args.uniform and free:  # none is left empty, and the config must accept the number
+                allowed = uniform_choices(s) or range(max(least, 1), s.num_units)
+                least = min((n for n in allowed if n >= least), default=s.num_units)
             self.minimum.append(min(least, s.num_units) if free else s.num_units)
         self.total = self.cost_from(0)
         self.budget = (1 - args.sparsity) * self.total

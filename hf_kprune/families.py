@@ -81,6 +81,8 @@ class Stack:
         head_dim: Config attribute with the size of a head, where there is one; else hidden size / heads.
         mask: Model input that tells padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from.
+        pads: Whether the model itself pads sequences further, at their end.
+        refuses: Config flags with which the description does not hold, and why.
         uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute. A family
             that does not list `"heads"` derives the head size from them, so stock transformers cannot hold fewer heads.
     """
@@ -96,6 +98,8 @@ class Stack:
     head_dim: str = "head_dim"
     mask: str = "attention_mask"
     reads: str = ""
+    pads: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
     uniform: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -299,6 +303,7 @@ _BLOOM = Stack(
         _NEOX_FFN,
     ),
     returns=("y", None),
+    refuses={"apply_residual_connection_post_layernorm": "the residual is then the output of a norm, which is not described"},
 )
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
@@ -375,6 +380,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "longformer": (
         replace(
             _BERT_SINGLE,
+            pads=True,
             blocks=_bert(
                 inputs={
                     "attention.self.query": "q",

@@ -96,7 +96,9 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
             return "multi-label classification", multi_label
         return "classification", divergence
 
-    heads: dict[str, Callable[[], tuple[str, KnowledgeLoss]]] = {
+    modules = [name.rsplit(".", 1)[-1] for name, _ in model.named_modules()]
+    knows_pretraining = "seq_relationship" in modules or "discriminator_predictions" in modules
+    heads: dict[str, Callable[[], tuple[str, KnowledgeLoss] | None]] = {
         "MODEL_FOR_SEQUENCE_CLASSIFICATION": sequence,
         "MODEL_FOR_QUESTION_ANSWERING": lambda: ("extractive question answering", span),
         "MODEL_FOR_TOKEN_CLASSIFICATION": lambda: ("token classification", per_token),
@@ -111,7 +113,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         "MODEL_FOR_AUDIO_CLASSIFICATION": sequence,
         "MODEL_FOR_MULTIPLE_CHOICE": lambda: ("multiple choice", divergence),
         "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: ("next sentence prediction", divergence),
-        "MODEL_FOR_PRETRAINING": lambda: ("pretraining heads", pretraining),
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT": lambda: ("language model on images and text", per_token),
+        "MODEL_FOR_PRETRAINING": lambda: ("pretraining heads", pretraining) if knows_pretraining else None,
         "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION": lambda: ("embeddings of text and image", towers),
         "MODEL_FOR_TEXT_ENCODING": lambda: (f"embedding ({pooling})", embedding),
         "MODEL": lambda: (f"embedding ({pooling})", embedding),
@@ -120,7 +123,9 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         for table, choose in heads.items():
             listed = getattr(modeling_auto, f"{table}_MAPPING_NAMES").values()
             if any(cls.__name__ in ((name,) if isinstance(name, str) else name) for name in listed):
-                return choose()
+                found = choose()
+                if found is not None:
+                    return found
     raise UnsupportedModelError(
         f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
         "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"

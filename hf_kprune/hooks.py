@@ -193,6 +193,11 @@ def run_sublayer(
             hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end)))
         elif following.layer is not sublayer.layer:
             hooks.enter_context(_hook(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        for name, later in {s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers}.items():
+            for layer in later.layers if name not in state.inputs else ():  # runs first, but nothing here waits for it
+                template = later.stack.returns
+                skip = lambda *args, template=template, **kwargs: fill(template, _first(args, kwargs), {})  # noqa: E731
+                hooks.enter_context(_forward(layer, skip))
         _run(model, inputs)
 
     output = by_token(seen["output"], seen["input"])
@@ -208,6 +213,20 @@ def run_sublayer(
 def hidden_states(returns: Any, output: Any) -> Tensor:
     """The hidden states in what a layer returned, see `Stack.returns`."""
     return cast(Tensor, output if returns == "y" else output[list(returns).index("y")])
+
+
+@torch.no_grad()
+def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayer: Sublayer) -> Tensor:
+    """What the first layer of the stack of `sublayer` reads, (B, T, D)."""
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_first(args, kwargs))
+        raise _Stop
+
+    with _hook(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+        _run(model, inputs)
+    return seen[0]
 
 
 def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> State:

@@ -269,7 +269,8 @@ class KPrunePruner:
             original = originals.get(name)  # a table of positions of its own has none
             tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
             tensor.requires_grad_(original is None or original.requires_grad)
-        report.after = model_size(student, find_sublayers(student, args.head_unit), report.after.flops)
+        result = student if any(len(entry.kept) < entry.units for entry in report.sublayers) else model
+        report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
         report.seconds = {**self._seconds, "total": time.perf_counter() - begin}
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report

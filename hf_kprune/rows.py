@@ -48,6 +48,12 @@ def vocabulary(model: PreTrainedModel, part: Any) -> int | None:
         return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model is a causal language model, whose labels are those of its own inputs."""
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return any(cls.__name__ in causal for cls in type(model).__mro__)
+
+
 def needs_targets(model: PreTrainedModel) -> bool:
     """Whether the model has a decoder that must be told what to read: `labels` or `decoder_input_ids`."""
     name, takes = type(model).__name__, inspect.signature(model.forward).parameters
@@ -124,8 +130,7 @@ class Reader:
         self.accepted = set(inspect.signature(model.forward).parameters) - self.labels
         sound = self.accepted & {"input_values", "input_features"}
         self.sense = "image" if "pixel_values" in self.accepted else "audio" if sound else None
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        self.causal = any(cls.__name__ in causal for cls in type(model).__mro__)
+        self.causal = is_causal(model)
         self.limit, self.vocabulary = max_positions(model), vocabulary(model, model)
         self.needs_targets = needs_targets(model)
         decoder = model.get_decoder() if self.needs_targets else model

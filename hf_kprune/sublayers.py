@@ -214,12 +214,12 @@ def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
     return found
 
 
-def find_sublayers(model: PreTrainedModel, by: str = "group") -> list[Sublayer]:
+def find_sublayers(model: PreTrainedModel, by: str | None = None) -> list[Sublayer]:
     """The sublayers of `model`, bottom to top, as its family in `families.py` describes them.
 
     Args:
         model: Any.
-        by: With grouped queries, what a unit is, see `head_unit`.
+        by: With grouped queries, what a unit is, see `head_unit`. None: as the model was pruned before, or `"group"`.
 
     Raises `UnsupportedArchitectureError` if there is no family for its `model_type`, or if the family does not describe
     every projection of every layer.
@@ -239,8 +239,11 @@ def find_sublayers(model: PreTrainedModel, by: str = "group") -> list[Sublayer]:
     return found
 
 
-def _sublayers_of(path: str, owner: PreTrainedModel, by: str) -> list[Sublayer]:
+def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sublayer]:
     stacks = FAMILIES[owner.config.model_type]
+    for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
+        if getattr(owner.config, flag, None):
+            raise UnsupportedArchitectureError(f"{type(owner).__name__} with {flag}=True cannot be pruned: {why}")
     old = {stack["layers"]: stack for stack in (getattr(owner.config, "kprune", None) or {"stacks": []})["stacks"]}
     found = []
     lists = [(stack, find_layers(owner, stack.layers)) for stack in stacks]
@@ -255,14 +258,20 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str) -> list[Sublayer]:
         for layer in layers:
             _check_described(owner, layer, stack)
         before = {path: b for b in old.get(stack.layers, {"blocks": []})["blocks"] for path in b["columns"]}
-        units = [NEURON if b.kind == "ffn" else head_unit(owner.config, stack, b, by) for b in stack.blocks]
-        plans = [
-            _plan_of(layers, block, unit, before.get(block.output), by)
-            for block, unit in zip(stack.blocks, units, strict=True)
-        ]
+        units, plans = [], []
+        for block in stack.blocks:
+            then = before.get(block.output)
+            unit_is = by or (then or {}).get("by", "group")
+            units.append(NEURON if block.kind == "ffn" else head_unit(owner.config, stack, block, unit_is))
+            plans.append(_plan_of(layers, block, units[-1], then, unit_is))
         for index in range(len(layers)):
             for block, plan, unit in zip(stack.blocks, plans, units, strict=True):
                 alone = block.kind == "cross_attention" and find_layers(owner, stack.reads) is None  # it reads nothing
+                if alone and path:
+                    raise UnsupportedArchitectureError(
+                        f"the {type(owner).__name__} inside this model has cross-attention to another model's output, which "
+                        "no family describes: docs/add_a_family.md"
+                    )
                 if plan["kept"][index] is not None and not alone:
                     name = f"{path}{stack.layers}.{index}.{block.kind}"
                     found.append(Sublayer(name, owner, layers, stack, block, plan, index, unit))
@@ -271,6 +280,10 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str) -> list[Sublayer]:
 
 def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, Any] | None, by: str) -> dict[str, Any]:
     """The entry of `config.kprune` for a block, with the sizes that the layers have now."""
+    if before is not None and block.kind != "ffn" and unit.q > unit.head_dim and before["by"] != by:
+        raise UnsupportedArchitectureError(
+            f"head_unit is {by!r}, but this model was pruned by {before['by']!r} before; keep to that"
+        )
     kept = [
         oriented(layer.get_submodule(block.output)).shape[1] // unit.q if has(layer, block.output) else None
         for layer in layers
@@ -295,6 +308,7 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
     factors = {"heads": heads, "kv_heads": unit.kv // unit.head_dim, "width": unit.q, "groups": int(unit.strided)}
     plan = {
         "kind": block.kind,
+        "by": by,
         "of": max((units for units in kept if units is not None), default=0),
         "kept": kept,
         "rows": rows,
@@ -308,11 +322,6 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
         "select": {a: [where, [list(range((k or 0) * heads)) for k in kept]] for a, where in block.select.items()},
     }
     if before is not None:
-        if before["columns"] != plan["columns"]:
-            raise UnsupportedArchitectureError(
-                f"this model was pruned by units of {before['columns']} columns and cannot be pruned by others, of "
-                f"{plan['columns']}; keep to the same head_unit (now {by!r})"
-            )
         plan |= {key: before[key] for key in ("of", "select", "rows", "slices")}
     return plan
 
@@ -361,11 +370,12 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and quantise the result"
         )
-    if model.config.model_type in FAMILIES and getattr(model.config, "chunk_size_feed_forward", None):
-        raise UnsupportedModelError(
-            f"config.chunk_size_feed_forward is {model.config.chunk_size_feed_forward}: feed-forward layers that run in "
-            "chunks cannot be measured; load the model with chunk_size_feed_forward=0 and set it again afterwards"
-        )
+    for _, owner in described(model):
+        if getattr(owner.config, "chunk_size_feed_forward", None):
+            raise UnsupportedModelError(
+                f"config.chunk_size_feed_forward is {owner.config.chunk_size_feed_forward}: feed-forward layers that run in "
+                "chunks cannot be measured; load the model with chunk_size_feed_forward=0 and set it again afterwards"
+            )
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     for name, parameter in model.named_parameters():
         if parameter.dtype not in floats:
