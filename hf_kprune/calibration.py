@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -289,7 +289,9 @@ class Calibration:
         self, model: PreTrainedModel, sublayers: Sequence[Sublayer], top: State, sample: Batch, samples: int
     ) -> None:
         """Raise `UnsupportedModelError` if the head makes something else of the top alone than of the whole model."""
-        with torch.no_grad():
+        chunk = self.chunk(model, sample)
+        few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
+        with torch.no_grad(), few:
             whole = model(**sample.inputs, return_dict=True)
             with resumed(sublayers, len(sublayers), top.part(0, 1, samples)):
                 alone = model(**sample.inputs, return_dict=True)
