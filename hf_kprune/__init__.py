@@ -6,6 +6,7 @@ Importing this package lets `from_pretrained` load K-pruned checkpoints with the
 from .arguments import KPruneArguments
 from .callbacks import KPruneCallback
 from .checkpoint import install
+from .detect import describe
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -38,6 +39,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
     "__version__",
+    "describe",
     "from_legacy",
     "register_family",
 ]

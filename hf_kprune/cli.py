@@ -28,10 +28,11 @@ from .arguments import KPruneArguments
 from .calibration import together
 from .checkpoint import save_atomically
 from .cost import model_size
+from .detect import describe
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
 from .legacy import from_legacy
 from .loading import load_model, load_tokenizer, model_class
-from .modeling_kprune import HOW_TO_LOAD
+from .modeling_kprune import HOW_TO_LOAD, has
 from .pruner import KPrunePruner
 from .report import JSON_NAME, PruningReport
 from .rows import max_positions
@@ -262,17 +263,30 @@ def inspect(name: str) -> None:
     print(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
     print(f"without embeddings: {size.parameters_without_embeddings:,} ({size.bytes_without_embeddings / 1e6:,.1f} MB)")
     try:
-        sublayers = find_sublayers(model)
-    except UnsupportedArchitectureError as error:
-        print(f"cannot be pruned: {error}")
-        return
+        sublayers, source = find_sublayers(model), "listed, and proved by the tests"
+    except UnsupportedArchitectureError:
+        try:
+            model = model_class(config)(config)  # with weights, random ones: what is proved does not hang on them
+            describe(model)
+        except UnsupportedArchitectureError as error:
+            print(f"cannot be pruned: {error}")
+            return
+        sublayers, source = find_sublayers(model), "detected, and proved: cutting equals masking, sublayer by sublayer"
     rows: dict[str, dict[str, str]] = {}
     for s in sublayers:
-        rows.setdefault(f"{s.stack.layers}.{s.index}", {})[s.kind] = f"{s.num_units} | {s.plan['of']}"
-    print(f"family: {config.model_type}, can be pruned\n")
-    print("| layer | heads | of | neurons | of |\n| --- | ---: | ---: | ---: | ---: |")
-    for layer, kinds in rows.items():
-        print(f"| {layer} | {kinds.get('attention', '- | -')} | {kinds.get('ffn', '- | -')} |")
+        rows.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units} | {s.plan['of']}"
+    kinds = list(dict.fromkeys(s.kind for s in sublayers))
+    print(f"family: {config.model_type}, can be pruned; its structure is {source}\n")
+    names = {"attention": "heads", "cross_attention": "cross-attention heads", "ffn": "neurons"}
+    print("| layer | " + " | of | ".join(names[kind] for kind in kinds) + " | of |\n| --- |" + " ---: | ---: |" * len(kinds))
+    for layer, counts in rows.items():
+        print(f"| {layer} | " + " | ".join(counts.get(kind, "- | -") for kind in kinds) + " |")
+    for s in {(s.stack_name, s.kind): s for s in sublayers}.values():
+        print(
+            f"\n{s.stack_name}, {s.kind}: {', '.join(p for p in s.block.inputs if has(s.layer, p))} -> {s.block.output}",
+            end="",
+        )
+    print()
     if pruned:
         print(f"\n{HOW_TO_LOAD}")
     if report is not None:

@@ -21,6 +21,7 @@ from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .cost import BudgetTerms, model_size, peak_memory
+from .detect import describe
 from .errors import ArgumentError
 from .heads import KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
@@ -87,7 +88,7 @@ class KPrunePruner:
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model))
         check_model(model)
-        find_sublayers(model, self.args.head_unit)
+        describe(model, by=self.args.head_unit)
         self.model = model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class

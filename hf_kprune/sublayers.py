@@ -202,14 +202,19 @@ def ask(config: Any, name: str) -> Any:
     return getattr(config, names.split(" : ")[not getattr(config, flag)] if names else name, None)
 
 
+def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
+    """What describes the layers of `model` itself: what was detected in it (detect.py), or the entry of its model type."""
+    return model.__dict__.get("kprune_family") or FAMILIES.get(model.config.model_type)
+
+
 def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
     """The models whose layers a family describes, with their paths: `model` itself, or else those inside it."""
-    if model.config.model_type in FAMILIES:
+    if family_of(model):
         return [("", model)]
     found: list[tuple[str, PreTrainedModel]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(outer) for outer, _ in found)
-        if isinstance(module, PreTrainedModel) and module.config.model_type in FAMILIES and not inside:
+        if isinstance(module, PreTrainedModel) and family_of(module) and not inside:
             found.append((name + ".", module))
     return found
 
@@ -240,7 +245,7 @@ def find_sublayers(model: PreTrainedModel, by: str | None = None) -> list[Sublay
 
 
 def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sublayer]:
-    stacks = FAMILIES[owner.config.model_type]
+    stacks = family_of(owner) or ()
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
         if getattr(owner.config, flag, None):
             raise UnsupportedArchitectureError(f"{type(owner).__name__} with {flag}=True cannot be pruned: {why}")

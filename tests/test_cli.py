@@ -16,7 +16,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, classes, tiny
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizer, GPT2Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertTokenizer,
+    CanineConfig,
+    XLNetConfig,
+)
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__
 from hf_kprune.cli import DataArguments, main
@@ -304,11 +311,19 @@ def test_inspect_allocates_no_weights(hf_kprune: Any, tmp_path: Path) -> None:
 
 
 def test_inspect_of_an_unknown_family_says_so(hf_kprune: Any, tmp_path: Path) -> None:
-    GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50).save_pretrained(tmp_path)
+    XLNetConfig(d_model=16, n_head=2, n_layer=2, d_inner=8, vocab_size=60).save_pretrained(tmp_path)
     code, stdout, _ = hf_kprune("inspect", tmp_path)
     assert code == 0
-    assert "cannot be pruned: no family describes model_type 'gpt2'" in stdout
-    assert "register_family" in stdout
+    assert "cannot be pruned: 'xlnet' (XLNetModel) cannot be pruned: " in stdout
+
+
+def test_inspect_of_a_family_that_is_not_listed_detects_it(hf_kprune: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    CanineConfig(**sizes, num_hash_buckets=64).save_pretrained(tmp_path)
+    code, stdout, _ = hf_kprune("inspect", tmp_path)
+    assert code == 0
+    assert "can be pruned; its structure is detected, and proved" in stdout
+    assert "| 2 | 2 | 12 | 12 |" in stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from conftest import collate, logits, rows, tiny
 from transformers import (
     BertForSequenceClassification,
     BertTokenizer,
-    GPT2Config,
-    GPT2Model,
+    MambaConfig,
+    MambaModel,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -750,8 +750,8 @@ def test_models_spoilt_after_the_pruner_was_made_are_refused_too() -> None:
 
 
 def test_unsupported_architecture_says_how_to_add_it() -> None:
-    model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
-    message = "no family describes model_type 'gpt2'.*known: bert, .*register_family"
+    model = MambaModel(MambaConfig(num_hidden_layers=1, hidden_size=8, state_size=4, vocab_size=20))
+    message = "(?s)no family describes model_type 'mamba'.*register_family"
     with unchanged(model), pytest.raises(UnsupportedArchitectureError, match=message):
         make_pruner(model)
 
