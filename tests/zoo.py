@@ -522,10 +522,10 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 NAMED = (
-    "bert roberta xlm-roberta camembert electra distilbert mpnet deberta deberta-v2 deberta-v2:v3 modernbert nomic_bert "
-    "longformer opt gpt2 gpt_neo gptj gpt_neox bloom falcon falcon:new mpt phi phi3 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text "
-    "stablelm cohere olmo olmo2 smollm3 granite mixtral qwen2_moe t5 t5:gated mt5 bart mbart pegasus marian whisper vit deit "
-    "beit dinov2 clip siglip wav2vec2 hubert"
+    "bert roberta xlm-roberta camembert electra distilbert mpnet deberta deberta-v2 deberta-v2:v3 modernbert "
+    "nomic_bert longformer opt gpt2 gpt_neo gptj gpt_neox bloom falcon falcon:new mpt phi phi3 llama mistral "
+    "qwen2 qwen3 gemma gemma2 gemma3_text stablelm cohere olmo olmo2 smollm3 granite mixtral qwen2_moe t5 "
+    "t5:gated mt5 bart mbart pegasus marian whisper vit deit beit dinov2 clip siglip wav2vec2 hubert"
 ).split()
 """Whose proofs run by default; those of the others are slow tests."""
 

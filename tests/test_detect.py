@@ -1,0 +1,351 @@
+"""Detection: what it finds equals what is listed, what it must refuse it refuses, and it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import rows
+from torch import Tensor, nn
+from transformers import AlbertModel, AutoConfig, PreTrainedConfig, PreTrainedModel, ViTMAEModel
+from transformers.modeling_outputs import BaseModelOutput
+from zoo import ENCODER, IMAGE, ZOO, inputs_for, make
+
+import hf_kprune.families
+from hf_kprune import Block, KPruneArguments, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
+from hf_kprune.detect import as_code, describe, detect, example_inputs, keep
+from hf_kprune.hooks import State, run_sublayer
+from hf_kprune.modeling_kprune import get_size
+from hf_kprune.proof import prove, twin
+from hf_kprune.sublayers import find_sublayers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detected == listed
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAME = (
+    "bert bloom cohere2 falcon:alibi gemma2 glm gpt2 gpt_neo gpt_neox gptj llama llama:multi-query mpt opt opt:post-norm "
+    "persimmon phi phi3 qwen3 stablelm:parallel xglm olmo2 deberta-v2 distilbert esm megatron-bert modernbert mpnet tapas "
+    "bart m2m_100 speech_to_text dinov2:swiglu dinov3_vit vit clip chinese_clip hubert"
+).split()
+
+APART: dict[str, set[str]] = {
+    "deberta-v2": {"inputs"},  # what positions ask is q or kv: of as many rows
+    "dinov3_vit": {"name"},  # the same list, seen from the model or from what lies in it
+    "phi3": {"heads"},  # that of its config's key-value heads too, which is not read
+    "mpnet": {"returns"},  # one None more, which nobody reads
+}
+"""Where a description of the same thing may be another."""
+
+
+def facts(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """What matters of a description: what is cut and replaced, and the stream, by its values."""
+    sublayers, state, told = find_sublayers(model), State(), []
+    for position, s in enumerate(sublayers):
+        tap = run_sublayer(model, inputs, sublayers, position, state)
+        state = tap.above
+        sizes = {path: n for path, n in s.plan["sizes"].items() if get_size(s.layer, path) is not None}
+        told.append(
+            {
+                "name": (s.name, s.reads),
+                "kind": (s.kind, s.unit, s.stack.mask),
+                "inputs": {p: layout for p, layout in s.block.inputs.items() if p in s.plan["rows"] or s.unit.strided},
+                "returns": s.plan["returns"],
+                "stream": (s.block.stream is None, tap.stream),
+                "heads": {p: n for p, n in sizes.items() if "head" in p.rpartition(".")[2] and "size" not in p},
+                **{key: s.plan[key] for key in ("rows", "columns", "core", "select", "slices", "table", "of", "kept")},
+            }
+        )
+    return told
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_detected_equals_listed(name: str) -> None:
+    model = make(name)
+    inputs = inputs_for(model, ZOO[name][2], batch=3)
+    detected = keep(twin(model), detect(model, inputs))
+    prove(detected, inputs)
+    found, listed = facts(detected, inputs), facts(model, inputs)
+    assert len(found) == len(listed)
+    for ours, theirs in zip(found, listed, strict=True):
+        for key in ours.keys() - APART.get(name, set()) - {"stream", "inputs"}:
+            assert ours[key] == theirs[key], (ours["name"], key)
+        if "inputs" not in APART.get(name, set()):
+            assert ours["inputs"].items() <= theirs["inputs"].items()
+        assert ours["stream"][0] == theirs["stream"][0], ours["name"]
+        torch.testing.assert_close(ours["stream"][1], theirs["stream"][1], msg=lambda m, ours=ours: f"{ours['name']}: {m}")
+
+
+@pytest.mark.parametrize("name", ["olmo2", "stablelm:qk-norm", "longformer"])
+def test_heads_that_cannot_be_told_apart_stay_together(name: str) -> None:
+    model = make(name)
+    inputs = inputs_for(model, ZOO[name][2], batch=3)
+    keep(model, detect(model, inputs))
+    assert {s.num_units for s in find_sublayers(model) if s.kind == "attention"} == {1}
+    assert all(s.block.whole == "cutting one of its heads changes others" for s in find_sublayers(model) if s.kind != "ffn")
+
+
+REFUSALS = {
+    "t5": "emptied: encoder.block.1.attention is ",  # the table of positions that layer 0 holds for all
+    "mt5": "emptied: encoder.block.1.attention is ",
+    "mixtral": "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight are weights of neither",
+    "qwen2_moe": "mlp.shared_expert_gate open or close no sublayer",
+    "siglip_vision_model": "head is like what its layers are made of, and lies outside of them",
+    "deberta": "no attributes of DebertaConfig tell a number and size of heads that fit",
+    "deberta-v2:v3": "attention.self.key_proj, attention.self.query_proj run more than once",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_with_the_reason(name: str) -> None:
+    model = make(name)
+    inputs = inputs_for(model, ZOO[name][2], batch=3)
+    with pytest.raises(UnsupportedArchitectureError, match=REFUSALS[name]):
+        prove(keep(twin(model), detect(model, inputs)), inputs)
+
+
+def test_random_patches_are_the_same_on_both_sides() -> None:
+    """ViT-MAE hides other patches in every pass; from the same seed, the same."""
+    config = AutoConfig.for_model("vit_mae", **IMAGE, decoder_hidden_size=8, decoder_num_attention_heads=2)
+    config.decoder_intermediate_size, config.decoder_num_hidden_layers, config.mask_ratio = 8, 1, 0.5
+    torch.manual_seed(0)
+    model = ViTMAEModel(config).eval()
+    inputs = {"pixel_values": torch.randn(3, 3, 8, 8)}
+    assert not torch.equal(model(**inputs)[0], model(**inputs)[0])
+    prove(keep(twin(model), detect(model, inputs)), inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model of no known type
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ToyConfig(PreTrainedConfig):  # type: ignore[misc]
+    model_type = "toy"
+
+    def __init__(self, oddity: str = "", **kwargs: Any):
+        self.hidden_size, self.num_attention_heads, self.intermediate_size, self.num_hidden_layers = 16, 4, 12, 3
+        self.vocab_size, self.oddity = 60, oddity
+        super().__init__(**kwargs)
+
+
+class ToyAttention(nn.Module):
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.oddity, self.heads = config.oddity, 4
+        self.to_qkv, self.to_out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, states: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(states).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        if self.oddity == "mixed heads":
+            mixed = mixed + mixed.roll(1, 1)
+        return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+
+class ToyLayer(nn.Module):
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.oddity = config.oddity
+        self.one, self.two = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.mix, self.up, self.down = ToyAttention(config), nn.Linear(16, 12), nn.Linear(12, 16)
+        if self.oddity == "normed neurons":
+            self.inner = nn.LayerNorm(12)
+        if self.oddity == "unused":
+            self.spare = nn.Linear(16, 16)
+        if self.oddity == "experts":
+            self.experts = nn.Parameter(torch.randn(4, 16, 16))
+        if self.oddity == "gate":
+            self.gate = nn.Linear(16, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states + self.mix(self.one(states))
+        neurons = torch.relu(self.up(self.two(states)))
+        if self.oddity == "normed neurons":
+            neurons = self.inner(neurons)
+        if self.oddity == "experts":
+            states = states + states @ self.experts[0]
+        if self.oddity == "gate":
+            return states + torch.sigmoid(self.gate(states)) * self.down(neurons)
+        return states + self.down(neurons)
+
+
+class ToyModel(PreTrainedModel):  # type: ignore[misc]
+    config_class = ToyConfig
+
+    def __init__(self, config: ToyConfig):
+        super().__init__(config)
+        self.words = nn.Embedding(60, 16)
+        self.layers = nn.ModuleList(ToyLayer(config) for _ in range(3))
+        if config.oddity == "shared layers":
+            self.layers = nn.ModuleList([self.layers[0]])
+        if config.oddity == "shared weights":
+            self.layers[2].up.weight = self.layers[1].up.weight
+        if config.oddity == "of its own":
+            self.pool = ToyAttention(config)
+        if config.oddity == "sequence":
+            self.layers = nn.Sequential(*self.layers)  # type: ignore[assignment]
+        if config.oddity == "dead":
+            self.layers[1].down.weight.data.zero_()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True) -> BaseModelOutput:
+        states = self.words(input_ids)
+        for layer in list(self.layers) * (3 if self.config.oddity == "shared layers" else 1):
+            states = layer(states)
+        if self.config.oddity == "of its own":
+            states = states + self.pool(states)
+        if self.config.oddity == "chance":
+            states = states * (1 + random.random())
+        return BaseModelOutput(states)
+
+
+def toy(oddity: str = "") -> ToyModel:
+    torch.manual_seed(0)
+    return ToyModel(ToyConfig(oddity)).eval()
+
+
+def test_a_model_of_no_known_type_is_described_proved_and_pruned(tmp_path: Path) -> None:
+    model = toy()
+    describe(model)
+    assert [s.num_units for s in find_sublayers(model)] == [4, 12] * 3
+    assert find_sublayers(model)[0].block == Block(
+        "attention",
+        inputs={"mix.to_qkv": "qkv:perhead"},
+        output="mix.to_out",
+        core="mix",
+        returns="y",
+        sizes={"mix.heads": "heads"},
+    )
+    assert find_sublayers(model)[1].block == Block("ffn", inputs={"up": "f"}, output="down", stream="two")
+    assert find_sublayers(model)[0].stack.mask == "attention_mask"
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([row["input_ids"][:3] for row in batch])}
+
+    args = KPruneArguments(sparsity=0.5, num_tokens=400, seed=0)
+    pruner = KPrunePruner(model, args, rows(200), collate, compute_loss=lambda s, t, _: (s[0] - t[0]).square().sum((1, 2)))
+    pruner.prune()
+    pruner.save_model(tmp_path)
+    again = ToyModel.from_pretrained(tmp_path).eval()
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(again(ids)[0], model(ids)[0])
+    with pytest.raises(UnsupportedArchitectureError, match="pruned before.*register_family"):
+        describe(again)
+
+
+ODDITIES = {
+    "normed neurons": "layers.*.down: odd units cut: ",
+    "unused": "in layers.0, spare do not run on these inputs",
+    "experts": "in layers.0, experts are weights of neither nn.Linear nor an attention",
+    "gate": "in layers.0, gate open or close no sublayer, or several",
+    "shared layers": "layers.0 runs more than once",
+    "shared weights": "layers.1.up.weight and layers.2.up.weight are one and the same weight",
+    "of its own": "pool is like what its layers are made of, and lies outside of them",
+    "sequence": "layers holds layers and is no nn.ModuleList",
+    "dead": "layers.1.ffn gave the same without what was cut",
+    "chance": "of its largest value off",
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_oddities_are_refused_with_the_reason_and_the_way_out(oddity: str) -> None:
+    model = toy(oddity)
+    with pytest.raises(UnsupportedArchitectureError) as error:
+        describe(model)
+    assert ODDITIES[oddity] in str(error.value)
+    assert "model_type 'toy' (ToyModel)" in str(error.value)
+    assert "hf_kprune.register_family: docs/add_a_family.md" in str(error.value)
+    with pytest.raises(UnsupportedArchitectureError, match="no family describes model_type 'toy'"):
+        find_sublayers(model)
+
+
+def test_mixed_heads_are_cut_together() -> None:
+    model = toy("mixed heads")
+    describe(model)
+    assert [s.num_units for s in find_sublayers(model)] == [1, 12] * 3
+
+
+def test_a_refusal_prints_what_was_found() -> None:
+    """The start it gives can be pasted, and registered it is what was detected."""
+    model = toy("shared weights")
+    with pytest.raises(UnsupportedArchitectureError) as error:
+        describe(model)
+    code = str(error.value).split("to start from:")[1]
+    registered: dict[str, Any] = {}
+    exec(code, {"register_family": lambda t, *s: registered.update({t: s}), "Stack": Stack, "Block": Block})
+    (stacks,) = detect(model, example_inputs(model)).values()
+    assert registered == {"toy": stacks}
+    assert as_code("toy", stacks) in code
+
+
+def test_nothing_leaks() -> None:
+    """Neither into other models of the type, nor into the model, but for the note that its copies share."""
+    model, before = toy().train(), dict(hf_kprune.families.FAMILIES)
+    state, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    ids, generator = [id(p) for p in model.parameters()], torch.get_rng_state()
+    describe(model)
+    assert hf_kprune.families.FAMILIES == before
+    assert model.config.to_dict() == config
+    assert [id(p) for p in model.parameters()] == ids
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert find_sublayers(copy.deepcopy(model))
+    with pytest.raises(UnsupportedArchitectureError):
+        find_sublayers(toy())
+
+
+def test_listed_models_are_not_detected() -> None:
+    model = make("bert")
+    describe(model)
+    assert "kprune_family" not in vars(model)
+
+
+def test_what_is_known_not_to_work_is_not_tried() -> None:
+    config = AutoConfig.for_model("albert", **ENCODER, embedding_size=8)
+    with pytest.raises(UnsupportedArchitectureError, match="share one set of weights"):
+        describe(AlbertModel(config))
+
+
+def test_what_a_user_registers_is_proved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_kprune.families.FAMILIES", hf_kprune.families.FAMILIES | {})
+    monkeypatch.setattr("hf_kprune.sublayers.FAMILIES", hf_kprune.families.FAMILIES)
+    right = Block(
+        "attention", {"mix.to_qkv": "qkv:perhead"}, "mix.to_out", core="mix", returns="y", sizes={"mix.heads": "heads"}
+    )
+    wrong = Block("attention", {"mix.to_qkv": "qkv"}, "mix.to_out", core="mix", returns="y", sizes={"mix.heads": "heads"})
+    ffn = Block("ffn", {"up": "f"}, "down", stream="two")
+    model = toy()
+    register_family("toy", Stack("layers", (right, ffn)))
+    prove(model, example_inputs(model))
+    for blocks, why in (((wrong, ffn), "odd units cut: layers.0.attention is"), ((ffn, right), "in the order described")):
+        register_family("toy", Stack("layers", blocks))
+        with pytest.raises(UnsupportedArchitectureError, match=why):
+            prove(model, example_inputs(model))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart", "t5", "vit", "clip", "hubert", "whisper", "videomae"])
+def test_example_inputs_run(name: str) -> None:
+    model = make(name)
+    with torch.no_grad():
+        assert model(**example_inputs(model)) is not None
+
+
+def test_half_precision_is_proved_in_float32() -> None:
+    model = make("vit", dtype=torch.bfloat16)
+    inputs = {key: value.bfloat16() for key, value in inputs_for(model, "image", batch=3).items()}
+    before = copy.deepcopy(model.state_dict())
+    prove(keep(twin(model), detect(model, inputs)), inputs)
+    assert all(
+        torch.equal(value, before[key]) and value.dtype == before[key].dtype for key, value in model.state_dict().items()
+    )
