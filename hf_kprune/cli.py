@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import datasets
 import evaluate
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -30,13 +31,14 @@ from .checkpoint import save_atomically
 from .cost import model_size
 from .detect import describe
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
+from .families import FAMILIES, REFUSED
 from .legacy import from_legacy
 from .loading import load_model, load_tokenizer, model_class
-from .modeling_kprune import HOW_TO_LOAD, has
+from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .pruner import KPrunePruner
 from .report import JSON_NAME, PruningReport
 from .rows import max_positions
-from .sublayers import find_sublayers
+from .sublayers import Sublayer, find_sublayers
 from .version import __version__
 
 
@@ -258,39 +260,63 @@ def inspect(name: str) -> None:
             model = model_class(config)(config)
         model.to(config.dtype or torch.float32)
         report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
-    pruned, size, dtype = getattr(config, "kprune", None), model_size(model), str(model.dtype).removeprefix("torch.")
+    pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")
     print(f"{name}: {type(model).__name__} ({config.model_type}), {'K-pruned' if pruned else 'dense'}")
     print(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
     print(f"without embeddings: {size.parameters_without_embeddings:,} ({size.bytes_without_embeddings / 1e6:,.1f} MB)")
     try:
-        sublayers, source = find_sublayers(model), "listed, and proved by the tests"
-    except UnsupportedArchitectureError:
-        try:
-            model = model_class(config)(config)  # with weights, random ones: what is proved does not hang on them
-            describe(model)
-        except UnsupportedArchitectureError as error:
-            print(f"cannot be pruned: {error}")
-            return
-        sublayers, source = find_sublayers(model), "detected, and proved: cutting equals masking, sublayer by sublayer"
-    rows: dict[str, dict[str, str]] = {}
-    for s in sublayers:
-        rows.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units} | {s.plan['of']}"
-    kinds = list(dict.fromkeys(s.kind for s in sublayers))
-    print(f"family: {config.model_type}, can be pruned; its structure is {source}\n")
-    names = {"attention": "heads", "cross_attention": "cross-attention heads", "ffn": "neurons"}
-    print("| layer | " + " | of | ".join(names[kind] for kind in kinds) + " | of |\n| --- |" + " ---: | ---: |" * len(kinds))
-    for layer, counts in rows.items():
-        print(f"| {layer} | " + " | ".join(counts.get(kind, "- | -") for kind in kinds) + " |")
-    for s in {(s.stack_name, s.kind): s for s in sublayers}.values():
-        print(
-            f"\n{s.stack_name}, {s.kind}: {', '.join(p for p in s.block.inputs if has(s.layer, p))} -> {s.block.output}",
-            end="",
-        )
-    print()
+        sublayers, source = structure(model)
+        print(f"family: {config.model_type}, can be pruned; its structure is {source}\n")
+        print(to_table(sublayers))
+    except UnsupportedArchitectureError as error:
+        print(f"cannot be pruned{' again' if pruned else ''}: {error}")
     if pruned:
         print(f"\n{HOW_TO_LOAD}")
     if report is not None:
         print("\n" + PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0])
+
+
+def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
+    """The sublayers of a model without weights, and how they are known.
+
+    Raises `UnsupportedArchitectureError` if they are not.
+    """
+    config = model.config
+    try:
+        return find_sublayers(model), "listed, and proved by the tests"
+    except UnsupportedArchitectureError:
+        if config.model_type in {*FAMILIES, *REFUSED} or is_pruned(config):
+            raise
+    needed, free = 4 * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise UnsupportedArchitectureError(
+            f"no family describes model_type {config.model_type!r}; to find out what its layers do it has to run, which takes "
+            f"{needed / 1e9:,.1f} GB of memory, of which {free / 1e9:,.1f} are free. Describe one of them in ten lines with "
+            "hf_kprune.register_family: docs/add_a_family.md"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = type(model)(config).float()
+        for parameter in dense.parameters():  # so that no bias is zero, no norm one, and nothing scaled to next to nothing
+            parameter.data += (0.1 if parameter.dim() == 1 else 0.02) * torch.randn_like(parameter)
+    describe(dense)
+    return find_sublayers(dense), "detected, and proved: cutting equals masking, sublayer by sublayer"
+
+
+def to_table(sublayers: Sequence[Sublayer]) -> str:
+    """What is left of each layer, and of how much, and the projections that it is in."""
+    rows: dict[str, dict[str, str]] = {}
+    for s in sublayers:
+        rows.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units} | {s.plan['of']}"
+    names = {"attention": "heads", "cross_attention": "cross-attention heads", "ffn": "neurons"}
+    kinds = list(dict.fromkeys(s.kind for s in sublayers))
+    lines = ["| layer | " + " | of | ".join(names[kind] for kind in kinds) + " | of |"]
+    lines.append("| --- |" + " ---: | ---: |" * len(kinds))
+    lines += [f"| {layer} | " + " | ".join(counts.get(k, "- | -") for k in kinds) + " |" for layer, counts in rows.items()]
+    for s in {(s.stack_name, s.block.output): s for s in sublayers}.values():
+        inputs = ", ".join(path for path in s.block.inputs if has(s.layer, path))
+        lines += ["", f"{s.stack_name}, {s.kind}: {inputs} -> {s.block.output}"]
+    return "\n".join(lines)
 
 
 def convert(old: str, new: str) -> None:
@@ -314,7 +340,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("prune", dataclass_types=types, usage=usage, help=text, description=text)
     text = "Dry run: print what prune, with the same options, would cut. Nothing is changed or written."
     commands.add_parser("plan", dataclass_types=types, usage=usage, help=text, description=text)
-    text = "Print the sizes of a dense or pruned model, layer by layer, without loading its weights."
+    text = "Print the sizes of a model, layer by layer, and whether it can be pruned, without loading its weights."
     command = commands.add_parser("inspect", help=text, description=text)
     command.add_argument("model_name_or_path", help="A directory or a name on the Hub.")
     text = "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can load it."

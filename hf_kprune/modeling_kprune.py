@@ -79,19 +79,24 @@ class EmptyAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         hidden = arguments[self.parameter_names[0]]
-        if self.kind == "attention":
-            for value in arguments.values():
-                if isinstance(value, Cache):
-                    self.keep_in_step(value, hidden)
+        for value in arguments.values():
+            if isinstance(value, Cache):
+                self.keep_in_step(value, hidden)
         y = hidden[..., :0] if self.output is None else self.get_submodule(self.output)(hidden[..., :0])
         return fill(self.returns, y, arguments)
 
     def keep_in_step(self, cache: Any, hidden: Any) -> None:
         """Fill this layer's slot with zeros: models read the number of cached tokens from any of the slots."""
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
         told: Any = getattr(self, "layer_idx", None)
         index: Any = getattr(self, "layer_id", None) if told is None else told
+        if self.kind == "cross_attention":  # filled once, and not counted
+            if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(index):
+                zeros = hidden.new_zeros(hidden.shape[0], 1, 1, 1)
+                cache.cross_attention_cache.update(zeros, zeros, index)
+                cache.is_updated[index] = True
+            return
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
         slot = cache.layers[index] if index < len(cache.layers) else None
         held = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
         heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])

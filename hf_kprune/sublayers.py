@@ -250,7 +250,7 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sub
         if getattr(owner.config, flag, None):
             raise UnsupportedArchitectureError(f"{type(owner).__name__} with {flag}=True cannot be pruned: {why}")
     old = {stack["layers"]: stack for stack in (getattr(owner.config, "kprune", None) or {"stacks": []})["stacks"]}
-    found = []
+    found: list[Sublayer] = []
     lists = [(stack, find_layers(owner, stack.layers)) for stack in stacks]
     if not any(lists_ for _, lists_ in lists):
         raise UnsupportedArchitectureError(
@@ -278,7 +278,8 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sub
                         "no family describes: docs/add_a_family.md"
                     )
                 if plan["kept"][index] is not None and not alone:
-                    name = f"{path}{stack.layers}.{index}.{block.kind}"
+                    alike = sum(s.layers is layers and s.index == index and s.kind == block.kind for s in found)
+                    name = f"{path}{stack.layers}.{index}.{block.kind}" + (f"_{alike + 1}" if alike else "")
                     found.append(Sublayer(name, owner, layers, stack, block, plan, index, unit))
     return found
 
