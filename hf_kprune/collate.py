@@ -48,6 +48,9 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
                     "processing_class (the feature extractor) or data_collator"
                 )
             inputs |= extractor.pad([{key: value} for value in values], return_tensors="pt")
+    apart = [key for key in rows[0] if any(len(row[key]) != len(row.get("input_ids", row[key])) for row in rows)]
+    if apart and all(len({len(row[key]) for row in rows}) == 1 for key in apart):  # not by token: sizes of an image
+        inputs |= default_data_collator([{key: row.pop(key) for key in apart} for row in rows])
     if rows[0] and len({len(row[key]) for row in rows for key in row}) == 1:
         inputs |= default_data_collator(rows)
     elif rows[0]:

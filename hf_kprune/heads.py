@@ -83,10 +83,9 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         return embedding_loss(student, teacher, valid, pooling)
 
     def towers(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        def distance(key: str) -> Tensor:
-            return (F.normalize(student[key], dim=-1) - F.normalize(teacher[key], dim=-1)).square().sum(-1)
-
-        return distance("text_embeds") + distance("image_embeds")
+        pairs = [(student[key], teacher[key]) for key in ("text_embeds", "image_embeds") if key in student]
+        distances = [(F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) for s, t in pairs]
+        return torch.stack(distances).sum(0)
 
     def sequence() -> tuple[str, KnowledgeLoss]:
         problem, labels = model.config.problem_type, model.config.num_labels
@@ -126,6 +125,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
                 found = choose()
                 if found is not None:
                     return found
+    if {"text_projection", "visual_projection"} & set(modules):
+        return "embedding of one tower", towers
     raise UnsupportedModelError(
         f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
         "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
