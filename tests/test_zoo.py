@@ -44,18 +44,18 @@ def plans(units: list[int]) -> dict[str, list[Tensor]]:
     return made
 
 
-def cut_all(model: PreTrainedModel, masks: list[Tensor]) -> PreTrainedModel:
+def cut_all(model: PreTrainedModel, masks: list[Tensor], by: str | None = None) -> PreTrainedModel:
     """A cut copy."""
     student = copy.deepcopy(model)
-    sublayers = find_sublayers(student)
+    sublayers = find_sublayers(student, by)
     for sublayer, mask in zip(sublayers, masks, strict=True):
         cut(sublayer, mask)
     write_plan(student, sublayers)
     return student
 
 
-def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str) -> Tensor:
-    sublayers = find_sublayers(model)
+def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str, by: str | None = None) -> Tensor:
+    sublayers = find_sublayers(model, by)
     columns = []
     for sublayer, mask in zip(sublayers, masks, strict=True):
         unit, d = sublayer.unit, sublayer.unit.head_dim
@@ -98,6 +98,21 @@ def test_cut_equals_masked(name: str, cuts: str, record_property: Record) -> Non
         check_cut_equals_masked(model, kind, lambda plan, wanted=wanted: plan in wanted)
     if cuts == "emptied":
         check_cut_equals_masked(model, kind, lambda plan: plan[:7] == "without" and plan != "without 0")
+
+
+@every
+def test_a_query_head_of_every_group_is_a_unit_too(name: str, tmp_path: Path) -> None:
+    model, kind = make(name), ZOO[name][2]
+    sublayers = find_sublayers(model, "query")
+    if not any(s.unit.strided for s in sublayers):
+        pytest.skip("no grouped queries, or one key-value head, whose query heads are units anyway")
+    for plan, masks in plans([s.num_units for s in sublayers]).items():
+        if plan in ("even", "odd", "without 0"):
+            student = cut_all(model, masks, "query")
+            close(outputs_of(student, kind), masked_outputs(model, masks, kind, "query"), plan)
+            assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
+    student.save_pretrained(tmp_path)
+    close(outputs_of(type(model).from_pretrained(tmp_path), kind), outputs_of(student, kind), "loaded")
 
 
 @every
