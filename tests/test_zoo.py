@@ -1,6 +1,6 @@
 """Every family: masked == cut, carried == run, keep-all == dense, saved == loaded, pruned twice == pruned once.
 
-    pytest tests/test_zoo.py --table
+    pytest -m "slow or not slow" tests/test_zoo.py tests/test_generation.py tests/test_uniform.py --table
 
 prints which of them hold for which model type, and writes docs/supported_models.md.
 """
