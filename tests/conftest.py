@@ -157,7 +157,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     green = sum("**no**" not in row.values() for row in cells.values())
     lines += ["", f"{green} of {len(cells)} green, {len({n.split(':')[0] for n in cells})} model types.", ""]
     lines += ["| refused | because |", "| --- | --- |", *(f"| {name} | {why} |" for name, why in sorted(refused.items()))]
-    head = '# Supported models\n\nWritten by `pytest -m "slow or not slow" tests/test_zoo.py tests/test_generation.py tests/test_uniform.py --table`; `type:variant` is another config of a type.\n\n'
+    command = 'pytest -m "slow or not slow" tests/test_zoo.py tests/test_generation.py tests/test_uniform.py --table'
+    head = f"# Supported models\n\nWritten by `{command}`; `type:variant` is another config of a type.\n\n"
     (ROOT / "docs" / "supported_models.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     terminalreporter.write_line("\n".join(lines))
 
