@@ -7,7 +7,7 @@ decision is taken by the main process and broadcast. So one process and many do 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
-from .collate import Collator, collate
+from .collate import Collator, collate, fitted
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
 from .heads import KnowledgeLoss, PerToken
-from .hooks import State, by_token, check_order, only_tokens, probed, resumed, run_sublayer, run_to_bottom, run_to_top
+from .hooks import State, by_token, check_order, only_tokens, part_of, probed, resumed, run_sublayer, run_to_bottom, run_to_top
 from .methods import Statistics
 from .reconstruction import NormalEquations
 from .rows import Rows, row_length
@@ -75,20 +75,7 @@ def in_float32(outputs: Any) -> Any:
     return outputs
 
 
-def fitted(inputs: Mapping[str, Any], model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
-    """Inputs on the device, floats in the dtype of `model`."""
-
-    def fit(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
-
-    return {key: fit(value) for key, value in inputs.items()}
-
-
-def tokens_of(
-    model: PreTrainedModel, collator: Collator | None, processing_class: Any, device: torch.device
-) -> Callable[[dict[str, Any]], int]:
+def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> Callable[[dict[str, Any]], int]:
     """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known shapes are not."""
     sublayers, known = find_sublayers(model), {}
 
@@ -97,7 +84,7 @@ def tokens_of(
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
             with in_eval_mode(model):
-                known[shape] = run_to_bottom(model, fitted(inputs, model, device), sublayers[0]).shape[1]
+                known[shape] = run_to_bottom(model, fitted(inputs, model), sublayers[0]).shape[1]
         return int(known[shape])
 
     return count
@@ -137,9 +124,7 @@ class Batch:
         samples = self.samples
 
         def of(tensor: Any) -> Any:
-            if not isinstance(tensor, Tensor):
-                return tensor
-            return tensor[start * len(tensor) // samples : stop * len(tensor) // samples]
+            return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
 
         inputs, valid = ({k: of(v) for k, v in held.items()} for held in (self.inputs, self.valid))
         return Batch(inputs, valid, of(self.counted), self.measured)
@@ -203,7 +188,7 @@ class Calibration:
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         if mask is not None or name not in self.tokens:  # images, audio: how many tokens they make is the model's business
             with in_eval_mode(model):
-                bottom = run_to_bottom(model, fitted(inputs, model, self.accelerator.device), sublayer)
+                bottom = run_to_bottom(model, fitted(inputs, model), sublayer)
             self.tokens[name] = bottom.shape[1]
             if mask is not None and mask.shape == (samples, self.tokens[name]):
                 return cast(Tensor, mask.bool())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,17 @@ from .rows import has_choices, is_causal, needs_targets
 
 IGNORED = -100
 Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def fitted(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Inputs on the device of `model`, floats in its dtype."""
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+
+    return {key: fit(value) for key, value in inputs.items()}
 
 
 def pad(sequences: list[Any], value: int) -> Tensor:

@@ -19,7 +19,7 @@ from .sublayers import Sublayer, uniform_choices
 
 
 class BudgetTerms:
-    """What units cost, and how many sublayers must keep.
+    """What units cost, how many sublayers must keep, and, of a uniform plan, which numbers they may.
 
     Raises:
         BudgetError: If `args.sparsity` is out of reach.
@@ -30,13 +30,16 @@ class BudgetTerms:
         self.costs = [s.unit_flops(lengths) for s in sublayers]
         self.fixed = False
         self.minimum, self.multiple = [], []
-        for s in sublayers:
+        choices = {(id(s.owner), s.block.output): s for s in sublayers if args.uniform}
+        accepted = {of: uniform_choices(s) for of, s in choices.items()}  # the same in all layers
+        self.allowed = [accepted.get((id(s.owner), s.block.output)) for s in sublayers]
+        for s, allowed in zip(sublayers, self.allowed, strict=True):
             heads = s.kind != "ffn"
             free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
             self.multiple.append(1 if heads else args.round_to)
             if args.uniform and free:  # none is left empty, and the config must accept the number
-                allowed = uniform_choices(s) or range(max(least, 1), s.num_units)
-                least = min((n for n in allowed if n >= least), default=s.num_units)
+                numbers = allowed or range(max(least, 1), s.num_units)
+                least = min((n for n in numbers if n >= least), default=s.num_units)
             self.minimum.append(min(least, s.num_units) if free else s.num_units)
         self.total = self.cost_from(0)
         self.budget = (1 - args.sparsity) * self.total

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .collate import fitted
 from .errors import UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED, Block, Stack
-from .proof import fitting, implementations, plans, prove, prove_cuts, quiet, step, twin
+from .proof import evaluation_copy, implementations, plans, prove, prove_cuts, quiet, step
 from .sublayers import find_sublayers
 from .watch import PROJECTIONS, Seen, Watch
 
@@ -57,7 +58,7 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, by
                 raise UnsupportedArchitectureError("it was pruned before, and its checkpoint tells sizes alone")
             inputs = example_inputs(model) if inputs is None else inputs
             found = detect(model, inputs, leave=FAMILIES)
-        prove(keep(twin(model), found), inputs, by)
+        prove(keep(evaluation_copy(model), found), inputs, by)
     except UnsupportedArchitectureError as error:
         start = "".join(f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in found.items())
         raise UnsupportedArchitectureError(
@@ -107,8 +108,8 @@ def detect(model: PreTrainedModel, inputs: Mapping[str, Any], leave: Collection[
 
     Raises `UnsupportedArchitectureError` if its layers are not made of attentions and FFNs whose weights are projections.
     """
-    dense = twin(model)
-    inputs = fitting(dense, inputs)
+    dense = evaluation_copy(model)
+    inputs = fitted(inputs, dense)
     found = [_layers(dense, name, layers) for name, layers in _layer_lists(dense).items()]
     found = [layers for layers in found if layers.config.model_type not in leave]
     with ExitStack() as hooks, torch.enable_grad(), torch.random.fork_rng():
@@ -404,7 +405,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
         inputs |= {"use_cache": False} if "use_cache" in takes else {}
         try:
             with torch.no_grad():
-                twin(model)(**inputs)
+                evaluation_copy(model)(**inputs)
             return inputs
         except Exception:  # it wants others
             continue

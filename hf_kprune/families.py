@@ -71,8 +71,7 @@ class Stack:
         layers: Path of the `ModuleList`, seen from the base model.
         blocks: The sublayers of one layer, in the order in which they run.
         returns: What a layer returns: `"y"` (the hidden states alone) or a tuple in which `"y"` stands for them.
-        parallel: Whether all blocks of a layer read the layer's input and their outputs are added up; or the config
-            attribute that tells.
+        parallel: Whether all blocks of a layer read the layer's input and their outputs are added up.
         residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""` for none.
         untouched: Module paths in the layer whose projections are left as they are (experts, routers).
         heads: Config attribute with the number of query heads.
@@ -81,6 +80,7 @@ class Stack:
         head_dim: Config attribute with the size of a head, where there is one; else hidden size / heads.
         mask: Model input that tells padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from.
+        shifts: Whether the base model, given nothing for this decoder, gives it the encoder's tokens, shifted.
         pads: Whether the model itself pads sequences further, at their end.
         refuses: Config flags with which the description does not hold, and why.
         uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute. A family
@@ -90,7 +90,7 @@ class Stack:
     layers: str
     blocks: tuple[Block, ...]
     returns: tuple[str | None, ...] | str = "y"
-    parallel: bool | str = False
+    parallel: bool = False
     residual: str = ""
     untouched: tuple[str, ...] = ()
     heads: str = "num_attention_heads"
@@ -98,6 +98,7 @@ class Stack:
     head_dim: str = "head_dim"
     mask: str = "attention_mask"
     reads: str = ""
+    shifts: bool = False
     pads: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
     uniform: Mapping[str, str] = field(default_factory=dict)
@@ -120,7 +121,9 @@ def _bert(reads: str | None = "intermediate.dense", core: str = "attention.self"
     return replace(attention, **rest), _ffn("intermediate.dense", "output.dense", reads)
 
 
-def _bart(pre_norm: bool, sizes: Mapping[str, str] = {"num_heads": "heads"}, **rest: Any) -> tuple[Stack, Stack]:
+def _bart(
+    pre_norm: bool, shifts: bool = False, sizes: Mapping[str, str] = {"num_heads": "heads"}, **rest: Any
+) -> tuple[Stack, Stack]:
     """BART's encoder and decoder. `pre_norm`: layer norms come before what they are for."""
 
     def attention(module: str, kind: str, stream: str) -> Block:
@@ -132,7 +135,7 @@ def _bart(pre_norm: bool, sizes: Mapping[str, str] = {"num_heads": "heads"}, **r
     ffn = _ffn("fc1", "fc2", "final_layer_norm" if pre_norm else "fc1")
     below = Stack("encoder.layers", (own, ffn), heads="encoder_attention_heads", uniform={"ffn": "encoder_ffn_dim"})
     above = Stack("decoder.layers", (own, cross, ffn), heads="decoder_attention_heads", uniform={"ffn": "decoder_ffn_dim"})
-    return below, replace(above, mask="decoder_attention_mask", reads="encoder.layers")
+    return below, replace(above, mask="decoder_attention_mask", reads="encoder.layers", shifts=shifts)
 
 
 def _t5(
@@ -434,22 +437,22 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ),
     ),
     # encoder-decoders
-    "bart": _bart(pre_norm=False),
+    "bart": _bart(pre_norm=False, shifts=True),
     "blenderbot": _bart(pre_norm=True),
     "blenderbot-small": _bart(pre_norm=False),
     "m2m_100": _bart(pre_norm=True),
     "marian": _bart(pre_norm=False),
-    "mbart": _bart(pre_norm=True),
+    "mbart": _bart(pre_norm=True, shifts=True),
     "mvp": tuple(
         replace(stack, returns=returns)
         for stack, returns in zip(
-            _bart(pre_norm=False, sizes={"num_heads": "heads", "embed_dim": "width"}, select={"attn_prompt": "1"}),
+            _bart(False, shifts=True, sizes={"num_heads": "heads", "embed_dim": "width"}, select={"attn_prompt": "1"}),
             (("y", None), ("y",)),
             strict=True,
         )
     ),
     "pegasus": _bart(pre_norm=True),
-    "plbart": _bart(pre_norm=False),
+    "plbart": _bart(pre_norm=False, shifts=True),
     "speech_to_text": _bart(pre_norm=True),
     "whisper": (replace(_bart(pre_norm=True)[0], mask=""), _bart(pre_norm=True)[1]),
     "longt5": (

@@ -26,6 +26,11 @@ class _Stop(Exception):  # noqa: N818
     """Ends a forward pass once what it was run for has been seen."""
 
 
+def part_of(tensor: Tensor, start: int, stop: int, samples: int) -> Tensor:
+    """What belongs to the samples from `start` to `stop` out of `samples`, each of which may be several entries."""
+    return tensor[start * len(tensor) // samples : stop * len(tensor) // samples]
+
+
 @dataclass(frozen=True)
 class State:
     """How far a batch of B sequences has been carried. At first nowhere: then the model begins by itself.
@@ -42,7 +47,7 @@ class State:
         """That of the samples from `start` to `stop` out of `samples`, which may be several sequences each."""
 
         def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {k: t[start * len(t) // samples : stop * len(t) // samples] for k, t in tensors.items()}
+            return {name: part_of(tensor, start, stop, samples) for name, tensor in tensors.items()}
 
         return State(of(self.inputs), of(self.held))
 
@@ -203,7 +208,7 @@ def run_sublayer(
     output = by_token(seen["output"], seen["input"])
     stream = torch.zeros_like(output)
     if "stream" in seen:
-        earlier = [state.held[s.name] for s in sublayers[:position] if sublayer.parallel and s.name in state.held]
+        earlier = [state.held[s.name] for s in sublayers[:position] if stack.parallel and s.name in state.held]
         stream = by_token(seen["stream"], seen["input"]) / sublayer.residual + sum(earlier)
     inputs_above = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
     held = {} if "above" in seen else {**state.held, sublayer.name: seen["output"]}

@@ -23,10 +23,11 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .collate import fitted
 from .errors import UnsupportedArchitectureError
 from .hooks import State, check_order, resumed, run_sublayer, run_to_top
 from .modeling_kprune import has
-from .sublayers import Sublayer, cut, find_sublayers, row_indices, with_own_tables, write_plan
+from .sublayers import Sublayer, cut, find_sublayers, row_indices, twin, with_own_tables, write_plan
 
 
 TOLERANCE = 1e-4
@@ -48,8 +49,8 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
         UnsupportedArchitectureError: Which step failed, where, and how far off.
     """
     with quiet():
-        dense = with_own_tables(twin(model))
-        inputs = fitting(dense, inputs)
+        dense = with_own_tables(evaluation_copy(model))
+        inputs = fitted(inputs, dense)
         sublayers = find_sublayers(dense, by)
         _check_unshared(dense, sublayers)
         with step("run twice from the same seed"):
@@ -67,31 +68,22 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
             _prove_loading(emptied)
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in evaluation mode. It shares the tensors of `model`, which cutting replaces, or has those in half precision in
-    float32."""
+def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in evaluation mode: a twin, or, of a model in half precision, one in float32."""
     half = model.dtype in (torch.float16, torch.bfloat16)
-    shared = () if half else (*model.parameters(), *model.buffers())
-    made = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
-    return made.float() if half else made
-
-
-def fitting(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs in the dtype of `model`."""
-    floating = {key for key, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return {key: value.to(model.dtype) if key in floating else value for key, value in inputs.items()}
+    return copy.deepcopy(model).float().eval() if half else twin(model).eval()
 
 
 def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
     """`model`, and a twin with the plain attention function if it uses another: then other code of its modules may run."""
-    plain = twin(model)
+    plain = twin(model).eval()
     plain.set_attn_implementation("eager")
     return [model] if model.config._attn_implementation == "eager" else [model, plain]
 
 
 def cut_twin(model: PreTrainedModel, masks: Masks, by: str = "group") -> PreTrainedModel:
     """A twin that keeps the units that `masks` tell."""
-    student = twin(model)
+    student = twin(model).eval()
     sublayers = find_sublayers(student, by)
     for sublayer, mask in zip(sublayers, masks, strict=True):
         cut(sublayer, mask)

@@ -34,7 +34,6 @@ from .sublayers import (
     check_model,
     cut,
     find_sublayers,
-    uniform_choices,
     uniform_names,
     with_own_tables,
     write_plan,
@@ -176,8 +175,7 @@ class KPrunePruner:
                 with self._phase("search"):
                     scores = [method.score(s) for s in statistics]
                     if args.uniform and not terms.fixed:
-                        allowed = [uniform_choices(s) for s in sublayers[i:]]
-                        left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:], allowed
+                        left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:], terms.allowed[i:]
                         terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
                         budget = terms.remaining(spent, i)
                     masks = method.search(scores, terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:])
@@ -227,7 +225,7 @@ class KPrunePruner:
             calibration.check_same_rows()
             lengths = calibration.lengths  # summed over processes, so what follows is the same on all of them
             calibration.check_enough_tokens()
-            terms = BudgetTerms(find_sublayers(model, args.head_unit), args, lengths)
+            terms = BudgetTerms(calibration.sublayers, args, lengths)
             if args.uniform:
                 uniform_names(terms.sublayers, args.prune_heads, args.prune_ffn)
             if self.compute_loss is not None:
@@ -254,7 +252,7 @@ class KPrunePruner:
             student = copy.deepcopy(teacher)
             student.requires_grad_(False)
         modes = {name: module.training for name, module in model.named_modules()}
-        names = [s.name for s in find_sublayers(model, args.head_unit)]
+        names = [s.name for s in terms.sublayers]
         previous, self.report = self.report, report
         try:
             self._tell("on_prune_begin", model=student, sublayers=names)
@@ -280,7 +278,7 @@ class KPrunePruner:
         dataset = self.calibration_dataset if dataset is None else dataset
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
-        count = tokens_of(model, self.data_collator, self.processing_class, self.accelerator.device)
+        count = tokens_of(model, self.data_collator, self.processing_class)
         rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None, count)
         return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args, count)
 

@@ -18,15 +18,13 @@ from transformers.utils import find_labels, logging
 
 from .arguments import KPruneArguments
 from .errors import ArgumentError, CalibrationError
+from .sublayers import family_of
 
 
 logger = logging.get_logger(__name__)
 
 TokensPerRow = Callable[[dict[str, Any]], int]
 """Tokens that the model makes of a row without `input_ids`: patches of an image, frames of sound."""
-
-SHIFT_THEIR_INPUT = {"bart", "bigbird_pegasus", "fsmt", "led", "mbart", "mvp", "plbart"}
-"""Encoder-decoders whose base model, given nothing for the decoder, gives it the encoder's tokens, shifted."""
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -58,7 +56,7 @@ def needs_targets(model: PreTrainedModel) -> bool:
     """Whether the model has a decoder that must be told what to read: `labels` or `decoder_input_ids`."""
     name, takes = type(model).__name__, inspect.signature(model.forward).parameters
     alone = "Classification" in name or "QuestionAnswering" in name  # their decoders read the encoder's tokens again
-    alone = alone or (name.endswith("Model") and model.config.model_type in SHIFT_THEIR_INPUT)
+    alone = alone or (name.endswith("Model") and any(stack.shifts for stack in family_of(model) or ()))
     return getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and not alone
 
 

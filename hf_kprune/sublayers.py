@@ -110,12 +110,6 @@ class Sublayer:
         return self.weight.shape[1] // self.unit_width
 
     @property
-    def parallel(self) -> bool:
-        """Whether the layer adds this sublayer's output to those of its others, all of the same stream."""
-        parallel = self.stack.parallel
-        return bool(getattr(self.owner.config, parallel)) if isinstance(parallel, str) else parallel
-
-    @property
     def residual(self) -> float:
         """What the output is multiplied by before it joins the stream."""
         return float(getattr(self.owner.config, self.stack.residual)) if self.stack.residual else 1.0
@@ -252,7 +246,7 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sub
     old = {stack["layers"]: stack for stack in (getattr(owner.config, "kprune", None) or {"stacks": []})["stacks"]}
     found: list[Sublayer] = []
     lists = [(stack, find_layers(owner, stack.layers)) for stack in stacks]
-    if not any(lists_ for _, lists_ in lists):
+    if not any(layers for _, layers in lists):
         raise UnsupportedArchitectureError(
             f"{type(owner).__name__} has no list of layers at {' or '.join(repr(s.layers) for s in stacks)}, where its family "
             f"{owner.config.model_type!r} says; describe this variant with hf_kprune.register_family: docs/add_a_family.md"
@@ -425,6 +419,11 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     shrink_layer(layer, plan, sublayer.index)
 
 
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the tensors of `model`; cutting it replaces them."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
     """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its own (T5).
 
@@ -432,11 +431,11 @@ def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not any(s.plan["table"] for s in find_sublayers(model)):
         return model
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    for sublayer in find_sublayers(twin):
+    made = twin(model)
+    for sublayer in find_sublayers(made):
         own_tables(sublayer.layers, sublayer.plan)
         shrink_layer(sublayer.layer, sublayer.plan, sublayer.index)
-    return twin
+    return made
 
 
 def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:

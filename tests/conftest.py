@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +17,9 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from zoo import ENCODER
 
-from hf_kprune.sublayers import Sublayer
+from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
 
 
 torch.set_num_threads(1)
@@ -25,17 +27,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 PACK = Path(os.environ.get("HF_KPRUNE_PACK", ROOT.parent / "shared" / "pack"))
 
-BERT_LIKE = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_attention_heads": 4,
-    "intermediate_size": 12,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 40,
-    "pad_token_id": 1,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-}
+BERT_LIKE = {**ENCODER, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": BERT_LIKE,
     "roberta": BERT_LIKE,
@@ -119,6 +111,28 @@ def logits(model: PreTrainedModel, head: str = "SEQUENCE_CLASSIFICATION", seed: 
             by_token = value.shape[:2] == batch["input_ids"].shape and head != "MULTIPLE_CHOICE"
             parts.append(value[batch["attention_mask"].bool()].flatten() if by_token else value.flatten())
     return torch.cat(parts)
+
+
+def cut_all(model: PreTrainedModel, masks: Sequence[torch.Tensor], by: str | None = None) -> PreTrainedModel:
+    """A copy that keeps the units of each sublayer that `masks` tell."""
+    student = copy.deepcopy(model)
+    sublayers = find_sublayers(student, by)
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        cut(sublayer, mask)
+    write_plan(student, sublayers)
+    return student
+
+
+def by_column(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Masks of units as masks of the columns of the output projections."""
+    columns = []
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        unit, d = sublayer.unit, sublayer.unit.head_dim
+        if unit.strided:  # unit j is query head j of every group
+            columns.append(mask.view(1, -1, 1).expand(unit.q // d, -1, d).flatten().float())
+        else:
+            columns.append(mask.repeat_interleave(unit.q).float())
+    return columns
 
 
 @contextmanager

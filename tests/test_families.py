@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODEL_TYPES, classes, logits, masked, tiny
+from conftest import MODEL_TYPES, by_column, classes, cut_all, logits, masked, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.families import FAMILIES
-from hf_kprune.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices, write_plan
+from hf_kprune.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices
 
 
 CLASSES = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
@@ -33,20 +33,6 @@ def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
     for i, sublayer in enumerate(sublayers):
         made[f"without {sublayer.name}"] = [units < 0 if k == i else units % 2 == k % 2 for k, units in enumerate(every)]
     return made
-
-
-def cut_all(model: PreTrainedModel, masks: list[Tensor]) -> PreTrainedModel:
-    """A cut copy."""
-    student = copy.deepcopy(model)
-    sublayers = find_sublayers(student)
-    for sublayer, mask in zip(sublayers, masks, strict=True):
-        cut(sublayer, mask)
-    write_plan(student, sublayers)
-    return student
-
-
-def by_column(sublayers: list[Sublayer], masks: list[Tensor]) -> list[Tensor]:
-    return [mask.repeat_interleave(s.unit_width).float() for s, mask in zip(sublayers, masks, strict=True)]
 
 
 def masked_logits(model: PreTrainedModel, masks: list[Tensor], head: str) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import masked
-from test_zoo import cut_all, plans
+from conftest import by_column, cut_all, masked
+from test_zoo import plans
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from zoo import ZOO, inputs_for, make
@@ -37,15 +37,7 @@ def columns(model: PreTrainedModel, plan: str) -> tuple[list[Tensor], list[Tenso
     """Keep-masks of units, and of the columns of the output projections."""
     sublayers = find_sublayers(model)
     masks = plans([s.num_units for s in sublayers])[plan]
-    wide = []
-    for s, mask in zip(sublayers, masks, strict=True):
-        d = s.unit.head_dim
-        wide.append(
-            mask.view(1, -1, 1).expand(s.unit.q // d, -1, d).flatten().float()
-            if s.unit.strided
-            else mask.repeat_interleave(s.unit.q).float()
-        )
-    return masks, wide
+    return masks, by_column(sublayers, masks)
 
 
 def prompt(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:

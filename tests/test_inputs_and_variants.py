@@ -170,7 +170,7 @@ def test_the_other_tower_is_not_run_for_every_sublayer() -> None:
 def test_counting_tokens_runs_no_layers() -> None:
     model, ran = make("wav2vec2"), []
     model.wav2vec2.encoder.layers[0].register_forward_hook(lambda *_: ran.append(1))
-    count = tokens_of(model, None, None, torch.device("cpu"))
+    count = tokens_of(model, None, None)
     assert count({"input_values": torch.randn(800)}) > count({"input_values": torch.randn(400)}) > 0
     assert not ran
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import masked
+from conftest import by_column, cut_all, masked
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from zoo import NAMED, ZOO, inputs_for, make, outputs_of
@@ -24,7 +24,7 @@ from zoo import NAMED, ZOO, inputs_for, make, outputs_of
 from hf_kprune import UnsupportedModelError
 from hf_kprune.families import FAMILIES, REFUSED
 from hf_kprune.hooks import State, resumed, run_sublayer, run_to_top
-from hf_kprune.sublayers import cut, find_sublayers, with_own_tables, write_plan
+from hf_kprune.sublayers import find_sublayers, with_own_tables
 
 
 Record = Callable[[str, object], None]
@@ -44,26 +44,9 @@ def plans(units: list[int]) -> dict[str, list[Tensor]]:
     return made
 
 
-def cut_all(model: PreTrainedModel, masks: list[Tensor], by: str | None = None) -> PreTrainedModel:
-    """A cut copy."""
-    student = copy.deepcopy(model)
-    sublayers = find_sublayers(student, by)
-    for sublayer, mask in zip(sublayers, masks, strict=True):
-        cut(sublayer, mask)
-    write_plan(student, sublayers)
-    return student
-
-
 def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str, by: str | None = None) -> Tensor:
     sublayers = find_sublayers(model, by)
-    columns = []
-    for sublayer, mask in zip(sublayers, masks, strict=True):
-        unit, d = sublayer.unit, sublayer.unit.head_dim
-        if unit.strided:  # unit j is query head j of every group
-            columns.append(mask.view(1, -1, 1).expand(unit.q // d, -1, d).flatten().float())
-        else:
-            columns.append(mask.repeat_interleave(unit.q).float())
-    with masked(sublayers, columns):
+    with masked(sublayers, by_column(sublayers, masks)):
         return outputs_of(model, kind)
 
 
@@ -140,10 +123,8 @@ def test_carried_equals_run(name: str, record_property: Record) -> None:
 
 @every
 def test_the_stream_is_what_the_output_joins(name: str, record_property: Record) -> None:
-    """Doubling what a tap says the stream and the output add up to is what the next sublayer's stream sees, where both
-    are plain sums: the sublayer's stream plus its output is the stream of the next in the same layer, or, last in a
-    pre-norm layer, what the layer gives. Post-norm layers normalise in between, which is seen by the sum's being the
-    input of the norm: here, the sum must be computed by the model somewhere. Of sublayers side by side only that of all is.
+    """The stream of a tap plus its output is a sum that the model itself computes: some module takes or gives it, the next
+    sublayer in a pre-norm layer, the norm in a post-norm one. Of sublayers side by side only the sum of all is.
     """
     record_property("family", (name, "stream"))
     kind, model = ZOO[name][2], with_own_tables(make(name))
@@ -151,7 +132,7 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
     state = State()
     for position, sublayer in enumerate(sublayers):
         tap = run_sublayer(model, inputs, sublayers, position, state)
-        beside = sublayer.parallel and sublayer.layer is getattr(next(iter(sublayers[position + 1 :]), None), "layer", None)
+        beside = sublayer.stack.parallel and any(s.layer is sublayer.layer for s in sublayers[position + 1 :])
         if sublayer.block.stream is not None and not beside:
             total = (tap.stream + tap.output) * sublayer.residual
             seen: list[Tensor] = []
