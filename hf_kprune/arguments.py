@@ -39,7 +39,7 @@ class KPruneArguments:
 
     > Weight tuning
 
-    `tune`, `tune_bias`, `ridge`, `statistics_dtype`.
+    `tune`, `tune_bias`, `tune_inputs`, `ridge`, `statistics_dtype`.
 
     > Output, logging, hub
 
@@ -53,7 +53,12 @@ class KPruneArguments:
     output_dir: str | None = _option(None, "Where the pruned checkpoint is written. Must be new or empty.")
     overwrite_output_dir: bool = _option(False, "Replace output_dir if it holds files.")
     sparsity: float = _option(0.5, "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter.")
-    method: str = _option("kprune", "Pruning method: 'kprune' is the method of the paper (Park et al., ICLR 2024).")
+    method: str = _option(
+        "obs",
+        "Pruning method: 'obs' is ours (optimal brain surgeon in the Fisher metric), 'kprune' that of the paper (Park et al., "
+        "ICLR 2024), the others are for comparison.",
+        choices=list(METHODS),
+    )
     prune_heads: bool = _option(True, "Whether attention heads may be pruned.")
     prune_ffn: bool = _option(True, "Whether FFN neurons may be pruned.")
     head_unit: str = _option(
@@ -73,7 +78,7 @@ class KPruneArguments:
 
     num_tokens: int = _option(100_000, "Calibration tokens used for tuning weights, padding not counted.")
     num_measure_tokens: int | None = _option(
-        None, "Of these, tokens used for measuring knowledge, the costlier part. None: all of them."
+        None, "Of these, tokens used for measuring, the costlier part. None: 30,000 for 'obs', all of them for 'kprune'."
     )
     max_seq_length: int | None = _option(
         None, "Tokens after which texts are truncated when tokenised here. None: what the model can take."
@@ -103,12 +108,23 @@ class KPruneArguments:
     )
 
     tune: bool = _option(True, "Whether the output weights of what is kept are tuned (KPWT).")
-    tune_bias: bool = _option(False, "Whether tuning fits the output bias too. The paper keeps it.")
-    ridge: float = _option(
-        0.0, "Pull of tuned weights towards the present ones, relative to the features' mean square. The paper has none."
+    tune_bias: bool | None = _option(
+        None, "Whether tuning fits the output bias too. None: as the method does; the paper keeps it."
     )
-    statistics_dtype: str = _option(
-        "float64", "Precision of the products summed for tuning; sums and solves are float64.", choices=["float64", "float32"]
+    ridge: float | None = _option(
+        None,
+        "Pull of tuned weights towards the present ones, relative to the features' mean square. None: as the method does, "
+        "0.01 for 'obs', none in the paper.",
+    )
+    tune_inputs: bool | None = _option(
+        None,
+        "Whether input projections are corrected for how what they read differs from what the dense model's read. None: as "
+        "the method does; the paper does not.",
+    )
+    statistics_dtype: str | None = _option(
+        None,
+        "Precision of the products summed for tuning, float64 or float32; sums and solves are float64. None: float32 for "
+        "'obs', whose ridge is far above its rounding, float64 for 'kprune'.",
     )
 
     max_shard_size: str = _option("50GB", "Largest weight file of the saved checkpoint.")
@@ -148,8 +164,8 @@ class KPruneArguments:
         check("mu", self.mu is None or self.mu > 0, "over 0, or None for the head size")
         check("pooling", self.pooling in ("mean", "cls", "pooler", "none"), "mean, cls, pooler or none")
         check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        check("ridge", self.ridge >= 0, "at least 0")
-        check("statistics_dtype", self.statistics_dtype in ("float64", "float32"), "float64 or float32")
+        check("ridge", self.ridge is None or self.ridge >= 0, "at least 0")
+        check("statistics_dtype", self.statistics_dtype in (None, "float64", "float32"), "float64 or float32")
         check("prune_heads", self.prune_heads or self.prune_ffn or not self.sparsity, "True, or prune_ffn=True, or sparsity=0")
 
     def check_output_dir(self, output_dir: str | None = None) -> str:

@@ -6,28 +6,42 @@ decision is taken by the main process and broadcast. So one process and many do 
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
 from .collate import Collator, collate, fitted
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
-from .heads import KnowledgeLoss, PerToken
-from .hooks import State, by_token, check_order, only_tokens, part_of, probed, resumed, run_sublayer, run_to_bottom, run_to_top
-from .methods import Statistics
+from .heads import Draws, Knowledge
+from .hooks import (
+    State,
+    by_token,
+    check_order,
+    only_tokens,
+    outputs_of,
+    part_of,
+    probed,
+    resumed,
+    run_sublayer,
+    run_to_bottom,
+    run_to_inputs,
+    run_to_top,
+)
+from .interface import Statistics
 from .reconstruction import NormalEquations
 from .rows import Rows, row_length
-from .sublayers import Sublayer, find_sublayers
+from .sublayers import Sublayer, find_sublayers, in_unit_order, oriented
 
 
 LOGITS = 2**24
@@ -92,25 +106,27 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
 
 @dataclass
 class Batch:
-    """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, and those whose outputs count
-    for knowledge; and whether they serve for measuring."""
+    """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, those whose outputs count for
+    knowledge, and which of all rows they are; whether they serve for measuring, and whether they are held out of trials."""
 
     inputs: dict[str, Any]
     valid: dict[str, Tensor]
     counted: Tensor
-    measured: bool
+    rows: list[int] = field(default_factory=list)
+    measured: bool = False
+    held_out: bool = False
 
     @property
     def samples(self) -> int:
         """Rows in the batch, which may be several sequences each (multiple choice)."""
         return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
 
-    def tokens(self, sublayer: Sublayer, like: Tensor) -> Tensor:
-        """Which tokens of `like`, (B, T, ...), in the stack of `sublayer` are real.
+    def tokens(self, sublayer: Sublayer, like: Tensor, stack: str | None = None) -> Tensor:
+        """Which tokens of `like`, (B, T, ...), in the stack of `sublayer`, or the one named, are real.
 
         Raises `UnsupportedModelError` if the model has added tokens of its own that are no padding.
         """
-        valid = self.valid[sublayer.stack_name]
+        valid = self.valid[stack or sublayer.stack_name]
         more = like.shape[1] - valid.shape[1]
         if more < 0 or (more and not sublayer.stack.pads):
             raise UnsupportedModelError(
@@ -127,7 +143,17 @@ class Batch:
             return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
 
         inputs, valid = ({k: of(v) for k, v in held.items()} for held in (self.inputs, self.valid))
-        return Batch(inputs, valid, of(self.counted), self.measured)
+        return Batch(inputs, valid, of(self.counted), self.rows[start:stop], self.measured, self.held_out)
+
+
+def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """The knowledge loss of each row of a batch, (B,). Raises `ArgumentError` if it gives anything else."""
+    losses = loss(student, teacher, batch.counted)
+    if losses.shape != (batch.samples,):
+        raise ArgumentError(
+            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one number each"
+        )
+    return losses
 
 
 class Calibration:
@@ -156,25 +182,29 @@ class Calibration:
         tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
-        self.dtype = getattr(torch, args.statistics_dtype)
+        self.dtype = getattr(torch, args.statistics_dtype or "float64")
         self.batches: list[Batch] = []
         self.sublayers = find_sublayers(model, args.head_unit)
         self.tokens: dict[str, int] = {}
-        for measured, part in ((True, rows.rows[: rows.measured]), (False, rows.rows[rows.measured :])):
-            by_length = sorted(range(len(part)), key=lambda i: (row_length(part[i], tokens_per_row), i))
+        self.readers: list[list[list[str]]] = []
+        tried = rows.measured - rows.held_out
+        for start, stop in ((0, tried), (tried, rows.measured), (rows.measured, len(rows.rows))):
+            by_length = sorted(range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i))
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
-            for start in range(0, len(mine), args.per_device_batch_size):
-                batch = [part[i] for i in mine[start : start + args.per_device_batch_size]]
-                inputs, counted = collate(batch, collator, processing_class, model)
-                self.batches.append(self._batch(model, inputs, counted, measured))
+            for first in range(0, len(mine), args.per_device_batch_size):
+                picked = mine[first : first + args.per_device_batch_size]
+                inputs, counted = collate([rows.rows[i] for i in picked], collator, processing_class, model)
+                batch = self._batch(model, inputs, counted)
+                batch.rows, batch.measured, batch.held_out = picked, stop <= rows.measured, start == tried
+                self.batches.append(batch)
 
-    def _batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None, measured: bool) -> Batch:
+    def _batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
         inputs: dict[str, Any] = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False
         valid = {s.stack_name: self._valid(model, s, inputs) for s in {s.stack_name: s for s in self.sublayers}.values()}
         last = list(valid.values())[-1]
-        return Batch(inputs, valid, last if counted is None else last & counted.to(last.device), measured)
+        return Batch(inputs, valid, last if counted is None else last & counted.to(last.device))
 
     def _valid(self, model: PreTrainedModel, sublayer: Sublayer, inputs: dict[str, Any]) -> Tensor:
         """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T)."""
@@ -244,19 +274,26 @@ class Calibration:
         """The states below the first sublayer: nothing has run."""
         return [State() for _ in self.batches]
 
-    def top(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> list[State | None]:
-        """The states above the last sublayer, of the batches that are measured.
+    def check(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
+        """Carry one batch up sublayer by sublayer, and note which input projections read the same.
 
-        Raises `UnsupportedArchitectureError` if carrying a batch up sublayer by sublayer does not arrive there: then the
-        model's family describes it wrongly, though cutting may work.
+        Raises `UnsupportedArchitectureError` if it does not arrive where the model as a whole does: then the model's family
+        describes it wrongly, though cutting may work.
         """
+        readers: list[list[list[str]]] = []
         with together(self.accelerator):
             for batch in self.batches[:1]:
                 check_order(model, batch.inputs, sublayers)
                 with torch.no_grad():
                     state, expected = State(), run_to_top(model, batch.inputs, sublayers)
-                for position in range(len(sublayers)):
-                    state = run_sublayer(model, batch.inputs, sublayers, position, state).above
+                for position, sublayer in enumerate(sublayers):
+                    tap = run_sublayer(model, batch.inputs, sublayers, position, state)
+                    state, groups = tap.above, dict[tuple[int, bool], list[str]]()
+                    for path, tensors in tap.reads.items():
+                        if len(tensors) == 1:  # one that serves several ends (DeBERTa's keys) cannot be corrected for one
+                            biased = sublayer.layer.get_submodule(path).bias is not None
+                            groups.setdefault((id(tensors[0]), biased), []).append(path)
+                    readers.append(list(groups.values()))
                 for name, top in expected.inputs.items():
                     valid = batch.tokens(next(s for s in sublayers if s.stack_name == name), top)
                     error, size = (state.inputs[name] - top)[valid].abs().max(), top[valid].abs().max()
@@ -267,8 +304,13 @@ class Calibration:
                             "docs/add_a_family.md"
                         )
                 self._check_head(model, sublayers, expected, batch.part(0, 1), batch.samples)
-            with torch.no_grad():
-                return [run_to_top(model, batch.inputs, sublayers) if batch.measured else None for batch in self.batches]
+        (self.readers,) = broadcast_object_list([readers])
+
+    @torch.no_grad()
+    def top(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> list[State | None]:
+        """The states above the last sublayer, of the batches that are measured."""
+        with together(self.accelerator):
+            return [run_to_top(model, batch.inputs, sublayers) if batch.measured else None for batch in self.batches]
 
     def _check_head(
         self, model: PreTrainedModel, sublayers: Sequence[Sublayer], top: State, sample: Batch, samples: int
@@ -301,7 +343,7 @@ class Calibration:
         teacher: PreTrainedModel,
         teacher_sublayers: Sequence[Sublayer],
         teacher_top: list[State | None],
-        loss: KnowledgeLoss | None,
+        loss: Knowledge | None,
     ) -> list[Statistics]:
         """Knowledge measurement on all units of the sublayers from `position` up, by a forward and backward pass.
 
@@ -318,7 +360,9 @@ class Calibration:
         targets = sublayers[position:]
         device = self.accelerator.device
         columns = [t.weight.shape[1] for t in targets]
-        energy, total, square = ([torch.zeros(c, dtype=torch.float64, device=device) for c in columns] for _ in range(3))
+        energy, linear, total, square = (
+            [torch.zeros(c, dtype=torch.float64, device=device) for c in columns] for _ in range(4)
+        )
         samples = torch.zeros(1, dtype=torch.float64, device=device)
         tokens = torch.zeros(len(targets), dtype=torch.float64, device=device)
         slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
@@ -334,7 +378,7 @@ class Calibration:
                     stop = min(start + size, count)
                     part, state = batch.part(start, stop), stream.part(start, stop, count)
                     samples += stop - start
-                    chunk = self.chunk(student, part) if isinstance(loss, PerToken) else 0
+                    chunk = self.chunk(student, part) if loss is not None and loss.per_token else 0
                     grad = torch.enable_grad() if loss is not None else torch.no_grad()
                     with grad, autocast, resumed(sublayers, position, state), probed(targets) as features:
                         reached = run_to_top(student, part.inputs, sublayers) if chunk else None
@@ -343,12 +387,13 @@ class Calibration:
                         a = by_token(a.detach(), part.valid[targets[place].stack_name].unsqueeze(-1))
                         valid = part.tokens(targets[place], a)
                         energy[place] += a[valid].float().square().sum(0)
+                        linear[place] += a[valid].float().sum(0)
                         tokens[place] += valid.sum()
                     if loss is None:
                         continue
                     assert top is not None
                     above = top.part(start, stop, count)
-                    if reached is not None and isinstance(loss, PerToken):
+                    if reached is not None:
                         with autocast:
                             pulled, pull = self.pull_on_top(
                                 student, sublayers, reached, teacher, teacher_sublayers, above, part, loss, chunk
@@ -357,12 +402,7 @@ class Calibration:
                     else:
                         with torch.no_grad(), autocast, resumed(teacher_sublayers, len(teacher_sublayers), above):
                             expected = teacher(**part.inputs, return_dict=True)
-                        losses = loss(in_float32(outputs), in_float32(expected), part.counted)
-                        if losses.shape != (stop - start,):
-                            raise ArgumentError(
-                                f"the knowledge loss gave {tuple(losses.shape)} for {stop - start} samples, "
-                                "expected one number each"
-                            )
+                        losses = losses_of(loss, in_float32(outputs), in_float32(expected), part)
                         gradients = torch.autograd.grad(losses.sum(), list(features.values()), allow_unused=True)
                     for (place, a), gradient in zip(features.items(), gradients, strict=True):
                         if gradient is not None:  # of several sequences per sample (choices), one mask serves all
@@ -372,15 +412,155 @@ class Calibration:
                             g = by_mask.view(stop - start, len(by_mask) // (stop - start), by_mask.shape[1]).sum(1)
                             total[place] += g.sum(0)
                             square[place] += g.square().sum(0)
-        self._reduce([*energy, *total, *square, samples, tokens])
+        self._reduce([*energy, *linear, *total, *square, samples, tokens])
         for target, e in zip(targets, energy, strict=True):  # all before the gradients, which carry NaN downwards
             self.check_finite(target, (e,))
         measured = []
-        for target, e, g, g2, count in zip(targets, energy, total, square, tokens.tolist(), strict=True):
-            self.check_finite(target, (g, g2))
-            cost, weight = target.unit_flops(self.lengths), target.weight
-            measured.append(Statistics(target.kind, target.unit_width, cost, weight, e, g, g2, int(count), int(samples)))
+        for i, target in enumerate(targets):
+            self.check_finite(target, (total[i], square[i]))
+            sums = {"energy": energy[i], "feature_sum": linear[i], "gradient_sum": total[i], "gradient_square": square[i]}
+            measured.append(self._statistics(target, float(tokens[i]), float(samples), sums))
         return measured
+
+    def measure_dense(
+        self, model: PreTrainedModel, sublayers: Sequence[Sublayer], needs: Collection[str], loss: Knowledge
+    ) -> Iterator[Statistics]:
+        """Measure the dense model for a one-shot method, sublayer by sublayer, so that memory does not grow with depth.
+
+        Args:
+            model: Frozen.
+            sublayers: All of it.
+            needs: `Method.needs`.
+            loss: Against draws from which the Fisher information is taken.
+        """
+        drawn = {"curvature", "fisher"} & set(needs)
+        fisher = self._fisher(model, sublayers, loss, "fisher" in needs) if drawn else [{} for _ in sublayers]
+        batches = [batch for batch in self.batches if batch.measured]
+        states = [State() for _ in batches]
+        count = torch.tensor([sum(b.samples for b in batches)], dtype=torch.float64, device=self.accelerator.device)
+        self._reduce([count])
+        for position, sublayer in enumerate(sublayers):
+            columns = sublayer.weight.shape[1]
+            shapes = {"energy": (columns,), "feature_sum": (columns,), "tokens": ()}
+            if "curvature" in needs:
+                shapes["gram"] = (columns, columns)
+            sums = {k: torch.zeros(v, dtype=torch.float64, device=self.accelerator.device) for k, v in shapes.items()}
+            with together(self.accelerator):
+                for i, batch in enumerate(batches):
+                    tap = run_sublayer(model, batch.inputs, sublayers, position, states[i])
+                    a = tap.features[batch.tokens(sublayer, tap.output)].float()
+                    sums["energy"] += a.square().sum(0)
+                    sums["feature_sum"] += a.sum(0)
+                    sums["tokens"] += len(a)
+                    if "gram" in sums:
+                        sums["gram"] += a.T @ a
+                    states[i] = tap.above
+            self._reduce(list(sums.values()))
+            self.check_finite(sublayer, list(sums.values()))
+            yield self._statistics(sublayer, float(sums.pop("tokens")), float(count), sums | fisher[position])
+
+    def _fisher(
+        self, model: PreTrainedModel, sublayers: Sequence[Sublayer], loss: Knowledge, masks: bool
+    ) -> list[dict[str, Tensor]]:
+        """Fisher information of the output of each sublayer, or else of its units' masks: see `Statistics`."""
+        device = self.accelerator.device
+        zeros = [
+            {"fisher": (s.num_units, s.num_units), "absolute": (s.num_units,)} if masks else {"metric": (len(s.weight),) * 2}
+            for s in sublayers
+        ]
+        sums = [{k: torch.zeros(v, dtype=torch.float64, device=device) for k, v in shapes.items()} for shapes in zeros]
+        slices = -(-len(sublayers) // (2 * GRAPH_LAYERS))
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.args.measure_dtype == "bfloat16")
+        with together(self.accelerator):
+            for whole in self.batches:
+                if not whole.measured:
+                    continue
+                size = -(-whole.samples // slices)
+                for start in range(0, whole.samples, size):
+                    batch = whole.part(start, min(start + size, whole.samples))
+                    draws = Draws(self.args.seed, batch.rows, batch.counted)
+                    chunk = self.chunk(model, batch) if loss.per_token else 0
+                    with torch.enable_grad(), autocast, probed(sublayers) as features, outputs_of(sublayers) as outputs:
+                        reached = run_to_top(model, batch.inputs, sublayers) if chunk else None
+                        made = model(**batch.inputs, return_dict=True) if reached is None else None
+                    for place, a in features.items():
+                        like = batch.valid[sublayers[place].stack_name].unsqueeze(-1)
+                        a = by_token(a.detach(), like)
+                        self.check_finite(sublayers[place], (a[batch.tokens(sublayers[place], a)].sum(),))
+                    given = list(outputs.values())
+                    if reached is None:
+                        made = in_float32(made)
+                        drawn = loss.draw(made, loss.noise(made, draws), batch.counted)
+                        losses = losses_of(loss, made, drawn, batch)
+                        gradients = torch.autograd.grad(losses.sum(), given, allow_unused=True)
+                    else:
+                        below = State({name: value.detach() for name, value in reached.inputs.items()})
+                        noise = draws.uniform_of_tokens()
+                        with autocast:
+                            pulled, pull = self.pull_on_top(
+                                model, sublayers, reached, model, sublayers, below, batch, loss, chunk, noise
+                            )
+                        gradients = torch.autograd.grad(pulled, given, pull, allow_unused=True)
+                    for (place, _), gradient in zip(outputs.items(), gradients, strict=True):
+                        if gradient is not None:
+                            like = batch.valid[sublayers[place].stack_name].unsqueeze(-1)
+                            g, a = by_token(gradient, like).float(), by_token(features[place].detach(), like).float()
+                            valid = batch.tokens(sublayers[place], g)
+                            if masks:
+                                self._add_masks(sums[place], sublayers[place], a, g * valid.unsqueeze(-1), batch.samples)
+                            else:
+                                sums[place]["metric"] += g[valid].T @ g[valid]
+        self._reduce([tensor for held in sums for tensor in held.values()])
+        for sublayer, held in zip(sublayers, sums, strict=True):
+            self.check_finite(sublayer, list(held.values()))
+        return sums
+
+    def _add_masks(self, sums: dict[str, Tensor], sublayer: Sublayer, a: Tensor, g: Tensor, samples: int) -> None:
+        """Add what features (B, T, C) and gradients to the output (B, T, D) say of the units' masks."""
+        by_column = torch.einsum("btc,btc->bc", a, g @ sublayer.weight.float()).double()
+        by_unit = by_column[:, sublayer.columns.to(a.device)].sum(2)
+        by_sample = by_unit.view(samples, len(by_unit) // samples, by_unit.shape[1]).sum(1)
+        sums["fisher"] += by_sample.T @ by_sample
+        sums["absolute"] += by_sample.abs().sum(0)
+
+    def _statistics(self, sublayer: Sublayer, tokens: float, samples: float, sums: dict[str, Tensor]) -> Statistics:
+        """Statistics, their columns in the order of the units."""
+        order = sublayer.columns.flatten().to(self.accelerator.device) if sublayer.unit.strided else slice(None)
+        by_column = {name: sums[name][order] for name in sums.keys() - {"metric", "fisher", "absolute", "gram"}}
+        by_two = {"gram": sums["gram"][order][:, order]} if "gram" in sums else {}
+        return Statistics(
+            sublayer.kind,
+            sublayer.unit_width,
+            sublayer.unit_flops(self.lengths),
+            in_unit_order(sublayer),
+            sublayer.bias is not None,
+            sublayer.magnitude,
+            tokens=round(tokens),
+            samples=round(samples),
+            **{**sums, **by_column, **by_two},
+        )
+
+    def trial(self) -> Calibration:
+        """The rows on which ways to split the budget are tried: those that are measured but for the ones held out."""
+        made = copy.copy(self)
+        made.batches = [batch for batch in self.batches if batch.measured and not batch.held_out]
+        return made
+
+    @torch.no_grad()
+    def distance(self, student: PreTrainedModel, teacher: PreTrainedModel, loss: Knowledge) -> float:
+        """Mean knowledge loss of the student on the rows held out."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        with together(self.accelerator):
+            for whole in self.batches:
+                chunk = self.chunk(teacher, whole) if loss.per_token else 0
+                size = max(1, whole.samples * chunk // whole.counted.shape[1]) if chunk else whole.samples
+                for start in range(0, whole.samples if whole.held_out else 0, size):
+                    batch = whole.part(start, min(start + size, whole.samples))
+                    made, expected = (in_float32(m(**batch.inputs, return_dict=True)) for m in (student, teacher))
+                    losses = losses_of(loss, made, expected, batch)
+                    sums += torch.stack([losses.double().sum(), torch.tensor(float(len(losses)), device=sums.device).double()])
+        self._reduce([sums])
+        return float(sums[0] / sums[1])
 
     def chunk(self, model: PreTrainedModel, batch: Batch) -> int:
         """Tokens of a batch whose logits over the vocabulary may exist at once; 0 if those of all may."""
@@ -398,12 +578,13 @@ class Calibration:
         teacher_sublayers: Sequence[Sublayer],
         teacher_top: State,
         batch: Batch,
-        loss: PerToken,
+        loss: Knowledge,
         chunk: int,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The hidden states below the student's head, (B, T, D), and the gradient of the summed knowledge loss to them.
 
-        The heads of both run on `chunk` tokens at a time.
+        The heads of both run on `chunk` tokens at a time. With `noise`, (B, T), the loss is against draws from the teacher.
         """
         name = sublayers[-1].stack_name
         hidden, counts = top.inputs[name], batch.counted.sum(1)
@@ -417,6 +598,8 @@ class Calibration:
                 with torch.set_grad_enabled(model is student), resumed(layers, len(layers), state):
                     with only_tokens(model.get_output_embeddings(), start, start + chunk):
                         made.append(in_float32(model(**batch.inputs, return_dict=True)))
+            if noise is not None:
+                made[1] = loss.draw(made[1], {"logits": noise[:, start : start + chunk]}, counted)
             losses = loss(made[0], made[1], counted) * counted.sum(1) / counts.clamp(min=1)
             pull += torch.autograd.grad(losses.sum(), leaf)[0]
         return hidden, pull
@@ -431,24 +614,56 @@ class Calibration:
         teacher_streams: list[State],
         position: int,
     ) -> NormalEquations:
-        """The sums that fit the student's target sublayer to the teacher's, for the columns that it still has.
+        """The sums that fit the student's target sublayer to the teacher's, for the columns that it still has, unit by unit.
 
         Carries `teacher_streams` above the target, in place, as its outputs are at hand.
         """
         sublayer = sublayers[position]
         rows, columns = sublayer.weight.shape
         equations = NormalEquations.zeros(columns, rows, self.accelerator.device)
+        order = sublayer.columns.flatten().to(self.accelerator.device) if sublayer.unit.strided else slice(None)
         with together(self.accelerator):
             for i, batch in enumerate(self.batches):
                 told = run_sublayer(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i])
                 tap = run_sublayer(student, batch.inputs, sublayers, position, streams[i])
                 valid = batch.tokens(sublayer, told.output)
                 reference = (told.stream + told.output)[valid]
-                equations.add(tap.features[valid], reference - tap.stream[valid], reference, self.dtype)
+                equations.add(tap.features[valid][:, order], reference - tap.stream[valid], reference, self.dtype)
                 teacher_streams[i] = told.above
         self._reduce(equations.tensors())
         self.check_finite(sublayer, equations.tensors())
         return equations
+
+    def input_equations(
+        self,
+        student: PreTrainedModel,
+        sublayers: Sequence[Sublayer],
+        streams: list[State],
+        teacher: PreTrainedModel,
+        teacher_sublayers: Sequence[Sublayer],
+        teacher_streams: list[State],
+        position: int,
+    ) -> list[tuple[list[str], NormalEquations]]:
+        """The sums that fit what the student's input projections read to what the teacher's do, for each tensor that is read,
+        with the paths of the projections that read it, all with or all without a bias."""
+        sublayer, groups = sublayers[position], self.readers[position]
+        widths = [oriented(sublayer.layer.get_submodule(paths[0])).shape[1] for paths in groups]
+        made = [NormalEquations.zeros(width, width, self.accelerator.device) for width in widths]
+        first = [paths[0] for paths in groups]
+        with together(self.accelerator):
+            for i, batch in enumerate(self.batches):
+                told = run_to_inputs(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i], first)
+                reads = run_to_inputs(student, batch.inputs, sublayers, position, streams[i], first)
+                for path, equations in zip(first, made, strict=True):
+                    stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
+                    like = batch.valid[stack].unsqueeze(-1)
+                    x, y = (by_token(tensors[path], like) for tensors in (reads, told))
+                    valid = batch.tokens(sublayer, x, stack)
+                    equations.add(x[valid], y[valid], y[valid], self.dtype)
+        self._reduce([tensor for equations in made for tensor in equations.tensors()])
+        for equations in made:
+            self.check_finite(sublayer, equations.tensors())
+        return list(zip(groups, made, strict=True))
 
     def advance(self, model: PreTrainedModel, sublayers: Sequence[Sublayer], position: int, streams: list[State]) -> None:
         """Carry the streams of `model` above the sublayer at `position`, in place."""

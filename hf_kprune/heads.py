@@ -2,14 +2,19 @@
 
 A loss compares the outputs of student and teacher and gives one number per sequence, so nothing depends on how the
 sequences are batched. Padding never counts. Sequence heads give one divergence; token heads the mean over their tokens.
+
+The Fisher information needs gradients where student and teacher are the same, and there the loss has none. It has one
+against a draw from what the teacher predicts, and over many draws the products of these gradients are its curvature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -24,18 +29,114 @@ KnowledgeLoss = Callable[[Any, Any, Tensor], Tensor]
 """(student outputs, teacher outputs, valid tokens (B, T)) -> one loss per sequence, (B,)."""
 
 
-@dataclass(frozen=True)
-class PerToken:
-    """Mean over the tokens of a sequence of the divergence of their logits. As a sum of tokens' it may be taken in parts."""
+class Draws:
+    """Random numbers that belong to rows and their tokens, whatever batch they are in.
 
+    Args:
+        seed: Of all draws.
+        rows: Number of each row among all rows. A row may be several sequences (choices).
+        valid: Tokens of the sequences that are not padding, (B, T).
+    """
+
+    def __init__(self, seed: int, rows: Sequence[int], valid: Tensor):
+        self.generators = [np.random.default_rng([seed, row]) for row in rows]
+        self.valid = valid
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1) for each sequence, (B, ...)."""
+        return self._made(shape, lambda generator, size: generator.random(size))
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers for each sequence, (B, ...)."""
+        return self._made(shape, lambda generator, size: generator.standard_normal(size))
+
+    def _made(self, shape: tuple[int, ...], draw: Callable[[np.random.Generator, tuple[int, ...]], Any]) -> Tensor:
+        of = [generator for generator in self.generators for _ in range(shape[0] // len(self.generators))]
+        return torch.tensor(np.stack([draw(g, shape[1:]) for g in of]), dtype=torch.float32, device=self.valid.device)
+
+    def uniform_of_tokens(self) -> Tensor:
+        """Numbers in [0, 1) for each token that is not padding, (B, T)."""
+        made = torch.zeros(self.valid.shape)
+        share = len(made) // len(self.generators)
+        for i, valid in enumerate(self.valid.cpu()):
+            made[i, valid] = torch.from_numpy(self.generators[i // share].random(int(valid.sum()))).float()
+        return made.to(self.valid.device)
+
+
+FAR = 1e4
+"""Logit of what was drawn, the others' being 0: a certainty at every temperature in use."""
+
+NUDGE = 1e-2
+"""Standard deviation of the normal draws: small, for losses that normalise what they compare."""
+
+
+def drawn_class(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Logits (..., K) of one class, drawn from softmax(logits / T) by numbers (...) in [0, 1)."""
+    below = (logits / temperature).softmax(-1).cumsum(-1) <= uniform.unsqueeze(-1)
+    drawn = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return torch.zeros_like(logits).scatter_(-1, drawn, FAR)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """A knowledge loss, and how to draw from what a teacher predicts.
+
+    Args:
+        name: For the report.
+        loss: The loss.
+        temperature: Of the softmax.
+        kinds: For each output that the loss reads, how it is drawn: `"class"` out of the last dimension, of each token if
+            there are three, `"token"` one out of all tokens, `"yes or no"` each number by itself, `"token: yes or no"` one for
+            each token, or `"normal"`, about the teacher's, the same for all tokens. None: all outputs, normal.
+        per_token: Whether the loss is a mean over tokens of divergences of their `logits`, so that it may be taken in parts.
+    """
+
+    name: str
+    loss: KnowledgeLoss
     temperature: float
+    kinds: Mapping[str, str] | None
+    per_token: bool = False
 
     def __call__(self, student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return mean_over_tokens(kl_divergence(student.logits, teacher.logits, self.temperature), valid)
+        return self.loss(student, teacher, valid)
+
+    def noise(self, outputs: Any, draws: Draws) -> dict[str, Tensor]:
+        """The random numbers that `draw` takes for these outputs."""
+        made = {}
+        for key, kind in self.kinds_in(outputs).items():
+            shape = outputs[key].shape
+            if kind == "normal":
+                made[key] = draws.normal(shape[0], *shape[1:][-1:]).view(shape[0], *[1] * (len(shape) - 2), *shape[1:][-1:])
+            elif kind == "token: yes or no" or (kind == "class" and len(shape) == 3):
+                made[key] = draws.uniform_of_tokens()
+            else:
+                made[key] = draws.uniform(*(shape if kind == "yes or no" else shape[:1]))
+        return made
+
+    def draw(self, outputs: Any, noise: Mapping[str, Tensor], valid: Tensor) -> Any:
+        """Outputs drawn from what a model with these outputs predicts."""
+        drawn = copy.copy(outputs)
+        for key, kind in self.kinds_in(outputs).items():
+            value = outputs[key].detach()
+            if kind == "normal":
+                drawn[key] = value + NUDGE * noise[key]
+            elif kind.endswith("yes or no"):
+                drawn[key] = FAR * (2 * (noise[key] < torch.sigmoid(value / self.temperature)).to(value.dtype) - 1)
+            else:
+                if kind == "token":
+                    value = value.masked_fill(~valid, torch.finfo(value.dtype).min / 2)
+                drawn[key] = drawn_class(value, noise[key], self.temperature)
+        return drawn
+
+    def kinds_in(self, outputs: Any) -> dict[str, str]:
+        """How each of these outputs is drawn."""
+        if self.kinds is None:
+            return {k: "normal" for k, v in outputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return {key: kind for key, kind in self.kinds.items() if outputs.get(key) is not None}
 
 
-def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> tuple[str, KnowledgeLoss]:
-    """The knowledge loss for the head of `model`, and its name for the report.
+def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> Knowledge:
+    """The knowledge loss for the head of `model`.
 
     Args:
         model: A model of one of the `AutoModelFor...` tables of transformers, or a subclass of one.
@@ -55,7 +156,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
     def regression(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         return squared_error(student.logits, teacher.logits)
 
-    per_token = PerToken(temperature)
+    def per_token(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return mean_over_tokens(kl_divergence(student.logits, teacher.logits, temperature), valid)
 
     def span(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         def over_tokens(name: str) -> Tensor:
@@ -87,36 +189,52 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         distances = [(F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) for s, t in pairs]
         return torch.stack(distances).sum(0)
 
-    def sequence() -> tuple[str, KnowledgeLoss]:
+    def made(name: str, loss: KnowledgeLoss, kinds: Mapping[str, str], per_token: bool = False) -> Knowledge:
+        return Knowledge(name, loss, temperature, kinds, per_token)
+
+    def sequence() -> Knowledge:
         problem, labels = model.config.problem_type, model.config.num_labels
         if problem == "regression" or (problem is None and labels == 1):
-            return "regression", regression
+            return made("regression", regression, {"logits": "normal"})
         if problem == "multi_label_classification":
-            return "multi-label classification", multi_label
-        return "classification", divergence
+            return made("multi-label classification", multi_label, {"logits": "yes or no"})
+        return choice("classification")
+
+    def choice(name: str) -> Knowledge:
+        return made(name, divergence, {"logits": "class"})
+
+    def tokens(name: str) -> Knowledge:
+        return made(name, per_token, {"logits": "class"}, per_token=True)
+
+    def embeddings(name: str, loss: KnowledgeLoss = embedding) -> Knowledge:
+        outputs = ("last_hidden_state", "pooler_output", "text_embeds", "image_embeds")
+        return made(name, loss, dict.fromkeys(outputs, "normal"))
+
+    words_and_pair = {"prediction_logits": "class", "seq_relationship_logits": "class", "logits": "token: yes or no"}
+    spans = {"start_logits": "token", "end_logits": "token"}
 
     modules = [name.rsplit(".", 1)[-1] for name, _ in model.named_modules()]
     knows_pretraining = "seq_relationship" in modules or "discriminator_predictions" in modules
-    heads: dict[str, Callable[[], tuple[str, KnowledgeLoss] | None]] = {
+    heads: dict[str, Callable[[], Knowledge | None]] = {
         "MODEL_FOR_SEQUENCE_CLASSIFICATION": sequence,
-        "MODEL_FOR_QUESTION_ANSWERING": lambda: ("extractive question answering", span),
-        "MODEL_FOR_TOKEN_CLASSIFICATION": lambda: ("token classification", per_token),
-        "MODEL_FOR_MASKED_LM": lambda: ("masked language model", per_token),
-        "MODEL_FOR_CAUSAL_LM": lambda: ("causal language model", per_token),
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM": lambda: ("sequence-to-sequence language model", per_token),
-        "MODEL_FOR_SPEECH_SEQ_2_SEQ": lambda: ("speech-to-text model", per_token),
-        "MODEL_FOR_CTC": lambda: ("speech recognition by CTC", per_token),
-        "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION": lambda: ("audio frame classification", per_token),
+        "MODEL_FOR_QUESTION_ANSWERING": lambda: made("extractive question answering", span, spans),
+        "MODEL_FOR_TOKEN_CLASSIFICATION": lambda: tokens("token classification"),
+        "MODEL_FOR_MASKED_LM": lambda: tokens("masked language model"),
+        "MODEL_FOR_CAUSAL_LM": lambda: tokens("causal language model"),
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM": lambda: tokens("sequence-to-sequence language model"),
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ": lambda: tokens("speech-to-text model"),
+        "MODEL_FOR_CTC": lambda: tokens("speech recognition by CTC"),
+        "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION": lambda: tokens("audio frame classification"),
         "MODEL_FOR_IMAGE_CLASSIFICATION": sequence,
         "MODEL_FOR_VIDEO_CLASSIFICATION": sequence,
         "MODEL_FOR_AUDIO_CLASSIFICATION": sequence,
-        "MODEL_FOR_MULTIPLE_CHOICE": lambda: ("multiple choice", divergence),
-        "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: ("next sentence prediction", divergence),
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT": lambda: ("language model on images and text", per_token),
-        "MODEL_FOR_PRETRAINING": lambda: ("pretraining heads", pretraining) if knows_pretraining else None,
-        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION": lambda: ("embeddings of text and image", towers),
-        "MODEL_FOR_TEXT_ENCODING": lambda: (f"embedding ({pooling})", embedding),
-        "MODEL": lambda: (f"embedding ({pooling})", embedding),
+        "MODEL_FOR_MULTIPLE_CHOICE": lambda: choice("multiple choice"),
+        "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: choice("next sentence prediction"),
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT": lambda: tokens("language model on images and text"),
+        "MODEL_FOR_PRETRAINING": lambda: made("pretraining heads", pretraining, words_and_pair) if knows_pretraining else None,
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION": lambda: embeddings("embeddings of text and image", towers),
+        "MODEL_FOR_TEXT_ENCODING": lambda: embeddings(f"embedding ({pooling})"),
+        "MODEL": lambda: embeddings(f"embedding ({pooling})"),
     }
     for cls in type(model).__mro__:
         for table, choose in heads.items():
@@ -126,7 +244,7 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
                 if found is not None:
                     return found
     if {"text_projection", "visual_projection"} & set(modules):
-        return "embedding of one tower", towers
+        return embeddings("embedding of one tower", towers)
     raise UnsupportedModelError(
         f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
         "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"

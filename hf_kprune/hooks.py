@@ -62,12 +62,14 @@ class Tap:
         features: Input of the output projection, (B, T, C).
         output: Output of the output projection with its bias, Sub(X), (B, T, D).
         above: The state above the sublayer.
+        reads: What each of its input projections has read, each time it ran, by path, (B, T, ...).
     """
 
     stream: Tensor
     features: Tensor
     output: Tensor
     above: State
+    reads: dict[str, list[Tensor]]
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -167,6 +169,7 @@ def run_sublayer(
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
     stack, block = sublayer.stack, sublayer.block
     seen: dict[str, Tensor] = {}
+    reads: dict[str, list[Tensor]] = {}
 
     def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["input"] = _first(args, kwargs)
@@ -194,6 +197,7 @@ def run_sublayer(
                 reader = sublayer.layer.get_submodule(path)
                 hooks.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
         hooks.enter_context(_hook(sublayer.output.register_forward_hook(on_output)))
+        hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
         if following is None or following.layers is not sublayer.layers:
             hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end)))
         elif following.layer is not sublayer.layer:
@@ -212,7 +216,38 @@ def run_sublayer(
         stream = by_token(seen["stream"], seen["input"]) / sublayer.residual + sum(earlier)
     inputs_above = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
     held = {} if "above" in seen else {**state.held, sublayer.name: seen["output"]}
-    return Tap(stream, by_token(seen["features"], seen["input"]), output, State(inputs_above, held))
+    return Tap(stream, by_token(seen["features"], seen["input"]), output, State(inputs_above, held), reads)
+
+
+@contextmanager
+def _reading(sublayer: Sublayer, paths: Sequence[str], reads: dict[str, list[Tensor]], stop: bool = False) -> Iterator[None]:
+    """Collect what the input projections of `sublayer` at `paths` read, and, if told to, `stop` once each has been reached."""
+    with ExitStack() as hooks:
+        for path in paths:
+
+            def see(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                reads.setdefault(path, []).append(args[0])
+                if stop and len(reads) == len(paths):
+                    raise _Stop
+
+            hooks.enter_context(_hook(sublayer.layer.get_submodule(path).register_forward_pre_hook(see)))
+        yield
+
+
+@torch.no_grad()
+def run_to_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
+    paths: Sequence[str],
+) -> dict[str, Tensor]:
+    """What the input projections at `paths` of one sublayer of `model` read first on the state below it, (B, T, ...)."""
+    reads: dict[str, list[Tensor]] = {}
+    with resumed(sublayers, position, state), _reading(sublayers[position], paths, reads, stop=True):
+        _run(model, inputs)
+    return {path: tensors[0] for path, tensors in reads.items()}
 
 
 def hidden_states(returns: Any, output: Any) -> Tensor:
@@ -305,3 +340,17 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
 
             stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(show)))
         yield features
+
+
+@contextmanager
+def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
+    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place in `sublayers`."""
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, sublayer in enumerate(sublayers):
+
+            def note(_: nn.Module, args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
+                outputs[place] = output
+
+            stack.enter_context(_hook(sublayer.output.register_forward_hook(note)))
+        yield outputs

@@ -7,61 +7,20 @@ A method is a class made from `KPruneArguments` with the three functions of `Met
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .interface import Method, Statistics
 from .knowledge import mean_squared_gradient, per_unit, representational
 from .reconstruction import Fit, NormalEquations, tune_weight
+from .rivals import RIVALS
 from .search import threshold_search
+from .surgeon import covariance, eliminate
 
 
 if TYPE_CHECKING:
     from .arguments import KPruneArguments
-
-
-@dataclass
-class Statistics:
-    """What was measured of one sublayer, summed over all calibration sequences. C columns, U units.
-
-    Args:
-        kind: `"attention"`, `"cross_attention"` or `"ffn"`.
-        unit_width: Columns of a unit; C = U * unit_width.
-        cost: FLOPs of one unit.
-        weight: Output projection, (D, C).
-        energy: Sum over tokens of squared features, (C,), float64.
-        gradient_sum: Sum over sequences of the gradient of the predictive loss to each column's mask, (C,), float64.
-            Zero as long as the student is the teacher (there it is zero by definition and not measured).
-        gradient_square: Sum over sequences of its square, (C,), float64.
-        tokens: Number of tokens.
-        samples: Number of sequences.
-    """
-
-    kind: str
-    unit_width: int
-    cost: float
-    weight: Tensor
-    energy: Tensor
-    gradient_sum: Tensor
-    gradient_square: Tensor
-    tokens: int
-    samples: int
-
-
-class Method(Protocol):
-    """The three decisions of a pruning method."""
-
-    def score(self, statistics: Statistics) -> Tensor:
-        """Importance of each unit per cost, (U,)."""
-
-    def search(
-        self, scores: Sequence[Tensor], costs: Sequence[float], budget: float, minimum: Sequence[int], multiple: Sequence[int]
-    ) -> list[Tensor]:
-        """Keep-masks (U,) of the target sublayer and all above it; only the first is used. See `threshold_search`."""
-
-    def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> Fit:
-        """New output weights (D, C) of the kept columns."""
 
 
 class KPrune:
@@ -77,26 +36,75 @@ class KPrune:
     `mean_squared_gradient`, so results depend on no batch; docs/how_it_works.md lists the rest.
     """
 
+    needs = frozenset({"knowledge"})
+    one_shot = False
+    exponents: tuple[float | None, ...] = (None,)
+    tunes = True
+    dtype = "float64"
+    measure_tokens: int | None = None
     batch = 32
     """Batch size on whose scale the paper's lambda was tuned."""
 
     def __init__(self, args: KPruneArguments):
         self.args = args
+        self.ridge, self.tune_bias, self.tune_inputs = args.ridge or 0.0, bool(args.tune_bias), bool(args.tune_inputs)
 
     def score(self, statistics: Statistics) -> Tensor:
         s, args = statistics, self.args
+        assert s.gradient_sum is not None
+        assert s.gradient_square is not None
         predictive = mean_squared_gradient(s.gradient_sum, s.gradient_square, s.samples, self.batch)
         knowledge = args.lambda_pred * predictive + args.lambda_rep * representational(s.energy, s.weight, s.tokens)
         mu = (s.unit_width if args.mu is None else args.mu) if s.kind != "ffn" else 1
         return mu * per_unit(knowledge, s.unit_width) / (s.cost / 1e9)
 
     def search(
-        self, scores: Sequence[Tensor], costs: Sequence[float], budget: float, minimum: Sequence[int], multiple: Sequence[int]
+        self,
+        measured: Sequence[Statistics],
+        scores: Sequence[Tensor],
+        budget: float,
+        minimum: Sequence[int],
+        multiple: Sequence[int],
     ) -> list[Tensor]:
-        return threshold_search(scores, costs, budget, minimum, multiple)
+        return threshold_search(scores, [s.cost for s in measured], budget, minimum, multiple)
 
-    def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> Fit:
-        return tune_weight(equations, weight, bias, self.args.ridge, self.args.tune_bias)
+    def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
+        return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)
 
 
-METHODS: dict[str, Callable[[KPruneArguments], Method]] = {"kprune": KPrune}
+class OptimalBrainSurgeon:
+    """Our own method, the default: optimal brain surgeon in the metric of the Fisher information, a split of the budget over
+    depth that is tried out, and tuning of output and of input projections.
+
+    The loss of a sublayer's output changing by e is 1/2 e^T F e, F its Fisher information (K-FAC's factor). Units are
+    eliminated one after the other, those first that cost least of it *after* the rest has taken over their work by least
+    squares (Hassibi and Stork 1993; Kurtic et al. 2023, ZipLM). The losses of a sublayer's units so add up to a curve, and
+    all sublayers' curves have one unit, so that one threshold splits the budget (`search.split`).
+    """
+
+    needs = frozenset({"curvature"})
+    one_shot = True
+    exponents: tuple[float | None, ...] = (0.5, 0.7, 1.0)
+    tunes = True
+    dtype = "float32"  # the ridge is far above its rounding
+    measure_tokens: int | None = 30_000
+
+    def __init__(self, args: KPruneArguments):
+        self.ridge = 1e-2 if args.ridge is None else args.ridge
+        self.tune_bias = args.tune_bias is not False
+        self.tune_inputs = args.tune_inputs is not False
+
+    def score(self, statistics: Statistics) -> Tensor:
+        s = statistics
+        assert s.gram is not None
+        assert s.metric is not None
+        moments = covariance(s.gram, s.feature_sum, s.tokens, self.tune_bias and s.has_bias, self.ridge)
+        return eliminate(moments, s.weight, s.metric / s.samples, s.unit_width) / s.cost
+
+    search = KPrune.search
+
+    def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
+        return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)
+
+
+METHODS: dict[str, Callable[[KPruneArguments], Method]] = {"obs": OptimalBrainSurgeon, "kprune": KPrune, **RIVALS}

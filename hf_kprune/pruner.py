@@ -6,13 +6,16 @@ import copy
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
@@ -23,23 +26,36 @@ from .checkpoint import save_atomically
 from .cost import BudgetTerms, model_size, peak_memory
 from .detect import describe
 from .errors import ArgumentError
-from .heads import KnowledgeLoss, knowledge_loss
+from .heads import Knowledge, KnowledgeLoss, knowledge_loss
+from .hooks import State
 from .hub import model_card, push_folder
+from .interface import Method, Statistics
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
+from .reconstruction import correct_drift
 from .report import PruningReport, SublayerReport
 from .rows import draw_rows
-from .search import TOLERANCE, uniform_search
+from .search import TOLERANCE, split, uniform_search
 from .sublayers import (
+    Sublayer,
     check_model,
+    correct_inputs,
     cut,
     find_sublayers,
+    has_bias,
+    in_unit_order,
+    set_output,
+    twin,
     uniform_names,
     with_own_tables,
     write_plan,
     write_stock_config,
 )
 from .version import versions
+
+
+Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
+"""(sublayer, student's streams below it, whether the student differs from the teacher) -> units to keep, their scores."""
 
 
 class KPrunePruner:
@@ -145,74 +161,172 @@ class KPrunePruner:
         student: PreTrainedModel,
         teacher: PreTrainedModel,
         calibration: Calibration,
-        loss: KnowledgeLoss,
+        loss: Knowledge,
         report: PruningReport,
     ) -> None:
-        """K-prune: for each sublayer, bottom to top, measure knowledge, search a mask (KPMS), tune weights (KPWT)."""
+        """For each sublayer, bottom to top: decide which units stay, cut, tune."""
         args, method = self.args, METHODS[self.args.method](self.args)
         sublayers, references = (find_sublayers(model, args.head_unit) for model in (student, teacher))
         terms = BudgetTerms(sublayers, args, calibration.lengths)
-        alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn) if args.uniform else []
-        spent, flops = 0.0, terms.total
         with self._phase("measure"):
-            teacher_top = calibration.top(teacher, references)
-            teacher_streams, streams = calibration.bottom(), calibration.bottom()
-        changed = False  # whether the student differs from the teacher yet
-
-        for i, sublayer in enumerate(sublayers):
-            self._tell("on_sublayer_begin", sublayer.name, model=student)
-            begin, units = time.perf_counter(), sublayer.num_units
-            entry = SublayerReport(sublayer.name, sublayer.kind, units)
-            keep = torch.ones(units, dtype=torch.bool)
-            budget = terms.remaining(spent, i)
-            if terms.cost_from(i) > budget * (1 + TOLERANCE) and terms.minimum[i] < units:
-                # (a) knowledge measurement, on the student as pruned so far
-                with self._phase("measure"):
-                    statistics = calibration.measure(
-                        student, sublayers, i, streams, teacher, references, teacher_top, loss if changed else None
-                    )
-                # (b) KPMS over everything that is not decided yet, used for this sublayer only
-                with self._phase("search"):
-                    scores = [method.score(s) for s in statistics]
-                    if args.uniform and not terms.fixed:
-                        left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:], terms.allowed[i:]
-                        terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
-                        budget = terms.remaining(spent, i)
-                    masks = method.search(scores, terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:])
-                    keep = calibration.agree([masks[0].int()])[0].bool().cpu()
-                    entry.scores = [float(f"{score:.6g}") for score in scores[0].tolist()]
-            cut(sublayer, keep)
-            changed = changed or not bool(keep.all())
-            spent += terms.costs[i] * int(keep.sum())
-            flops -= terms.costs[i] * (units - int(keep.sum()))
-
-            # (c) KPWT, of the cut student against the teacher, whose sublayer it also corrects for the error from below
-            with self._phase("tune"):
-                if changed and args.tune:
-                    equations = calibration.normal_equations(
-                        student, sublayers, streams, teacher, references, teacher_streams, i
-                    )
-                    fit = method.tune(equations, sublayer.weight, sublayer.bias)
-                    tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
-                    with torch.no_grad():
-                        for parameter, value in zip((sublayer.weight, sublayer.bias), tuned, strict=False):
-                            parameter.copy_(value)  # type: ignore[union-attr]
-                    entry.error_before, entry.error_after = fit.error_before, fit.error_after
-                    entry.damping, entry.undetermined = fit.damping, fit.undetermined
-                calibration.advance(student, sublayers, i, streams)
-                if not changed:
-                    teacher_streams = list(streams)
-
-            entry.kept, entry.flops_left = keep.nonzero().flatten().tolist(), flops
-            entry.seconds = time.perf_counter() - begin
-            report.sublayers.append(entry)
-            self._tell("on_sublayer_end", entry, model=student)
+            calibration.check(teacher, references)
+        if method.one_shot:
+            decide = self._decided(student, sublayers, teacher, references, calibration, loss, method, terms, report)
+        else:
+            decide = self._deciding(student, sublayers, teacher, references, calibration, loss, method, terms)
+        self._bottom_up(student, sublayers, teacher, references, calibration, method, decide, report)
         if args.uniform:
             write_stock_config(student, sublayers)
         else:
             write_plan(student, sublayers)
-        report.sparsity = 1 - flops / terms.total
-        report.after.flops = flops
+        report.sparsity = 1 - terms.cost_from(0) / terms.total
+        report.after.flops = terms.cost_from(0)
+
+    def _bottom_up(
+        self,
+        student: PreTrainedModel,
+        sublayers: list[Sublayer],
+        teacher: PreTrainedModel,
+        references: list[Sublayer],
+        calibration: Calibration,
+        method: Method,
+        decide: Decision,
+        report: PruningReport | None = None,
+    ) -> None:
+        """Cut each sublayer of `student` to what `decide` keeps and tune it (KPWT) against `teacher`, which also corrects for
+        the error from below. Callbacks and `report` are told, if there is a report."""
+        teacher_streams, streams = calibration.bottom(), calibration.bottom()
+        changed = False  # whether the student differs from the teacher yet
+        for i, sublayer in enumerate(sublayers):
+            begin, units = time.perf_counter(), sublayer.num_units
+            entry = SublayerReport(sublayer.name, sublayer.kind, units)
+            if report is not None:
+                self._tell("on_sublayer_begin", sublayer.name, model=student)
+            keep, scores = decide(i, streams, changed)
+            cut(sublayer, keep)
+            changed = changed or not bool(keep.all())
+            with self._phase("tune" if report is not None else "search"):
+                if changed and self.args.tune and method.tunes:
+                    around = (student, sublayers, streams, teacher, references, teacher_streams, i)
+                    self._tune(sublayer, calibration, method, around, entry)
+                calibration.advance(student, sublayers, i, streams)
+                if not changed:
+                    teacher_streams = list(streams)
+            if report is not None:
+                entry.kept = keep.nonzero().flatten().tolist()
+                entry.scores = None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
+                entry.flops_left = sum(s.num_units * s.unit_flops(calibration.lengths) for s in sublayers)
+                entry.seconds = time.perf_counter() - begin
+                report.sublayers.append(entry)
+                self._tell("on_sublayer_end", entry, model=student)
+
+    def _tune(
+        self, sublayer: Sublayer, calibration: Calibration, method: Method, around: tuple[Any, ...], entry: SublayerReport
+    ) -> None:
+        if method.tune_inputs and sublayer.num_units:
+            for paths, equations in calibration.input_equations(*around):
+                drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
+                correct_inputs(sublayer, paths, *calibration.agree([drift.weight, cast(Tensor, drift.bias)]))
+        equations = calibration.normal_equations(*around)
+        fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
+        set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
+        entry.error_before, entry.error_after = fit.error_before, fit.error_after
+        entry.damping, entry.undetermined = fit.damping, fit.undetermined
+
+    def _deciding(
+        self,
+        student: PreTrainedModel,
+        sublayers: list[Sublayer],
+        teacher: PreTrainedModel,
+        references: list[Sublayer],
+        calibration: Calibration,
+        loss: Knowledge,
+        method: Method,
+        terms: BudgetTerms,
+    ) -> Decision:
+        """K-prune's way: measure every unit from the sublayer up on the student as pruned so far, search a mask for all of
+        them (KPMS), and use it for this sublayer only."""
+        args = self.args
+        with self._phase("measure"):
+            teacher_top = calibration.top(teacher, references)
+        alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn) if args.uniform else []
+
+        def decide(i: int, streams: list[State], changed: bool) -> tuple[Tensor, Tensor | None]:
+            spent = sum(cost * s.num_units for cost, s in zip(terms.costs[:i], sublayers[:i], strict=True))
+            budget = terms.remaining(spent, i)
+            if terms.cost_from(i) <= budget * (1 + TOLERANCE) or terms.minimum[i] >= sublayers[i].num_units:
+                return torch.ones(sublayers[i].num_units, dtype=torch.bool), None
+            with self._phase("measure"):
+                measured = calibration.measure(
+                    student, sublayers, i, streams, teacher, references, teacher_top, loss if changed else None
+                )
+            with self._phase("search"):
+                for statistics, cost in zip(measured, terms.costs[i:], strict=True):
+                    statistics.cost = cost
+                scores = [method.score(s) for s in measured]
+                if args.uniform and not terms.fixed:
+                    left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:], terms.allowed[i:]
+                    terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
+                    budget = terms.remaining(spent, i)
+                masks = method.search(measured, scores, budget, terms.minimum[i:], terms.multiple[i:])
+                return calibration.agree([masks[0].int()])[0].bool().cpu(), scores[0]
+
+        return decide
+
+    def _decided(
+        self,
+        dense: PreTrainedModel,
+        sublayers: list[Sublayer],
+        teacher: PreTrainedModel,
+        references: list[Sublayer],
+        calibration: Calibration,
+        loss: Knowledge,
+        method: Method,
+        terms: BudgetTerms,
+        report: PruningReport,
+    ) -> Decision:
+        """The way of one-shot methods: measure every unit once, on the dense model; of the ways to split the budget over depth
+        take the one whose student, cut and tuned, is nearest to the teacher on rows held out."""
+        if terms.total <= terms.budget * (1 + TOLERANCE):
+            return lambda i, *_: (torch.ones(sublayers[i].num_units, dtype=torch.bool), None)
+        measured, scores = [], []
+        with self._phase("measure"):
+            of_all = calibration.measure_dense(dense, sublayers, method.needs, loss)
+            for statistics, cost in zip(of_all, terms.costs, strict=True):
+                statistics.cost = cost
+                scores.append(method.score(statistics).cpu())
+                statistics.gram = statistics.metric = None
+                measured.append(statistics)
+        exponents, few = method.exponents, calibration.trial()
+        if len(exponents) > 1 and not calibration.rows.held_out:
+            warnings.warn(
+                f"{calibration.rows.measured} calibration rows are measured on, too few to hold some out, so the budget is split "
+                "without trying how; give at least 4 rows, shorter ones if need be, and a larger num_measure_tokens",
+                stacklevel=2,
+            )
+            exponents = (1.0,)
+        with self._phase("search"):
+            plans = {}
+            for exponent in exponents:
+                at = scores if exponent is None else split(scores, terms.costs, exponent)
+                masks = self._masks(method, measured, at, terms)
+                plans[exponent] = [mask.bool().cpu() for mask in calibration.agree([mask.int() for mask in masks])]
+        for exponent, masks in plans.items() if len(plans) > 1 else ():
+            student = twin(dense)
+            layers = find_sublayers(student, self.args.head_unit)
+            self._bottom_up(student, layers, teacher, references, few, method, lambda i, *_, m=masks: (m[i], None))
+            with self._phase("search"):
+                report.trials[str(exponent)] = calibration.distance(student, teacher, loss)
+        best = min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))
+        return lambda i, *_: (plans[best][i], scores[i])
+
+    def _masks(self, method: Method, measured: list[Statistics], scores: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
+        if self.args.uniform:
+            alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)
+            left = terms.costs, terms.budget, terms.minimum, terms.multiple, alike, terms.allowed
+            terms = copy.copy(terms)
+            terms.fix(uniform_search(scores, *left))
+        return method.search(measured, scores, terms.remaining(0.0, 0), terms.minimum, terms.multiple)
 
     def _prune_copy(self, calibration_dataset: Any) -> tuple[PreTrainedModel, PruningReport]:
         """Prune a copy of the model. Everything that can be refused is refused here, before anything runs."""
@@ -229,13 +343,13 @@ class KPrunePruner:
             if args.uniform:
                 uniform_names(terms.sublayers, args.prune_heads, args.prune_ffn)
             if self.compute_loss is not None:
-                name, loss = "custom", self.compute_loss
+                loss = Knowledge("custom", self.compute_loss, args.temperature, None)
             else:
-                name, loss = knowledge_loss(model, args.temperature, args.pooling)
+                loss = knowledge_loss(model, args.temperature, args.pooling)
             report = PruningReport(
                 model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
                 method=args.method,
-                knowledge=name,
+                knowledge=loss.name,
                 sparsity_asked=args.sparsity,
                 before=model_size(model, terms.sublayers, terms.total),
                 sequence_length=sum(lengths.values()) / len(lengths),
@@ -279,8 +393,12 @@ class KPrunePruner:
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         count = tokens_of(model, self.data_collator, self.processing_class)
-        rows = draw_rows(model, dataset, self.processing_class, self.args, self.data_collator is not None, count)
-        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, self.args, count)
+        args, method = self.args, METHODS[self.args.method](self.args)
+        if args.num_measure_tokens is None and method.measure_tokens is not None:
+            args = replace(args, num_measure_tokens=min(method.measure_tokens, args.num_tokens))
+        args = replace(args, statistics_dtype=args.statistics_dtype or method.dtype)
+        rows = draw_rows(model, dataset, self.processing_class, args, self.data_collator is not None, count)
+        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

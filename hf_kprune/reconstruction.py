@@ -136,6 +136,21 @@ def tune_weight(
     return Fit(w, b, error_before, relative_error(e, w, b), damping, undetermined)
 
 
+def correct_drift(equations: NormalEquations, ridge: float, tune_bias: bool) -> Fit:
+    """The map  x -> M x + c  that takes what the student's projections read to what the teacher's read, by least squares.
+
+    argmin_{M, c} ||X_T - X_S M^T - 1 c^T||_F^2 + ridge * mean(diag X_S^T X_S) * ||M - I||_F^2
+
+    Args:
+        equations: Of features X_S (n, D) and targets X_T (n, D).
+        ridge: Pull of M towards the identity, as in `tune_weight`.
+        tune_bias: Whether there is a c; else it is zero.
+    """
+    width = len(equations.gram)
+    identity = torch.eye(width, dtype=torch.float64, device=equations.gram.device)
+    return tune_weight(equations, identity, torch.zeros_like(identity[0]), ridge, tune_bias)
+
+
 def _damped_cholesky(gram: Tensor, right: Tensor, scale: float, ridge: float) -> tuple[Tensor, float, int]:
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     floor = DAMPING

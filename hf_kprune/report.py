@@ -84,6 +84,7 @@ class PruningReport:
         calibration: Fingerprint of the calibration rows: dataset, rows, tokens, seed, sha256 of the token ids.
         arguments: All options.
         versions: Of Python and the packages.
+        trials: Knowledge loss on rows held out, for each exponent by which the budget was split (`search.split`).
         seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
         peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
         device: Where it ran, and in how many processes.
@@ -101,6 +102,7 @@ class PruningReport:
     calibration: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    trials: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     device: str = ""

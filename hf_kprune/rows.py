@@ -111,6 +111,11 @@ class Rows:
     fingerprint: dict[str, Any]
 
     @property
+    def held_out(self) -> int:
+        """Of the measured ones, the last so many are held out of trials, to compare their results on."""
+        return self.measured // 4
+
+    @property
     def sequences(self) -> int:
         """More than the rows where a row holds several choices."""
         return sum(len(row["input_ids"]) if has_choices(row) else 1 for row in self.rows)

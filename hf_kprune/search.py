@@ -73,6 +73,38 @@ def threshold_search(
     return masks
 
 
+def split(scores: Sequence[Tensor], costs: Sequence[float], exponent: float) -> list[Tensor]:
+    """Scores per cost, one (U_i,) per sublayer, with which `threshold_search` minimises the sum of loss ** exponent.
+
+    The loss of a sublayer is the sum of cost * score over its units that go, lowest scores first. Under 1 the exponent takes
+    more from sublayers that are cut deeply already, over 1 it spreads the loss. The curve of the loss over what goes is
+    replaced by its lower convex hull, as no threshold stops above it; the order of units within a sublayer stays.
+    """
+    result = []
+    for score, cost in zip(scores, costs, strict=True):
+        values, order = torch.sort(score.double().cpu().clamp(min=0), stable=True)
+        curve = (cost * values).cumsum(0) ** exponent
+        slopes = convex_slopes(torch.cat([curve.new_zeros(1), curve])) / cost
+        result.append(torch.empty_like(slopes).index_copy_(0, order, slopes))
+    return result
+
+
+def convex_slopes(curve: Tensor) -> Tensor:
+    """Slopes, (n,), of the lower convex hull of the points (i, curve[i]), i = 0 .. n: each a little over the one before, also
+    within an edge of the hull, so that they keep the order of the points."""
+    values, hull = curve.tolist(), [0]
+    for i in range(1, len(values)):
+        while len(hull) > 1 and (values[i] - values[hull[-1]]) * (hull[-1] - hull[-2]) <= (
+            values[hull[-1]] - values[hull[-2]]
+        ) * (i - hull[-1]):
+            hull.pop()
+        hull.append(i)
+    slopes = curve.new_empty(len(values) - 1)
+    for start, stop in itertools.pairwise(hull):
+        slopes[start:stop] = (values[stop] - values[start]) / (stop - start)
+    return slopes * (1 + TOLERANCE * torch.arange(len(slopes), dtype=slopes.dtype))
+
+
 def uniform_search(
     scores: Sequence[Tensor],
     costs: Sequence[float],

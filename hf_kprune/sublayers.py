@@ -106,6 +106,26 @@ class Sublayer:
         return cast("Tensor | None", self.output.bias)
 
     @property
+    def input_projections(self) -> list[str]:
+        """Paths of the projections whose rows are the units'; none if no unit is left."""
+        return [path for path in self.block.inputs if self.num_units and has(self.layer, path)]
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns of each unit in the output projection, (U, unit_width)."""
+        return row_indices("q", self.num_units, self.unit)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Sum of the squares of all weights of each unit, (U,), float64."""
+        total = self.weight.double().square().sum(0)[self.columns.to(self.weight.device)].sum(1)
+        for path in self.input_projections:
+            if path in self.plan["rows"]:
+                rows = row_indices(self.block.inputs[path], self.num_units, self.unit).to(total.device)
+                total += oriented(self.layer.get_submodule(path)).double().square().sum(1)[rows].sum(1)
+        return total
+
+    @property
     def num_units(self) -> int:
         return self.weight.shape[1] // self.unit_width
 
@@ -417,6 +437,37 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     for _, indices in plan["select"].values():
         indices[sublayer.index] = [indices[sublayer.index][i] for i in heads.tolist()]
     shrink_layer(layer, plan, sublayer.index)
+
+
+def in_unit_order(sublayer: Sublayer) -> Tensor:
+    """The output weight, (D, C), with the columns of each unit side by side."""
+    weight = sublayer.weight
+    return weight[:, sublayer.columns.flatten().to(weight.device)] if sublayer.unit.strided else weight
+
+
+@torch.no_grad()
+def set_output(sublayer: Sublayer, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give the output projection a weight (D, C), columns unit by unit, and a bias (D,); None: the one it has."""
+    old = sublayer.weight
+    back = sublayer.columns.flatten().argsort().to(old.device)
+    given = None if bias is None or sublayer.bias is None else bias.to(old)
+    set_projection(sublayer.output, weight.to(old)[:, back], given)
+
+
+def has_bias(sublayer: Sublayer, paths: Sequence[str]) -> bool:
+    """Whether the first of these projections has a bias."""
+    return sublayer.layer.get_submodule(paths[0]).bias is not None
+
+
+@torch.no_grad()
+def correct_inputs(sublayer: Sublayer, paths: Sequence[str], matrix: Tensor, shift: Tensor) -> None:
+    """Let these input projections read  M x + c  for x: M (D, D), c (D,), which is zero for those without a bias."""
+    for path in paths:
+        projection = sublayer.layer.get_submodule(path)
+        weight, bias = oriented(projection), cast("Tensor | None", projection.bias)
+        exact = weight.to(matrix.dtype)
+        moved = None if bias is None else (bias + exact @ shift).to(bias.dtype)
+        set_projection(projection, (exact @ matrix).to(weight.dtype), moved)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from conftest import MODEL_TYPES, classes, collate, rows, tiny
 from torch import Tensor
 from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from hf_kprune import UnsupportedModelError
-from hf_kprune.heads import KnowledgeLoss, embedding_loss, knowledge_loss
+from hf_kprune.heads import Draws, KnowledgeLoss, embedding_loss, knowledge_loss
 from hf_kprune.knowledge import bernoulli_kl_divergence, kl_divergence, squared_error
 
 
@@ -66,7 +67,8 @@ def gradient_norm(loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTra
 @pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
 def test_every_head_of_every_family_has_its_loss(model_type: str, head: str) -> None:
     student, teacher = students(model_type, head)
-    name, loss = knowledge_loss(student, 2.0, "mean")
+    loss = knowledge_loss(student, 2.0, "mean")
+    name = loss.name
     if head == "PRETRAINING" and classes(model_type)[head] is classes(model_type).get("MASKED_LM"):
         head = "MASKED_LM"  # families pretrained by masked words alone have one class for both
     assert name == NAMES[head]
@@ -88,7 +90,8 @@ def test_every_head_of_every_family_has_its_loss(model_type: str, head: str) -> 
 @pytest.mark.parametrize(("expected", "config"), PROBLEMS)
 def test_a_sequence_head_is_told_by_problem_type_and_labels(expected: str, config: dict[str, Any]) -> None:
     student, teacher = students("bert", "SEQUENCE_CLASSIFICATION", **config)
-    name, loss = knowledge_loss(student, 2.0, "mean")
+    loss = knowledge_loss(student, 2.0, "mean")
+    name = loss.name
     assert name == expected
     inputs = batch("")
     s, t = student(**inputs).logits, teacher(**inputs).logits
@@ -104,7 +107,7 @@ def test_a_sequence_head_is_told_by_problem_type_and_labels(expected: str, confi
 def test_regression_is_per_sample_and_has_no_gradient_at_the_teacher_unlike_a_broadcast_one() -> None:
     """METHOD 1.13, B1: what the published code computes is wrong by the pairs of different samples."""
     model = tiny(num_labels=1)
-    _, loss = knowledge_loss(model, 2.0, "mean")
+    loss = knowledge_loss(model, 2.0, "mean")
     z = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
     outputs = SequenceClassifierOutput(logits=z)
     valid = torch.ones(3, 1).bool()
@@ -122,7 +125,7 @@ def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_pad
     temperature: float, dtype: torch.dtype
 ) -> None:
     """METHOD 1.13, B8: the published softmax goes over padding too."""
-    _, loss = knowledge_loss(tiny("bert", "QUESTION_ANSWERING"), temperature, "mean")
+    loss = knowledge_loss(tiny("bert", "QUESTION_ANSWERING"), temperature, "mean")
     generator = torch.Generator().manual_seed(0)
     starts, ends, other_starts, other_ends = (torch.randn(2, 6, generator=generator).to(dtype) for _ in range(4))
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
@@ -144,7 +147,7 @@ def test_pretraining_heads_count_each() -> None:
     inputs = batch("")
     valid = inputs["attention_mask"].bool()
     student, teacher = students("bert", "PRETRAINING")
-    _, loss = knowledge_loss(student, 2.0, "mean")
+    loss = knowledge_loss(student, 2.0, "mean")
     s, t = student(**inputs), teacher(**inputs)
     words = kl_divergence(s.prediction_logits, t.prediction_logits, 2.0)
     pair = kl_divergence(s.seq_relationship_logits, t.seq_relationship_logits, 2.0)
@@ -152,7 +155,7 @@ def test_pretraining_heads_count_each() -> None:
     torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
 
     student, teacher = students("electra", "PRETRAINING")
-    _, loss = knowledge_loss(student, 2.0, "mean")
+    loss = knowledge_loss(student, 2.0, "mean")
     s, t = (torch.stack([z, -z], -1) / 2 for z in (student(**inputs).logits, teacher(**inputs).logits))
     by_hand = torch.stack([w[v].mean() for w, v in zip(kl_divergence(s, t, 2.0), valid, strict=True)])
     torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
@@ -161,7 +164,8 @@ def test_pretraining_heads_count_each() -> None:
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler", "none"])
 def test_embedding_is_pooled_and_normalised(pooling: str) -> None:
     student, teacher = students("bert", "")
-    name, loss = knowledge_loss(student, 2.0, pooling)
+    loss = knowledge_loss(student, 2.0, pooling)
+    name = loss.name
     assert name == f"embedding ({pooling})"
     inputs = batch("")
     s, t, valid = student(**inputs), teacher(**inputs), inputs["attention_mask"].bool()
@@ -191,7 +195,7 @@ def test_a_subclass_has_the_head_of_its_parent() -> None:
     class Mine(classes("bert")["QUESTION_ANSWERING"]):  # type: ignore[misc]
         pass
 
-    assert knowledge_loss(Mine(tiny().config), 2.0, "mean")[0] == "extractive question answering"
+    assert knowledge_loss(Mine(tiny().config), 2.0, "mean").name == "extractive question answering"
 
 
 def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
@@ -203,3 +207,56 @@ def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"head of Odd; pass compute_loss=\(student_outputs, teacher_outputs"):
         knowledge_loss(Odd(tiny().config), 2.0, "mean")
+
+
+DRAWN = [
+    ("SEQUENCE_CLASSIFICATION", {"num_labels": 3}, {"logits": (1, 3)}),
+    ("SEQUENCE_CLASSIFICATION", {"num_labels": 3, "problem_type": "multi_label_classification"}, {"logits": (1, 3)}),
+    ("SEQUENCE_CLASSIFICATION", {"num_labels": 2, "problem_type": "regression"}, {"logits": (1, 2)}),
+    ("TOKEN_CLASSIFICATION", {}, {"logits": (1, 4, 3)}),
+    ("QUESTION_ANSWERING", {}, {"start_logits": (1, 4), "end_logits": (1, 4)}),
+    ("", {}, {"last_hidden_state": (1, 4, 3)}),
+]
+
+
+@pytest.mark.parametrize(("head", "config", "shapes"), DRAWN)
+def test_gradients_against_draws_have_the_loss_for_a_curvature(
+    head: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """The Fisher information: the mean of g g^T is, but for a factor, the Hessian of the loss where both are the same."""
+    loss = knowledge_loss(tiny("bert", head, **config), 2.0, "mean")
+    generator = torch.Generator().manual_seed(0)
+    point = torch.cat([torch.randn(math.prod(s), generator=generator, dtype=torch.float64) for s in shapes.values()])
+    valid = torch.tensor([[True, True, True, False]])
+
+    def outputs(flat: Tensor) -> ModelOutput:
+        parts = flat.split([math.prod(s) for s in shapes.values()])
+        return ModelOutput({key: part.view(s) for (key, s), part in zip(shapes.items(), parts, strict=True)})
+
+    curvature = torch.autograd.functional.hessian(lambda x: loss(outputs(x), outputs(point), valid).sum(), point)
+    information, mean = torch.zeros_like(curvature), torch.zeros_like(point)
+    for row in range(2000):
+        variable = point.clone().requires_grad_()
+        made = outputs(variable)
+        drawn = loss.draw(made, loss.noise(made, Draws(0, [row], valid)), valid)
+        (gradient,) = torch.autograd.grad(loss(made, drawn, valid).sum(), variable)
+        information += torch.outer(gradient, gradient) / 2000
+        mean += gradient / 2000
+    if head in ("", "TOKEN_CLASSIFICATION"):  # the factor differs: one draw for all tokens, or one for each
+        pairs = [(information.diagonal(), curvature.diagonal())]
+    else:
+        pairs = [(information, curvature)]
+    for found, expected in pairs:
+        assert float(torch.cosine_similarity(found.flatten(), expected.flatten(), 0)) > 0.98
+    assert float(mean.norm()) < 0.1 * float(information.trace().sqrt())
+
+
+def test_draws_belong_to_rows_and_tokens() -> None:
+    """Whatever batch a row is in, on whichever side it is padded."""
+    alone = Draws(3, [7], torch.ones(1, 5, dtype=torch.bool))
+    valid = torch.zeros(2, 8, dtype=torch.bool)
+    valid[0, :6], valid[1, 3:] = True, True
+    beside = Draws(3, [2, 7], valid)
+    torch.testing.assert_close(alone.uniform_of_tokens()[0], beside.uniform_of_tokens()[1, 3:])
+    torch.testing.assert_close(alone.normal(1, 4)[0], beside.normal(2, 4)[1])
+    torch.testing.assert_close(alone.uniform(1)[0], beside.uniform(2)[1])

@@ -16,7 +16,7 @@ from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
 from hf_kprune.calibration import Batch, Calibration, tokens_of
 from hf_kprune.collate import shifted_right
-from hf_kprune.heads import PerToken, knowledge_loss
+from hf_kprune.heads import knowledge_loss
 from hf_kprune.hooks import State, run_sublayer
 from hf_kprune.rows import draw_rows
 from hf_kprune.sublayers import cut, find_sublayers, write_plan
@@ -178,7 +178,7 @@ def test_counting_tokens_runs_no_layers() -> None:
 def test_a_language_model_that_sees_images_is_one() -> None:
     text, vision = {**DECODER, "model_type": "llama"}, {**IMAGE, "model_type": "clip_vision_model"}
     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
-    assert isinstance(knowledge_loss(model, 2.0, "mean")[1], PerToken)
+    assert knowledge_loss(model, 2.0, "mean").per_token
     assert {s.stack_name.split(".")[1] for s in find_sublayers(model)} == {"vision_tower", "language_model"}
 
 

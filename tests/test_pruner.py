@@ -183,7 +183,7 @@ def test_fingerprint_tells_the_data_and_the_seed() -> None:
     assert {**other, "sha256": "", "seed": 42} == {**first, "sha256": ""}
     assert other["sha256"] != first["sha256"]
     assert make_pruner(tiny(), rows(24, seed=1)).plan().calibration["sha256"] != first["sha256"]
-    few = make_pruner(tiny(), data, num_tokens=50, num_measure_tokens=20).plan().calibration
+    few = make_pruner(tiny(), data, num_tokens=50, num_measure_tokens=20, method="kprune").plan().calibration
     assert 50 <= few["tokens"] < 50 + 12
     assert 0 < few["rows_measured"] < few["rows"] < 24
 
@@ -451,7 +451,7 @@ def test_switches_spare_heads_or_neurons() -> None:
 def test_minimum_is_kept(option: str, kind: str, least: int, sparsity: float) -> None:
     """At a sparsity at which some sublayer would keep less otherwise."""
     fewest = [
-        min(len(s.kept) for s in prune(tiny(), sparsity=sparsity, **{option: n}).sublayers if s.kind == kind)
+        min(len(s.kept) for s in prune(tiny(), sparsity=sparsity, method="kprune", **{option: n}).sublayers if s.kind == kind)
         for n in (0, least)
     ]
     assert fewest[0] < least <= fewest[1]
@@ -538,8 +538,8 @@ def test_tuned_bias_keeps_the_mean_of_an_emptied_sublayer() -> None:
 @pytest.mark.parametrize("size", [1, 5])
 def test_result_does_not_depend_on_batches(size: int) -> None:
     one, other = tiny(), tiny()
-    first = prune(one, sparsity=0.6, per_device_batch_size=32)
-    second = prune(other, sparsity=0.6, per_device_batch_size=size)
+    first = prune(one, sparsity=0.6, per_device_batch_size=32, statistics_dtype="float64")
+    second = prune(other, sparsity=0.6, per_device_batch_size=size, statistics_dtype="float64")
     assert kept(first) == kept(second)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -572,21 +572,22 @@ def test_compute_loss_replaces_the_predictive_knowledge() -> None:
         calls.append(valid.shape)
         return 0 * student.logits.sum(-1)
 
-    assert make_pruner(tiny(), sparsity=0.6).plan().knowledge == "classification"
-    own = make_pruner(tiny(), sparsity=0.6, compute_loss=indifferent).plan()
+    options: dict[str, Any] = {"sparsity": 0.6, "method": "kprune"}
+    assert make_pruner(tiny(), **options).plan().knowledge == "classification"
+    own = make_pruner(tiny(), compute_loss=indifferent, **options).plan()
     assert calls
     assert own.knowledge == "custom"
-    without = make_pruner(tiny(), sparsity=0.6, lambda_pred=0.0).plan()
+    without = make_pruner(tiny(), lambda_pred=0.0, **options).plan()
     assert [s.scores for s in own.sublayers] == [s.scores for s in without.sublayers]
-    ordinary = make_pruner(tiny(), sparsity=0.6).plan()
+    ordinary = make_pruner(tiny(), **options).plan()
     assert [s.scores for s in own.sublayers] != [s.scores for s in ordinary.sublayers]
 
     def too_short(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
         return student.logits.sum()
 
     model = tiny()
-    with unchanged(model), pytest.raises(ArgumentError, match=r"loss gave \(\) for 24 samples, expected one number each"):
-        prune(model, sparsity=0.6, compute_loss=too_short)
+    with unchanged(model), pytest.raises(ArgumentError, match=r"loss gave \(\) for 18 samples, expected one number each"):
+        prune(model, sparsity=0.6, method="kprune", compute_loss=too_short)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
