@@ -91,7 +91,7 @@ def prune_by_torch_pruning(model: PreTrainedModel, args: KPruneArguments, texts:
             if s.kind == "attention":
                 heads[module] = s.num_units
     pruner = torch_pruning.BasePruner(
-        model,
+        model.base_model,  # it does not follow how the head of question answering takes its outputs apart
         {name: value[:1] for name, value in inputs.items()},
         torch_pruning.importance.GroupTaylorImportance(),
         pruning_ratio=0.0,

@@ -20,6 +20,9 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+TARGETS = ("target_flops", "target_params", "target_bytes")
+
+
 @dataclass
 class KPruneArguments:
     """Options of `KPrunePruner`. Names shared with `TrainingArguments` mean the same.
@@ -27,7 +30,8 @@ class KPruneArguments:
     > What is removed
 
     `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
-    `method`, `prune_heads`, `prune_ffn`, `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to`.
+    `target_flops`, `target_params` or `target_bytes` tells what may be left instead; `method`, `prune_heads`, `prune_ffn`,
+    `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to`.
 
     > Calibration
 
@@ -53,6 +57,13 @@ class KPruneArguments:
     output_dir: str | None = _option(None, "Where the pruned checkpoint is written. Must be new or empty.")
     overwrite_output_dir: bool = _option(False, "Replace output_dir if it holds files.")
     sparsity: float = _option(0.5, "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter.")
+    target_flops: float | None = _option(
+        None, "Instead of sparsity: FLOPs that the prunable sublayers may keep for a calibration sequence of mean length."
+    )
+    target_params: float | None = _option(
+        None, "Instead of sparsity: parameters that the model may keep, embeddings included."
+    )
+    target_bytes: float | None = _option(None, "Instead of sparsity: bytes that its weights may take, in the dtype they have.")
     method: str = _option(
         "obs",
         "Pruning method: 'obs' is ours (optimal brain surgeon in the Fisher metric), 'kprune' that of the paper (Park et al., "
@@ -148,6 +159,11 @@ class KPruneArguments:
         for name, value in asdict(self).items():
             if isinstance(value, float):
                 check(name, value == value and abs(value) != float("inf"), "a finite number")
+        targets = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(targets) > 1:
+            raise ArgumentError(f"{' and '.join(targets)} are given, expected one of them")
+        for name in targets:
+            check(name, getattr(self, name) > 0, "over 0")
         check("sparsity", 0 <= self.sparsity < 1, "the fraction of prunable FLOPs to remove, in [0, 1)")
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         check("head_unit", self.head_unit in ("group", "query"), "group or query")
@@ -166,7 +182,15 @@ class KPruneArguments:
         check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("ridge", self.ridge is None or self.ridge >= 0, "at least 0")
         check("statistics_dtype", self.statistics_dtype in (None, "float64", "float32"), "float64 or float32")
-        check("prune_heads", self.prune_heads or self.prune_ffn or not self.sparsity, "True, or prune_ffn=True, or sparsity=0")
+        none = self.budget == ("sparsity", 0)
+        check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """The option that tells the budget, a target if there is one, and its value."""
+        return next(
+            ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None), ("sparsity", self.sparsity)
+        )
 
     def check_output_dir(self, output_dir: str | None = None) -> str:
         """The directory to save to. Raises `ArgumentError` if there is none or if it holds files that are to stay."""

@@ -18,16 +18,40 @@ from .search import TOLERANCE, group_sizes
 from .sublayers import Sublayer, uniform_choices
 
 
+MEANING = {
+    "sparsity": "the fraction of prunable FLOPs to remove",
+    "target_flops": "the FLOPs that the prunable sublayers may keep",
+    "target_params": "the parameters that the model may keep",
+    "target_bytes": "the bytes that its weights may take",
+}
+
+
 class BudgetTerms:
     """What units cost, how many sublayers must keep, and, of a uniform plan, which numbers they may.
 
+    Args:
+        sublayers: Of the model as it is now.
+        args: Options.
+        lengths: Mean tokens of a sequence in each stack.
+        before: Size of the model as it is now.
+
     Raises:
-        BudgetError: If `args.sparsity` is out of reach.
+        BudgetError: If what `args` ask for is out of reach.
     """
 
-    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float]):
+    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float], before: Size):
         self.sublayers = sublayers
-        self.costs = [s.unit_flops(lengths) for s in sublayers]
+        name, asked = args.budget
+        self.name = name
+        if name in ("sparsity", "target_flops"):
+            self.costs = [s.unit_flops(lengths) for s in sublayers]
+        else:
+            size = before.bytes / before.parameters if name == "target_bytes" else 1.0
+            self.costs = [size * s.unit_parameters for s in sublayers]
+        self.total = self.cost_from(0)
+        whole = {"target_params": before.parameters, "target_bytes": before.bytes}.get(name, self.total)
+        self.fixed_cost = whole - self.total  # of what is not prunable
+        self.budget = (1 - asked) * self.total if name == "sparsity" else asked - self.fixed_cost
         self.fixed = False
         self.minimum, self.multiple = [], []
         choices = {(id(s.owner), s.block.output): s for s in sublayers if args.uniform}
@@ -41,8 +65,6 @@ class BudgetTerms:
                 numbers = allowed or range(max(least, 1), s.num_units)
                 least = min((n for n in numbers if n >= least), default=s.num_units)
             self.minimum.append(min(least, s.num_units) if free else s.num_units)
-        self.total = self.cost_from(0)
-        self.budget = (1 - args.sparsity) * self.total
         groups = (group_sizes(s.num_units, m, r) for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True))
         self.forced = [cost * sizes[0] for cost, sizes in zip(self.costs, groups, strict=True)]
         least_cost = sum(self.forced)
@@ -50,11 +72,17 @@ class BudgetTerms:
             raise BudgetError("the model has no heads and no neurons left to prune")
         if least_cost > self.budget * (1 + TOLERANCE):
             reach = math.floor(1e4 * (1 - least_cost / self.total)) / 1e4  # rounded down, so that it can be asked for
+            within = f"0 to {reach:.4f}" if name == "sparsity" else f"{math.ceil(self.fixed_cost + least_cost):,} and more"
             raise BudgetError(
-                f"sparsity is {args.sparsity}, the fraction of prunable FLOPs to remove; with min_heads={args.min_heads}, "
-                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
-                f"prune_ffn={args.prune_ffn} this model can reach 0 to {reach:.4f}"
+                f"{name} is {asked:,}, {MEANING[name]}; with min_heads={args.min_heads}, min_neurons={args.min_neurons}, "
+                f"round_to={args.round_to}, prune_heads={args.prune_heads} and prune_ffn={args.prune_ffn} this model can "
+                f"reach {within}"
             )
+
+    def achieved(self) -> float:
+        """What the sublayers now come to, in terms of what was asked for."""
+        cost = self.cost_from(0)
+        return 1 - cost / self.total if self.name == "sparsity" else self.fixed_cost + cost
 
     def fix(self, counts: Sequence[int]) -> None:
         """From now on each sublayer keeps exactly so many units, and the budget is what that costs."""
@@ -70,6 +98,11 @@ class BudgetTerms:
         """FLOPs of the sublayers from `position` up, as they are now."""
         pairs = zip(self.costs[position:], self.sublayers[position:], strict=True)
         return sum(cost * s.num_units for cost, s in pairs)
+
+
+def prunable_flops(sublayers: Sequence[Sublayer], lengths: Mapping[str, float]) -> float:
+    """FLOPs of attention and FFN sublayers for one sequence, as they are now."""
+    return sum(s.num_units * s.unit_flops(lengths) for s in sublayers)
 
 
 def cache_bytes_per_token(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> int:

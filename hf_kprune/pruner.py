@@ -1,61 +1,41 @@
-"""`KPrunePruner`: the page to read. `_prune_sublayers` is the whole algorithm; each line of it is a module of its own."""
+"""`KPrunePruner`, modelled on `Trainer`. The algorithm is in algorithm.py."""
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PredictionOutput
 
+from .algorithm import Pruning
 from .arguments import KPruneArguments
 from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
-from .cost import BudgetTerms, model_size, peak_memory
+from .cost import BudgetTerms, model_size, peak_memory, prunable_flops
 from .detect import describe
 from .errors import ArgumentError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
-from .hooks import State
 from .hub import model_card, push_folder
-from .interface import Method, Statistics
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
-from .reconstruction import correct_drift
-from .report import PruningReport, SublayerReport
+from .report import PruningReport
 from .rows import draw_rows
-from .search import TOLERANCE, split, uniform_search
 from .sublayers import (
-    Sublayer,
     check_model,
-    correct_inputs,
-    cut,
     find_sublayers,
-    has_bias,
-    in_unit_order,
-    set_output,
-    twin,
     uniform_names,
-    with_own_tables,
-    write_plan,
-    write_stock_config,
 )
 from .version import versions
-
-
-Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
-"""(sublayer, student's streams below it, whether the student differs from the teacher) -> units to keep, their scores."""
 
 
 class KPrunePruner:
@@ -111,7 +91,7 @@ class KPrunePruner:
         self.compute_loss = compute_loss
         self.report: PruningReport | None = None
         self._saved: str | None = None
-        self._seconds: dict[str, float] = {}
+        self._begin, self._seconds = time.perf_counter(), dict[str, float]()
         self.callback_handler = CallbackHandler([PrinterCallback() if self.args.disable_tqdm else ProgressCallback()])
         if self.args.report_to not in ([], ["none"]):
             self.add_callback(ReportingCallback(self.args))
@@ -140,7 +120,8 @@ class KPrunePruner:
         with together(self.accelerator):
             if self.args.output_dir is not None and self.accelerator.is_main_process:
                 self.args.check_output_dir()
-        student, report = self._prune_copy(calibration_dataset)
+        with self._pruning(calibration_dataset, [self.args]) as pruning:
+            student, report = self._student(pruning, self.args)
         if any(len(entry.kept) < entry.units for entry in report.sublayers):
             self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
         self.report, self._saved = report, None
@@ -152,186 +133,16 @@ class KPrunePruner:
         listeners = self.callback_handler.callbacks
         self.callback_handler.callbacks = [c for c in listeners if not isinstance(c, ReportingCallback)]
         try:
-            return self._prune_copy(calibration_dataset)[1]
+            with self._pruning(calibration_dataset, [self.args]) as pruning:
+                return self._student(pruning, self.args)[1]
         finally:
             self.callback_handler.callbacks = listeners
 
-    def _prune_sublayers(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        calibration: Calibration,
-        loss: Knowledge,
-        report: PruningReport,
-    ) -> None:
-        """For each sublayer, bottom to top: decide which units stay, cut, tune."""
-        args, method = self.args, METHODS[self.args.method](self.args)
-        sublayers, references = (find_sublayers(model, args.head_unit) for model in (student, teacher))
-        terms = BudgetTerms(sublayers, args, calibration.lengths)
-        with self._phase("measure"):
-            calibration.check(teacher, references)
-        if method.one_shot:
-            decide = self._decided(student, sublayers, teacher, references, calibration, loss, method, terms, report)
-        else:
-            decide = self._deciding(student, sublayers, teacher, references, calibration, loss, method, terms)
-        self._bottom_up(student, sublayers, teacher, references, calibration, method, decide, report)
-        if args.uniform:
-            write_stock_config(student, sublayers)
-        else:
-            write_plan(student, sublayers)
-        report.sparsity = 1 - terms.cost_from(0) / terms.total
-        report.after.flops = terms.cost_from(0)
-
-    def _bottom_up(
-        self,
-        student: PreTrainedModel,
-        sublayers: list[Sublayer],
-        teacher: PreTrainedModel,
-        references: list[Sublayer],
-        calibration: Calibration,
-        method: Method,
-        decide: Decision,
-        report: PruningReport | None = None,
-    ) -> None:
-        """Cut each sublayer of `student` to what `decide` keeps and tune it (KPWT) against `teacher`, which also corrects for
-        the error from below. Callbacks and `report` are told, if there is a report."""
-        teacher_streams, streams = calibration.bottom(), calibration.bottom()
-        changed = False  # whether the student differs from the teacher yet
-        for i, sublayer in enumerate(sublayers):
-            begin, units = time.perf_counter(), sublayer.num_units
-            entry = SublayerReport(sublayer.name, sublayer.kind, units)
-            if report is not None:
-                self._tell("on_sublayer_begin", sublayer.name, model=student)
-            keep, scores = decide(i, streams, changed)
-            cut(sublayer, keep)
-            changed = changed or not bool(keep.all())
-            with self._phase("tune" if report is not None else "search"):
-                if changed and self.args.tune and method.tunes:
-                    around = (student, sublayers, streams, teacher, references, teacher_streams, i)
-                    self._tune(sublayer, calibration, method, around, entry)
-                calibration.advance(student, sublayers, i, streams)
-                if not changed:
-                    teacher_streams = list(streams)
-            if report is not None:
-                entry.kept = keep.nonzero().flatten().tolist()
-                entry.scores = None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
-                entry.flops_left = sum(s.num_units * s.unit_flops(calibration.lengths) for s in sublayers)
-                entry.seconds = time.perf_counter() - begin
-                report.sublayers.append(entry)
-                self._tell("on_sublayer_end", entry, model=student)
-
-    def _tune(
-        self, sublayer: Sublayer, calibration: Calibration, method: Method, around: tuple[Any, ...], entry: SublayerReport
-    ) -> None:
-        if method.tune_inputs and sublayer.num_units:
-            for paths, equations in calibration.input_equations(*around):
-                drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
-                correct_inputs(sublayer, paths, *calibration.agree([drift.weight, cast(Tensor, drift.bias)]))
-        equations = calibration.normal_equations(*around)
-        fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
-        set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
-        entry.error_before, entry.error_after = fit.error_before, fit.error_after
-        entry.damping, entry.undetermined = fit.damping, fit.undetermined
-
-    def _deciding(
-        self,
-        student: PreTrainedModel,
-        sublayers: list[Sublayer],
-        teacher: PreTrainedModel,
-        references: list[Sublayer],
-        calibration: Calibration,
-        loss: Knowledge,
-        method: Method,
-        terms: BudgetTerms,
-    ) -> Decision:
-        """K-prune's way: measure every unit from the sublayer up on the student as pruned so far, search a mask for all of
-        them (KPMS), and use it for this sublayer only."""
-        args = self.args
-        with self._phase("measure"):
-            teacher_top = calibration.top(teacher, references)
-        alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn) if args.uniform else []
-
-        def decide(i: int, streams: list[State], changed: bool) -> tuple[Tensor, Tensor | None]:
-            spent = sum(cost * s.num_units for cost, s in zip(terms.costs[:i], sublayers[:i], strict=True))
-            budget = terms.remaining(spent, i)
-            if terms.cost_from(i) <= budget * (1 + TOLERANCE) or terms.minimum[i] >= sublayers[i].num_units:
-                return torch.ones(sublayers[i].num_units, dtype=torch.bool), None
-            with self._phase("measure"):
-                measured = calibration.measure(
-                    student, sublayers, i, streams, teacher, references, teacher_top, loss if changed else None
-                )
-            with self._phase("search"):
-                for statistics, cost in zip(measured, terms.costs[i:], strict=True):
-                    statistics.cost = cost
-                scores = [method.score(s) for s in measured]
-                if args.uniform and not terms.fixed:
-                    left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike[i:], terms.allowed[i:]
-                    terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
-                    budget = terms.remaining(spent, i)
-                masks = method.search(measured, scores, budget, terms.minimum[i:], terms.multiple[i:])
-                return calibration.agree([masks[0].int()])[0].bool().cpu(), scores[0]
-
-        return decide
-
-    def _decided(
-        self,
-        dense: PreTrainedModel,
-        sublayers: list[Sublayer],
-        teacher: PreTrainedModel,
-        references: list[Sublayer],
-        calibration: Calibration,
-        loss: Knowledge,
-        method: Method,
-        terms: BudgetTerms,
-        report: PruningReport,
-    ) -> Decision:
-        """The way of one-shot methods: measure every unit once, on the dense model; of the ways to split the budget over depth
-        take the one whose student, cut and tuned, is nearest to the teacher on rows held out."""
-        if terms.total <= terms.budget * (1 + TOLERANCE):
-            return lambda i, *_: (torch.ones(sublayers[i].num_units, dtype=torch.bool), None)
-        measured, scores = [], []
-        with self._phase("measure"):
-            of_all = calibration.measure_dense(dense, sublayers, method.needs, loss)
-            for statistics, cost in zip(of_all, terms.costs, strict=True):
-                statistics.cost = cost
-                scores.append(method.score(statistics).cpu())
-                statistics.gram = statistics.metric = None
-                measured.append(statistics)
-        exponents, few = method.exponents, calibration.trial()
-        if len(exponents) > 1 and not calibration.rows.held_out:
-            warnings.warn(
-                f"{calibration.rows.measured} calibration rows are measured on, too few to hold some out, so the budget is split "
-                "without trying how; give at least 4 rows, shorter ones if need be, and a larger num_measure_tokens",
-                stacklevel=2,
-            )
-            exponents = (1.0,)
-        with self._phase("search"):
-            plans = {}
-            for exponent in exponents:
-                at = scores if exponent is None else split(scores, terms.costs, exponent)
-                masks = self._masks(method, measured, at, terms)
-                plans[exponent] = [mask.bool().cpu() for mask in calibration.agree([mask.int() for mask in masks])]
-        for exponent, masks in plans.items() if len(plans) > 1 else ():
-            student = twin(dense)
-            layers = find_sublayers(student, self.args.head_unit)
-            self._bottom_up(student, layers, teacher, references, few, method, lambda i, *_, m=masks: (m[i], None))
-            with self._phase("search"):
-                report.trials[str(exponent)] = calibration.distance(student, teacher, loss)
-        best = min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))
-        return lambda i, *_: (plans[best][i], scores[i])
-
-    def _masks(self, method: Method, measured: list[Statistics], scores: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
-        if self.args.uniform:
-            alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)
-            left = terms.costs, terms.budget, terms.minimum, terms.multiple, alike, terms.allowed
-            terms = copy.copy(terms)
-            terms.fix(uniform_search(scores, *left))
-        return method.search(measured, scores, terms.remaining(0.0, 0), terms.minimum, terms.multiple)
-
-    def _prune_copy(self, calibration_dataset: Any) -> tuple[PreTrainedModel, PruningReport]:
-        """Prune a copy of the model. Everything that can be refused is refused here, before anything runs."""
+    @contextmanager
+    def _pruning(self, calibration_dataset: Any, budgets: Sequence[KPruneArguments]) -> Iterator[Pruning]:
+        """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
         args, model = self.args, self.model
-        begin, self._seconds = time.perf_counter(), {}
+        self._begin, self._seconds = time.perf_counter(), {}
         with self._phase("prepare"):
             check_model(model)
             with together(self.accelerator):
@@ -339,44 +150,44 @@ class KPrunePruner:
             calibration.check_same_rows()
             lengths = calibration.lengths  # summed over processes, so what follows is the same on all of them
             calibration.check_enough_tokens()
-            terms = BudgetTerms(calibration.sublayers, args, lengths)
+            sublayers = calibration.sublayers
+            before = model_size(model, sublayers, prunable_flops(sublayers, lengths))
+            for budget in budgets:
+                BudgetTerms(sublayers, budget, lengths, before)
             if args.uniform:
-                uniform_names(terms.sublayers, args.prune_heads, args.prune_ffn)
+                uniform_names(sublayers, args.prune_heads, args.prune_ffn)
             if self.compute_loss is not None:
                 loss = Knowledge("custom", self.compute_loss, args.temperature, None)
             else:
                 loss = knowledge_loss(model, args.temperature, args.pooling)
-            report = PruningReport(
-                model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
-                method=args.method,
-                knowledge=loss.name,
-                sparsity_asked=args.sparsity,
-                before=model_size(model, terms.sublayers, terms.total),
-                sequence_length=sum(lengths.values()) / len(lengths),
-                calibration=calibration.rows.fingerprint,
-                arguments=args.to_dict(),
-                versions=versions(),
-                device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
-            )
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
-            half = model.dtype in (torch.float16, torch.bfloat16)
-            teacher = with_own_tables(copy.deepcopy(model).float() if half else model)
-            student = copy.deepcopy(teacher)
-            student.requires_grad_(False)
-        modes = {name: module.training for name, module in model.named_modules()}
-        names = [s.name for s in terms.sublayers]
+            pruning = Pruning(model, calibration, loss, args, self._phase, self._tell)
+        with in_eval_mode(pruning.teacher):
+            yield pruning
+
+    def _student(self, pruning: Pruning, args: KPruneArguments) -> tuple[PreTrainedModel, PruningReport]:
+        """A pruned copy of the model, with flags and dtypes of the model, and the report."""
+        model, calibration = self.model, pruning.calibration
+        report = PruningReport(
+            model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
+            method=args.method,
+            knowledge=pruning.loss.name,
+            asked=dict([args.budget]),
+            before=model_size(model, calibration.sublayers, prunable_flops(calibration.sublayers, calibration.lengths)),
+            sequence_length=sum(calibration.lengths.values()) / len(calibration.lengths),
+            calibration=calibration.rows.fingerprint,
+            arguments=args.to_dict(),
+            versions=versions(),
+            device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
+        )
         previous, self.report = self.report, report
         try:
-            self._tell("on_prune_begin", model=student, sublayers=names)
-            with in_eval_mode(teacher):
-                student.eval()
-                self._prune_sublayers(student, teacher, calibration, loss, report)
+            student = pruning.student(args, report)
         finally:
             self.report = previous
         for name, module in student.named_modules():
-            module.training = modes.get(name, model.training)
+            module.training = pruning.modes.get(name, pruning.modes[""])
         originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
             original = originals.get(name)  # a table of positions of its own has none
@@ -384,7 +195,8 @@ class KPrunePruner:
             tensor.requires_grad_(original is None or original.requires_grad)
         result = student if any(len(entry.kept) < entry.units for entry in report.sublayers) else model
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
-        report.seconds = {**self._seconds, "total": time.perf_counter() - begin}
+        report.seconds = {**self._seconds, "total": time.perf_counter() - self._begin}
+        self._begin, self._seconds = time.perf_counter(), {}
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report
 

@@ -76,7 +76,8 @@ class PruningReport:
         model: Name or path, and class, of the model.
         method: `KPruneArguments.method`.
         knowledge: Name of the predictive knowledge, by the model's head.
-        sparsity_asked: Fraction of the prunable FLOPs to remove.
+        asked: The budget, by the name of its option.
+        achieved: What came out of it.
         sparsity: Fraction that was removed.
         before, after: Sizes.
         sequence_length: Tokens per sequence that FLOPs are counted for, the mean of the calibration rows.
@@ -93,7 +94,8 @@ class PruningReport:
     model: str
     method: str
     knowledge: str
-    sparsity_asked: float
+    asked: dict[str, float]
+    achieved: float = 0.0
     sparsity: float = 0.0
     before: Size = field(default_factory=Size)
     after: Size = field(default_factory=Size)
@@ -138,8 +140,12 @@ class PruningReport:
         if self.before.cache_bytes_per_token:
             caches = self.before.cache_bytes_per_token, self.after.cache_bytes_per_token
             rows.append(("KV-cache bytes per token", *caches, ",.0f"))
+        asked = ", ".join(
+            f"{value:.2%} asked" if name == "sparsity" else f"{name} {value:,.6g} asked, {self.achieved:,.6g} achieved"
+            for name, value in self.asked.items()
+        )
         lines = [
-            f"K-pruned {self.model}: {self.sparsity:.2%} of the prunable FLOPs removed ({self.sparsity_asked:.2%} asked), "
+            f"K-pruned {self.model}: {self.sparsity:.2%} of the prunable FLOPs removed ({asked}), "
             f"method {self.method}, {self.seconds.get('total', 0):.0f} s",
             "",
             "| | before | after | left |",

@@ -134,6 +134,16 @@ class Sublayer:
         """What the output is multiplied by before it joins the stream."""
         return float(getattr(self.owner.config, self.stack.residual)) if self.stack.residual else 1.0
 
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters of one unit."""
+        count = self.unit_width * len(self.weight)
+        for path in self.input_projections:
+            width, _ = self.plan["rows"].get(path, (0, 0))
+            projection = self.layer.get_submodule(path)
+            count += width * (oriented(projection).shape[1] + (projection.bias is not None))
+        return count
+
     def unit_flops(self, lengths: Mapping[str, float]) -> float:
         """FLOPs of one unit for one sequence, a multiply-add counted as 2 (METHOD: F_head, F_neuron).
 

@@ -50,7 +50,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    options = KPruneArguments(sparsity=0.6, per_device_batch_size=4, tune_bias=True, disable_tqdm=True, use_cpu=True)
+    options = KPruneArguments(
+        sparsity=0.6, per_device_batch_size=4, statistics_dtype="float64", disable_tqdm=True, use_cpu=True
+    )
     options.ridge = args.ridge  # the least squares of so few tokens would magnify rounding
     options.output_dir = str(args.out / "model")
     if args.model == "pack":

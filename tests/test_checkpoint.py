@@ -108,7 +108,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def report() -> PruningReport:
-    return PruningReport(model="a model", method="kprune", knowledge="kl", sparsity_asked=0.5)
+    return PruningReport(model="a model", method="kprune", knowledge="kl", asked={"sparsity": 0.5})
 
 
 def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

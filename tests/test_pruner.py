@@ -41,6 +41,7 @@ from hf_kprune import (
 )
 from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
 from hf_kprune.cost import BudgetTerms
+from hf_kprune.report import Size
 from hf_kprune.search import threshold_search
 from hf_kprune.sublayers import find_sublayers
 
@@ -797,10 +798,10 @@ def test_a_sparsity_that_the_switches_reach_exactly_is_reached() -> None:
     """All of the FFN and none of the heads: what rounding leaves of the budget must not count as too little."""
     model = tiny("bert", hidden_size=64, intermediate_size=640)
     for neurons in (0, 3):
-        terms = BudgetTerms(find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), LENGTHS)
+        terms = BudgetTerms(find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), LENGTHS, Size())
         ffn = sum(c * (s.num_units - neurons) for c, s in zip(terms.costs, terms.sublayers, strict=True) if s.kind == "ffn")
         args = KPruneArguments(sparsity=ffn / terms.total, prune_heads=False, min_neurons=neurons, tune=False)
-        reached = BudgetTerms(find_sublayers(model), args, LENGTHS)
+        reached = BudgetTerms(find_sublayers(model), args, LENGTHS, Size())
         spent = 0.0
         for i, cost in enumerate(reached.costs):
             left = reached.remaining(spent, i)

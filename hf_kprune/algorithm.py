@@ -1,0 +1,244 @@
+"""The algorithm: decide which units of each sublayer stay, cut, tune. `Pruning.student` is the page to read."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .arguments import KPruneArguments
+from .calibration import Calibration
+from .cost import BudgetTerms, prunable_flops
+from .heads import Knowledge
+from .hooks import State
+from .interface import Method, Statistics
+from .methods import METHODS
+from .reconstruction import correct_drift
+from .report import PruningReport, SublayerReport
+from .search import TOLERANCE, split, uniform_search
+from .sublayers import (
+    Sublayer,
+    correct_inputs,
+    cut,
+    find_sublayers,
+    has_bias,
+    in_unit_order,
+    set_output,
+    twin,
+    uniform_names,
+    with_own_tables,
+    write_plan,
+    write_stock_config,
+)
+
+
+Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
+"""(sublayer, student's states below it, whether the student differs from the teacher) -> units to keep, their scores."""
+
+
+class Pruning:
+    """One teacher and one calibration set, from which students for one budget or several are made.
+
+    Args:
+        model: The dense model, in evaluation mode as long as this is used. It is left as it is.
+        calibration: Of its inputs.
+        loss: Of its head.
+        args: Options; those of the budget are taken from what `student` is given.
+        phase: Takes the time of a phase by its name.
+        tell: Tells callbacks of an event.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        loss: Knowledge,
+        args: KPruneArguments,
+        phase: Callable[[str], AbstractContextManager[None]],
+        tell: Callable[..., None],
+    ):
+        self.args, self.calibration, self.loss, self.phase, self.tell = args, calibration, loss, phase, tell
+        # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
+        half = model.dtype in (torch.float16, torch.bfloat16)
+        self.teacher = with_own_tables(copy.deepcopy(model).float() if half else model)
+        self.references = find_sublayers(self.teacher, args.head_unit)
+        self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation mode
+        self.checked = False
+        self.measured: list[Statistics] = []
+        self.scores: list[Tensor] = []
+
+    def student(self, args: KPruneArguments, report: PruningReport) -> PreTrainedModel:
+        """A pruned copy of the teacher, for the budget in `args`: for each sublayer, bottom to top, decide, cut, tune."""
+        method = METHODS[args.method](args)
+        student = copy.deepcopy(self.teacher).requires_grad_(False)
+        sublayers = find_sublayers(student, args.head_unit)
+        terms = BudgetTerms(sublayers, args, self.calibration.lengths, report.before)
+        flops = prunable_flops(sublayers, self.calibration.lengths)
+        self.tell("on_prune_begin", model=student, sublayers=[s.name for s in sublayers])
+        with self.phase("measure"):
+            if not self.checked:
+                self.calibration.check(self.teacher, self.references)
+                self.checked = True
+        if terms.total <= terms.budget * (1 + TOLERANCE):
+            decide = keep_all(sublayers)
+        elif method.one_shot:
+            decide = self.decided(student, sublayers, method, terms, report)
+        else:
+            decide = self.deciding(student, sublayers, method, terms)
+        self.bottom_up(student, sublayers, self.calibration, method, decide, report)
+        if args.uniform:
+            write_stock_config(student, sublayers)
+        else:
+            write_plan(student, sublayers)
+        report.after.flops = prunable_flops(sublayers, self.calibration.lengths)
+        report.sparsity, report.achieved = 1 - report.after.flops / flops, terms.achieved()
+        return student
+
+    def bottom_up(
+        self,
+        student: PreTrainedModel,
+        sublayers: list[Sublayer],
+        calibration: Calibration,
+        method: Method,
+        decide: Decision,
+        report: PruningReport | None = None,
+    ) -> None:
+        """Cut each sublayer of `student` to what `decide` keeps and tune it (KPWT) against the teacher, which also corrects
+        for the error from below. Callbacks and `report` are told, if there is a report."""
+        teacher_streams, streams = calibration.bottom(), calibration.bottom()
+        changed = False  # whether the student differs from the teacher yet
+        for i, sublayer in enumerate(sublayers):
+            begin, units = time.perf_counter(), sublayer.num_units
+            entry = SublayerReport(sublayer.name, sublayer.kind, units)
+            if report is not None:
+                self.tell("on_sublayer_begin", sublayer.name, model=student)
+            keep, scores = decide(i, streams, changed)
+            cut(sublayer, keep)
+            changed = changed or not bool(keep.all())
+            with self.phase("tune" if report is not None else "search"):
+                if changed and self.args.tune and method.tunes:
+                    around = (student, sublayers, streams, self.teacher, self.references, teacher_streams, i)
+                    tune(sublayer, calibration, method, around, entry)
+                calibration.advance(student, sublayers, i, streams)
+                if not changed:
+                    teacher_streams = list(streams)
+            if report is not None:
+                entry.kept = keep.nonzero().flatten().tolist()
+                entry.scores = None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
+                entry.flops_left = prunable_flops(sublayers, calibration.lengths)
+                entry.seconds = time.perf_counter() - begin
+                report.sublayers.append(entry)
+                self.tell("on_sublayer_end", entry, model=student)
+
+    def deciding(self, student: PreTrainedModel, sublayers: list[Sublayer], method: Method, terms: BudgetTerms) -> Decision:
+        """K-prune's way: measure every unit from the sublayer up on the student as pruned so far, search a mask for all of
+        them (KPMS), and use it for this sublayer only."""
+        calibration, args = self.calibration, self.args
+        with self.phase("measure"):
+            teacher_top = calibration.top(self.teacher, self.references)
+
+        def decide(i: int, streams: list[State], changed: bool) -> tuple[Tensor, Tensor | None]:
+            spent = sum(cost * s.num_units for cost, s in zip(terms.costs[:i], sublayers[:i], strict=True))
+            budget = terms.remaining(spent, i)
+            if terms.cost_from(i) <= budget * (1 + TOLERANCE) or terms.minimum[i] >= sublayers[i].num_units:
+                return torch.ones(sublayers[i].num_units, dtype=torch.bool), None
+            with self.phase("measure"):
+                measured = calibration.measure(
+                    student,
+                    sublayers,
+                    i,
+                    streams,
+                    self.teacher,
+                    self.references,
+                    teacher_top,
+                    self.loss if changed else None,
+                )
+            with self.phase("search"):
+                for statistics, cost in zip(measured, terms.costs[i:], strict=True):
+                    statistics.cost = cost
+                scores = [method.score(s) for s in measured]
+                if args.uniform and not terms.fixed:
+                    alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn)[i:]
+                    left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike, terms.allowed[i:]
+                    terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
+                    budget = terms.remaining(spent, i)
+                masks = method.search(measured, scores, budget, terms.minimum[i:], terms.multiple[i:])
+                return calibration.agree([masks[0].int()])[0].bool().cpu(), scores[0]
+
+        return decide
+
+    def decided(
+        self,
+        dense: PreTrainedModel,
+        sublayers: list[Sublayer],
+        method: Method,
+        terms: BudgetTerms,
+        report: PruningReport,
+    ) -> Decision:
+        """The way of one-shot methods: measure every unit once, on the dense model; of the ways to split the budget over depth
+        take the one whose student, cut and tuned, is nearest to the teacher on rows held out."""
+        with self.phase("measure"):
+            if not self.measured:
+                of_all = self.calibration.measure_dense(dense, sublayers, method.needs, self.loss)
+                for statistics, cost in zip(of_all, terms.costs, strict=True):
+                    statistics.cost = cost
+                    self.scores.append(method.score(statistics).cpu())
+                    statistics.gram = statistics.metric = None
+                    self.measured.append(statistics)
+        exponents, rows = method.exponents, self.calibration.rows
+        if len(exponents) > 1 and not rows.held_out:
+            warnings.warn(
+                f"{rows.measured} calibration rows are measured on, too few to hold some out, so the budget is split without "
+                "trying how; give at least 4 rows, shorter ones if need be, and a larger num_measure_tokens",
+                stacklevel=2,
+            )
+            exponents = (1.0,)
+        with self.phase("search"):
+            plans = {}
+            for exponent in exponents:
+                scores = self.scores if exponent is None else split(self.scores, terms.costs, exponent)
+                masks = self.masks(method, scores, terms)
+                plans[exponent] = [mask.bool().cpu() for mask in self.calibration.agree([mask.int() for mask in masks])]
+        few = self.calibration.trial()
+        for exponent, plan in plans.items() if len(plans) > 1 else ():
+            student = twin(dense)
+            layers = find_sublayers(student, self.args.head_unit)
+            self.bottom_up(student, layers, few, method, lambda i, *_, plan=plan: (plan[i], None))
+            with self.phase("search"):
+                report.trials[str(exponent)] = self.calibration.distance(student, self.teacher, self.loss)
+        best = min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))
+        return lambda i, *_: (plans[best][i], self.scores[i])
+
+    def masks(self, method: Method, scores: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
+        """Keep-masks of all sublayers within the budget."""
+        if self.args.uniform:
+            alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)
+            given = terms.costs, terms.budget, terms.minimum, terms.multiple, alike, terms.allowed
+            terms = copy.copy(terms)
+            terms.fix(uniform_search(scores, *given))
+        return method.search(self.measured, scores, terms.remaining(0.0, 0), terms.minimum, terms.multiple)
+
+
+def keep_all(sublayers: list[Sublayer]) -> Decision:
+    """Nothing is to go."""
+    return lambda i, *_: (torch.ones(sublayers[i].num_units, dtype=torch.bool), None)
+
+
+def tune(sublayer: Sublayer, calibration: Calibration, method: Method, around: tuple[Any, ...], entry: SublayerReport) -> None:
+    """Correct what the input projections read for drift, if the method does, and refit the output projection (KPWT)."""
+    if method.tune_inputs and sublayer.num_units:
+        for paths, equations in calibration.input_equations(*around):
+            drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
+            correct_inputs(sublayer, paths, *calibration.agree([drift.weight, cast(Tensor, drift.bias)]))
+    equations = calibration.normal_equations(*around)
+    fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
+    set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
+    entry.error_before, entry.error_after = fit.error_before, fit.error_after
+    entry.damping, entry.undetermined = fit.damping, fit.undetermined
