@@ -21,7 +21,7 @@ from .hooks import State
 from .interface import Method, Statistics
 from .methods import METHODS
 from .reconstruction import correct_drift
-from .report import PruningReport, SublayerReport
+from .report import PruningReport, Size, SublayerReport
 from .search import TOLERANCE, split, uniform_search
 from .sublayers import (
     Sublayer,
@@ -50,6 +50,7 @@ class Pruning:
         model: The dense model, in evaluation mode as long as this is used. It is left as it is.
         calibration: Of its inputs.
         loss: Of its head.
+        before: Its size.
         args: Options; those of the budget are taken from what `student` is given.
         phase: Takes the time of a phase by its name.
         tell: Tells callbacks of an event.
@@ -60,11 +61,13 @@ class Pruning:
         model: PreTrainedModel,
         calibration: Calibration,
         loss: Knowledge,
+        before: Size,
         args: KPruneArguments,
         phase: Callable[[str], AbstractContextManager[None]],
         tell: Callable[..., None],
     ):
-        self.args, self.calibration, self.loss, self.phase, self.tell = args, calibration, loss, phase, tell
+        self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
+        self.phase, self.tell = phase, tell
         # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
         half = model.dtype in (torch.float16, torch.bfloat16)
         self.teacher = with_own_tables(copy.deepcopy(model).float() if half else model)
@@ -79,7 +82,7 @@ class Pruning:
         method = METHODS[args.method](args)
         student = copy.deepcopy(self.teacher).requires_grad_(False)
         sublayers = find_sublayers(student, args.head_unit)
-        terms = BudgetTerms(sublayers, args, self.calibration.lengths, report.before)
+        terms = BudgetTerms(sublayers, args, self.calibration.lengths, self.before)
         flops = prunable_flops(sublayers, self.calibration.lengths)
         self.tell("on_prune_begin", model=student, sublayers=[s.name for s in sublayers])
         with self.phase("measure"):

@@ -89,7 +89,7 @@ class KPruneArguments:
 
     num_tokens: int = _option(100_000, "Calibration tokens used for tuning weights, padding not counted.")
     num_measure_tokens: int | None = _option(
-        None, "Of these, tokens used for measuring, the costlier part. None: 30,000 for 'obs', all of them for 'kprune'."
+        None, "Of these, tokens used for measuring, the costlier part. None: 10,000 for 'obs', all of them for 'kprune'."
     )
     max_seq_length: int | None = _option(
         None, "Tokens after which texts are truncated when tokenised here. None: what the model can take."

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -107,13 +108,14 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
 @dataclass
 class Batch:
     """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, those whose outputs count for
-    knowledge, and which of all rows they are; whether they serve for measuring, and whether they are held out of trials."""
+    knowledge, and which of all rows they are; whether they serve for measuring, for trials, or are held out of those."""
 
     inputs: dict[str, Any]
     valid: dict[str, Tensor]
     counted: Tensor
     rows: list[int] = field(default_factory=list)
     measured: bool = False
+    tried: bool = False
     held_out: bool = False
 
     @property
@@ -143,7 +145,7 @@ class Batch:
             return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
 
         inputs, valid = ({k: of(v) for k, v in held.items()} for held in (self.inputs, self.valid))
-        return Batch(inputs, valid, of(self.counted), self.rows[start:stop], self.measured, self.held_out)
+        return Batch(inputs, valid, of(self.counted), self.rows[start:stop], self.measured, self.tried, self.held_out)
 
 
 def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -187,15 +189,16 @@ class Calibration:
         self.sublayers = find_sublayers(model, args.head_unit)
         self.tokens: dict[str, int] = {}
         self.readers: list[list[list[str]]] = []
-        tried = rows.measured - rows.held_out
-        for start, stop in ((0, tried), (tried, rows.measured), (rows.measured, len(rows.rows))):
+        ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
+        for start, stop in pairwise(ends):
             by_length = sorted(range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i))
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
             for first in range(0, len(mine), args.per_device_batch_size):
                 picked = mine[first : first + args.per_device_batch_size]
                 inputs, counted = collate([rows.rows[i] for i in picked], collator, processing_class, model)
                 batch = self._batch(model, inputs, counted)
-                batch.rows, batch.measured, batch.held_out = picked, stop <= rows.measured, start == tried
+                batch.rows, batch.measured = picked, start < rows.measured
+                batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]
                 self.batches.append(batch)
 
     def _batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
@@ -540,10 +543,18 @@ class Calibration:
             **{**sums, **by_column, **by_two},
         )
 
+    def check_held_out(self) -> None:
+        """Raise `CalibrationError` if there are too few rows to hold some out."""
+        if not self.rows.held_out:
+            raise CalibrationError(
+                f"{self.rows.measured} calibration rows are measured on, expected at least 4, so that models can be compared "
+                "on those held out; give more rows, shorter ones if need be, and a larger num_measure_tokens"
+            )
+
     def trial(self) -> Calibration:
-        """The rows on which ways to split the budget are tried: those that are measured but for the ones held out."""
+        """The rows on which ways to split the budget are tried: the first half of those that are measured."""
         made = copy.copy(self)
-        made.batches = [batch for batch in self.batches if batch.measured and not batch.held_out]
+        made.batches = [batch for batch in self.batches if batch.tried]
         return made
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The command line: `hf-kprune prune`, `hf-kprune plan`, `hf-kprune inspect`, `hf-kprune convert`. docs/cli.md has examples.
+"""The command line: `hf-kprune prune`, `plan`, `sweep`, `inspect` and `convert`. docs/cli.md has examples.
 
 What the user got wrong ends in one line on stderr and exit code 2, Ctrl-C in 130; anything else is a bug and keeps its
 traceback.
@@ -51,6 +51,23 @@ NO_PIPELINE = {"multiple-choice": "AutoModelForMultipleChoice", "question-answer
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SweepArguments:
+    """Which budgets are tried, and what is good enough."""
+
+    budgets: list[float] = field(
+        default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8],
+        metadata={"help": "Fractions of the prunable FLOPs to REMOVE, one model each."},
+    )
+    compare_by: str | None = _option(None, "Metric that models are compared by, of those printed. Unset: the distance.")
+    lower_is_better: bool = _option(False, "Whether that metric is the better the lower it is, as a loss.")
+    max_drop: float | None = _option(
+        None, "How much worse than the dense model's it may be: the smallest such model is saved to --output_dir."
+    )
+    refine: int = _option(2, "With --max_drop, how many times to try between the sparsest good enough and the next.")
+    plot: str | None = _option(None, "File for a plot, such as sweep.svg. Needs matplotlib.")
 
 
 @dataclass
@@ -242,6 +259,30 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
             pruner.push_to_hub()
 
 
+def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -> None:
+    path = args.check_output_dir()
+    pruner = make_pruner(data, args)
+    say = pruner.accelerator.print
+    made = pruner.sweep(
+        options.budgets,
+        metric=options.compare_by,
+        greater_is_better=not options.lower_is_better,
+        max_drop=options.max_drop,
+        refine=options.refine,
+        output_dir=None if options.max_drop is not None else path,
+    )
+    say(f"\n{made}")
+    if options.plot is not None and pruner.accelerator.is_main_process:
+        made.plot(options.plot)
+    if options.max_drop is None:
+        return
+    if not made.best:
+        raise ArgumentError(f"no model tried is within max_drop={options.max_drop} of the dense one; try smaller budgets")
+    with trying(f"write to {path!r}"):
+        pruner.save_model()
+    say(how_to_load(path, pruner.model))
+
+
 def how_to_load(path: str, model: PreTrainedModel) -> str:
     name = type(model).__name__
     imports = f"    import hf_kprune\n    from transformers import {name}\n"
@@ -332,7 +373,7 @@ def convert(old: str, new: str) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-kprune", description="Prune Transformers models without retraining (K-prune).")
     parser.add_argument("--version", action="version", version=f"hf-kprune {__version__}")
-    names = "{prune,plan,inspect,convert}"
+    names = "{prune,plan,sweep,inspect,convert}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=CommandParser)
     usage = "%(prog)s --model_name_or_path MODEL (--dataset_name NAME | --dataset_file FILE) [options]"
     types = (DataArguments, KPruneArguments)
@@ -340,6 +381,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("prune", dataclass_types=types, usage=usage, help=text, description=text)
     text = "Dry run: print what prune, with the same options, would cut. Nothing is changed or written."
     commands.add_parser("plan", dataclass_types=types, usage=usage, help=text, description=text)
+    text = "Prune for many budgets from one measurement, print a table, and save all models, or the smallest good enough."
+    commands.add_parser("sweep", dataclass_types=(*types, SweepArguments), usage=usage, help=text, description=text)
     text = "Print the sizes of a model, layer by layer, and whether it can be pruned, without loading its weights."
     command = commands.add_parser("inspect", help=text, description=text)
     command.add_argument("model_name_or_path", help="A directory or a name on the Hub.")
@@ -361,8 +404,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.command == "convert":
             convert(options.old, options.new)
         else:
-            data, args = ({f.name: getattr(options, f.name) for f in fields(t)} for t in (DataArguments, KPruneArguments))
-            (prune if options.command == "prune" else plan)(DataArguments(**data), KPruneArguments(**args))
+            kinds: tuple[Any, ...] = (
+                DataArguments,
+                KPruneArguments,
+                *([SweepArguments] if options.command == "sweep" else []),
+            )
+            commands: dict[str, Callable[..., None]] = {"prune": prune, "plan": plan, "sweep": sweep}
+            commands[options.command](*(t(**{f.name: getattr(options, f.name) for f in fields(t)}) for t in kinds))
         return 0
     except (KPruneError, CheckpointError) as error:
         code, message = 2, f"error: {' '.join(str(error).split())}"

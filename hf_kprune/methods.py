@@ -87,7 +87,7 @@ class OptimalBrainSurgeon:
     exponents: tuple[float | None, ...] = (0.5, 0.7, 1.0)
     tunes = True
     dtype = "float32"  # the ridge is far above its rounding
-    measure_tokens: int | None = 30_000
+    measure_tokens: int | None = 10_000
 
     def __init__(self, args: KPruneArguments):
         self.ridge = 1e-2 if args.ridge is None else args.ridge

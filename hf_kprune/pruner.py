@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import BestRun, PredictionOutput
 
 from .algorithm import Pruning
 from .arguments import KPruneArguments
@@ -26,16 +26,26 @@ from .detect import describe
 from .errors import ArgumentError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
+from .latency import compare
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
-from .report import PruningReport
+from .report import PruningReport, Size
 from .rows import draw_rows
 from .sublayers import (
     check_model,
     find_sublayers,
     uniform_names,
 )
+from .sweep import Sweep, SweepPoint, smallest_within
 from .version import versions
+
+
+def default_space(trial: Any) -> dict[str, Any]:
+    """What `hyperparameter_search` varies: how K-prune weighs its two kinds of knowledge, and heads against neurons."""
+    return {
+        "lambda_rep": trial.suggest_float("lambda_rep", 1e-6, 1.0, log=True),
+        "mu": trial.suggest_float("mu", 4.0, 256.0, log=True),
+    }
 
 
 class KPrunePruner:
@@ -138,6 +148,132 @@ class KPrunePruner:
         finally:
             self.callback_handler.callbacks = listeners
 
+    def sweep(
+        self,
+        budgets: Sequence[float | dict[str, float]] = (0.4, 0.5, 0.6, 0.7, 0.8),
+        calibration_dataset: Any = None,
+        metric: str | None = None,
+        greater_is_better: bool = True,
+        max_drop: float | None = None,
+        refine: int = 2,
+        output_dir: str | None = None,
+    ) -> Sweep:
+        """Prune for many budgets from shared measurements, and compare the models.
+
+        Each is judged by `evaluate()` on `eval_dataset`, if there is one, and by how far it is from the dense model on
+        calibration rows that are held out, which takes no labels. The model itself stays as it is; with `max_drop` it becomes
+        the smallest one that is good enough, as after `prune()`.
+
+        Args:
+            budgets: Fractions of the prunable FLOPs to remove, or dicts of one option, such as {"target_params": 5e6}.
+            calibration_dataset: As for `prune()`.
+            metric: Name of what `evaluate()` gives, with or without "eval_". Default: the distance.
+            greater_is_better: Of the metric.
+            max_drop: How much worse than the dense model's the metric may be: 0.03 for 3 points of accuracy.
+            refine: With `max_drop`, how many times to try between the sparsest good enough and the next.
+            output_dir: Where all models are saved, each in a directory named after its sparsity. Default: nowhere.
+
+        Raises:
+            ArgumentError: If options contradict each other.
+        """
+        if metric is not None and self.eval_dataset is None:
+            raise ArgumentError(f"metric is {metric!r}, but there is no eval_dataset: pass it to KPrunePruner")
+        asked: list[dict[str, Any]] = [
+            budget if isinstance(budget, dict) else {"sparsity": float(budget)} for budget in budgets
+        ]
+        if not asked or (max_drop is not None and any(options.keys() != {"sparsity"} for options in asked)):
+            raise ArgumentError(f"budgets are {list(budgets)}, expected at least one, and, with max_drop, fractions to remove")
+        key = metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
+        dense, students = self.model, dict[int, tuple[PreTrainedModel, PruningReport]]()
+        with self._pruning(calibration_dataset, [replace(self.args, **options) for options in asked]) as pruning:
+            pruning.calibration.check_held_out()
+
+            def judged(options: dict[str, Any], size: Size, sparsity: float) -> SweepPoint:
+                metrics = self.evaluate() if self.eval_dataset is not None else {}
+                if key is not None and key not in metrics:
+                    raise ArgumentError(f"metric is {metric!r}, expected one of {', '.join(metrics)}")
+                distance = pruning.calibration.distance(self.model, pruning.teacher, pruning.loss)
+                with in_eval_mode(self.model):
+                    times = compare([dense, self.model], pruning.calibration.batches[-1].inputs, rounds=5)
+                return SweepPoint(options, sparsity, size.flops, size.parameters, distance, times[0] / times[1], metrics)
+
+            def made(options: dict[str, Any]) -> SweepPoint:
+                student, report = self._student(pruning, replace(self.args, **options))
+                with self._in_place(student, report):
+                    point = judged(options, report.after, report.sparsity)
+                    if output_dir is not None:
+                        point.path = os.path.join(output_dir, "-".join(f"{k}-{v:g}" for k, v in options.items()))
+                        self.save_model(point.path)
+                if max_drop is not None:
+                    students[id(point)] = student, report
+                return point
+
+            swept = Sweep([judged({}, pruning.before, 0.0)], key, greater_is_better)
+            if max_drop is None:
+                swept.points += [made(options) for options in asked]
+            else:
+                at = [options["sparsity"] for options in asked]
+                smallest_within(lambda sparsity: made({"sparsity": sparsity}), swept, at, max_drop, refine)
+        if swept.best:
+            student, self.report = students[id(swept.points[swept.best])]
+            self.model.__dict__.update(student.__dict__)
+            self._saved = None
+        return swept
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: Literal["minimize", "maximize"] = "minimize",
+        calibration_dataset: Any = None,
+        **kwargs: Any,
+    ) -> BestRun:
+        """Search for options with Optuna, by the convention of `Trainer.hyperparameter_search`. The model stays as it is; to
+        use what is found, set `pruner.args = replace(pruner.args, **best.hyperparameters)` and prune.
+
+        Args:
+            hp_space: From an Optuna trial to options. Default: `lambda_rep` and `mu` of K-prune.
+            compute_objective: From the metrics of `evaluate()`, with an `eval_dataset`, and `distance` to a number. Default:
+                `distance`, the knowledge loss on the calibration rows that are held out.
+            n_trials: Number of trials.
+            direction: `"minimize"` or `"maximize"`.
+            calibration_dataset: As for `prune()`.
+            kwargs: For `optuna.create_study`.
+        """
+        import optuna
+
+        args = self.args
+
+        def objective(trial: Any) -> float:
+            self.args = replace(args, **(hp_space or default_space)(trial))
+            with self._pruning(calibration_dataset, [self.args]) as pruning:
+                pruning.calibration.check_held_out()
+                student, report = self._student(pruning, self.args)
+                with self._in_place(student, report):
+                    metrics = self.evaluate() if self.eval_dataset is not None else {}
+                metrics["distance"] = pruning.calibration.distance(student, pruning.teacher, pruning.loss)
+            return metrics["distance"] if compute_objective is None else compute_objective(metrics)
+
+        study = optuna.create_study(direction=direction, **kwargs)
+        try:
+            study.optimize(objective, n_trials=n_trials)
+        finally:
+            self.args = args
+        best = study.best_trial
+        options = (hp_space or default_space)(optuna.trial.FixedTrial(best.params))
+        return BestRun(str(best.number), cast(float, best.value), options, study)
+
+    @contextmanager
+    def _in_place(self, model: PreTrainedModel, report: PruningReport) -> Iterator[None]:
+        """Evaluate and save another model as if it were this one's."""
+        before = self.model, self.report, self._saved
+        self.model, self.report = model, report
+        try:
+            yield
+        finally:
+            self.model, self.report, self._saved = before
+
     @contextmanager
     def _pruning(self, calibration_dataset: Any, budgets: Sequence[KPruneArguments]) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
@@ -162,7 +298,7 @@ class KPrunePruner:
                 loss = knowledge_loss(model, args.temperature, args.pooling)
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            pruning = Pruning(model, calibration, loss, args, self._phase, self._tell)
+            pruning = Pruning(model, calibration, loss, before, args, self._phase, self._tell)
         with in_eval_mode(pruning.teacher):
             yield pruning
 
@@ -174,7 +310,7 @@ class KPrunePruner:
             method=args.method,
             knowledge=pruning.loss.name,
             asked=dict([args.budget]),
-            before=model_size(model, calibration.sublayers, prunable_flops(calibration.sublayers, calibration.lengths)),
+            before=pruning.before,
             sequence_length=sum(calibration.lengths.values()) / len(calibration.lengths),
             calibration=calibration.rows.fingerprint,
             arguments=args.to_dict(),

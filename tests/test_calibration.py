@@ -416,7 +416,7 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
         return (s.logits - t.logits).square().mean()
 
     loss = Knowledge("custom", mean, 2.0, None)
-    with pytest.raises(ArgumentError, match=r"gave \(\) for 4 samples, expected one number each"):
+    with pytest.raises(ArgumentError, match=r"gave \(\) for 2 samples, expected one number each"):
         made.measure(student, ours, 0, streams, teacher, theirs, top, loss)
 
 

@@ -1,0 +1,138 @@
+"""Many budgets from one measurement: a table, a plot, and the smallest model that is good enough. Data only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from .errors import ArgumentError
+
+
+@dataclass
+class SweepPoint:
+    """One model of a sweep; the first is the dense one.
+
+    Args:
+        asked: The budget, by the name of its option; none for the dense model.
+        sparsity: Fraction of the prunable FLOPs that is gone.
+        flops: Prunable FLOPs of a sequence of mean length.
+        parameters: All of them.
+        distance: Knowledge loss on the calibration rows that are held out, which needs no labels.
+        speedup: How many times as fast as the dense model, on one batch of the calibration data, both in turn in one run.
+        metrics: Of `evaluate()`; none without an evaluation dataset.
+        path: Where it was saved, if it was.
+    """
+
+    asked: dict[str, float]
+    sparsity: float
+    flops: float
+    parameters: int
+    distance: float
+    speedup: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    path: str | None = None
+
+
+@dataclass
+class Sweep:
+    """The points of a sweep, the dense model first, then by sparsity. `print(sweep)` gives a Markdown table.
+
+    Args:
+        points: See `SweepPoint`.
+        metric: Name of the metric that models are compared by; None: their distance, the less the better.
+        greater_is_better: Of the metric.
+        best: Place in `points` of the smallest model that is good enough, if that was asked for.
+    """
+
+    points: list[SweepPoint]
+    metric: str | None = None
+    greater_is_better: bool = True
+    best: int | None = None
+
+    def quality(self, point: SweepPoint) -> float:
+        """What models are compared by, the greater the better."""
+        if self.metric is None:
+            return -point.distance
+        return point.metrics[self.metric] if self.greater_is_better else -point.metrics[self.metric]
+
+    def pareto(self) -> list[bool]:
+        """For each point, whether no other is both at least as small, in FLOPs, and better."""
+        return [
+            not any(p.flops <= q.flops and self.quality(p) > self.quality(q) for p in self.points if p is not q)
+            for q in self.points
+        ]
+
+    def to_markdown(self) -> str:
+        name = self.metric or "distance"
+        lines = [
+            f"| removed | {name} | parameters | GFLOPs | speed-up | Pareto | saved |",
+            "| ---: | ---: | ---: | ---: | ---: | :---: | --- |",
+        ]
+        for place, (point, optimal) in enumerate(zip(self.points, self.pareto(), strict=True)):
+            value = point.distance if self.metric is None else point.metrics[self.metric]
+            chosen = " **best**" if place == self.best else ""
+            lines.append(
+                f"| {point.sparsity:.1%} | {value:.4f}{chosen} | {point.parameters:,} | {point.flops / 1e9:.4g} | "
+                f"{point.speedup:.2f}x | {'x' if optimal else ''} | {point.path or ''} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def plot(self, path: str) -> None:
+        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[bench]"`)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        values = [p.distance if self.metric is None else p.metrics[self.metric] for p in self.points]
+        for axes, numbers, label in (
+            (left, [p.flops / 1e9 for p in self.points], "prunable GFLOPs of a sequence"),
+            (right, [p.speedup for p in self.points], "speed-up"),
+        ):
+            axes.plot(numbers, values, "o-")
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3)
+        left.set_ylabel(self.metric or "distance")
+        figure.savefig(path)
+
+
+def smallest_within(
+    evaluate: Callable[[float], SweepPoint], sweep: Sweep, sparsities: list[float], max_drop: float, refine: int
+) -> None:
+    """Evaluate at `sparsities`, then `refine` times between the sparsest good enough and the next, and set `sweep.best`.
+
+    Args:
+        evaluate: Makes the point of a sparsity.
+        sweep: Holds the dense model's point; the others are added.
+        sparsities: To begin with.
+        max_drop: How much worse than the dense model's quality may be, in the units of the metric.
+        refine: Steps of bisection.
+
+    Raises:
+        ArgumentError: If no sparsity is given.
+    """
+    if not sparsities:
+        raise ArgumentError("no sparsity to sweep over; give at least one")
+    least = sweep.quality(sweep.points[0]) - max_drop
+    made = {0.0: sweep.points[0]}
+    for sparsity in sorted(sparsities):
+        made[sparsity] = evaluate(sparsity)
+
+    def good(sparsity: float) -> bool:
+        return sweep.quality(made[sparsity]) >= least
+
+    for _ in range(refine):
+        low = max(filter(good, made))
+        above = [sparsity for sparsity in made if sparsity > low]
+        if not above:
+            break
+        middle = (low + min(above)) / 2
+        made[middle] = evaluate(middle)
+    sweep.points[:] = [made[sparsity] for sparsity in sorted(made)]
+    sweep.best = sweep.points.index(made[max(filter(good, made))])

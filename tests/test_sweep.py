@@ -1,0 +1,151 @@
+"""Sweeps: the same models as one by one, the smallest that is good enough, and a search over options."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import collate, rows, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner
+from hf_kprune.cost import model_size
+from hf_kprune.sweep import Sweep, SweepPoint, smallest_within
+
+
+def make_pruner(model: PreTrainedModel, **options: Any) -> KPrunePruner:
+    args = KPruneArguments(disable_tqdm=True, use_cpu=True, **options)
+    data = [{**row, "label": i % 2} for i, row in enumerate(rows(24))]
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    return KPrunePruner(model, args, rows(24), with_labels, data, compute_metrics=accuracy)
+
+
+def with_labels(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    labels = {"labels": torch.tensor([row["label"] for row in batch])} if "label" in batch[0] else {}
+    return {**collate(batch), **labels}
+
+
+@pytest.mark.parametrize("method", ["obs", "kprune"])
+def test_a_sweep_makes_the_models_that_prune_makes(method: str, tmp_path: Path) -> None:
+    model = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    pruner = make_pruner(model, method=method)
+    swept = pruner.sweep([0.3, 0.6], metric="accuracy", output_dir=str(tmp_path))
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert pruner.report is None
+    for point, sparsity in zip(swept.points[1:], (0.3, 0.6), strict=True):
+        alone = tiny()
+        report = make_pruner(alone, method=method, sparsity=sparsity).prune()
+        loaded = AutoModelForSequenceClassification.from_pretrained(point.path)
+        for a, b in zip(alone.parameters(), loaded.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+        assert (point.sparsity, point.parameters) == (report.sparsity, report.after.parameters)
+    assert swept.points[0].distance == 0 < min(point.distance for point in swept.points[1:])
+    assert str(swept).count("\n") == 2 + 3
+
+
+def test_with_max_drop_the_model_becomes_the_smallest_good_enough() -> None:
+    pruner = make_pruner(tiny())
+    swept = pruner.sweep([0.2, 0.8], max_drop=1e9, refine=1)  # all are good enough
+    assert swept.best == len(swept.points) - 1
+    assert pruner.report is not None
+    assert pruner.report.sparsity == swept.points[-1].sparsity >= 0.8
+    untouched = tiny()
+    pruner = make_pruner(untouched)
+    before = copy.deepcopy(untouched.state_dict())
+    swept = pruner.sweep([0.2, 0.8], max_drop=0.0, refine=2)  # none is
+    assert swept.best == 0
+    assert all(torch.equal(before[name], value) for name, value in untouched.state_dict().items())
+    assert len(swept.points) == 1 + 2 + 2
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True), st.floats(0.0, 1.0), st.integers(0, 6))
+def test_refining_closes_in_on_the_last_good_sparsity(sparsities: list[float], cliff: float, refine: int) -> None:
+    """Quality falls from 1 to 0 where sparsity passes the cliff."""
+
+    def point(sparsity: float) -> SweepPoint:
+        return SweepPoint({}, sparsity, 1 - sparsity, 1, float(sparsity > cliff), 1.0)
+
+    swept = Sweep([point(0.0)])
+    smallest_within(point, swept, sparsities, 0.5, refine)
+    assert swept.best is not None
+    best = swept.points[swept.best].sparsity
+    assert best <= cliff
+    assert best == max(p.sparsity for p in swept.points if p.sparsity <= cliff)
+    over = [p.sparsity for p in swept.points if p.sparsity > cliff]
+    first = min([s for s in sparsities if s > cliff], default=None)
+    if first is not None:
+        assert min(over) - best <= first * 0.5**refine + 1e-9
+
+
+def test_pareto_points_are_those_that_nothing_dominates() -> None:
+    points = [SweepPoint({}, 0.1 * i, flops, 1, distance, 1.0) for i, (flops, distance) in enumerate([(3, 0), (2, 5), (1, 4)])]
+    assert Sweep(points).pareto() == [True, False, True]
+
+
+def test_what_cannot_be_swept_is_refused() -> None:
+    model = tiny()
+    without = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True), rows(24), collate)
+    for options, message in (
+        ({"metric": "accuracy"}, "metric is 'accuracy', but there is no eval_dataset"),
+        ({"budgets": []}, r"budgets are \[\], expected at least one"),
+        ({"budgets": [{"target_params": 10}], "max_drop": 1}, "with max_drop, fractions to remove"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            without.sweep(**options)
+    with pytest.raises(ArgumentError, match=r"metric is 'f1', expected one of .*eval_accuracy"):
+        make_pruner(tiny()).sweep([0.5], metric="f1")
+
+
+def test_targets_are_kept_to() -> None:
+    """In parameters, bytes or FLOPs: never over, and used up to less than one unit of any sublayer."""
+    dense = model_size(tiny())
+    for name, whole in (("target_params", dense.parameters), ("target_bytes", dense.bytes)):
+        target = 0.8 * whole
+        model = tiny()
+        report = make_pruner(model, **{name: target}).prune()
+        size = model_size(model)
+        found = {"target_params": size.parameters, "target_bytes": size.bytes}[name]
+        assert 0.9 * target < found <= target
+        assert report.asked == {name: target}
+        assert found <= report.achieved <= target
+        assert f"{name} " in str(report)
+        with pytest.raises(BudgetError, match=rf"{name} is 10, .* can reach [\d,]+ and more"):
+            make_pruner(tiny(), **{name: 10}).prune()
+    half = make_pruner(tiny(), sparsity=0.5).plan()
+    again = make_pruner(tiny(), target_flops=0.5 * half.before.flops).plan()
+    assert [s.kept for s in again.sublayers] == [s.kept for s in half.sublayers]
+    with pytest.raises(ArgumentError, match="target_flops and target_bytes are given, expected one"):
+        KPruneArguments(target_flops=1.0, target_bytes=1.0)
+    with pytest.raises(ArgumentError, match="target_params is 0, expected over 0"):
+        KPruneArguments(target_params=0)
+
+
+def test_search_over_options_finds_the_best_of_its_trials() -> None:
+    pytest.importorskip("optuna")
+    pruner = make_pruner(tiny(), method="kprune", sparsity=0.6)
+    args = pruner.args
+    tried = []
+
+    def space(trial: Any) -> dict[str, Any]:
+        return {"lambda_rep": trial.suggest_float("lambda_rep", 1e-6, 1.0, log=True)}
+
+    def objective(metrics: dict[str, float]) -> float:
+        tried.append(metrics["distance"])
+        assert "eval_accuracy" in metrics
+        return metrics["distance"]
+
+    best = pruner.hyperparameter_search(space, objective, n_trials=3)
+    assert best.objective == min(tried)
+    assert len(tried) == 3
+    assert pruner.args is args
+    replace(args, **best.hyperparameters)
