@@ -82,6 +82,7 @@ def main() -> None:
                     "length": length,
                     "of_mean_length": length == mean,
                     "sparsity": points[0]["sparsity"] if points else 0.0,
+                    "within": args.drop,
                     "drop": statistics.mean(p["dense"] - p["metric"] for p in points) if points else 0.0,
                     "dense_seconds": dense_seconds,
                     "speed_ups": [dense_seconds / next(rest) for _ in points] or [1.0],

@@ -77,9 +77,13 @@ def accuracy(model: PreTrainedModel, tokenizer: Any, rows: pd.DataFrame) -> floa
     return 100 * float((predicted == torch.tensor(rows["label"].to_numpy())).float().mean())
 
 
+def rank_correlation(values: Tensor, labels: pd.Series) -> float:
+    """Spearman's; 0 where all values are the same, as of a model that is pruned to nothing."""
+    return 100 * float(spearmanr(values, labels).statistic) if values.min() != values.max() else 0.0
+
+
 def score_spearman(model: PreTrainedModel, tokenizer: Any, rows: pd.DataFrame) -> float:
-    scores = logits_of(model, tokenizer, rows["sentence1"], rows["sentence2"]).squeeze(1)
-    return 100 * float(spearmanr(scores, rows["label"]).statistic)
+    return rank_correlation(logits_of(model, tokenizer, rows["sentence1"], rows["sentence2"]).squeeze(1), rows["label"])
 
 
 def cosine_spearman(model: PreTrainedModel, tokenizer: Any, rows: pd.DataFrame) -> float:
@@ -87,7 +91,7 @@ def cosine_spearman(model: PreTrainedModel, tokenizer: Any, rows: pd.DataFrame) 
     for column in ("sentence1", "sentence2"):
         encoded = tokenizer(rows[column].tolist(), truncation=True, max_length=MAX_LENGTH)
         sides.append(torch.stack(outputs(model, tokenizer, encoded, embedding)))
-    return 100 * float(spearmanr((sides[0] * sides[1]).sum(1), rows["label"]).statistic)
+    return rank_correlation((sides[0] * sides[1]).sum(1), rows["label"])
 
 
 def words(text: str) -> list[str]:
