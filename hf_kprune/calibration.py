@@ -286,6 +286,8 @@ class Calibration:
         readers: list[list[list[str]]] = []
         with together(self.accelerator):
             for batch in self.batches[:1]:
+                if batch.samples == batch.counted.shape[1] > 1:  # so that rows are not taken for tokens below
+                    batch = batch.part(0, batch.samples - 1)
                 check_order(model, batch.inputs, sublayers)
                 with torch.no_grad():
                     state, expected = State(), run_to_top(model, batch.inputs, sublayers)
@@ -293,7 +295,8 @@ class Calibration:
                     tap = run_sublayer(model, batch.inputs, sublayers, position, state)
                     state, groups = tap.above, dict[tuple[int, bool], list[str]]()
                     for path, tensors in tap.reads.items():
-                        if len(tensors) == 1:  # one that serves several ends (DeBERTa's keys) cannot be corrected for one
+                        # not where one serves several ends, or reads something else than tokens, or in another order
+                        if len(tensors) == 1 and self.reads_tokens(batch, sublayer, path, tensors[0]):
                             biased = sublayer.layer.get_submodule(path).bias is not None
                             groups.setdefault((id(tensors[0]), biased), []).append(path)
                     readers.append(list(groups.values()))
@@ -308,6 +311,14 @@ class Calibration:
                         )
                 self._check_head(model, sublayers, expected, batch.part(0, 1), batch.samples)
         (self.readers,) = broadcast_object_list([readers])
+
+    def reads_tokens(self, batch: Batch, sublayer: Sublayer, path: str, tensor: Tensor) -> bool:
+        """Whether what a projection reads is (B, T, D), or (B * T, D), of the tokens of its stack."""
+        stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
+        rows, tokens = batch.valid[stack].shape
+        if tensor.dim() == 3 and sublayer.stack.pads:
+            return tensor.shape[0] == rows and tensor.shape[1] >= tokens
+        return tuple(tensor.shape[:-1]) in ((rows, tokens), (rows * tokens,))
 
     @torch.no_grad()
     def top(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> list[State | None]:
@@ -662,7 +673,7 @@ class Calibration:
         made = [NormalEquations.zeros(width, width, self.accelerator.device) for width in widths]
         first = [paths[0] for paths in groups]
         with together(self.accelerator):
-            for i, batch in enumerate(self.batches):
+            for i, batch in enumerate(self.batches if groups else []):
                 told = run_to_inputs(teacher, batch.inputs, teacher_sublayers, position, teacher_streams[i], first)
                 reads = run_to_inputs(student, batch.inputs, sublayers, position, streams[i], first)
                 for path, equations in zip(first, made, strict=True):

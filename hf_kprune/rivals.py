@@ -72,6 +72,7 @@ class Kwon(Rival):
     - No heads at all is tried too, and the budget is never exceeded; minimum and multiple hold; costs may differ by sublayer.
     - The teacher of mask tuning is the dense model, not one pruned by the square root of the constraint.
     - The first attention is tuned as well, and the last FFN on all tokens, not on [CLS] alone.
+    - The damped equations of mask tuning are solved, not iterated on (`scale_units`).
     - Factors over 10 leave one sublayer untuned, not all above it as well.
     - Factors are folded into the output weights. No budget of latency.
     """
@@ -107,10 +108,11 @@ class KCM(Rival):
     R2 is how much a neuron is needed to represent itself among the others' output weights (`representative`), D2 how active
     it is; the best neurons of all layers by R2 * D2 stay, and are scaled as by Kwon et al.
 
-    The paper leaves open, and no program of its authors is known to us, so these are our choices: filters are the columns of
-    the output projection; D2 is the root mean square of the activation over tokens that are not padding; both go from 0 to 1
-    within a sublayer and are multiplied; factors are tuned against the dense model. Scores are per cost, which differs from
-    the paper only where neurons of several stacks do not cost the same.
+    No program of its authors is known to us, and what we know of the paper leaves open what is our choice here: filters are
+    the columns of the output projection; sigma and alpha of `representative`; D2 is the root mean square of the activation
+    over tokens that are not padding; both go from 0 to 1 within a sublayer and are multiplied; factors are tuned against the
+    dense model. Scores are per cost, which says something only where neurons of several stacks do not cost the same. The
+    variant with few labels is left out.
     """
 
     tunes = True
@@ -136,10 +138,11 @@ class KCM(Rival):
         total = sum(s.cost * len(score) for s, score, _, _ in rows)
         needed = sum(s.cost * group_sizes(len(score), low, m)[0] for s, score, low, m in rows)
         if needed > budget * (1 + TOLERANCE):
+            reach = math.floor(1e4 * (1 - needed / total)) / 1e4  # rounded down, so that it can be asked for
             raise BudgetError(
                 f"the budget asks to remove {1 - budget / total:.4f} of what heads and neurons cost; method 'kcm' removes "
-                f"neurons only and can reach 0 to {math.floor(1e4 * (1 - needed / total)) / 1e4:.4f} of it. Ask for less, lower "
-                "min_neurons or round_to, or use another method"
+                f"neurons only and, with those that must stay, can reach 0 to {reach:.4f}. "
+                "Ask for less, lower min_neurons or round_to, pass prune_heads=False if uniform, or use another method"
             )
         return super().search(measured, scores, budget, least, multiple)
 
@@ -253,7 +256,7 @@ def count_search(
     multiple: Sequence[int],
     neurons: Sequence[bool],
 ) -> list[int]:
-    """How many units each sublayer keeps: the numbers of heads and of neurons that hold the most importance (Kwon et al. 2022).
+    """How many units each sublayer keeps: the numbers of heads and neurons that hold the most importance (Kwon et al. 2022).
 
     Heads and neurons queue by importance per cost. For each number of heads, none to all that fit, the neurons at the head of
     their queue take what is left; the numbers of highest total importance win. Where all heads cost the same and all
@@ -293,10 +296,10 @@ def count_search(
 
 
 def rearrange(mask: Tensor, fisher: Tensor) -> Tensor:
-    """Exchange units for ones that cost less to lose *together*, in one greedy pass: a mask (U,) of as many (Kwon et al. 2022).
+    """Exchange units for ones that cost less to lose *together*, in one greedy pass: a mask (U,) of as many.
 
     The set P of units that go costs sum_ij F_ij over i, j in P. Each unit that stays, those of lowest F_ii first, is put to P,
-    and of P the one that then costs least without it comes back, which may be the same: the cost never rises.
+    and the one without which P then costs least comes back, which may be the same: the cost never rises (Kwon et al. 2022).
 
     Args:
         mask: Units that stay, (U,), on the CPU.
@@ -364,8 +367,8 @@ def representative(filters: Tensor, sigma: float = 1.0, alpha: float = 0.01) -> 
     """Convex non-negative factorisation of filters in the space of a Gaussian kernel (Nova et al. 2023): C, (N, N).
 
     K_ij = exp(-||w_i - w_j||^2 / sigma^2);  from C = 1/N on,  C <- C * sqrt(K / (K C))  elementwise, as long as the sum of C
-    changes by more than `alpha` of itself. It goes towards K C = K, that is C = 1; stopped before, C_ii tells how much filter i
-    is needed to represent itself: little where others are near.
+    changes by more than `alpha` of itself, which takes few steps. It would end at K C = K, that is C = 1; stopped before, C_ii
+    tells how much filter i is needed to represent itself: little where others are near.
 
     Args:
         filters: w, (N, D).

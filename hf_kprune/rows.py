@@ -112,7 +112,7 @@ class Rows:
 
     @property
     def held_out(self) -> int:
-        """The last so many of the measured ones, held out of trials to compare their results on; trials have the first half."""
+        """The last so many of the measured ones, held out of trials to compare what they make; trials have the first half."""
         return self.measured // 4
 
     @property

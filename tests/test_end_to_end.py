@@ -52,7 +52,7 @@ class Padding:
 def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     model, kind = make(name), ZOO[name][2]
     dense = outputs_of(model, kind)
-    args = KPruneArguments(sparsity=0.3, num_tokens=150, num_measure_tokens=60, disable_tqdm=True, use_cpu=True, seed=1)
+    args = KPruneArguments(sparsity=0.3, num_tokens=150, disable_tqdm=True, use_cpu=True, seed=1)
     boxes = (lambda s, t, _: (s.pred_boxes - t.pred_boxes).square().mean((1, 2))) if name == "yolos" else None
     data = calibration_rows(model, kind, 40)
     pruner = KPrunePruner(model, args, data, processing_class=Padding(), compute_loss=boxes)

@@ -137,7 +137,7 @@ def test_cross_attention_to_another_model_is_refused() -> None:
 def test_half_precision_models_of_images_and_audio(name: str) -> None:
     model = make(name, dtype=torch.bfloat16)
     inputs = inputs_for(model, ZOO[name][2], batch=12)
-    prune(model, [{key: value[i] for key, value in inputs.items()} for i in range(12)], num_tokens=100, ridge=1e-3)
+    prune(model, [{key: value[i] for key, value in inputs.items()} for i in range(12)], num_tokens=200, ridge=1e-3)
     assert model.dtype == torch.bfloat16
 
 
@@ -145,13 +145,13 @@ def test_padded_patches_never_count() -> None:
     model = make("siglip2")
     inputs = inputs_for(model, "patches")
     rows = [{key: value[i] for key, value in inputs.items()} for i in range(4)]
-    batch = batches(model, rows, lambda rs: {key: torch.stack([row[key] for row in rs]) for key in rs[0]})[0]
-    assert torch.equal(batch.valid["vision_model.encoder.layers"].sum(), inputs["pixel_attention_mask"].sum())
+    made = batches(model, rows, lambda rs: {key: torch.stack([row[key] for row in rs]) for key in rs[0]})
+    assert sum(b.valid["vision_model.encoder.layers"].sum() for b in made) == inputs["pixel_attention_mask"].sum()
 
 
 def test_a_uniform_budget_out_of_reach_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The config takes 1, 2, 3, 4 or 6 of 6 heads, so at least 5 means 6."""
-    monkeypatch.setattr(Calibration, "measure", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(Calibration, "check", lambda *_, **__: pytest.fail("ran"))
     model = llama(6, 6, 48, head_dim=8)
     with pytest.raises(BudgetError):
         prune(model, text_rows(), uniform=True, min_heads=5, prune_ffn=False, sparsity=0.1)
