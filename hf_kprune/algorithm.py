@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,10 +20,11 @@ from .cost import BudgetTerms, prunable_flops
 from .heads import Knowledge
 from .hooks import State
 from .interface import Method, Statistics
+from .latency import LatencyTable, compare, cut_to, search_latency
 from .methods import METHODS
 from .reconstruction import correct_drift
 from .report import PruningReport, Size, SublayerReport
-from .search import TOLERANCE, split, uniform_search
+from .search import TOLERANCE, group_sizes, split, uniform_search
 from .sublayers import (
     Sublayer,
     correct_inputs,
@@ -43,6 +45,38 @@ Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
 """(sublayer, student's states below it, whether the student differs from the teacher) -> units to keep, their scores."""
 
 
+@dataclass
+class Timed:
+    """A look-up table of a model, and the inputs that it was measured with."""
+
+    table: LatencyTable
+    inputs: dict[str, Any]
+
+    def masks(self, dense: PreTrainedModel, worth: list[Tensor], terms: BudgetTerms, by: str) -> list[Tensor]:
+        """The best masks of which a cut model is measured to take the time that there is.
+
+        The table's sums are a few per cent off, so what it is asked for is corrected, up to three times, by how far off
+        it was.
+        """
+        asked = terms.seconds
+        for _ in range(3):
+            budget = max(asked - self.table.rest, self.least(terms))
+            masks = search_latency(worth, self.table.curves, budget, terms.minimum, terms.multiple)
+            whole, taken = compare([dense, cut_to(dense, [int(m.sum()) for m in masks], by)], self.inputs)
+            ratio = taken / whole * self.table.dense / terms.seconds  # of both in one run, as the machine may have slowed down
+            if 0.98 < ratio < 1.01:
+                break
+            asked /= ratio
+        return masks
+
+    def least(self, terms: BudgetTerms) -> float:
+        """Seconds of the sublayers with what must stay of them."""
+        least = [
+            group_sizes(s.num_units, m, r)[0] for s, m, r in zip(terms.sublayers, terms.minimum, terms.multiple, strict=True)
+        ]
+        return self.table.predict(least) - self.table.rest
+
+
 class Pruning:
     """One teacher and one calibration set, from which students for one budget or several are made.
 
@@ -51,6 +85,7 @@ class Pruning:
         calibration: Of its inputs.
         loss: Of its head.
         before: Its size.
+        timed: What its sublayers take, and the inputs they were timed with, if the budget is a time.
         args: Options; those of the budget are taken from what `student` is given.
         phase: Takes the time of a phase by its name.
         tell: Tells callbacks of an event.
@@ -62,12 +97,13 @@ class Pruning:
         calibration: Calibration,
         loss: Knowledge,
         before: Size,
+        timed: Timed | None,
         args: KPruneArguments,
         phase: Callable[[str], AbstractContextManager[None]],
         tell: Callable[..., None],
     ):
         self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
-        self.phase, self.tell = phase, tell
+        self.timed, self.phase, self.tell = timed, phase, tell
         # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
         half = model.dtype in (torch.float16, torch.bfloat16)
         self.teacher = with_own_tables(copy.deepcopy(model).float() if half else model)
@@ -82,14 +118,14 @@ class Pruning:
         method = METHODS[args.method](args)
         student = copy.deepcopy(self.teacher).requires_grad_(False)
         sublayers = find_sublayers(student, args.head_unit)
-        terms = BudgetTerms(sublayers, args, self.calibration.lengths, self.before)
+        terms = BudgetTerms(sublayers, args, self.calibration.lengths, self.before, self.timed.table if self.timed else None)
         flops = prunable_flops(sublayers, self.calibration.lengths)
         self.tell("on_prune_begin", model=student, sublayers=[s.name for s in sublayers])
         with self.phase("measure"):
             if not self.checked:
                 self.calibration.check(self.teacher, self.references)
                 self.checked = True
-        if terms.total <= terms.budget * (1 + TOLERANCE):
+        if terms.keeps_all:
             decide = keep_all(sublayers)
         elif method.one_shot:
             decide = self.decided(student, sublayers, method, terms, report)
@@ -102,6 +138,9 @@ class Pruning:
             write_plan(student, sublayers)
         report.after.flops = prunable_flops(sublayers, self.calibration.lengths)
         report.sparsity, report.achieved = 1 - report.after.flops / flops, terms.achieved()
+        if self.timed is not None:
+            dense, seconds = compare([self.teacher, student], self.timed.inputs)
+            report.achieved = dense / seconds if terms.name == "target_speedup" else seconds
         return student
 
     def bottom_up(
@@ -221,6 +260,9 @@ class Pruning:
 
     def masks(self, method: Method, scores: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
         """Keep-masks of all sublayers within the budget."""
+        if self.timed is not None:
+            worth = [cost * score.clamp(min=0) for cost, score in zip(terms.costs, scores, strict=True)]
+            return self.timed.masks(self.teacher, worth, terms, self.args.head_unit)
         if self.args.uniform:
             alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)
             given = terms.costs, terms.budget, terms.minimum, terms.multiple, alike, terms.allowed

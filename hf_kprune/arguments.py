@@ -20,7 +20,7 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-TARGETS = ("target_flops", "target_params", "target_bytes")
+TARGETS = ("target_flops", "target_params", "target_bytes", "target_latency", "target_speedup")
 
 
 @dataclass
@@ -30,8 +30,9 @@ class KPruneArguments:
     > What is removed
 
     `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
-    `target_flops`, `target_params` or `target_bytes` tells what may be left instead; `method`, `prune_heads`, `prune_ffn`,
-    `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to`.
+    `target_flops`, `target_params`, `target_bytes`, `target_latency` or `target_speedup` (with `latency_batch_size` and
+    `latency_length`) tells what may be left instead; `method`, `prune_heads`, `prune_ffn`, `head_unit`, `uniform`,
+    `min_heads`, `min_neurons`, `round_to`.
 
     > Calibration
 
@@ -64,6 +65,15 @@ class KPruneArguments:
         None, "Instead of sparsity: parameters that the model may keep, embeddings included."
     )
     target_bytes: float | None = _option(None, "Instead of sparsity: bytes that its weights may take, in the dtype they have.")
+    target_latency: float | None = _option(
+        None,
+        "Instead of sparsity: seconds that a forward pass of the model may take on this device, measured. One-shot methods.",
+    )
+    target_speedup: float | None = _option(
+        None, "Instead of sparsity: how many times as fast as now a forward pass is to be on this device, measured."
+    )
+    latency_batch_size: int = _option(32, "Sequences of the batch that target_latency and target_speedup are about.")
+    latency_length: int | None = _option(None, "Tokens of its sequences. None: the mean of the calibration rows.")
     method: str = _option(
         "obs",
         "Pruning method: 'obs' is ours (optimal brain surgeon in the Fisher metric), 'kprune' that of the paper (Park et al., "
@@ -169,7 +179,7 @@ class KPruneArguments:
         check("head_unit", self.head_unit in ("group", "query"), "group or query")
         for name in ("min_heads", "min_neurons"):
             check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("round_to", "num_tokens", "per_device_batch_size", "per_device_eval_batch_size"):
+        for name in ("round_to", "num_tokens", "latency_batch_size", "per_device_batch_size", "per_device_eval_batch_size"):
             check(name, getattr(self, name) >= 1, "at least 1")
         measured = self.num_measure_tokens
         check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
@@ -182,6 +192,11 @@ class KPruneArguments:
         check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("ridge", self.ridge is None or self.ridge >= 0, "at least 0")
         check("statistics_dtype", self.statistics_dtype in (None, "float64", "float32"), "float64 or float32")
+        if {"target_latency", "target_speedup"} & set(targets):
+            check(
+                "method", METHODS[self.method](self).one_shot, f"with {targets[0]}, one that decides at once: obs, not kprune"
+            )
+            check("uniform", not self.uniform, f"False with {targets[0]}")
         none = self.budget == ("sparsity", 0)
         check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
 

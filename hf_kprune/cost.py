@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
 from .errors import BudgetError
+from .latency import LatencyTable
 from .report import Size
 from .search import TOLERANCE, group_sizes
 from .sublayers import Sublayer, uniform_choices
@@ -23,6 +24,8 @@ MEANING = {
     "target_flops": "the FLOPs that the prunable sublayers may keep",
     "target_params": "the parameters that the model may keep",
     "target_bytes": "the bytes that its weights may take",
+    "target_latency": "the seconds that a forward pass may take",
+    "target_speedup": "how many times as fast a forward pass is to be",
 }
 
 
@@ -34,16 +37,25 @@ class BudgetTerms:
         args: Options.
         lengths: Mean tokens of a sequence in each stack.
         before: Size of the model as it is now.
+        table: What its sublayers take, if the budget is a time.
 
     Raises:
         BudgetError: If what `args` ask for is out of reach.
     """
 
-    def __init__(self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float], before: Size):
+    def __init__(
+        self,
+        sublayers: list[Sublayer],
+        args: KPruneArguments,
+        lengths: Mapping[str, float],
+        before: Size,
+        table: LatencyTable | None = None,
+    ):
         self.sublayers = sublayers
         name, asked = args.budget
         self.name = name
-        if name in ("sparsity", "target_flops"):
+        self.table = table
+        if name in ("sparsity", "target_flops") or table is not None:
             self.costs = [s.unit_flops(lengths) for s in sublayers]
         else:
             size = before.bytes / before.parameters if name == "target_bytes" else 1.0
@@ -52,6 +64,9 @@ class BudgetTerms:
         whole = {"target_params": before.parameters, "target_bytes": before.bytes}.get(name, self.total)
         self.fixed_cost = whole - self.total  # of what is not prunable
         self.budget = (1 - asked) * self.total if name == "sparsity" else asked - self.fixed_cost
+        self.seconds = math.inf
+        if table is not None:
+            self.budget, self.seconds = self.total, table.dense / asked if name == "target_speedup" else asked
         self.fixed = False
         self.minimum, self.multiple = [], []
         choices = {(id(s.owner), s.block.output): s for s in sublayers if args.uniform}
@@ -65,11 +80,16 @@ class BudgetTerms:
                 numbers = allowed or range(max(least, 1), s.num_units)
                 least = min((n for n in numbers if n >= least), default=s.num_units)
             self.minimum.append(min(least, s.num_units) if free else s.num_units)
-        groups = (group_sizes(s.num_units, m, r) for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True))
-        self.forced = [cost * sizes[0] for cost, sizes in zip(self.costs, groups, strict=True)]
+        sizes = [group_sizes(s.num_units, m, r) for s, m, r in zip(sublayers, self.minimum, self.multiple, strict=True)]
+        self.forced = [cost * of[0] for cost, of in zip(self.costs, sizes, strict=True)]
         least_cost = sum(self.forced)
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
+        if table is not None and (fastest := table.predict([g[0] for g in sizes])) > self.seconds:
+            raise BudgetError(
+                f"{name} is {asked}, {MEANING[name]}; the model takes {table.dense:.4g} s as it is and {fastest:.4g} s with "
+                f"the least that min_heads={args.min_heads}, min_neurons={args.min_neurons} and round_to={args.round_to} leave"
+            )
         if least_cost > self.budget * (1 + TOLERANCE):
             reach = math.floor(1e4 * (1 - least_cost / self.total)) / 1e4  # rounded down, so that it can be asked for
             within = f"0 to {reach:.4f}" if name == "sparsity" else f"{math.ceil(self.fixed_cost + least_cost):,} and more"
@@ -79,8 +99,14 @@ class BudgetTerms:
                 f"reach {within}"
             )
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether what is asked for holds as it is."""
+        fast = self.table is None or self.table.dense <= self.seconds
+        return fast and self.total <= self.budget * (1 + TOLERANCE)
+
     def achieved(self) -> float:
-        """What the sublayers now come to, in terms of what was asked for."""
+        """What the sublayers now come to, in terms of what was asked for. A time is measured elsewhere."""
         cost = self.cost_from(0)
         return 1 - cost / self.total if self.name == "sparsity" else self.fixed_cost + cost
 

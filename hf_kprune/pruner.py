@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -13,10 +14,11 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import BestRun, PredictionOutput
 
-from .algorithm import Pruning
+from .algorithm import Pruning, Timed
 from .arguments import KPruneArguments
 from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
@@ -26,7 +28,7 @@ from .detect import describe
 from .errors import ArgumentError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
-from .latency import compare
+from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .report import PruningReport, Size
@@ -288,8 +290,9 @@ class KPrunePruner:
             calibration.check_enough_tokens()
             sublayers = calibration.sublayers
             before = model_size(model, sublayers, prunable_flops(sublayers, lengths))
+            timed = self._timed(model, calibration) if args.budget[0] in ("target_latency", "target_speedup") else None
             for budget in budgets:
-                BudgetTerms(sublayers, budget, lengths, before)
+                BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None)
             if args.uniform:
                 uniform_names(sublayers, args.prune_heads, args.prune_ffn)
             if self.compute_loss is not None:
@@ -298,7 +301,7 @@ class KPrunePruner:
                 loss = knowledge_loss(model, args.temperature, args.pooling)
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            pruning = Pruning(model, calibration, loss, before, args, self._phase, self._tell)
+            pruning = Pruning(model, calibration, loss, before, timed, args, self._phase, self._tell)
         with in_eval_mode(pruning.teacher):
             yield pruning
 
@@ -335,6 +338,17 @@ class KPrunePruner:
         self._begin, self._seconds = time.perf_counter(), {}
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report
+
+    def _timed(self, model: PreTrainedModel, calibration: Calibration) -> Timed:
+        """The look-up table of the model, measured on the main process, or found in the cache."""
+        inputs = calibration.batches[0].inputs
+        if "input_ids" in inputs and "pixel_values" not in inputs:
+            length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
+            inputs = dict(example_inputs(model, self.args.latency_batch_size, length))
+        (table,) = broadcast_object_list(
+            [LatencyTable.cached(model, inputs, by=self.args.head_unit) if self.accelerator.is_main_process else None]
+        )
+        return Timed(table, inputs)
 
     def _calibration(self, model: PreTrainedModel, dataset: Any) -> Calibration:
         dataset = self.calibration_dataset if dataset is None else dataset

@@ -100,7 +100,7 @@ REFUSED = [
     ("sparsity", 1.0),
     ("sparsity", -0.1),
     ("sparsity", float("nan")),
-    ("method", "magnitude"),
+    ("method", "magic"),
     ("min_heads", -1),
     ("min_neurons", -1),
     ("round_to", 0),

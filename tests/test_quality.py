@@ -18,7 +18,7 @@ from hf_kprune import KPruneArguments, KPrunePruner
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from quality import TASKS, calibration_texts
+from tasks import TASKS, calibration_texts
 
 
 pytestmark = pytest.mark.slow

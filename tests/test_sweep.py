@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner
 from hf_kprune.cost import model_size
+from hf_kprune.sublayers import find_sublayers
 from hf_kprune.sweep import Sweep, SweepPoint, smallest_within
 
 
@@ -128,6 +129,29 @@ def test_targets_are_kept_to() -> None:
         KPruneArguments(target_flops=1.0, target_bytes=1.0)
     with pytest.raises(ArgumentError, match="target_params is 0, expected over 0"):
         KPruneArguments(target_params=0)
+
+
+def test_a_target_of_time_is_kept_to_by_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a clock that counts the units of a model in place of seconds, and a table that is off by a constant factor."""
+
+    def units(model: PreTrainedModel) -> float:
+        return 10.0 + sum(s.num_units * (5 if s.kind == "attention" else 1) for s in find_sublayers(model))
+
+    monkeypatch.setattr("hf_kprune.algorithm.compare", lambda models, *_: [units(model) for model in models])
+    monkeypatch.setattr("hf_kprune.latency.compare", lambda models, *_: [units(model) for model in models])
+    monkeypatch.setattr("hf_kprune.latency.cached_assets_path", lambda *_: tmp_path)
+    dense = units(tiny())
+    for options in ({"target_speedup": 1.5}, {"target_latency": dense / 1.5}):
+        model = tiny()
+        report = make_pruner(model, **options).prune()
+        assert units(model) <= dense / 1.5 * 1.01
+        assert units(model) > dense / 1.5 - 6  # less than a head is left over
+        assert report.achieved == (dense / units(model) if "target_speedup" in options else units(model))
+    for value, name in ((1000.0, "target_speedup"), (1.0, "target_latency")):
+        with pytest.raises(BudgetError, match=f"{name} is {value}, .* the model takes .* s as it is and 10 s with the least"):
+            make_pruner(tiny(), **{name: value}).prune()
+    with pytest.raises(ArgumentError, match="method is 'kprune', expected with target_speedup, one that decides at once"):
+        KPruneArguments(target_speedup=2.0, method="kprune")
 
 
 def test_search_over_options_finds_the_best_of_its_trials() -> None:
