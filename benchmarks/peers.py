@@ -111,7 +111,7 @@ def prune_by_torch_pruning(model: PreTrainedModel, args: KPruneArguments, texts:
         group.prune()
     model.requires_grad_(True).zero_grad()
 
-    report = PruningReport(type(model).__name__, TORCH_PRUNING, "loss against drawn targets", args.sparsity)
+    report = PruningReport(type(model).__name__, TORCH_PRUNING, "loss against drawn targets", dict([args.budget]))
     for s, of in zip(find_sublayers(model), units, strict=True):
         shrink_layer(s.layer, s.plan, s.index)  # attributes that tell sizes
         kept = sorted(set(range(of)) - {column // s.unit_width for column in gone[s.output]})

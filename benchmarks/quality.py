@@ -11,11 +11,12 @@ questions on other paragraphs than those evaluated; labels are used for evaluati
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tasks import (
@@ -27,13 +28,14 @@ from tasks import (
     key_of,
     load_model,
     load_tokenizer,
-    prune,
+    prune_each,
     read_lines,
     splits,
 )
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_kprune import BudgetError, KPruneArguments
+from hf_kprune import KPruneArguments, PruningReport
 from hf_kprune.methods import METHODS, KPrune, OptimalBrainSurgeon, Statistics
 
 
@@ -103,6 +105,41 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+class Data(NamedTuple):
+    """What all runs of a task share."""
+
+    tokenizer: Any
+    texts: list[Any]
+    judge: Callable[[PreTrainedModel], float]
+    dense: float
+
+
+def load(pack: Path, task: str) -> Data:
+    tokenizer, (train, test) = load_tokenizer(pack, task), splits(pack, task)
+
+    def judge(model: PreTrainedModel) -> float:
+        return TASKS[task].metric(model, tokenizer, test)
+
+    return Data(tokenizer, calibration_texts(task, train), judge, judge(load_model(pack, task)))
+
+
+def run(
+    pack: Path, data: Data, line: dict[str, Any], sparsities: Sequence[float], changes: dict[str, Any], output: Path
+) -> None:
+    """Prune for all of `sparsities`, and append `line` with what came of each to `output`."""
+
+    def record(report: PruningReport, model: PreTrainedModel) -> None:
+        sparsity = report.asked["sparsity"]
+        metric = data.judge(model)
+        append_line(output, line | {"sparsity": sparsity, "metric": metric, "dense": data.dense, **facts(report)})
+        name = f"{line['task']} {line['method']} {line['variant']}".strip()
+        print(f"{name} {sparsity:.0%} seed {line['seed']}: {metric:.2f} of {data.dense:.2f}", flush=True)
+
+    options = {"seed": line["seed"], **line["options"], **changes}
+    method = options.pop("method", line["method"])
+    prune_each(load_model(pack, line["task"]), method, sparsities, record, data.texts, data.tokenizer, **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
@@ -120,25 +157,13 @@ def main() -> None:
     if args.ablation:
         variants += [(method, *variant) for method in args.method for variant in ABLATIONS.get(method, {}).items()]
     for task in args.task:
-        tokenizer, (train, test) = load_tokenizer(args.pack, task), splits(args.pack, task)
-        texts, metric, dense = calibration_texts(task, train), TASKS[task].metric, None
-        runs = [(seed, sparsity, *variant) for seed in args.seeds for sparsity in args.sparsity for variant in variants]
-        for seed, sparsity, method, variant, changes in runs:
-            line: dict[str, Any] = dict(zip(KEY, (task, method, variant, sparsity, seed, args.options), strict=True))
-            if key_of(line, KEY) in done:
-                continue
-            name = f"{task} {method} {variant}".strip() + f" {sparsity:.0%} seed {seed}:"
-            model = load_model(args.pack, task)
-            dense = metric(model, tokenizer, test) if dense is None else dense
-            options = {"sparsity": sparsity, "seed": seed, **args.options, **changes}
-            try:
-                report = prune(model, options.pop("method", method), texts, tokenizer, **options)
-            except BudgetError as error:  # a method of FFN alone has its limit, which is a result
-                print(f"{name} {error}", flush=True)
-                continue
-            line |= {"metric": metric(model, tokenizer, test), "dense": dense, **facts(report)}
-            append_line(args.output, line)
-            print(f"{name} {line['metric']:.2f} of {dense:.2f} ({report.seconds['total']:.0f} s)", flush=True)
+        data = None
+        for seed, (method, variant, changes) in itertools.product(args.seeds, variants):
+            line = {"task": task, "method": method, "variant": variant, "seed": seed, "options": args.options}
+            left = [sparsity for sparsity in args.sparsity if key_of(line | {"sparsity": sparsity}, KEY) not in done]
+            if left:
+                data = data or load(args.pack, task)
+                run(args.pack, data, line, left, changes, args.output)
 
 
 if __name__ == "__main__":

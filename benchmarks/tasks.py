@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
+from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.methods import METHODS
 
 
 MAX_LENGTH = 256
 """Tokens after which texts are truncated, in calibration as in evaluation; a longer context is evaluated in windows."""
+
+Record = Callable[[PruningReport, PreTrainedModel], None]
 
 TORCH_PRUNING = "torch-pruning"
 """The method that is another package."""
@@ -195,6 +198,56 @@ def calibration_texts(task: str, rows: pd.DataFrame) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # A pruning run
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recorded(KPrunePruner):
+    """A pruner whose sweep hands each model to `record` as it is made."""
+
+    def __init__(self, record: Record, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.clear()
+        self.record = record
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.report is not None:  # as of the dense model, with which a sweep begins
+            self.record(self.report, self.model)
+        return {}
+
+
+def prune_each(
+    model: PreTrainedModel,
+    method: str,
+    sparsities: Sequence[float],
+    record: Record,
+    texts: list[Any],
+    tokenizer: Any,
+    **options: Any,
+) -> None:
+    """Prune copies of `model`, one for each of `sparsities`, from shared measurements where the method is one-shot.
+
+    Args:
+        model: Dense.
+        method: Of `METHOD_NAMES`.
+        sparsities: What a method of FFN alone cannot reach is left out, and printed.
+        record: Called with the report and the pruned model, which does not outlive the call.
+        texts: Calibration data.
+        tokenizer: For them.
+        options: Of `KPruneArguments`.
+    """
+    if method != TORCH_PRUNING and METHODS[method].one_shot:
+        arguments = KPruneArguments(method=method, disable_tqdm=True, **options)
+        for left in range(len(sparsities), 0, -1):
+            possible = sorted(sparsities)[:left]
+            pruner = Recorded(record, copy.deepcopy(model), arguments, texts, eval_dataset=texts, processing_class=tokenizer)
+            try:
+                pruner.sweep(possible)
+                return
+            except BudgetError as error:  # before anything ran
+                print(f"{method} {possible[-1]:.0%}: {error}", flush=True)
+        return
+    for sparsity in sparsities:
+        pruned = copy.deepcopy(model)
+        record(prune(pruned, method, texts, tokenizer, sparsity=sparsity, **options), pruned)
 
 
 def prune(model: PreTrainedModel, method: str, texts: list[Any], tokenizer: Any, **options: Any) -> PruningReport:

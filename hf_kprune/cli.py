@@ -67,7 +67,7 @@ class SweepArguments:
         None, "How much worse than the dense model's it may be: the smallest such model is saved to --output_dir."
     )
     refine: int = _option(2, "With --max_drop, how many times to try between the sparsest good enough and the next.")
-    plot: str | None = _option(None, "File for a plot, such as sweep.svg. Needs matplotlib.")
+    plot: str | None = _option(None, "File for a plot, such as sweep.svg. Needs matplotlib: hf_kprune[sweep].")
 
 
 @dataclass

@@ -231,8 +231,9 @@ class KPrunePruner:
         calibration_dataset: Any = None,
         **kwargs: Any,
     ) -> BestRun:
-        """Search for options with Optuna, by the convention of `Trainer.hyperparameter_search`. The model stays as it is; to
-        use what is found, set `pruner.args = replace(pruner.args, **best.hyperparameters)` and prune.
+        """Search for options with Optuna (`pip install "hf_kprune[sweep]"`), by the convention of
+        `Trainer.hyperparameter_search`. The model stays as it is; to use what is found, set
+        `pruner.args = replace(pruner.args, **best.hyperparameters)` and prune.
 
         Args:
             hp_space: From an Optuna trial to options. Default: `lambda_rep` and `mu` of K-prune.

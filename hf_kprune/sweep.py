@@ -85,7 +85,7 @@ class Sweep:
         return json.dumps(asdict(self), indent=1)
 
     def plot(self, path: str) -> None:
-        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[bench]"`)."""
+        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[sweep]"`)."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 4), layout="constrained")

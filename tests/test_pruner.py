@@ -213,7 +213,8 @@ def test_all_kinds_of_datasets_are_the_same_rows() -> None:
 
     table = datasets.Dataset.from_list(rows())
     kinds = {"list": rows(), "map style": MapStyle(), "Dataset": table, "IterableDataset": table.to_iterable_dataset()}
-    plans = {kind: kept(make_pruner(tiny(), data, sparsity=0.6).plan()) for kind, data in kinds.items()}
+    # a stream is read in its own order, which K-prune, which holds no rows out, does not see
+    plans = {kind: kept(make_pruner(tiny(), data, sparsity=0.6, method="kprune").plan()) for kind, data in kinds.items()}
     for kind, found in plans.items():
         assert found == plans["list"], kind
 
