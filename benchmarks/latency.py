@@ -8,39 +8,18 @@ Times are medians of alternating passes, so that a machine that slows down slows
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from hf_kprune.latency import compare, example_inputs
 from hf_kprune.loading import load_model
 from hf_kprune.sublayers import find_sublayers
 
 
-def alternate(models: list[PreTrainedModel], batch: int, length: int, repeats: int) -> list[float]:
-    """Median seconds of a forward pass of each model, taken in turns."""
-    device = models[0].device
-    vocabulary = models[0].get_input_embeddings().num_embeddings
-    inputs = {
-        "input_ids": torch.randint(vocabulary, (batch, length), device=device),
-        "attention_mask": torch.ones(batch, length, dtype=torch.long, device=device),
-    }
-    seconds: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
-        for turn in range(repeats + 3):
-            for model, taken in zip(models, seconds, strict=True):
-                begin = time.perf_counter()
-                model(**inputs)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if turn >= 3:  # the first passes warm up
-                    taken.append(time.perf_counter() - begin)
-    return [statistics.median(taken) for taken in seconds]
-
-
 def prunable_flops(model: PreTrainedModel, length: int) -> float:
-    return sum(s.unit_flops({s.stack_name: length}) * s.num_units for s in find_sublayers(model))
+    sublayers = find_sublayers(model)
+    return sum(s.unit_flops({other.stack_name: length for other in sublayers}) * s.num_units for s in sublayers)
 
 
 def main() -> None:
@@ -54,13 +33,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    models = [load_model(name).eval().to(args.device) for name in (args.dense, args.pruned)]
-    kind = AutoConfig.from_pretrained(args.dense).model_type
-    print(f"{kind}, {args.device}, {args.threads} threads, median of {args.repeats}\n")
+    models = [load_model(name).to(args.device) for name in (args.dense, args.pruned)]
+    print(f"{models[0].config.model_type}, {args.device}, {args.threads} threads, median of {args.repeats}\n")
     print("| batch | tokens | dense ms | pruned ms | speed-up | FLOPs ratio |\n| ---: | ---: | ---: | ---: | ---: | ---: |")
     for batch in args.batch:
         for length in args.length:
-            dense, pruned = alternate(models, batch, length, args.repeats)
+            dense, pruned = compare(models, example_inputs(models[0], batch, length), args.repeats)
             ratio = prunable_flops(models[0], length) / prunable_flops(models[1], length)
             print(
                 f"| {batch} | {length} | {1e3 * dense:.1f} | {1e3 * pruned:.1f} | {dense / pruned:.2f}x | {ratio:.2f}x |",

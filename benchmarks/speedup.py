@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import alternate
 from tasks import append_line, load_model, read_lines
 from transformers import PreTrainedModel
 
+from hf_kprune.latency import compare, example_inputs
 from hf_kprune.sublayers import cut, find_sublayers, twin
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="File for the JSON lines.")
     parser.add_argument("--drop", type=float, default=3.0, help="Points of the metric that may be lost.")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> None:
         models = [dense, *(with_sizes(dense, line["kept"]) for points in found.values() for line in points)]
         mean = round(statistics.mean(line["tokens_per_sequence"] for line in lines))
         for batch, length in ((batch, length) for batch in args.batch for length in (mean, 128)):
-            dense_seconds, *seconds = alternate(models, batch, length, args.repeats)
+            dense_seconds, *seconds = compare(models, example_inputs(dense, batch, length), args.repeats)
             rest = iter(seconds)
             for method, points in found.items():
                 line = {

@@ -99,7 +99,7 @@ class KPruneArguments:
 
     num_tokens: int = _option(100_000, "Calibration tokens used for tuning weights, padding not counted.")
     num_measure_tokens: int | None = _option(
-        None, "Of these, tokens used for measuring, the costlier part. None: 10,000 for 'obs', all of them for 'kprune'."
+        None, "Of these, tokens used for measuring, the costlier part. None: 10,000 for 'obs', all of them for others."
     )
     max_seq_length: int | None = _option(
         None, "Tokens after which texts are truncated when tokenised here. None: what the model can take."
@@ -130,17 +130,17 @@ class KPruneArguments:
 
     tune: bool = _option(True, "Whether the output weights of what is kept are tuned (KPWT).")
     tune_bias: bool | None = _option(
-        None, "Whether tuning fits the output bias too. None: as the method does; the paper keeps it."
+        None, "Whether tuning fits the output bias too. None: as the method does; the paper keeps it. For 'obs' and 'kprune'."
     )
     ridge: float | None = _option(
         None,
         "Pull of tuned weights towards the present ones, relative to the features' mean square. None: as the method does, "
-        "0.01 for 'obs', none in the paper.",
+        "0.01 for 'obs', none in the paper. For these two.",
     )
     tune_inputs: bool | None = _option(
         None,
         "Whether input projections are corrected for how what they read differs from what the dense model's read. None: as "
-        "the method does; the paper does not.",
+        "the method does; the paper does not. For 'obs' and 'kprune'.",
     )
     statistics_dtype: str | None = _option(
         None,
