@@ -10,6 +10,8 @@ that are there; `figures.py` makes tables and plots of them.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,11 +19,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tasks import METHOD_NAMES, append_line, facts, key_of, prune, read_lines
+from tasks import METHOD_NAMES, append_line, facts, key_of, prune_each, read_lines
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_kprune import BudgetError
+from hf_kprune import PruningReport
 from hf_kprune.sublayers import cut, find_sublayers
 
 
@@ -66,30 +68,29 @@ def main() -> None:
             for k in range(0, len(test), 500)
         ]
     )
-    done, dense = {key_of(line, KEY) for line in read_lines(args.output)}, None
-    for seed, sparsity, method in ((n, s, m) for n in args.seeds for s in args.sparsity for m in args.method):
-        line: dict[str, Any] = dict(zip(KEY, (args.model, method, sparsity, seed, args.window, args.options), strict=True))
-        if key_of(line, KEY) in done:
-            continue
-        model = AutoModelForCausalLM.from_pretrained(path)
-        dense = perplexity(model, ids, args.window) if dense is None else dense
-        options = {"packing": True, "max_seq_length": 256, "per_device_batch_size": 8, **args.options}
-        try:
-            report = prune(model, method, texts, tokenizer, sparsity=sparsity, seed=seed, **options)
-        except BudgetError as error:  # a method of FFN alone has its limit
-            print(f"{method} {sparsity:.0%} {error}", flush=True)
-            continue
-        line |= {"perplexity": perplexity(model, ids, args.window), "dense": dense, **facts(report)}
-        if args.untuned:
-            untuned = AutoModelForCausalLM.from_pretrained(path)
-            for sublayer, entry in zip(find_sublayers(untuned), report.sublayers, strict=True):
-                cut(sublayer, torch.zeros(entry.units, dtype=torch.bool).index_fill(0, torch.tensor(entry.kept), True))
-            line["untuned"] = perplexity(untuned.to(model.device), ids, args.window)
-        append_line(args.output, line)
-        print(
-            f"{method} {sparsity:.0%} seed {seed}: {line['perplexity']:.2f} of {dense:.2f} ({report.seconds['total']:.0f} s)",
-            flush=True,
-        )
+    done, dense = {key_of(line, KEY) for line in read_lines(args.output)}, AutoModelForCausalLM.from_pretrained(path)
+    of_dense = perplexity(dense, ids, args.window)
+    options = {"packing": True, "max_seq_length": 256, "per_device_batch_size": 8, **args.options}
+    for seed, method in itertools.product(args.seeds, args.method):
+        line = {"model": args.model, "method": method, "seed": seed, "window": args.window, "options": args.options}
+        left = [sparsity for sparsity in args.sparsity if key_of(line | {"sparsity": sparsity}, KEY) not in done]
+
+        def record(report: PruningReport, model: PreTrainedModel, line: dict[str, Any] = line) -> None:
+            found = line | {"sparsity": report.asked["sparsity"], "dense": of_dense, **facts(report)}
+            found["perplexity"] = perplexity(model, ids, args.window)
+            if args.untuned:
+                untuned = copy.deepcopy(dense)
+                for sublayer, entry in zip(find_sublayers(untuned), report.sublayers, strict=True):
+                    cut(sublayer, torch.zeros(entry.units, dtype=torch.bool).index_fill(0, torch.tensor(entry.kept), True))
+                found["untuned"] = perplexity(untuned, ids, args.window)
+            append_line(args.output, found)
+            print(
+                f"{line['method']} {found['sparsity']:.0%} seed {line['seed']}: {found['perplexity']:.2f} of {of_dense:.2f}",
+                flush=True,
+            )
+
+        if left:
+            prune_each(dense, method, left, record, texts, tokenizer, seed=seed, **options)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class Timed:
-    """A look-up table of a model, and the inputs that it was measured with."""
+    """A look-up table of a model, the inputs that it was measured with, how many times as long as it says cut models take."""
 
     table: LatencyTable
     inputs: dict[str, Any]
+    ratio: float = 1.0
 
     def masks(self, dense: PreTrainedModel, worth: list[Tensor], terms: BudgetTerms, by: str) -> list[Tensor]:
         """The best masks of which a cut model is measured to take the time that there is.
@@ -58,15 +59,14 @@ class Timed:
         The table's sums are a few per cent off, so what it is asked for is corrected, up to three times, by how far off
         it was.
         """
-        asked = terms.seconds
         for _ in range(3):
-            budget = max(asked - self.table.rest, self.least(terms))
+            budget = max(terms.seconds / self.ratio - self.table.rest, self.least(terms))
             masks = search_latency(worth, self.table.curves, budget, terms.minimum, terms.multiple)
             whole, taken = compare([dense, cut_to(dense, [int(m.sum()) for m in masks], by)], self.inputs)
             ratio = taken / whole * self.table.dense / terms.seconds  # of both in one run, as the machine may have slowed down
             if 0.98 < ratio < 1.01:
                 break
-            asked /= ratio
+            self.ratio *= ratio
         return masks
 
     def least(self, terms: BudgetTerms) -> float:

@@ -36,8 +36,14 @@ from .sublayers import find_sublayers, with_own_tables
 from .version import __version__
 
 
-WARM_UP = 2
+WARM_UP = 1
 """Rounds that are not counted."""
+
+PATIENCE = 10.0
+"""Seconds that the timed passes are to take together, where nobody says how many there are to be."""
+
+SHORT = 0.1
+"""Seconds under which a pass is timed again at once, as what is in the caches would count."""
 
 AT_ONCE = 4
 """Cut models that are held at once while measuring."""
@@ -52,7 +58,7 @@ STEPS = 1000
 
 
 @torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
-def compare(models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds: int = 20) -> list[float]:
+def compare(models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds: int | None = None) -> list[float]:
     """Seconds of a forward pass of each model, in evaluation mode, on its device.
 
     The models take turns, and each is related to the first in its round, so that what slows the machine down slows both.
@@ -60,7 +66,7 @@ def compare(models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds
     Args:
         models: That take the same inputs.
         inputs: Moved to each model's device, floats to its dtype, before the clock runs.
-        rounds: Timed passes of each.
+        rounds: Timed passes of each. None: as many as take about `PATIENCE` seconds, from 3 to 20.
 
     Returns:
         The median of the first; of the others the median of their ratio to it, times that.
@@ -70,13 +76,17 @@ def compare(models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds
         for model in models:
             stack.enter_context(in_eval_mode(model))
         given = [fitted(inputs, model) for model in models]
-        for _ in range(WARM_UP + rounds):
+        while len(taken) < WARM_UP + (rounds or 20):
             taken.append([])
             for model, own in zip(models, given, strict=True):
-                model(**own)  # or it would be timed with the caches that the model before it has left
                 begin = _now(model.device)
                 model(**own)
+                if _now(model.device) - begin < SHORT:  # else the caches that the model before it has left would count
+                    begin = _now(model.device)
+                    model(**own)
                 taken[-1].append(_now(model.device) - begin)
+            if rounds is None:
+                rounds = max(3, min(20, int(PATIENCE / max(sum(taken[0]), 1e-9))))
     del taken[:WARM_UP]
     first = statistics.median(seconds[0] for seconds in taken)
     return [first * statistics.median(seconds[i] / seconds[0] for seconds in taken) for i in range(len(models))]
@@ -90,7 +100,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_model(model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int = 20) -> float:
+def time_model(model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int | None = None) -> float:
     """Median seconds of a forward pass, see `compare`."""
     return compare([model], inputs, repeats)[0]
 
@@ -206,17 +216,17 @@ class LatencyTable:
         """Time the whole model, in turns with copies of it in which all sublayers of one kind are cut to n units.
 
         What such a copy takes beyond the one in which they are empty is what they take, in their place: with the memory
-        traffic of everything else, and with what a GPU overlaps. So it holds for any architecture. For one stack, some 30
-        models of half the size of `model` and more run 2 (`rounds` + 2) times.
+        traffic of everything else, and with what a GPU overlaps. So it holds for any architecture. For one stack, some 20
+        models of half the size of `model` and more run `rounds` + 2 times, twice as often if they are quick.
 
         Args:
             model: Is not changed. Beside it up to four copies of the weights of one kind of sublayer are held.
             inputs: As for `compare`.
             by: As for `find_sublayers`.
-            rounds: Timed passes of each copy. None: as many as the model does in a second, from 5 to 50.
+            rounds: Timed passes of each copy. None: as many as the model does in a second, from 3 to 50.
         """
         model = with_own_tables(model)
-        rounds = rounds or max(5, min(50, int(1 / time_model(model, inputs, 1))))
+        rounds = rounds or max(3, min(50, int(1 / time_model(model, inputs, 1))))
         sublayers = find_sublayers(model, by)
         units, kinds = [s.num_units for s in sublayers], [f"{s.stack_name}.*.{s.block.output}" for s in sublayers]
         hollow, live = cut_to(model, [0] * len(units), by), Counter(k for k, u in zip(kinds, units, strict=True) if u)
@@ -312,11 +322,11 @@ def _seconds(curves: Sequence[Curve], counts: Sequence[int]) -> float:
 
 
 def counts_to_measure(units: int) -> list[int]:
-    """From 1 to all: each of a few; of more about ten, closest at the lower end, where the knee is, and even as layers are."""
+    """From 1 to all: each of a few; of more about six, closest at the lower end, where the knee is, and even as layers are."""
     if units <= 8:
         return list(range(1, units + 1))
     step = 8 if units >= 128 else 1
-    parts = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+    parts = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
     return sorted({units, *(step * max(1, round(part * units / step)) for part in parts)})
 
 

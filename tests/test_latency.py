@@ -64,7 +64,7 @@ class Clock:
 def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [tiny(seed=seed).train() for seed in range(3)]
     models[1].eval()
-    costs, slowdown = [2.0, 1.0, 6.0], [9, 7, 1, 1, 5, 1, 8]
+    costs, slowdown = [2 / 1024, 1 / 1024, 6 / 1024], [9, 7, 1, 1, 5, 1, 8]
     clock = Clock(monkeypatch, dict(zip(models, costs, strict=True)), slowdown)
     assert compare(models, example_inputs(models[0], 2, 5), rounds=5) == costs
     rounds = latency.WARM_UP + 5
@@ -74,8 +74,16 @@ def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(mo
 
 def test_the_median_of_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    Clock(monkeypatch, {model: 0.5}, [100, 100, 4, 2, 30])
-    assert time_model(model, example_inputs(model, 2, 5), repeats=3) == 0.5 * 4
+    Clock(monkeypatch, {model: 1 / 1024}, [50, 4, 2, 30])
+    assert time_model(model, example_inputs(model, 2, 5), repeats=3) == 4 / 1024
+
+
+def test_where_nobody_says_how_many_passes_are_as_many_as_there_is_patience_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cost, passes in ((latency.PATIENCE, 1 + 3), (latency.PATIENCE / 8, 1 + 8), (latency.SHORT / 8, 2 * (1 + 20))):
+        model = tiny()
+        clock = Clock(monkeypatch, {model: cost}, [1] * 30)
+        assert time_model(model, example_inputs(model, 2, 5)) == pytest.approx(cost)
+        assert len(clock.order) == passes
 
 
 def test_the_real_clock_runs_forward() -> None:
