@@ -223,7 +223,7 @@ def test_no_curve_fits_better(times: list[float], random: Any) -> None:
 def test_what_is_measured_goes_from_one_to_all(units: int) -> None:
     counts = counts_to_measure(units)
     assert counts == sorted(set(counts))
-    assert 1 <= counts[0] <= max(1, units / 16)
+    assert 1 <= counts[0] <= max(1, units / 8)
     assert counts[-1] == units
     assert len(counts) <= 10
     assert units > 8 or counts == list(range(1, units + 1))
