@@ -236,14 +236,19 @@ def prune_each(
     """
     if method != TORCH_PRUNING and METHODS[method].one_shot:
         arguments = KPruneArguments(method=method, disable_tqdm=True, **options)
-        for left in range(len(sparsities), 0, -1):
-            possible = sorted(sparsities)[:left]
-            pruner = Recorded(record, copy.deepcopy(model), arguments, texts, eval_dataset=texts, processing_class=tokenizer)
+        left, made = sorted(sparsities), list[float]()
+
+        def recorded(report: PruningReport, pruned: PreTrainedModel) -> None:
+            made.append(report.sparsity)
+            record(report, pruned)
+
+        while left and not made:  # the search of some methods is what finds that a budget is out of reach
+            pruner = Recorded(recorded, copy.deepcopy(model), arguments, texts, eval_dataset=texts, processing_class=tokenizer)
             try:
-                pruner.sweep(possible)
-                return
-            except BudgetError as error:  # before anything ran
-                print(f"{method} {possible[-1]:.0%}: {error}", flush=True)
+                pruner.sweep(left)
+            except BudgetError as error:
+                print(f"{method} {left[len(made)]:.0%}: {error}", flush=True)
+                left = left[:-1]
         return
     for sparsity in sparsities:
         pruned = copy.deepcopy(model)

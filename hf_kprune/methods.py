@@ -1,4 +1,4 @@
-"""Pruning methods: what each scores, how it searches, how it repairs. The loop over sublayers is in `pruner.py`.
+"""Pruning methods: what each scores, how it searches, how it repairs. The loop over sublayers is in `algorithm.py`.
 
 A method is a class made from `KPruneArguments` with the three functions of `Method`. To add one, write it and enter it in
 `METHODS` under the name that `KPruneArguments(method=...)` takes.
