@@ -2,8 +2,8 @@
 
     python benchmarks/perplexity.py --pack PACK --output perplexity.jsonl --sparsity 0.05 0.1 0.15 0.2 --seeds 0 1 2
 
-Calibrates on blocks of the train split, packed, and evaluates on the whole test split in windows of `--window` tokens that do
-not overlap, in bfloat16 autocast, the dense model too. Appends one JSON line per run to `--output` and leaves out the runs
+Calibrates on blocks of the train split, packed, and evaluates on the test split in windows of `--window` tokens that do not
+overlap, in bfloat16 autocast, the dense model too. Appends one JSON line per run to `--output` and leaves out the runs
 that are there; `figures.py` makes tables and plots of them.
 """
 
@@ -35,7 +35,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window."""
     model.eval()
     total, count = 0.0, 0
-    starts = range(0, len(ids) - window - 1, window)
+    starts = range(0, len(ids) - window, window)
     for first in range(0, len(starts), 4):
         rows = torch.stack([ids[start : start + window + 1] for start in starts[first : first + 4]]).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):

@@ -95,11 +95,11 @@ def fine_tune(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     begin, steps = time.perf_counter(), 0
-    for some in batches(rows, 32, torch.Generator().manual_seed(seed)):
+    for some in batches(rows, size, torch.Generator().manual_seed(seed)):
         spent = (time.perf_counter() - begin) / (60 * minutes)
         if spent >= 1:
             return steps
-        optimizer.param_groups[0]["lr"] = 1e-4 * min(1.0, (steps + 1) / 20) * (1 - spent)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (steps + 1) / 20) * (1 - spent)
         optimizer.zero_grad()
         loss_of(model, tokenizer, task, some).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 from tasks import append_line, load_model, read_lines
-from transformers import PreTrainedModel
 
-from hf_kprune.latency import compare, example_inputs
-from hf_kprune.sublayers import cut, find_sublayers, twin
+from hf_kprune.latency import compare, cut_to, example_inputs
 
 
 Line = dict[str, Any]
@@ -39,14 +37,6 @@ def smallest_within(lines: Sequence[Line], drop: float) -> dict[str, list[Line]]
         near = [s for s, at in by_sparsity.items() if statistics.mean(line["dense"] - line["metric"] for line in at) <= drop]
         found[method] = by_sparsity[max(near)] if near else []
     return found
-
-
-def with_sizes(dense: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of these sizes that shares what is not cut with `dense`."""
-    model = twin(dense)
-    for sublayer, count in zip(find_sublayers(model), kept, strict=True):
-        cut(sublayer, torch.arange(sublayer.num_units) < count)
-    return model
 
 
 def main() -> None:
@@ -69,7 +59,7 @@ def main() -> None:
     for task, lines in by_task.items():
         dense = load_model(args.pack, task).eval().to(args.device)
         found = smallest_within(lines, args.drop)
-        models = [dense, *(with_sizes(dense, line["kept"]) for points in found.values() for line in points)]
+        models = [dense, *(cut_to(dense, line["kept"]) for points in found.values() for line in points)]
         mean = round(statistics.mean(line["tokens_per_sequence"] for line in lines))
         for batch, length in ((batch, length) for batch in args.batch for length in (mean, 128)):
             dense_seconds, *seconds = compare(models, example_inputs(dense, batch, length), args.repeats)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
 from .calibration import Calibration
 from .cost import BudgetTerms, prunable_flops
+from .errors import BudgetError
 from .heads import Knowledge
 from .hooks import State
 from .interface import Method, Statistics
@@ -47,27 +49,39 @@ Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class Timed:
-    """A look-up table of a model, the inputs that it was measured with, how many times as long as it says cut models take."""
+    """A model as it is, its look-up table, the inputs of that, and how many times as long as it says cut models take."""
 
+    model: PreTrainedModel
     table: LatencyTable
     inputs: dict[str, Any]
     ratio: float = 1.0
 
-    def masks(self, dense: PreTrainedModel, worth: list[Tensor], terms: BudgetTerms, by: str) -> list[Tensor]:
+    def masks(self, worth: list[Tensor], terms: BudgetTerms, by: str) -> list[Tensor]:
         """The best masks of which a cut model is measured to take the time that there is.
 
         The table's sums are a few per cent off, so what it is asked for is corrected, up to three times, by how far off
         it was.
+
+        Raises:
+            BudgetError: If no cut model was measured to be within 2 % of it.
         """
-        for _ in range(3):
+        found: dict[float, list[Tensor]] = {}
+        for _ in range(4):
             budget = max(terms.seconds / self.ratio - self.table.rest, self.least(terms))
             masks = search_latency(worth, self.table.curves, budget, terms.minimum, terms.multiple)
-            whole, taken = compare([dense, cut_to(dense, [int(m.sum()) for m in masks], by)], self.inputs)
+            whole, taken = compare([self.model, cut_to(self.model, [int(m.sum()) for m in masks], by)], self.inputs)
             ratio = taken / whole * self.table.dense / terms.seconds  # of both in one run, as the machine may have slowed down
+            found[ratio] = masks
             if 0.98 < ratio < 1.01:
                 break
             self.ratio *= ratio
-        return masks
+        within = [ratio for ratio in found if ratio < 1.02]
+        if not within:
+            raise BudgetError(
+                f"{terms.name} is {terms.asked}, of which the fastest model that was cut and measured takes "
+                f"{min(found):.2f} times the time; ask for less, or try again when the machine is quiet"
+            )
+        return found[max(within)]
 
     def least(self, terms: BudgetTerms) -> float:
         """Seconds of the sublayers with what must stay of them."""
@@ -75,6 +89,11 @@ class Timed:
             group_sizes(s.num_units, m, r)[0] for s, m, r in zip(terms.sublayers, terms.minimum, terms.multiple, strict=True)
         ]
         return self.table.predict(least) - self.table.rest
+
+    def achieved(self, student: PreTrainedModel, name: str) -> float:
+        """What `student` comes to, measured, in terms of what was asked for."""
+        dense, seconds = compare([self.model, student], self.inputs)
+        return dense / seconds if name == "target_speedup" else seconds
 
 
 class Pruning:
@@ -84,9 +103,10 @@ class Pruning:
         model: The dense model, in evaluation mode as long as this is used. It is left as it is.
         calibration: Of its inputs.
         loss: Of its head.
-        before: Its size.
-        timed: What its sublayers take, and the inputs they were timed with, if the budget is a time.
+        before: Its size, in which shared tables of positions count for each layer (T5), as they do in what is cut of it.
+        timed: How its time is measured, if a budget is one.
         args: Options; those of the budget are taken from what `student` is given.
+        hold_out: Whether students are measured and tuned without the rows that `Calibration.distance` compares them on.
         phase: Takes the time of a phase by its name.
         tell: Tells callbacks of an event.
     """
@@ -99,10 +119,12 @@ class Pruning:
         before: Size,
         timed: Timed | None,
         args: KPruneArguments,
+        hold_out: bool,
         phase: Callable[[str], AbstractContextManager[None]],
         tell: Callable[..., None],
     ):
         self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
+        self.hold_out, self.fitted = hold_out, calibration
         self.timed, self.phase, self.tell = timed, phase, tell
         # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
         half = model.dtype in (torch.float16, torch.bfloat16)
@@ -110,6 +132,7 @@ class Pruning:
         self.references = find_sublayers(self.teacher, args.head_unit)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation mode
         self.checked = False
+        self.costs: list[float] = []  # with which the following was scored
         self.measured: list[Statistics] = []
         self.scores: list[Tensor] = []
 
@@ -125,22 +148,21 @@ class Pruning:
             if not self.checked:
                 self.calibration.check(self.teacher, self.references)
                 self.checked = True
+                if self.hold_out:
+                    self.fitted = self.calibration.without_held_out()
         if terms.keeps_all:
             decide = keep_all(sublayers)
         elif method.one_shot:
             decide = self.decided(student, sublayers, method, terms, report)
         else:
             decide = self.deciding(student, sublayers, method, terms)
-        self.bottom_up(student, sublayers, self.calibration, method, decide, report)
+        self.bottom_up(student, sublayers, self.fitted, method, decide, report)
         if args.uniform:
             write_stock_config(student, sublayers)
         else:
             write_plan(student, sublayers)
         report.after.flops = prunable_flops(sublayers, self.calibration.lengths)
         report.sparsity, report.achieved = 1 - report.after.flops / flops, terms.achieved()
-        if self.timed is not None:
-            dense, seconds = compare([self.teacher, student], self.timed.inputs)
-            report.achieved = dense / seconds if terms.name == "target_speedup" else seconds
         return student
 
     def bottom_up(
@@ -182,7 +204,7 @@ class Pruning:
     def deciding(self, student: PreTrainedModel, sublayers: list[Sublayer], method: Method, terms: BudgetTerms) -> Decision:
         """K-prune's way: measure every unit from the sublayer up on the student as pruned so far, search a mask for all of
         them (KPMS), and use it for this sublayer only."""
-        calibration, args = self.calibration, self.args
+        calibration, args = self.fitted, self.args
         with self.phase("measure"):
             teacher_top = calibration.top(self.teacher, self.references)
 
@@ -209,7 +231,8 @@ class Pruning:
                 if args.uniform and not terms.fixed:
                     alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn)[i:]
                     left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike, terms.allowed[i:]
-                    terms.fix([s.num_units for s in sublayers[:i]] + uniform_search(scores, *left))
+                    counts = [s.num_units for s in sublayers[:i]] + uniform_search(scores, *left)
+                    terms.fix(calibration.agree([torch.tensor(counts)])[0].tolist())
                     budget = terms.remaining(spent, i)
                 masks = method.search(measured, scores, budget, terms.minimum[i:], terms.multiple[i:])
                 return calibration.agree([masks[0].int()])[0].bool().cpu(), scores[0]
@@ -227,8 +250,9 @@ class Pruning:
         """The way of one-shot methods: measure every unit once, on the dense model; of the ways to split the budget over depth
         take the one whose student, cut and tuned, is nearest to the teacher on rows held out."""
         with self.phase("measure"):
-            if not self.measured:
-                of_all = self.calibration.measure_dense(dense, sublayers, method.needs, self.loss)
+            if self.costs != terms.costs:
+                self.costs, self.measured, self.scores = terms.costs, [], []
+                of_all = self.fitted.measure_dense(dense, sublayers, method.needs, self.loss)
                 for statistics, cost in zip(of_all, terms.costs, strict=True):
                     statistics.cost = cost
                     self.scores.append(method.score(statistics).cpu())
@@ -255,14 +279,14 @@ class Pruning:
             self.bottom_up(student, layers, few, method, lambda i, *_, plan=plan: (plan[i], None))
             with self.phase("search"):
                 report.trials[str(exponent)] = self.calibration.distance(student, self.teacher, self.loss)
-        best = min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))
+        (best,) = broadcast_object_list([min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))])
         return lambda i, *_: (plans[best][i], self.scores[i])
 
     def masks(self, method: Method, scores: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
         """Keep-masks of all sublayers within the budget."""
-        if self.timed is not None:
+        if terms.table is not None and self.timed is not None:
             worth = [cost * score.clamp(min=0) for cost, score in zip(terms.costs, scores, strict=True)]
-            return self.timed.masks(self.teacher, worth, terms, self.args.head_unit)
+            return method.arrange(self.measured, self.timed.masks(worth, terms, self.args.head_unit))
         if self.args.uniform:
             alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)
             given = terms.costs, terms.budget, terms.minimum, terms.multiple, alike, terms.allowed

@@ -20,7 +20,8 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-TARGETS = ("target_flops", "target_params", "target_bytes", "target_latency", "target_speedup")
+TIMES = ("target_latency", "target_speedup")
+TARGETS = ("target_flops", "target_params", "target_bytes", *TIMES)
 
 
 @dataclass
@@ -67,12 +68,17 @@ class KPruneArguments:
     target_bytes: float | None = _option(None, "Instead of sparsity: bytes that its weights may take, in the dtype they have.")
     target_latency: float | None = _option(
         None,
-        "Instead of sparsity: seconds that a forward pass of the model may take on this device, measured. One-shot methods.",
+        "Instead of sparsity: seconds that a forward pass of the model may take on this device, measured. Methods that decide "
+        "all at once: 'obs', 'kwon', 'magnitude', 'taylor'.",
     )
     target_speedup: float | None = _option(
         None, "Instead of sparsity: how many times as fast as now a forward pass is to be on this device, measured."
     )
-    latency_batch_size: int = _option(32, "Sequences of the batch that target_latency and target_speedup are about.")
+    latency_batch_size: int = _option(
+        32,
+        "Sequences of the batch that target_latency and target_speedup are about; of images and audio it is a batch of the "
+        "calibration data.",
+    )
     latency_length: int | None = _option(None, "Tokens of its sequences. None: the mean of the calibration rows.")
     method: str = _option(
         "obs",
@@ -192,10 +198,9 @@ class KPruneArguments:
         check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("ridge", self.ridge is None or self.ridge >= 0, "at least 0")
         check("statistics_dtype", self.statistics_dtype in (None, "float64", "float32"), "float64 or float32")
-        if {"target_latency", "target_speedup"} & set(targets):
-            check(
-                "method", METHODS[self.method](self).one_shot, f"with {targets[0]}, one that decides at once: obs, not kprune"
-            )
+        if self.budget[0] in TIMES:
+            able = [name for name, made in METHODS.items() if made(self).in_time]
+            check("method", self.method in able, f"with {targets[0]}, one of {', '.join(able)}")
             check("uniform", not self.uniform, f"False with {targets[0]}")
         none = self.budget == ("sparsity", 0)
         check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")

@@ -439,7 +439,7 @@ class Calibration:
     def measure_dense(
         self, model: PreTrainedModel, sublayers: Sequence[Sublayer], needs: Collection[str], loss: Knowledge
     ) -> Iterator[Statistics]:
-        """Measure the dense model for a one-shot method, sublayer by sublayer, so that memory does not grow with depth.
+        """Measure the dense model for a one-shot method, sublayer by sublayer. Only Fisher information grows with depth.
 
         Args:
             model: Frozen.
@@ -562,6 +562,12 @@ class Calibration:
                 "on those held out; give more rows, shorter ones if need be, and a larger num_measure_tokens"
             )
 
+    def without_held_out(self) -> Calibration:
+        """All rows but those on which models are compared."""
+        made = copy.copy(self)
+        made.batches = [batch for batch in self.batches if not batch.held_out]
+        return made
+
     def trial(self) -> Calibration:
         """The rows on which ways to split the budget are tried: the first half of those that are measured."""
         made = copy.copy(self)
@@ -572,13 +578,14 @@ class Calibration:
     def distance(self, student: PreTrainedModel, teacher: PreTrainedModel, loss: Knowledge) -> float:
         """Mean knowledge loss of the student on the rows held out."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        with together(self.accelerator):
+        with together(self.accelerator), in_eval_mode(student), in_eval_mode(teacher):
             for whole in self.batches:
                 chunk = self.chunk(teacher, whole) if loss.per_token else 0
                 size = max(1, whole.samples * chunk // whole.counted.shape[1]) if chunk else whole.samples
                 for start in range(0, whole.samples if whole.held_out else 0, size):
                     batch = whole.part(start, min(start + size, whole.samples))
-                    made, expected = (in_float32(m(**batch.inputs, return_dict=True)) for m in (student, teacher))
+                    both = ((m, fitted(batch.inputs, m)) for m in (student, teacher))  # which may differ in dtype
+                    made, expected = (in_float32(m(**inputs, return_dict=True)) for m, inputs in both)
                     losses = losses_of(loss, made, expected, batch)
                     sums += torch.stack([losses.double().sum(), torch.tensor(float(len(losses)), device=sums.device).double()])
         self._reduce([sums])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments import KPruneArguments
+from .arguments import TIMES, KPruneArguments
 from .errors import BudgetError
 from .latency import LatencyTable
 from .report import Size
@@ -53,9 +53,9 @@ class BudgetTerms:
     ):
         self.sublayers = sublayers
         name, asked = args.budget
-        self.name = name
-        self.table = table
-        if name in ("sparsity", "target_flops") or table is not None:
+        self.name, self.asked = name, asked
+        self.table = table if name in TIMES else None
+        if name in ("sparsity", "target_flops", *TIMES):
             self.costs = [s.unit_flops(lengths) for s in sublayers]
         else:
             size = before.bytes / before.parameters if name == "target_bytes" else 1.0
@@ -65,7 +65,8 @@ class BudgetTerms:
         self.fixed_cost = whole - self.total  # of what is not prunable
         self.budget = (1 - asked) * self.total if name == "sparsity" else asked - self.fixed_cost
         self.seconds = math.inf
-        if table is not None:
+        if name in TIMES:
+            assert table is not None
             self.budget, self.seconds = self.total, table.dense / asked if name == "target_speedup" else asked
         self.fixed = False
         self.minimum, self.multiple = [], []
@@ -85,10 +86,11 @@ class BudgetTerms:
         least_cost = sum(self.forced)
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
-        if table is not None and (fastest := table.predict([g[0] for g in sizes])) > self.seconds:
+        if self.table is not None and (fastest := self.table.predict([g[0] for g in sizes])) > self.seconds:
             raise BudgetError(
-                f"{name} is {asked}, {MEANING[name]}; the model takes {table.dense:.4g} s as it is and {fastest:.4g} s with "
-                f"the least that min_heads={args.min_heads}, min_neurons={args.min_neurons} and round_to={args.round_to} leave"
+                f"{name} is {asked}, {MEANING[name]}; the model takes {self.table.dense:.4g} s as it is and {fastest:.4g} s "
+                f"with the least that min_heads={args.min_heads}, min_neurons={args.min_neurons} and round_to={args.round_to} "
+                "leave"
             )
         if least_cost > self.budget * (1 + TOLERANCE):
             reach = math.floor(1e4 * (1 - least_cost / self.total)) / 1e4  # rounded down, so that it can be asked for

@@ -69,6 +69,7 @@ class Method(Protocol):
         tunes: Whether output weights are tuned at all.
         ridge: Pull of what is tuned towards what it was, see `tune_weight`.
         dtype: In which products are summed for tuning if the options name none.
+        in_time: Whether score times cost is an importance that adds up, so that units can be searched for a budget of time.
         tune_inputs: Whether input projections are corrected for the drift of what they read, see `correct_drift`.
     """
 
@@ -80,6 +81,7 @@ class Method(Protocol):
     dtype: str
     ridge: float
     tune_inputs: bool
+    in_time: bool
 
     def score(self, statistics: Statistics) -> Tensor:
         """Importance of each unit per cost, (U,)."""
@@ -94,8 +96,11 @@ class Method(Protocol):
     ) -> list[Tensor]:
         """Keep-masks (U,), on the CPU, of all sublayers that were measured. See `threshold_search`.
 
-        Of the measurements, `gram` and `metric` are gone by then: memory must not grow with depth.
+        Of the measurements, `gram` and `metric` are gone by then: those of all sublayers at once would be large.
         """
+
+    def arrange(self, measured: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
+        """What a search in time has found, with as many units of each sublayer, but perhaps others."""
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         """New output weights (D, C) of the kept columns, unit by unit, and bias."""

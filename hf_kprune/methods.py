@@ -42,6 +42,7 @@ class KPrune:
     tunes = True
     dtype = "float64"
     measure_tokens: int | None = None
+    in_time = False
     batch = 32
     """Batch size on whose scale the paper's lambda was tuned."""
 
@@ -68,6 +69,9 @@ class KPrune:
     ) -> list[Tensor]:
         return threshold_search(scores, [s.cost for s in measured], budget, minimum, multiple)
 
+    def arrange(self, measured: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
+        return masks
+
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)
 
@@ -88,6 +92,7 @@ class OptimalBrainSurgeon:
     tunes = True
     dtype = "float32"  # the ridge is far above its rounding
     measure_tokens: int | None = 10_000
+    in_time = True
 
     def __init__(self, args: KPruneArguments):
         self.ridge = 1e-2 if args.ridge is None else args.ridge
@@ -101,7 +106,7 @@ class OptimalBrainSurgeon:
         moments = covariance(s.gram, s.feature_sum, s.tokens, self.tune_bias and s.has_bias, self.ridge)
         return eliminate(moments, s.weight, s.metric / s.samples, s.unit_width) / s.cost
 
-    search = KPrune.search
+    search, arrange = KPrune.search, KPrune.arrange
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import BestRun, PredictionOutput
 
 from .algorithm import Pruning, Timed
-from .arguments import KPruneArguments
+from .arguments import TARGETS, TIMES, KPruneArguments
 from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
@@ -33,21 +33,14 @@ from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .report import PruningReport, Size
 from .rows import draw_rows
-from .sublayers import (
-    check_model,
-    find_sublayers,
-    uniform_names,
-)
+from .sublayers import check_model, find_sublayers, uniform_names, with_own_tables
 from .sweep import Sweep, SweepPoint, smallest_within
 from .version import versions
 
 
-def default_space(trial: Any) -> dict[str, Any]:
-    """What `hyperparameter_search` varies: how K-prune weighs its two kinds of knowledge, and heads against neurons."""
-    return {
-        "lambda_rep": trial.suggest_float("lambda_rep", 1e-6, 1.0, log=True),
-        "mu": trial.suggest_float("mu", 4.0, 256.0, log=True),
-    }
+RANGES = {"obs": {"ridge": (1e-4, 1.0)}, "kprune": {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}}
+"""What `hyperparameter_search` varies of each method: the pull of tuned weights towards what they were; how K-prune weighs
+its two kinds of knowledge, and heads against neurons."""
 
 
 class KPrunePruner:
@@ -103,7 +96,7 @@ class KPrunePruner:
         self.compute_loss = compute_loss
         self.report: PruningReport | None = None
         self._saved: str | None = None
-        self._begin, self._seconds = time.perf_counter(), dict[str, float]()
+        self._seconds = dict[str, float]()
         self.callback_handler = CallbackHandler([PrinterCallback() if self.args.disable_tqdm else ProgressCallback()])
         if self.args.report_to not in ([], ["none"]):
             self.add_callback(ReportingCallback(self.args))
@@ -142,13 +135,8 @@ class KPrunePruner:
 
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
         """A dry run: the report of what `prune()` would do, to the unit, with the model left as it is."""
-        listeners = self.callback_handler.callbacks
-        self.callback_handler.callbacks = [c for c in listeners if not isinstance(c, ReportingCallback)]
-        try:
-            with self._pruning(calibration_dataset, [self.args]) as pruning:
-                return self._student(pruning, self.args)[1]
-        finally:
-            self.callback_handler.callbacks = listeners
+        with self._unreported(), self._pruning(calibration_dataset, [self.args]) as pruning:
+            return self._student(pruning, self.args)[1]
 
     def sweep(
         self,
@@ -163,8 +151,9 @@ class KPrunePruner:
         """Prune for many budgets from shared measurements, and compare the models.
 
         Each is judged by `evaluate()` on `eval_dataset`, if there is one, and by how far it is from the dense model on
-        calibration rows that are held out, which takes no labels. The model itself stays as it is; with `max_drop` it becomes
-        the smallest one that is good enough, as after `prune()`.
+        calibration rows that are held out, which takes no labels. If they are all there is to judge by, without an
+        `eval_dataset`, nothing is fitted on them. The model itself stays as it is; with `max_drop` it becomes the smallest one
+        that is good enough, as after `prune()`.
 
         Args:
             budgets: Fractions of the prunable FLOPs to remove, or dicts of one option, such as {"target_params": 5e6}.
@@ -176,50 +165,74 @@ class KPrunePruner:
             output_dir: Where all models are saved, each in a directory named after its sparsity. Default: nowhere.
 
         Raises:
-            ArgumentError: If options contradict each other.
+            ArgumentError: If options contradict each other, or the metric is no number.
         """
         if metric is not None and self.eval_dataset is None:
             raise ArgumentError(f"metric is {metric!r}, but there is no eval_dataset: pass it to KPrunePruner")
         asked: list[dict[str, Any]] = [
             budget if isinstance(budget, dict) else {"sparsity": float(budget)} for budget in budgets
         ]
-        if not asked or (max_drop is not None and any(options.keys() != {"sparsity"} for options in asked)):
-            raise ArgumentError(f"budgets are {list(budgets)}, expected at least one, and, with max_drop, fractions to remove")
+        if not asked or any(len(options) != 1 or not options.keys() <= {"sparsity", *TARGETS} for options in asked):
+            raise ArgumentError(f"budgets are {list(budgets)}, expected at least one, each a fraction or a dict of one budget")
+        if max_drop is not None and (max_drop < 0 or any("sparsity" not in options for options in asked)):
+            raise ArgumentError(
+                f"max_drop is {max_drop} and budgets are {list(budgets)}, expected at least 0, and fractions to remove"
+            )
+        if output_dir is not None and self.args.push_to_hub:
+            raise ArgumentError("push_to_hub is True, but a sweep makes many models: push the one that you choose")
+
+        def within(options: dict[str, Any]) -> KPruneArguments:
+            return replace(self.args, **{**dict.fromkeys(TARGETS), **options})
+
+        def place(options: dict[str, Any]) -> str | None:
+            return output_dir and os.path.join(output_dir, "-".join(f"{k}-{v:g}" for k, v in options.items()))
+
+        with together(self.accelerator):
+            if output_dir is not None and self.accelerator.is_main_process:
+                for options in asked:
+                    self.args.check_output_dir(place(options))
         key = metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
-        dense, students = self.model, dict[int, tuple[PreTrainedModel, PruningReport]]()
-        with self._pruning(calibration_dataset, [replace(self.args, **options) for options in asked]) as pruning:
+        dense, found = self.model, list[tuple[SweepPoint, PreTrainedModel, PruningReport]]()
+        hold_out = self.eval_dataset is None
+        with self._unreported(), self._pruning(calibration_dataset, list(map(within, asked)), hold_out) as pruning:
             pruning.calibration.check_held_out()
 
             def judged(options: dict[str, Any], size: Size, sparsity: float) -> SweepPoint:
                 metrics = self.evaluate() if self.eval_dataset is not None else {}
-                if key is not None and key not in metrics:
-                    raise ArgumentError(f"metric is {metric!r}, expected one of {', '.join(metrics)}")
+                if key is not None and not math.isfinite(metrics.get(key, math.nan)):
+                    raise ArgumentError(f"metric is {metric!r}, expected a number among {metrics}")
                 distance = pruning.calibration.distance(self.model, pruning.teacher, pruning.loss)
-                with in_eval_mode(self.model):
-                    times = compare([dense, self.model], pruning.calibration.batches[-1].inputs, rounds=5)
-                return SweepPoint(options, sparsity, size.flops, size.parameters, distance, times[0] / times[1], metrics)
+                speedup = 1.0
+                if self.accelerator.is_main_process and self.model is not dense:
+                    seconds = compare([dense, self.model], pruning.calibration.batches[-1].inputs, rounds=5)
+                    speedup = seconds[0] / seconds[1]
+                (speedup,) = broadcast_object_list([speedup])
+                return SweepPoint(options, sparsity, size.flops, size.parameters, distance, speedup, metrics)
 
             def made(options: dict[str, Any]) -> SweepPoint:
-                student, report = self._student(pruning, replace(self.args, **options))
+                student, report = self._student(pruning, within(options))
                 with self._in_place(student, report):
                     point = judged(options, report.after, report.sparsity)
-                    if output_dir is not None:
-                        point.path = os.path.join(output_dir, "-".join(f"{k}-{v:g}" for k, v in options.items()))
+                    point.path = place(options)
+                    if point.path is not None:
                         self.save_model(point.path)
-                if max_drop is not None:
-                    students[id(point)] = student, report
+                good = max_drop is not None and swept.quality(point) >= swept.quality(swept.points[0]) - max_drop
+                if good and (not found or point.flops <= found[-1][0].flops):
+                    found[:] = [(point, student, report)]
                 return point
 
-            swept = Sweep([judged({}, pruning.before, 0.0)], key, greater_is_better)
+            whole = model_size(dense, pruning.references, prunable_flops(pruning.references, pruning.calibration.lengths))
+            swept = Sweep([judged({}, whole, 0.0)], key, greater_is_better)
             if max_drop is None:
-                swept.points += [made(options) for options in asked]
+                swept.points += sorted(map(made, asked), key=lambda point: point.sparsity)
             else:
                 at = [options["sparsity"] for options in asked]
                 smallest_within(lambda sparsity: made({"sparsity": sparsity}), swept, at, max_drop, refine)
-        if swept.best:
-            student, self.report = students[id(swept.points[swept.best])]
+        for point, student, report in found if swept.best else ():
+            assert point is swept.points[cast(int, swept.best)]
             self.model.__dict__.update(student.__dict__)
-            self._saved = None
+            self.report, self._saved = report, None
+            self._tell("on_prune_end", model=self.model)
         return swept
 
     def hyperparameter_search(
@@ -236,21 +249,32 @@ class KPrunePruner:
         `pruner.args = replace(pruner.args, **best.hyperparameters)` and prune.
 
         Args:
-            hp_space: From an Optuna trial to options. Default: `lambda_rep` and `mu` of K-prune.
+            hp_space: From an Optuna trial to options. Default: `ridge` of our method, `lambda_rep` and `mu` of K-prune.
             compute_objective: From the metrics of `evaluate()`, with an `eval_dataset`, and `distance` to a number. Default:
-                `distance`, the knowledge loss on the calibration rows that are held out.
+                `distance`, the knowledge loss on calibration rows that are held out, on which nothing is fitted then.
             n_trials: Number of trials.
             direction: `"minimize"` or `"maximize"`.
             calibration_dataset: As for `prune()`.
             kwargs: For `optuna.create_study`.
+
+        Raises:
+            ArgumentError: If there is no `hp_space` and none by default.
         """
         import optuna
 
         args = self.args
+        if hp_space is None and args.method not in RANGES:
+            raise ArgumentError(f"no hp_space, and method {args.method!r} has none by default: pass one")
+
+        def space(trial: Any) -> dict[str, Any]:
+            if hp_space is not None:
+                return hp_space(trial)
+            return {name: trial.suggest_float(name, *ends, log=True) for name, ends in RANGES[args.method].items()}
 
         def objective(trial: Any) -> float:
-            self.args = replace(args, **(hp_space or default_space)(trial))
-            with self._pruning(calibration_dataset, [self.args]) as pruning:
+            (options,) = broadcast_object_list([space(trial)])  # each process has an Optuna of its own
+            self.args = replace(args, **options)
+            with self._pruning(calibration_dataset, [self.args], compute_objective is None) as pruning:
                 pruning.calibration.check_held_out()
                 student, report = self._student(pruning, self.args)
                 with self._in_place(student, report):
@@ -260,12 +284,24 @@ class KPrunePruner:
 
         study = optuna.create_study(direction=direction, **kwargs)
         try:
-            study.optimize(objective, n_trials=n_trials)
+            with self._unreported():
+                study.optimize(objective, n_trials=n_trials)
         finally:
             self.args = args
         best = study.best_trial
-        options = (hp_space or default_space)(optuna.trial.FixedTrial(best.params))
-        return BestRun(str(best.number), cast(float, best.value), options, study)
+        told = str(best.number), best.value, space(optuna.trial.FixedTrial(best.params))
+        number, value, options = broadcast_object_list([told])[0]
+        return BestRun(number, value, options, study)
+
+    @contextmanager
+    def _unreported(self) -> Iterator[None]:
+        """Keep what is no pruning run of the model itself from `report_to`."""
+        listeners = self.callback_handler.callbacks
+        self.callback_handler.callbacks = [c for c in listeners if not isinstance(c, ReportingCallback)]
+        try:
+            yield
+        finally:
+            self.callback_handler.callbacks = listeners
 
     @contextmanager
     def _in_place(self, model: PreTrainedModel, report: PruningReport) -> Iterator[None]:
@@ -278,10 +314,12 @@ class KPrunePruner:
             self.model, self.report, self._saved = before
 
     @contextmanager
-    def _pruning(self, calibration_dataset: Any, budgets: Sequence[KPruneArguments]) -> Iterator[Pruning]:
+    def _pruning(
+        self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False
+    ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
         args, model = self.args, self.model
-        self._begin, self._seconds = time.perf_counter(), {}
+        self._seconds = {}
         with self._phase("prepare"):
             check_model(model)
             with together(self.accelerator):
@@ -290,8 +328,9 @@ class KPrunePruner:
             lengths = calibration.lengths  # summed over processes, so what follows is the same on all of them
             calibration.check_enough_tokens()
             sublayers = calibration.sublayers
-            before = model_size(model, sublayers, prunable_flops(sublayers, lengths))
-            timed = self._timed(model, calibration) if args.budget[0] in ("target_latency", "target_speedup") else None
+            own = with_own_tables(model)
+            before = model_size(own, find_sublayers(own), prunable_flops(sublayers, lengths))
+            timed = self._timed(own, calibration) if any(budget.budget[0] in TIMES for budget in budgets) else None
             for budget in budgets:
                 BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None)
             if args.uniform:
@@ -302,19 +341,21 @@ class KPrunePruner:
                 loss = knowledge_loss(model, args.temperature, args.pooling)
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            pruning = Pruning(model, calibration, loss, before, timed, args, self._phase, self._tell)
+            pruning = Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell)
         with in_eval_mode(pruning.teacher):
             yield pruning
 
     def _student(self, pruning: Pruning, args: KPruneArguments) -> tuple[PreTrainedModel, PruningReport]:
         """A pruned copy of the model, with flags and dtypes of the model, and the report."""
+        begin = time.perf_counter()
         model, calibration = self.model, pruning.calibration
+        sublayers = find_sublayers(model, args.head_unit)
         report = PruningReport(
             model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
             method=args.method,
             knowledge=pruning.loss.name,
             asked=dict([args.budget]),
-            before=pruning.before,
+            before=model_size(model, sublayers, prunable_flops(sublayers, calibration.lengths)),
             sequence_length=sum(calibration.lengths.values()) / len(calibration.lengths),
             calibration=calibration.rows.fingerprint,
             arguments=args.to_dict(),
@@ -335,21 +376,25 @@ class KPrunePruner:
             tensor.requires_grad_(original is None or original.requires_grad)
         result = student if any(len(entry.kept) < entry.units for entry in report.sublayers) else model
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
-        report.seconds = {**self._seconds, "total": time.perf_counter() - self._begin}
-        self._begin, self._seconds = time.perf_counter(), {}
+        if pruning.timed is not None and args.budget[0] in TIMES:
+            report.achieved = pruning.timed.achieved(student, args.budget[0])
+        report.seconds = {**self._seconds, "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin}
+        self._seconds = {}
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report
 
     def _timed(self, model: PreTrainedModel, calibration: Calibration) -> Timed:
         """The look-up table of the model, measured on the main process, or found in the cache."""
-        inputs = calibration.batches[0].inputs
-        if "input_ids" in inputs and "pixel_values" not in inputs:
-            length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
-            inputs = dict(example_inputs(model, self.args.latency_batch_size, length))
-        (table,) = broadcast_object_list(
-            [LatencyTable.cached(model, inputs, by=self.args.head_unit) if self.accelerator.is_main_process else None]
-        )
-        return Timed(table, inputs)
+        made = None
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                inputs = calibration.batches[0].inputs
+                if "input_ids" in inputs and "pixel_values" not in inputs:
+                    length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
+                    inputs = dict(example_inputs(model, self.args.latency_batch_size, length))
+                made = LatencyTable.cached(model, inputs, by=self.args.head_unit), inputs
+        table, inputs = broadcast_object_list([made])[0]
+        return Timed(model, table, inputs)
 
     def _calibration(self, model: PreTrainedModel, dataset: Any) -> Calibration:
         dataset = self.calibration_dataset if dataset is None else dataset

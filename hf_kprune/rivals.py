@@ -40,6 +40,7 @@ class Rival:
     dtype = "float32"  # in which the published programs sum
     ridge = 0.0
     tune_inputs = False
+    in_time = False
 
     def __init__(self, args: KPruneArguments):
         self.args = args
@@ -54,12 +55,15 @@ class Rival:
     ) -> list[Tensor]:
         return threshold_search(scores, [s.cost for s in measured], budget, minimum, multiple)
 
+    def arrange(self, measured: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
+        return masks
+
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         return fit_of(equations, weight, bias)
 
 
 class Kwon(Rival):
-    """Kwon et al.: A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022, under a budget of FLOPs.
+    """Kwon et al.: A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022, under a budget of FLOPs or of time.
 
     Importance is the diagonal of the Fisher information of the masks. The search tries every number of heads with the best
     neurons for what is left; then units of each sublayer are exchanged for less of the block of the Fisher information, and
@@ -74,11 +78,12 @@ class Kwon(Rival):
     - The first attention is tuned as well, and the last FFN on all tokens, not on [CLS] alone.
     - The damped equations of mask tuning are solved, not iterated on (`scale_units`).
     - Factors over 10 leave one sublayer untuned, not all above it as well.
-    - Factors are folded into the output weights. No budget of latency.
+    - Factors are folded into the output weights. The search in time is `latency.search_latency`.
     """
 
     needs = frozenset({"fisher"})
     tunes = True
+    in_time = True
 
     def score(self, statistics: Statistics) -> Tensor:
         assert statistics.fisher is not None
@@ -94,7 +99,9 @@ class Kwon(Rival):
     ) -> list[Tensor]:
         neurons = [s.kind == "ffn" for s in measured]
         counts = count_search(scores, [s.cost for s in measured], budget, minimum, multiple, neurons)
-        masks = super().search(measured, scores, budget, counts, multiple)
+        return self.arrange(measured, super().search(measured, scores, budget, counts, multiple))
+
+    def arrange(self, measured: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
         fishers = [s.fisher for s in measured if s.fisher is not None]
         return [rearrange(mask, fisher) for mask, fisher in zip(masks, fishers, strict=True)]
 
@@ -160,6 +167,8 @@ class Magnitude(Rival):
     hundred neurons, neither wins nor loses by its size alone. The norm itself would let nearly all heads go first.
     """
 
+    in_time = True
+
     def score(self, statistics: Statistics) -> Tensor:
         return statistics.magnitude / statistics.cost
 
@@ -184,6 +193,7 @@ class Taylor(Rival):
     """
 
     needs = frozenset({"fisher"})
+    in_time = True
 
     def score(self, statistics: Statistics) -> Tensor:
         assert statistics.absolute is not None

@@ -18,7 +18,8 @@ class SweepPoint:
         sparsity: Fraction of the prunable FLOPs that is gone.
         flops: Prunable FLOPs of a sequence of mean length.
         parameters: All of them.
-        distance: Knowledge loss on the calibration rows that are held out, which needs no labels.
+        distance: Knowledge loss on calibration rows, which needs no labels. Without an evaluation dataset nothing was fitted
+            on those rows.
         speedup: How many times as fast as the dense model, on one batch of the calibration data, both in turn in one run.
         metrics: Of `evaluate()`; none without an evaluation dataset.
         path: Where it was saved, if it was.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import collate, rows, tiny
@@ -99,11 +100,13 @@ def test_what_cannot_be_swept_is_refused() -> None:
     for options, message in (
         ({"metric": "accuracy"}, "metric is 'accuracy', but there is no eval_dataset"),
         ({"budgets": []}, r"budgets are \[\], expected at least one"),
-        ({"budgets": [{"target_params": 10}], "max_drop": 1}, "with max_drop, fractions to remove"),
+        ({"budgets": [{"target_params": 10}], "max_drop": 1}, "expected at least 0, and fractions to remove"),
+        ({"budgets": [0.5], "max_drop": -0.1}, "max_drop is -0.1 and"),
+        ({"budgets": [{"method": "flap"}]}, "each a fraction or a dict of one budget"),
     ):
         with pytest.raises(ArgumentError, match=message):
             without.sweep(**options)
-    with pytest.raises(ArgumentError, match=r"metric is 'f1', expected one of .*eval_accuracy"):
+    with pytest.raises(ArgumentError, match=r"metric is 'f1', expected a number among .*eval_accuracy"):
         make_pruner(tiny()).sweep([0.5], metric="f1")
 
 
@@ -131,15 +134,89 @@ def test_targets_are_kept_to() -> None:
         KPruneArguments(target_params=0)
 
 
-def test_a_target_of_time_is_kept_to_by_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a clock that counts the units of a model in place of seconds, and a table that is off by a constant factor."""
+def units(model: PreTrainedModel) -> float:
+    """What a model takes on a clock that counts its units in place of seconds."""
+    return 10.0 + sum(s.num_units * (5 if s.kind == "attention" else 1) for s in find_sublayers(model))
 
-    def units(model: PreTrainedModel) -> float:
-        return 10.0 + sum(s.num_units * (5 if s.kind == "attention" else 1) for s in find_sublayers(model))
 
-    monkeypatch.setattr("hf_kprune.algorithm.compare", lambda models, *_: [units(model) for model in models])
-    monkeypatch.setattr("hf_kprune.latency.compare", lambda models, *_: [units(model) for model in models])
+@pytest.fixture
+def clock_of_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
+        return [units(model) for model in models]
+
+    for module in ("algorithm", "latency", "pruner"):
+        monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
     monkeypatch.setattr("hf_kprune.latency.cached_assets_path", lambda *_: tmp_path)
+
+
+@pytest.mark.usefixtures("clock_of_units")
+def test_budgets_of_all_kinds_in_one_sweep_are_those_of_single_runs() -> None:
+    size = model_size(tiny())
+    asked = [
+        {"sparsity": 0.5},
+        {"target_params": 0.8 * size.parameters},
+        {"target_bytes": 0.7 * size.bytes},
+        {"target_speedup": 1.5},
+        {"target_latency": units(tiny()) / 2},
+    ]
+    swept = make_pruner(tiny(), target_bytes=0.9 * size.bytes).sweep(asked)  # which options of its own do not overrule
+    assert [p.sparsity for p in swept.points] == sorted(p.sparsity for p in swept.points)
+    for options in asked:
+        (point,) = [p for p in swept.points if p.asked == options]
+        assert point.sparsity == make_pruner(tiny(), **options).prune().sparsity > 0
+
+
+@pytest.mark.usefixtures("clock_of_units")
+def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_kprune.algorithm.compare", lambda models, *_: [1.0, 0.9])
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BudgetError, match=r"target_speedup is 1.5, of which the fastest .* takes 1\.35 times the time"):
+        make_pruner(model, target_speedup=1.5).prune()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["obs", "kprune"])
+def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path) -> None:
+    """Without an evaluation dataset, what the held-out rows say changes the distance and, of K-prune, nothing else."""
+    found = []
+    for other in (False, True):
+        data = rows(24)
+        if other:
+            data[-6:] = rows(30, seed=5)[-6:]
+        stream = datasets.Dataset.from_list(data).to_iterable_dataset()
+        args = KPruneArguments(disable_tqdm=True, use_cpu=True, method=method)
+        pruner = KPrunePruner(tiny(), args, stream, collate)
+        swept = pruner.sweep([0.5], output_dir=str(tmp_path / str(other)))
+        found.append((swept.points[1], AutoModelForSequenceClassification.from_pretrained(swept.points[1].path).state_dict()))
+    (first, weights), (second, same) = found
+    assert first.distance != second.distance
+    if method == "kprune":  # ours tries splits on them
+        assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_are_compared_in_evaluation_mode(dtype: torch.dtype) -> None:
+    def dropping() -> PreTrainedModel:
+        model = tiny().to(dtype).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        return model
+
+    def sweep(model: PreTrainedModel) -> list[float]:
+        args = KPruneArguments(disable_tqdm=True, use_cpu=True)
+        return [p.distance for p in KPrunePruner(model, args, rows(24), collate).sweep([0.5]).points]
+
+    model = dropping()
+    distances = sweep(model)
+    assert model.training
+    assert distances == sweep(dropping().eval())
+    assert distances[0] < 0.1 * distances[1]
+
+
+@pytest.mark.usefixtures("clock_of_units")
+def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
     dense = units(tiny())
     for options in ({"target_speedup": 1.5}, {"target_latency": dense / 1.5}):
         model = tiny()
@@ -150,8 +227,17 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured(monkeypatch: pytest.Mon
     for value, name in ((1000.0, "target_speedup"), (1.0, "target_latency")):
         with pytest.raises(BudgetError, match=f"{name} is {value}, .* the model takes .* s as it is and 10 s with the least"):
             make_pruner(tiny(), **{name: value}).prune()
-    with pytest.raises(ArgumentError, match="method is 'kprune', expected with target_speedup, one that decides at once"):
+    with pytest.raises(ArgumentError, match="method is 'kprune', expected with target_speedup, one of obs, kwon"):
         KPruneArguments(target_speedup=2.0, method="kprune")
+
+
+def test_each_method_has_options_worth_searching_or_says_that_it_has_none() -> None:
+    pytest.importorskip("optuna")
+    for method, names in (("obs", {"ridge"}), ("kprune", {"lambda_rep", "mu"})):
+        best = make_pruner(tiny(), method=method, sparsity=0.6).hyperparameter_search(n_trials=2)
+        assert best.hyperparameters.keys() == names
+    with pytest.raises(ArgumentError, match="no hp_space, and method 'flap' has none"):
+        make_pruner(tiny(), method="flap").hyperparameter_search(n_trials=2)
 
 
 def test_search_over_options_finds_the_best_of_its_trials() -> None:
