@@ -4,8 +4,9 @@ A loss compares the outputs of student and teacher and gives one number per sequ
 sequences are batched. Padding never counts. Sequence heads give one divergence; token heads the mean over their tokens.
 
 The Fisher information needs gradients where student and teacher are the same, and there the loss has none. It has one
-against a draw from what the teacher predicts, and over many draws the products of these gradients are its curvature, up to a factor that is the same for all sublayers: the
-mean over the n tokens of a row gives 1/n of it, so that a row counts by its gradients, not by its length.
+against a draw from what the teacher predicts, and over many draws the products of these gradients are its curvature, up to
+a factor that is the same for all sublayers: the mean over the n tokens of a row gives 1/n of it, so that a row counts by its
+gradients, not by its length.
 """
 
 from __future__ import annotations
