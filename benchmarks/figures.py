@@ -107,15 +107,16 @@ def curves(axes: Axes, frame: pd.DataFrame, value: str, title: str) -> None:
 def quality(frame: pd.DataFrame, folder: Path) -> None:
     whole = frame[frame["variant"] == ""]
     tasks = [task for task in TITLES if task in set(whole["task"])]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), squeeze=False, layout="constrained")
     for task, axes in zip(tasks, panels[0], strict=True):
         some = whole[whole["task"] == task]
         print(f"### {TITLES[task]}\n\n{against_sparsity(some, 'method', 'metric')}")
         curves(axes, some, "metric", TITLES[task])
         dense = some["dense"].mean()
         axes.axhline(dense - 3, color="grey", linestyle=":", linewidth=1)
+        axes.set_xlim(38, 92)
         axes.set_ylim(bottom=max(dense - 30, axes.get_ylim()[0]))  # what is of no use any more is left out
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     save(figure, folder / "quality.svg")
 
     lost = whole.assign(lost=whole["dense"] - whole["metric"]).groupby(["task", "sparsity", "method"], observed=True)["lost"]
@@ -124,7 +125,7 @@ def quality(frame: pd.DataFrame, folder: Path) -> None:
         ours, theirs = points[LABELS["obs"]], points[LABELS["kprune"]]
         rows = [
             [task, f"{100 * sparsity:.4g} %", *(f"{x:.2f}" for x in (theirs[task, sparsity], ours[task, sparsity], ratio))]
-            for (task, sparsity), ratio in (ours / theirs).items()
+            for (task, sparsity), ratio in (ours / theirs).dropna().items()
         ]
         print("### Points lost\n\n" + table(["task", "removed", "K-prune", "ours", "ours / K-prune"], rows))
 
@@ -154,7 +155,7 @@ def speedup(frame: pd.DataFrame, folder: Path) -> None:
 def pruning_time(frame: pd.DataFrame, folder: Path) -> None:
     frame["time"] = frame["seconds"].map(lambda phases: phases["total"]) + 60 * frame["minutes"]
     tasks = [task for task in TITLES if task in set(frame["task"])]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout="constrained")
     for task, axes in zip(tasks, panels[0], strict=True):
         some = frame[frame["task"] == task]
         title = f"{TITLES[task]}, {some['sparsity'].iloc[0]:.0%} removed"
@@ -174,7 +175,7 @@ def pruning_time(frame: pd.DataFrame, folder: Path) -> None:
 
 
 def perplexity(frame: pd.DataFrame, folder: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(5, 4))
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     for model, some in frame.groupby("model"):
         print(f"### {model}, perplexity\n\n{against_sparsity(some, 'method', 'perplexity', highest=False)}")
         if "untuned" in some:
@@ -189,7 +190,6 @@ def perplexity(frame: pd.DataFrame, folder: Path) -> None:
 def save(figure: Any, path: Path) -> None:
     """Write a figure; the same one gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("model", nargs="?", default="bert")
     parser.add_argument("--rows", type=int, default=31)
+    parser.add_argument("--method", default="obs")
     parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--fail", type=int, help="Rank of the process whose dataset fails.")
     parser.add_argument("--split", action="store_true", help="Each process gets rows of its own.")
@@ -51,7 +52,12 @@ def main() -> None:
     torch.set_num_threads(1)
 
     options = KPruneArguments(
-        sparsity=0.6, per_device_batch_size=4, statistics_dtype="float64", disable_tqdm=True, use_cpu=True
+        method=args.method,
+        sparsity=0.6,
+        per_device_batch_size=4,
+        statistics_dtype="float64",
+        disable_tqdm=True,
+        use_cpu=True,
     )
     options.ridge = args.ridge  # the least squares of so few tokens would magnify rounding
     options.output_dir = str(args.out / "model")
