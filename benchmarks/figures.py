@@ -143,8 +143,8 @@ def speedup(frame: pd.DataFrame, folder: Path) -> None:
         for label, of in group.groupby("method", observed=True):
             at = of.set_index("task")
             cells = [f"{at['factor'][t]:.2f}x ({at['sparsity'][t]:.0%})" if t in at.index else "-" for t in tasks]
-            mean = at["factor"].product() ** (1 / len(tasks)) if "-" not in cells else float("nan")
-            rows.append([label, *cells, f"{mean:.2f}x"])
+            mean = "-" if "-" in cells else f"{at['factor'].product() ** (1 / len(tasks)):.2f}x"
+            rows.append([label, *cells, mean])
         lengths = group.groupby("task")["length"].first()
         tokens = ", ".join(f"{task} {lengths[task]}" for task in tasks) if own else "128"
         within, threads = group["within"].iloc[0], group["threads"].iloc[0]
