@@ -204,7 +204,7 @@ class KPrunePruner:
                 distance = pruning.calibration.distance(self.model, pruning.teacher, pruning.loss)
                 speedup = 1.0
                 if self.accelerator.is_main_process and self.model is not dense:
-                    seconds = compare([dense, self.model], pruning.calibration.batches[-1].inputs, rounds=5)
+                    seconds = compare([dense, self.model], pruning.calibration.batches[-1].inputs)
                     speedup = seconds[0] / seconds[1]
                 (speedup,) = broadcast_object_list([speedup])
                 return SweepPoint(options, sparsity, size.flops, size.parameters, distance, speedup, metrics)
