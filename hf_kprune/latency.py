@@ -48,6 +48,9 @@ SHORT = 0.1
 AT_ONCE = 4
 """Cut models that are held at once while measuring."""
 
+FAINT = 0.05
+"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of that one."""
+
 STEPS = 1000
 """Parts into which `search_latency` divides the budget to choose which sublayers stay."""
 
@@ -167,7 +170,8 @@ class Curve:
 
     @classmethod
     def fit(cls, units: Tensor, seconds: Tensor) -> Curve:
-        """The curve of least squares with c, a >= 0; of equally good ones that of least theta, or, if a = 0, of the largest.
+        """The curve with c, a >= 0 of least squares of relative errors, as what is left of a sublayer is at the lower end; of
+        equally good ones that of least theta, or, if a = 0, of the largest.
 
         Kwon et al. take the mean of the first theta times as c and fit a alone; here both are fitted together.
 
@@ -176,16 +180,18 @@ class Curve:
             seconds: Time of a sublayer then, the mean of the m, (P,).
         """
         units, seconds = units.double().view(len(units), -1), seconds.double()
+        weight = seconds.clamp(min=FAINT * max(float(seconds.max()), 1e-12)) ** -2
+        weight = weight / weight.sum()
         theta = torch.arange(int(units.max()) + 1, dtype=torch.float64)
         over = (units - theta.view(-1, 1, 1)).clamp(min=0).mean(-1)  # (theta, P)
-        mean, middle = over.mean(1, keepdim=True), seconds.mean()
-        spread = (over - mean).square().sum(1)
-        both = ((over - mean) * (seconds - middle)).sum(1) / spread.where(spread > 0, 1)
-        through = (over * seconds).sum(1) / over.square().sum(1).clamp(min=1e-300)  # c = 0
+        mean, middle = (weight * over).sum(1, keepdim=True), (weight * seconds).sum()
+        spread = (weight * (over - mean).square()).sum(1)
+        both = (weight * (over - mean) * (seconds - middle)).sum(1) / spread.where(spread > 0, 1)
+        through = (weight * over * seconds).sum(1) / (weight * over.square()).sum(1).clamp(min=1e-300)  # c = 0
         a = torch.stack([both, through, torch.zeros_like(both)]).clamp(min=0)
         c = torch.stack([middle - both * mean[:, 0], torch.zeros_like(both), middle.expand(len(theta))]).clamp(min=0)
-        errors = (c.unsqueeze(2) + a.unsqueeze(2) * over - seconds).square().sum(2)
-        near = errors <= errors.min() + TOLERANCE**2 * seconds.square().sum()
+        errors = (weight * (c.unsqueeze(2) + a.unsqueeze(2) * over - seconds).square()).sum(2)
+        near = errors <= errors.min() + TOLERANCE**2 * (weight * seconds.square()).sum()
         best = len(theta) - 1 if near[2, 0] else int(near.any(0).nonzero()[0])
         which = int(errors[:, best].argmin())
         return cls(float(c[which, best]), float(a[which, best]), best)
