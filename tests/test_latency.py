@@ -194,7 +194,7 @@ def test_fit_of_sublayers_of_different_width() -> None:
 
 @pytest.mark.parametrize(
     ("times", "level"),
-    [([2.0] * 6, 2.0), ([7.0], 7.0), ([0.0] * 4, 0.0), ([2.0, 1.0], 1.2), ([-1.0, -2.0], 0.0)],
+    [([2.0] * 6, 2.0), ([7.0], 7.0), ([0.0] * 4, 0.0), ([2.0, 1.0], 1.2), ([6.0, 3.0, 2.0], 18 / 7), ([-1.0, -2.0], 0.0)],
 )
 def test_without_a_slope_all_units_are_free(times: list[float], level: float) -> None:
     assert Curve.fit(torch.arange(1, len(times) + 1), torch.tensor(times)) == Curve(pytest.approx(level), 0.0, len(times))
