@@ -29,6 +29,7 @@ from .arguments import KPruneArguments
 from .calibration import together
 from .checkpoint import save_atomically
 from .cost import model_size
+from .data_files import load_data
 from .detect import describe
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED
@@ -41,9 +42,6 @@ from .rows import max_positions
 from .sublayers import Sublayer, find_sublayers
 from .version import __version__
 
-
-BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
-"""File endings and the loaders of `datasets` that read them."""
 
 NO_PIPELINE = {"multiple-choice": "AutoModelForMultipleChoice", "question-answering": "AutoModelForQuestionAnswering"}
 """Tasks that transformers has models for, but not in every version a pipeline."""
@@ -79,7 +77,9 @@ class DataArguments:
     dataset_name: str | None = _option(None, "Calibration data: a dataset on the Hub or a directory, for load_dataset().")
     dataset_config_name: str | None = _option(None, "Configuration of that dataset, such as sst2 of glue.")
     dataset_split: str = _option("train", "Split of that dataset.")
-    dataset_file: str | None = _option(None, "Calibration data: a local file, .parquet, .csv, .json, .jsonl or .txt.")
+    dataset_file: str | None = _option(
+        None, "Calibration data: a local file, .parquet, .csv, .tsv, .json, .jsonl, .txt, or .gz of one."
+    )
     text_columns: str = _option("text", "Column of texts, or two of pairs: premise,hypothesis (choices: question,first,...).")
     eval_file: str | None = _option(None, "Labelled data, a local file, on which dense and pruned model are compared.")
     eval_dataset_name: str | None = _option(None, "The same, a dataset on the Hub or a directory.")
@@ -134,24 +134,6 @@ def load_model_for(name: str, task: str | None) -> PreTrainedModel:
     if head and model.base_model is not model:
         raise ArgumentError(f"{name} was not trained for {task}: it has no weights for {', '.join(sorted(head))}")
     return model
-
-
-def load_data(name: str | None, config: str | None, split: str, file: str | None, columns: Sequence[str]) -> datasets.Dataset:
-    """Load one split of a dataset, or a local file, that must have these columns."""
-    if file is None:
-        with trying(f"load the dataset {name!r} (configuration {config!r}, split {split!r})"):
-            dataset = datasets.load_dataset(name, config, split=split)
-    else:
-        if Path(file).suffix not in BUILDERS:
-            raise ArgumentError(f"{file!r} ends with {Path(file).suffix!r}, expected one of {', '.join(BUILDERS)}")
-        if not os.path.isfile(file):
-            raise ArgumentError(f"there is no file {file!r}")
-        with trying(f"load the file {file!r}"):
-            dataset = datasets.load_dataset(BUILDERS[Path(file).suffix], data_files=file, split="train")
-    missing = [column for column in columns if column not in dataset.column_names]
-    if missing:
-        raise ArgumentError(f"no column {', '.join(missing)} in the data, which has: {', '.join(dataset.column_names)}")
-    return dataset
 
 
 def encoder(columns: Sequence[str], tokenizer: Any, max_length: int, choices: bool) -> Callable[[Any], dict[str, Any]]:
@@ -210,6 +192,11 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
     with together(accelerator):
         with trying(f"load the model {name!r}"):
             model, tokenizer = load_model_for(name, data.task), load_tokenizer(name)
+        if "input_ids" not in model.main_input_name:
+            raise ArgumentError(
+                f"{type(model).__name__} takes {model.main_input_name}, but the command line takes texts only; prune it from "
+                "Python: KPrunePruner(model, args, rows, processing_class=...)"
+            )
         if tokenizer is None:
             raise ArgumentError(f"there is no tokenizer with the model {name!r}; save the one it was trained with there")
         kind, choices = type(model).__name__, "ForMultipleChoice" in type(model).__name__
