@@ -6,6 +6,7 @@ Importing this package lets `from_pretrained` load K-pruned checkpoints with the
 from .arguments import KPruneArguments
 from .callbacks import KPruneCallback
 from .checkpoint import install
+from .cost import BudgetWarning
 from .detect import describe
 from .errors import (
     ArgumentError,
@@ -27,6 +28,7 @@ __all__ = [
     "ArgumentError",
     "Block",
     "BudgetError",
+    "BudgetWarning",
     "CalibrationError",
     "CheckpointError",
     "KPruneArguments",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
 
 
 TIMES = ("target_latency", "target_speedup")
+LATENCY_BATCH = 32
 TARGETS = ("target_flops", "target_params", "target_bytes", *TIMES)
+
+
+class Unasked(float):
+    """The default of an option, which gives way to what excludes it.
+
+    `dataclasses.replace` passes defaults on as if they had been asked for; this one can be told from what was.
+    """
 
 
 @dataclass
@@ -32,8 +41,8 @@ class KPruneArguments:
 
     `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
     `target_flops`, `target_params`, `target_bytes`, `target_latency` or `target_speedup` (with `latency_batch_size` and
-    `latency_length`) tells what may be left instead; `method`, `prune_heads`, `prune_ffn`, `head_unit`, `uniform`,
-    `min_heads`, `min_neurons`, `round_to`.
+    `latency_length`) tells what may be left instead. There is one budget, `sparsity=0.5` if none is given.
+    `method`, `prune_heads`, `prune_ffn`, `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to`.
 
     > Calibration
 
@@ -58,7 +67,11 @@ class KPruneArguments:
 
     output_dir: str | None = _option(None, "Where the pruned checkpoint is written. Must be new or empty.")
     overwrite_output_dir: bool = _option(False, "Replace output_dir if it holds files.")
-    sparsity: float = _option(0.5, "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter.")
+    sparsity: float | None = _option(
+        None,
+        "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter. Prunable are attention heads and FFN "
+        "neurons; embeddings, experts and the head of the model are not. None: 0.5, unless there is a target.",
+    )
     target_flops: float | None = _option(
         None, "Instead of sparsity: FLOPs that the prunable sublayers may keep for a calibration sequence of mean length."
     )
@@ -75,7 +88,7 @@ class KPruneArguments:
         None, "Instead of sparsity: how many times as fast as now a forward pass is to be on this device, measured."
     )
     latency_batch_size: int = _option(
-        32,
+        LATENCY_BATCH,
         "Sequences of the batch that target_latency and target_speedup are about; of images and audio it is a batch of the "
         "calibration data.",
     )
@@ -176,11 +189,16 @@ class KPruneArguments:
             if isinstance(value, float):
                 check(name, value == value and abs(value) != float("inf"), "a finite number")
         targets = [name for name in TARGETS if getattr(self, name) is not None]
-        if len(targets) > 1:
-            raise ArgumentError(f"{' and '.join(targets)} are given, expected one of them")
+        if self.sparsity is None or isinstance(self.sparsity, Unasked):
+            self.sparsity = None if targets else Unasked(0.5)
+        budgets = targets if self.sparsity is None else ["sparsity", *targets]
+        if len(budgets) > 1:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in budgets)
+            raise ArgumentError(f"{' and '.join(budgets)} are given, expected one of them ({values}); leave the other at None")
         for name in targets:
             check(name, getattr(self, name) > 0, "over 0")
-        check("sparsity", 0 <= self.sparsity < 1, "the fraction of prunable FLOPs to remove, in [0, 1)")
+        sparse = self.sparsity is None or 0 <= self.sparsity < 1
+        check("sparsity", sparse, "the fraction of prunable FLOPs to remove, in [0, 1)")
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         check("head_unit", self.head_unit in ("group", "query"), "group or query")
         for name in ("min_heads", "min_neurons"):
@@ -204,13 +222,36 @@ class KPruneArguments:
             check("uniform", not self.uniform, f"False with {targets[0]}")
         none = self.budget == ("sparsity", 0)
         check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
+        for name in ("tune_bias", "tune_inputs"):
+            check(name, self.tune or not getattr(self, name), "False or None with tune=False, which tunes nothing")
+        for name, why in self.unused_options().items():
+            warnings.warn(f"{name} is {getattr(self, name)!r}, but {why}", stacklevel=3)
+
+    def unused_options(self) -> dict[str, str]:
+        """Options that differ from their defaults and that the others leave without effect, and why."""
+        method, methods = METHODS[self.method](self), {name: make(self) for name, make in METHODS.items()}
+        reasons: dict[str, str] = {}
+        for name in sorted({option for each in methods.values() for option in each.options} - method.options):
+            users = ", ".join(repr(key) for key, each in methods.items() if name in each.options)
+            reasons[name] = f"method {self.method!r} does not use it; {users} does"
+        if not self.prune_heads:
+            reasons["min_heads"] = "prune_heads is False, so every head stays"
+        if not self.prune_ffn:
+            reasons |= dict.fromkeys(("min_neurons", "round_to"), "prune_ffn is False, so every neuron stays")
+        if not (self.tune and method.tunes):
+            reasons["statistics_dtype"] = "nothing is tuned" + ("" if self.tune else ", as tune is False")
+            if self.method == "kprune":
+                reasons["ridge"] = "nothing is tuned, as tune is False"
+        if not method.needs:
+            reasons["measure_dtype"] = f"method {self.method!r} measures no knowledge"
+        defaults = {option.name: option.default for option in fields(self)}
+        return {name: why for name, why in reasons.items() if getattr(self, name) != defaults[name]}
 
     @property
     def budget(self) -> tuple[str, float]:
         """The option that tells the budget, a target if there is one, and its value."""
-        return next(
-            ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None), ("sparsity", self.sparsity)
-        )
+        targets = ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None)
+        return next(targets, ("sparsity", float(self.sparsity or 0)))
 
     def check_output_dir(self, output_dir: str | None = None) -> str:
         """The directory to save to. Raises `ArgumentError` if there is none or if it holds files that are to stay."""

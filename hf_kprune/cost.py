@@ -29,6 +29,10 @@ MEANING = {
 }
 
 
+class BudgetWarning(UserWarning):
+    """A budget that is met and may yet not be what was meant: it asks for nothing, or it leaves next to nothing."""
+
+
 class BudgetTerms:
     """What units cost, how many sublayers must keep, and, of a uniform plan, which numbers they may.
 
@@ -51,7 +55,7 @@ class BudgetTerms:
         before: Size,
         table: LatencyTable | None = None,
     ):
-        self.sublayers = sublayers
+        self.sublayers, self.args = sublayers, args
         name, asked = args.budget
         self.name, self.asked = name, asked
         self.table = table if name in TIMES else None
@@ -106,6 +110,33 @@ class BudgetTerms:
         """Whether what is asked for holds as it is."""
         fast = self.table is None or self.table.dense <= self.seconds
         return fast and self.total <= self.budget * (1 + TOLERANCE)
+
+    def remarks(self) -> list[str]:
+        """What of the budget and of its limits has no effect, or another one than may be meant."""
+        args, found = self.args, []
+        if self.keeps_all and self.name != "sparsity":  # sparsity=0 asks for nothing in so many words
+            dense = {"target_latency": self.table.dense, "target_speedup": 1.0} if self.table else {}
+            found.append(
+                f"{self.name} is {self.asked:,.6g}, {MEANING[self.name]}; the model is at "
+                f"{dense.get(self.name, self.fixed_cost + self.total):,.6g} as it is, so nothing is cut"
+            )
+        for heads, name, least, free in (
+            (True, "min_heads", args.min_heads, args.prune_heads),
+            (False, "min_neurons", args.min_neurons, args.prune_ffn),
+        ):
+            largest = max((s.num_units for s in self.sublayers if (s.kind != "ffn") == heads), default=0)
+            kind = ("heads", "attention") if heads else ("neurons", "FFN")
+            if free and 0 < largest <= least:
+                found.append(
+                    f"{name} is {least:,}, and no {kind[1]} has more than {largest:,} {kind[0]}: none of them is pruned"
+                )
+        narrow = [s for s in self.sublayers if s.kind == "ffn" and 0 < s.num_units < args.round_to]
+        if narrow and args.prune_ffn:
+            found.append(
+                f"round_to is {args.round_to:,}, and {narrow[0].name} has {narrow[0].num_units:,} neurons: it is kept whole "
+                "or goes whole"
+            )
+        return found
 
     def achieved(self) -> float:
         """What the sublayers now come to, in terms of what was asked for. A time is measured elsewhere."""

@@ -61,6 +61,7 @@ class Method(Protocol):
     Args:
         needs: What is measured beyond features: `"knowledge"` (`gradient_sum`, `gradient_square`), `"curvature"` (`gram`,
             `metric`), `"fisher"` (`fisher`, `absolute`).
+        options: Names of the options that it reads and other methods do not.
         one_shot: Whether all masks follow from one measurement of the dense model; else every sublayer is decided on the
             student as pruned and tuned up to there.
         exponents: Ways to split the budget over depth, see `search.split` (None: by the scores as they are); with more than
@@ -74,6 +75,7 @@ class Method(Protocol):
     """
 
     needs: frozenset[str]
+    options: frozenset[str]
     one_shot: bool
     exponents: tuple[float | None, ...]
     measure_tokens: int | None

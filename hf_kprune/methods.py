@@ -37,6 +37,7 @@ class KPrune:
     """
 
     needs = frozenset({"knowledge"})
+    options = frozenset({"lambda_pred", "lambda_rep", "mu", "ridge", "tune_bias", "tune_inputs"})
     one_shot = False
     exponents: tuple[float | None, ...] = (None,)
     tunes = True
@@ -87,6 +88,7 @@ class OptimalBrainSurgeon:
     """
 
     needs = frozenset({"curvature"})
+    options = frozenset({"ridge", "tune_bias", "tune_inputs"})
     one_shot = True
     exponents: tuple[float | None, ...] = (0.5, 0.7, 1.0)
     tunes = True

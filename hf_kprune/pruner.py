@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,11 +21,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import BestRun, PredictionOutput
 
 from .algorithm import Pruning, Timed
-from .arguments import TARGETS, TIMES, KPruneArguments
+from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
 from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
-from .cost import BudgetTerms, model_size, peak_memory, prunable_flops
+from .cost import BudgetTerms, BudgetWarning, model_size, peak_memory, prunable_flops
 from .detect import describe
 from .errors import ArgumentError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
@@ -169,6 +171,10 @@ class KPrunePruner:
         """
         if metric is not None and self.eval_dataset is None:
             raise ArgumentError(f"metric is {metric!r}, but there is no eval_dataset: pass it to KPrunePruner")
+        if metric is None and not greater_is_better:
+            raise ArgumentError("greater_is_better is False, but there is no metric that it is said of; pass metric")
+        if refine < 0:
+            raise ArgumentError(f"refine is {refine}, expected at least 0")
         asked: list[dict[str, Any]] = [
             budget if isinstance(budget, dict) else {"sparsity": float(budget)} for budget in budgets
         ]
@@ -178,11 +184,20 @@ class KPrunePruner:
             raise ArgumentError(
                 f"max_drop is {max_drop} and budgets are {list(budgets)}, expected at least 0, and fractions to remove"
             )
+        if len({tuple(options.items()) for options in asked}) < len(asked):
+            raise ArgumentError(f"budgets are {list(budgets)}, expected each of them once")
+        if not isinstance(self.args.sparsity, Unasked):
+            name, value = self.args.budget
+            warnings.warn(
+                f"{name} is {value:,.6g} in the arguments, which a sweep does not use: it tries its own budgets",
+                BudgetWarning,
+                stacklevel=2,
+            )
         if output_dir is not None and self.args.push_to_hub:
             raise ArgumentError("push_to_hub is True, but a sweep makes many models: push the one that you choose")
 
         def within(options: dict[str, Any]) -> KPruneArguments:
-            return replace(self.args, **{**dict.fromkeys(TARGETS), **options})
+            return replace(self.args, **{**dict.fromkeys(("sparsity", *TARGETS)), **options})
 
         def place(options: dict[str, Any]) -> str | None:
             return output_dir and os.path.join(output_dir, "-".join(f"{k}-{v:g}" for k, v in options.items()))
@@ -331,8 +346,15 @@ class KPrunePruner:
             own = with_own_tables(model)
             before = model_size(own, find_sublayers(own), prunable_flops(sublayers, lengths))
             timed = self._timed(own, calibration) if any(budget.budget[0] in TIMES for budget in budgets) else None
-            for budget in budgets:
-                BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None)
+            remarks = [
+                remark
+                for budget in budgets
+                for remark in BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None).remarks()
+            ]
+            if timed is None and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
+                remarks.append("latency_batch_size and latency_length have no effect without target_latency or target_speedup")
+            for remark in dict.fromkeys(remarks):
+                warnings.warn(remark, BudgetWarning, stacklevel=4)
             if args.uniform:
                 uniform_names(sublayers, args.prune_heads, args.prune_ffn)
             if self.compute_loss is not None:
@@ -401,10 +423,10 @@ class KPrunePruner:
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         count = tokens_of(model, self.data_collator, self.processing_class)
-        args, method = self.args, METHODS[self.args.method](self.args)
+        args, method = copy.copy(self.args), METHODS[self.args.method](self.args)
         if args.num_measure_tokens is None and method.measure_tokens is not None:
-            args = replace(args, num_measure_tokens=min(method.measure_tokens, args.num_tokens))
-        args = replace(args, statistics_dtype=args.statistics_dtype or method.dtype)
+            args.num_measure_tokens = min(method.measure_tokens, args.num_tokens)
+        args.statistics_dtype = args.statistics_dtype or method.dtype
         rows = draw_rows(model, dataset, self.processing_class, args, self.data_collator is not None, count)
         return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count)
 

@@ -33,6 +33,7 @@ class Rival:
     output weights left as they are."""
 
     needs: frozenset[str] = frozenset()
+    options: frozenset[str] = frozenset()
     one_shot = True
     exponents: tuple[float | None, ...] = (None,)
     measure_tokens: int | None = None
