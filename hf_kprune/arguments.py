@@ -46,7 +46,8 @@ class KPruneArguments:
 
     > Calibration
 
-    `num_tokens`, `num_measure_tokens`, `max_seq_length`, `packing`, `per_device_batch_size`, `remove_unused_columns`, `seed`.
+    `text_columns`, `num_tokens`, `num_measure_tokens`, `max_seq_length`, `packing`, `per_device_batch_size`,
+    `remove_unused_columns`, `seed`.
 
     > Knowledge measurement
 
@@ -116,6 +117,11 @@ class KPruneArguments:
     min_neurons: int = _option(0, "Neurons that every FFN sublayer keeps at least; 0 may empty a sublayer.")
     round_to: int = _option(1, "FFN widths are multiples of this (or the full width): 8 or 64 suit some hardware.")
 
+    text_columns: list[str] | None = _option(
+        None,
+        "Columns of the data that hold the texts: one, two of pairs (or of sources and targets), or, for multiple choice, the "
+        "question and each choice. Unset: a known name, such as text, sentence, sentence1 and sentence2.",
+    )
     num_tokens: int = _option(100_000, "Calibration tokens used for tuning weights, padding not counted.")
     num_measure_tokens: int | None = _option(
         None, "Of these, tokens used for measuring, the costlier part. None: 10,000 for 'obs', all of them for others."
@@ -208,6 +214,9 @@ class KPruneArguments:
         measured = self.num_measure_tokens
         check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
         check("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 1, "at least 1")
+        names = self.text_columns
+        proper = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names))
+        check("text_columns", proper and names != [], 'a list of names of columns, such as ["premise", "hypothesis"]')
         check("temperature", self.temperature > 0, "over 0")
         check("lambda_pred", self.lambda_pred >= 0, "at least 0")
         check("lambda_rep", self.lambda_rep > 0, "over 0: the first sublayer, below which nothing differs, has no other score")

@@ -38,7 +38,8 @@ from .loading import load_model, load_tokenizer, model_class
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .pruner import KPrunePruner
 from .report import JSON_NAME, PruningReport
-from .rows import max_positions
+from .rows import max_positions, needs_targets
+from .sources import text_columns
 from .sublayers import Sublayer, find_sublayers
 from .version import __version__
 
@@ -80,7 +81,6 @@ class DataArguments:
     dataset_file: str | None = _option(
         None, "Calibration data: a local file, .parquet, .csv, .tsv, .json, .jsonl, .txt, or .gz of one."
     )
-    text_columns: str = _option("text", "Column of texts, or two of pairs: premise,hypothesis (choices: question,first,...).")
     eval_file: str | None = _option(None, "Labelled data, a local file, on which dense and pruned model are compared.")
     eval_dataset_name: str | None = _option(None, "The same, a dataset on the Hub or a directory.")
     eval_dataset_config_name: str | None = _option(None, "Configuration of the evaluation dataset.")
@@ -95,10 +95,6 @@ class DataArguments:
             raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
         if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
             raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
-
-    @property
-    def columns(self) -> list[str]:
-        return [column.strip() for column in self.text_columns.split(",")]
 
 
 class CommandParser(HfArgumentParser):
@@ -200,19 +196,24 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         if tokenizer is None:
             raise ArgumentError(f"there is no tokenizer with the model {name!r}; save the one it was trained with there")
         kind, choices = type(model).__name__, "ForMultipleChoice" in type(model).__name__
-        if not choices and len(data.columns) > 2:
-            raise ArgumentError(f"text_columns names {len(data.columns)} columns, {kind} takes one or two")
-        if args.packing and len(data.columns) > 1:
-            raise ArgumentError(f"packing joins the texts of one column, text_columns names {len(data.columns)}")
+        named = args.text_columns and [name.strip() for names in args.text_columns for name in names.split(",")]
+        if named and not choices and len(named) > 2:
+            raise ArgumentError(f"text_columns names {len(named)} columns, {kind} takes one or two")
+        if named and args.packing and len(named) > 1:
+            raise ArgumentError(f"packing joins the texts of one column, text_columns names {len(named)}")
+        source = data.dataset_name, data.dataset_config_name, data.dataset_split, data.dataset_file
+        dataset = load_data(*source, [])
+        columns = text_columns(dataset.column_names, named, needs_targets(model))
+        if not columns:
+            raise ArgumentError(f"--text_columns is needed: the data have the columns {', '.join(dataset.column_names)}")
         limits = [n for n in (args.max_seq_length, max_positions(model), tokenizer.model_max_length) if n is not None]
-        encode = encoder(data.columns, tokenizer, min(limits), choices)
-        dataset = load_data(data.dataset_name, data.dataset_config_name, data.dataset_split, data.dataset_file, data.columns)
+        encode = encoder(columns, tokenizer, min(limits), choices)
         eval_dataset = None
         if data.eval_dataset_name or data.eval_file:
             if not choices and "ForSequenceClassification" not in kind:
                 raise ArgumentError(f"{kind} cannot be evaluated here: leave that out and use KPrunePruner.evaluate()")
-            source = (data.eval_dataset_name, data.eval_dataset_config_name, data.eval_dataset_split, data.eval_file)
-            rows = load_data(*source, [*data.columns, data.label_column])
+            source = data.eval_dataset_name, data.eval_dataset_config_name, data.eval_dataset_split, data.eval_file
+            rows = load_data(*source, [*columns, data.label_column])
             eval_dataset = rows.map(encode, batched=True, remove_columns=rows.column_names)
             eval_dataset = eval_dataset.add_column("label", label_ids(rows[data.label_column], model))
         compute_metrics = metric_function(data.metric, model) if data.metric else None
@@ -221,7 +222,7 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         return dict(transformers.DataCollatorForMultipleChoice(tokenizer)([{"label": 0, **row} for row in rows]))
 
     collator = collate_choices if choices else None
-    calibration = dataset[data.columns[0]] if args.packing else dataset.with_transform(encode)
+    calibration = dataset[columns[0]] if args.packing else dataset.with_transform(encode)
     return KPrunePruner(model, args, calibration, collator, eval_dataset, tokenizer, compute_metrics)
 
 
