@@ -69,9 +69,9 @@ class KPruneArguments:
     output_dir: str | None = _option(None, "Where the pruned checkpoint is written. Must be new or empty.")
     overwrite_output_dir: bool = _option(False, "Replace output_dir if it holds files.")
     sparsity: float | None = _option(
-        None,
+        Unasked(0.5),
         "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter. Prunable are attention heads and FFN "
-        "neurons; embeddings, experts and the head of the model are not. None: 0.5, unless there is a target.",
+        "neurons; embeddings, experts and the head of the model are not. The default gives way to a target.",
     )
     target_flops: float | None = _option(
         None, "Instead of sparsity: FLOPs that the prunable sublayers may keep for a calibration sequence of mean length."
