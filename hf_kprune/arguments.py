@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from .errors import ArgumentError
 from .methods import METHODS
+from .validation import check_fields, known_keywords, show, suggestion
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -33,6 +34,7 @@ class Unasked(float):
     """
 
 
+@known_keywords
 @dataclass
 class KPruneArguments:
     """Options of `KPrunePruner`. Names shared with `TrainingArguments` mean the same.
@@ -187,13 +189,16 @@ class KPruneArguments:
     hub_revision: str | None = _option(None, "Branch of the repository to push to.")
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ArgumentError` if a value cannot be, also one that was assigned later: a pruner calls this when it starts."""
+        check_fields(self)
+
         def check(name: str, holds: bool, expected: str) -> None:
             if not holds:
-                raise ArgumentError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+                raise ArgumentError(f"{name} is {show(getattr(self, name))}, expected {expected}")
 
-        for name, value in asdict(self).items():
-            if isinstance(value, float):
-                check(name, value == value and abs(value) != float("inf"), "a finite number")
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if self.sparsity is None or isinstance(self.sparsity, Unasked):
             self.sparsity = None if targets else Unasked(0.5)
@@ -205,12 +210,13 @@ class KPruneArguments:
             check(name, getattr(self, name) > 0, "over 0")
         sparse = self.sparsity is None or 0 <= self.sparsity < 1
         check("sparsity", sparse, "the fraction of prunable FLOPs to remove, in [0, 1)")
-        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}{suggestion(self.method, METHODS)}")
         check("head_unit", self.head_unit in ("group", "query"), "group or query")
         for name in ("min_heads", "min_neurons"):
             check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("round_to", "num_tokens", "latency_batch_size", "per_device_batch_size", "per_device_eval_batch_size"):
             check(name, getattr(self, name) >= 1, "at least 1")
+        check("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         measured = self.num_measure_tokens
         check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
         check("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 1, "at least 1")

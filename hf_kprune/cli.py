@@ -41,6 +41,7 @@ from .report import JSON_NAME, PruningReport
 from .rows import max_positions, needs_targets
 from .sources import text_columns
 from .sublayers import Sublayer, find_sublayers
+from .validation import check_fields, known_keywords
 from .version import __version__
 
 
@@ -52,6 +53,7 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+@known_keywords
 @dataclass
 class SweepArguments:
     """Which budgets are tried, and what is good enough."""
@@ -68,7 +70,11 @@ class SweepArguments:
     refine: int = _option(2, "With --max_drop, how many times to try between the sparsest good enough and the next.")
     plot: str | None = _option(None, "File for a plot, such as sweep.svg. Needs matplotlib: hf_kprune[sweep].")
 
+    def __post_init__(self) -> None:
+        check_fields(self)
 
+
+@known_keywords
 @dataclass
 class DataArguments:
     """What is pruned, and with what data. Calibration needs texts only; labels are for evaluation."""
@@ -89,6 +95,7 @@ class DataArguments:
     metric: str | None = _option(None, "Name or script for evaluate.load(), such as accuracy. Unset: the loss alone.")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.dataset_name is None) == (self.dataset_file is None):
             raise ArgumentError("pass the calibration data as either --dataset_name or --dataset_file")
         if self.eval_dataset_name is not None and self.eval_file is not None:

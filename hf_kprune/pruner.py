@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import BestRun, PredictionOutput
 
 from .algorithm import Pruning, Timed
@@ -37,6 +37,7 @@ from .report import PruningReport, Size
 from .rows import draw_rows
 from .sublayers import check_model, find_sublayers, uniform_names, with_own_tables
 from .sweep import Sweep, SweepPoint, smallest_within
+from .validation import checked, checked_arguments, show
 from .version import versions
 
 
@@ -73,6 +74,14 @@ class KPrunePruner:
         UnsupportedModelError: If the model cannot be pruned: unknown architecture, quantised, with adapters, ...
     """
 
+    @checked_arguments(
+        "model",
+        args="KPruneArguments(sparsity=0.5); its names shared with TrainingArguments mean the same",
+        data_collator="an object or a function that makes a batch of a list of rows",
+        compute_metrics="a function from an EvalPrediction to a dict of numbers",
+        compute_loss="a function of (student_outputs, teacher_outputs, valid_tokens)",
+        callbacks="[callback], each derived from hf_kprune.KPruneCallback, which is no TrainerCallback",
+    )
     def __init__(
         self,
         model: PreTrainedModel | str | os.PathLike[str],
@@ -86,6 +95,11 @@ class KPrunePruner:
         compute_loss: KnowledgeLoss | None = None,
     ):
         self.args = args or KPruneArguments()
+        self.args.check()
+        check_is_model(model)
+        check_processing_class(processing_class)
+        if eval_dataset is not None:
+            check_rows("eval_dataset", eval_dataset)
         if isinstance(model, (str, os.PathLike)):
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model))
@@ -124,6 +138,7 @@ class KPrunePruner:
             CalibrationError: If the calibration data cannot be used.
             ArgumentError: If options or inputs contradict each other.
         """
+        self.args.check()
         with together(self.accelerator):
             if self.args.output_dir is not None and self.accelerator.is_main_process:
                 self.args.check_output_dir()
@@ -140,6 +155,7 @@ class KPrunePruner:
         with self._unreported(), self._pruning(calibration_dataset, [self.args]) as pruning:
             return self._student(pruning, self.args)[1]
 
+    @checked_arguments(budgets="fractions to remove, such as [0.5, 0.75], or dicts of one budget")
     def sweep(
         self,
         budgets: Sequence[float | dict[str, float]] = (0.4, 0.5, 0.6, 0.7, 0.8),
@@ -169,6 +185,7 @@ class KPrunePruner:
         Raises:
             ArgumentError: If options contradict each other, or the metric is no number.
         """
+        self.args.check()
         if metric is not None and self.eval_dataset is None:
             raise ArgumentError(f"metric is {metric!r}, but there is no eval_dataset: pass it to KPrunePruner")
         if metric is None and not greater_is_better:
@@ -199,6 +216,8 @@ class KPrunePruner:
         def within(options: dict[str, Any]) -> KPruneArguments:
             return replace(self.args, **{**dict.fromkeys(("sparsity", *TARGETS)), **options})
 
+        each = list(map(within, asked))
+
         def place(options: dict[str, Any]) -> str | None:
             return output_dir and os.path.join(output_dir, "-".join(f"{k}-{v:g}" for k, v in options.items()))
 
@@ -209,7 +228,7 @@ class KPrunePruner:
         key = metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
         dense, found = self.model, list[tuple[SweepPoint, PreTrainedModel, PruningReport]]()
         hold_out = self.eval_dataset is None
-        with self._unreported(), self._pruning(calibration_dataset, list(map(within, asked)), hold_out) as pruning:
+        with self._unreported(), self._pruning(calibration_dataset, each, hold_out) as pruning:
             pruning.calibration.check_held_out()
 
             def judged(options: dict[str, Any], size: Size, sparsity: float) -> SweepPoint:
@@ -250,6 +269,7 @@ class KPrunePruner:
             self._tell("on_prune_end", model=self.model)
         return swept
 
+    @checked_arguments(hp_space="a function from an Optuna trial to a dict of options")
     def hyperparameter_search(
         self,
         hp_space: Callable[[Any], dict[str, Any]] | None = None,
@@ -275,15 +295,20 @@ class KPrunePruner:
         Raises:
             ArgumentError: If there is no `hp_space` and none by default.
         """
-        import optuna
-
+        try:
+            import optuna
+        except ImportError as error:
+            raise ArgumentError('hyperparameter_search takes Optuna: pip install "hf_kprune[sweep]"') from error
+        self.args.check()
+        if n_trials < 1:
+            raise ArgumentError(f"n_trials is {n_trials}, expected at least 1")
         args = self.args
         if hp_space is None and args.method not in RANGES:
             raise ArgumentError(f"no hp_space, and method {args.method!r} has none by default: pass one")
 
         def space(trial: Any) -> dict[str, Any]:
             if hp_space is not None:
-                return hp_space(trial)
+                return dict(checked("what hp_space gives", hp_space(trial), dict[str, Any]))
             return {name: trial.suggest_float(name, *ends, log=True) for name, ends in RANGES[args.method].items()}
 
         def objective(trial: Any) -> float:
@@ -295,7 +320,9 @@ class KPrunePruner:
                 with self._in_place(student, report):
                     metrics = self.evaluate() if self.eval_dataset is not None else {}
                 metrics["distance"] = pruning.calibration.distance(student, pruning.teacher, pruning.loss)
-            return metrics["distance"] if compute_objective is None else compute_objective(metrics)
+            if compute_objective is None:
+                return metrics["distance"]
+            return float(checked("what compute_objective gives", compute_objective(metrics), float))
 
         study = optuna.create_study(direction=direction, **kwargs)
         try:
@@ -334,6 +361,7 @@ class KPrunePruner:
     ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
         args, model = self.args, self.model
+        args.check()
         self._seconds = {}
         with self._phase("prepare"):
             check_model(model)
@@ -444,28 +472,34 @@ class KPrunePruner:
     # As in Trainer
     # -----------------------------------------------------------------------------------------------------------------
 
+    @checked_arguments(callback="derive it from hf_kprune.KPruneCallback; a TrainerCallback has other events")
     def add_callback(self, callback: KPruneCallback | type[KPruneCallback]) -> None:
         """Add a callback, an instance or a class."""
         self.callback_handler.callbacks.append(callback() if isinstance(callback, type) else callback)
 
+    @checked_arguments()
     def remove_callback(self, callback: KPruneCallback | type[KPruneCallback]) -> None:
         """Remove a callback, or all callbacks of a class."""
         keep = [c for c in self.callback_handler.callbacks if c is not callback and type(c) is not callback]
         self.callback_handler.callbacks = keep
 
+    @checked_arguments()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """`Trainer.evaluate` of the model as it is now."""
         with self._trainer() as trainer:
             dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            check_rows("eval_dataset", dataset)
             metrics: dict[str, float] = trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
             return metrics
 
+    @checked_arguments()
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """`Trainer.predict` of the model as it is now."""
+        check_rows("test_dataset", test_dataset)
         with self._trainer() as trainer:
             return trainer.predict(test_dataset, ignore_keys, metric_key_prefix)
 
@@ -482,6 +516,7 @@ class KPrunePruner:
                 compute_metrics=self.compute_metrics,
             )
 
+    @checked_arguments()
     def save_model(self, output_dir: str | None = None) -> None:
         """Save the model as an ordinary checkpoint with tokenizer, report and model card; push it if `push_to_hub`.
 
@@ -507,6 +542,7 @@ class KPrunePruner:
             self.report.save(directory)
         self.create_model_card(output_dir=directory)
 
+    @checked_arguments()
     def create_model_card(
         self,
         language: str | None = None,
@@ -544,6 +580,7 @@ class KPrunePruner:
             )
             Path(directory, "README.md").write_text(card, encoding="utf-8")
 
+    @checked_arguments()
     def push_to_hub(
         self,
         commit_message: str = "K-pruned model",
@@ -579,3 +616,37 @@ class KPrunePruner:
             if not self.accelerator.is_main_process:
                 return None
             return push_folder(str(self._saved), self.args, commit_message, token, revision, **kwargs)
+
+
+def check_is_model(model: Any) -> None:
+    """Raise `ArgumentError`, with the way out, for what is neither a module nor a name."""
+    if isinstance(model, (torch.nn.Module, os.PathLike)) or (isinstance(model, str) and model.strip()):
+        return
+    way_out = ""
+    if isinstance(model, PreTrainedConfig):
+        way_out = ": AutoModel.from_config() makes one of a config, from_pretrained() loads a trained one"
+    elif isinstance(model, type):
+        way_out = f": {model.__name__}.from_pretrained() loads one"
+    elif isinstance(getattr(model, "model", None), PreTrainedModel):
+        way_out = ": pass its .model"
+    raise ArgumentError(f"model is {show(model)}, expected a transformers PreTrainedModel or the name or path of one{way_out}")
+
+
+def check_processing_class(processing_class: Any) -> None:
+    """Raise `ArgumentError` for what cannot turn data into inputs: a name, a class, a model, a config."""
+    if processing_class is None:
+        return
+    able = callable(processing_class) or hasattr(processing_class, "pad")
+    if not able or isinstance(processing_class, (str, type, torch.nn.Module)):
+        name = repr(str(processing_class)) if isinstance(processing_class, (str, os.PathLike)) else "..."
+        raise ArgumentError(
+            f"processing_class is {show(processing_class)}, expected a tokenizer or processor: "
+            f"AutoTokenizer.from_pretrained({name})"
+        )
+
+
+def check_rows(name: str, dataset: Any) -> None:
+    """Raise `ArgumentError` for what is no dataset of rows."""
+    able = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
+    if not able or isinstance(dataset, (str, bytes, os.PathLike)):
+        raise ArgumentError(f"{name} is {show(dataset)}, expected a dataset of tokenised rows: pass one as {name}")

@@ -87,8 +87,10 @@ class Sweep:
 
     def plot(self, path: str) -> None:
         """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[sweep]"`)."""
-        from matplotlib.figure import Figure
-
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ArgumentError('a plot takes matplotlib: pip install "hf_kprune[sweep]"') from error
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         values = [p.distance if self.metric is None else p.metrics[self.metric] for p in self.points]
