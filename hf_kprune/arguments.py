@@ -149,9 +149,10 @@ class KPruneArguments:
     lambda_pred: float = _option(1.0, "Weight of the predictive knowledge.")
     lambda_rep: float = _option(2.5e-4, "Weight of the representational knowledge. Must be over 0.")
     mu: float | None = _option(None, "Weight of head scores against neuron scores. None: the head size, as in the paper.")
-    pooling: str = _option(
-        "mean",
-        "Embedding of a base model without a task head, which the predictive knowledge compares.",
+    pooling: str | None = _option(
+        None,
+        "Embedding of a base model without a task head, which the predictive knowledge compares. None: what the modules of a "
+        "sentence-transformers folder make of it, else mean.",
         choices=["mean", "cls", "pooler", "none"],
     )
 
@@ -227,7 +228,7 @@ class KPruneArguments:
         check("lambda_pred", self.lambda_pred >= 0, "at least 0")
         check("lambda_rep", self.lambda_rep > 0, "over 0: the first sublayer, below which nothing differs, has no other score")
         check("mu", self.mu is None or self.mu > 0, "over 0, or None for the head size")
-        check("pooling", self.pooling in ("mean", "cls", "pooler", "none"), "mean, cls, pooler or none")
+        check("pooling", self.pooling in (None, "mean", "cls", "pooler", "none"), "mean, cls, pooler or none")
         check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("ridge", self.ridge is None or self.ridge >= 0, "at least 0")
         check("statistics_dtype", self.statistics_dtype in (None, "float64", "float32"), "float64 or float32")

@@ -31,6 +31,7 @@ from .checkpoint import save_atomically
 from .cost import model_size
 from .data_files import load_data
 from .detect import describe
+from .embeddings import SentenceFolder, folder_of, read_folder
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED
 from .legacy import from_legacy
@@ -214,7 +215,10 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         if not columns:
             raise ArgumentError(f"--text_columns is needed: the data have the columns {', '.join(dataset.column_names)}")
         limits = [n for n in (args.max_seq_length, max_positions(model), tokenizer.model_max_length) if n is not None]
-        encode = encoder(columns, tokenizer, min(limits), choices)
+        folder = folder_of(model)
+        if folder is not None:
+            limits.append(folder.longest(args.max_seq_length, tokenizer) or min(limits))
+        encode = encoder(columns, tokenizer if folder is None else folder.reader(tokenizer), min(limits), choices)
         eval_dataset = None
         if data.eval_dataset_name or data.eval_file:
             if not choices and "ForSequenceClassification" not in kind:
@@ -248,7 +252,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         say("| evaluation | dense | pruned |\n| --- | ---: | ---: |")
         figures = [key for key in dense if isinstance(dense[key], float) and not key.endswith(("_per_second", "time"))]
         say("\n".join(f"| {key} | {dense[key]:.4f} | {pruned[key]:.4f} |" for key in figures) + "\n")
-    say(how_to_load(path, pruner.model))
+    say(how_to_load(path, pruner.model, pruner.sentence_folder))
     if push:
         with trying("push to the Hub"):
             pruner.push_to_hub()
@@ -275,13 +279,16 @@ def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -
         raise ArgumentError(f"no model tried is within max_drop={options.max_drop} of the dense one; try smaller budgets")
     with trying(f"write to {path!r}"):
         pruner.save_model()
-    say(how_to_load(path, pruner.model))
+    say(how_to_load(path, pruner.model, pruner.sentence_folder))
 
 
-def how_to_load(path: str, model: PreTrainedModel) -> str:
+def how_to_load(path: str, model: PreTrainedModel, folder: SentenceFolder | None = None) -> str:
     name = type(model).__name__
-    imports = f"    import hf_kprune\n    from transformers import {name}\n"
-    return f"The pruned model is in {path}. To load it:\n\n{imports}\n    model = {name}.from_pretrained({path!r})\n"
+    library, load = ("transformers", f"{name}.from_pretrained")
+    if folder is not None:
+        library, load, name = "sentence_transformers", folder.library_class, folder.library_class
+    imports = f"    import hf_kprune\n    from {library} import {name}\n"
+    return f"The pruned model is in {path}. To load it:\n\n{imports}\n    model = {load}({path!r})\n"
 
 
 def plan(data: DataArguments, args: KPruneArguments) -> None:
@@ -291,9 +298,11 @@ def plan(data: DataArguments, args: KPruneArguments) -> None:
 
 def inspect(name: str) -> None:
     with trying(f"load the model {name!r}"):
+        folder = read_folder(name)
+        name = name if folder is None else folder.transformer
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):  # shapes, no memory
-            model = model_class(config)(config)
+            model = ((folder and folder.transformer_class(config)) or model_class(config))(config)
         model.to(config.dtype or torch.float32)
         report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
     pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ import transformers
 from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
+from .embeddings import read_folder
 from .errors import ArgumentError
 
 
@@ -35,12 +36,18 @@ def model_class(config: Any) -> type[PreTrainedModel]:
 
 
 def load_model(name: str) -> PreTrainedModel:
-    """Load a model with the class that its config names."""
-    return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+    """Load a model with the class that its config names; of a sentence-transformers folder what that runs."""
+    folder = read_folder(name)
+    if folder is None:
+        return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+    config = AutoConfig.from_pretrained(folder.transformer)
+    return (folder.transformer_class(config) or model_class(config)).from_pretrained(folder.transformer)
 
 
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
+    folder = read_folder(name)
+    name = name if folder is None else folder.transformer
     if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(name)

@@ -27,6 +27,7 @@ from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, Progres
 from .checkpoint import save_atomically
 from .cost import BudgetTerms, BudgetWarning, model_size, peak_memory, prunable_flops
 from .detect import describe
+from .embeddings import folder_of, refuse_wrapper
 from .errors import ArgumentError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
 from .hub import model_card, push_folder
@@ -96,6 +97,7 @@ class KPrunePruner:
     ):
         self.args = args or KPruneArguments()
         self.args.check()
+        refuse_wrapper(model)
         check_is_model(model)
         check_processing_class(processing_class)
         if eval_dataset is not None:
@@ -104,6 +106,9 @@ class KPrunePruner:
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model))
         check_model(model)
+        self.sentence_folder = folder_of(model)
+        if self.sentence_folder is not None:
+            self.sentence_folder.check(self.args, compute_loss is not None)
         describe(model, by=self.args.head_unit)
         self.model = model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
@@ -385,10 +390,7 @@ class KPrunePruner:
                 warnings.warn(remark, BudgetWarning, stacklevel=4)
             if args.uniform:
                 uniform_names(sublayers, args.prune_heads, args.prune_ffn)
-            if self.compute_loss is not None:
-                loss = Knowledge("custom", self.compute_loss, args.temperature, None)
-            else:
-                loss = knowledge_loss(model, args.temperature, args.pooling)
+            loss = self._knowledge()
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             pruning = Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell)
@@ -433,6 +435,17 @@ class KPrunePruner:
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report
 
+    def _knowledge(self) -> Knowledge:
+        """What the distance of outputs is: the caller's, that of what `encode` gives, or by the model's head."""
+        args = self.args
+        if self.compute_loss is not None:
+            return Knowledge("custom", self.compute_loss, args.temperature, None)
+        if self.sentence_folder is not None and args.pooling is None:
+            loss = self.sentence_folder.knowledge(args.temperature)
+            if loss is not None:
+                return loss
+        return knowledge_loss(self.model, args.temperature, args.pooling or "mean")
+
     def _timed(self, model: PreTrainedModel, calibration: Calibration) -> Timed:
         """The look-up table of the model, measured on the main process, or found in the cache."""
         made = None
@@ -451,11 +464,14 @@ class KPrunePruner:
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         count = tokens_of(model, self.data_collator, self.processing_class)
-        args, method = copy.copy(self.args), METHODS[self.args.method](self.args)
+        args, method, processing_class = copy.copy(self.args), METHODS[self.args.method](self.args), self.processing_class
+        if self.sentence_folder is not None:
+            args.max_seq_length = self.sentence_folder.longest(args.max_seq_length, processing_class)
+            processing_class = self.sentence_folder.reader(processing_class)
         if args.num_measure_tokens is None and method.measure_tokens is not None:
             args.num_measure_tokens = min(method.measure_tokens, args.num_tokens)
         args.statistics_dtype = args.statistics_dtype or method.dtype
-        rows = draw_rows(model, dataset, self.processing_class, args, self.data_collator is not None, count)
+        rows = draw_rows(model, dataset, processing_class, args, self.data_collator is not None, count)
         return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count)
 
     @contextmanager
@@ -541,6 +557,8 @@ class KPrunePruner:
         if self.report is not None:
             self.report.save(directory)
         self.create_model_card(output_dir=directory)
+        if self.sentence_folder is not None:
+            self.sentence_folder.carry(directory)
 
     @checked_arguments()
     def create_model_card(
@@ -578,6 +596,7 @@ class KPrunePruner:
                 dataset=dataset,
                 dataset_args=dataset_args,
             )
+            card = card if self.sentence_folder is None else self.sentence_folder.card(card)
             Path(directory, "README.md").write_text(card, encoding="utf-8")
 
     @checked_arguments()
