@@ -47,6 +47,10 @@ Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
 """(sublayer, student's states below it, whether the student differs from the teacher) -> units to keep, their scores."""
 
 
+TOLD_LENGTHS = (128, 512)
+"""Tokens of the sequences for which a report tells what is removed, beside those that the budget is about."""
+
+
 @dataclass
 class Timed:
     """A model as it is, its look-up table, the inputs of that, and how many times as long as it says cut models take."""
@@ -132,6 +136,7 @@ class Pruning:
         self.references = find_sublayers(self.teacher, args.head_unit)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation mode
         self.checked = False
+        self.all_flops = 0.0
         self.costs: list[float] = []  # with which the following was scored
         self.measured: list[Statistics] = []
         self.scores: list[Tensor] = []
@@ -141,12 +146,15 @@ class Pruning:
         method = METHODS[args.method](args)
         student = copy.deepcopy(self.teacher).requires_grad_(False)
         sublayers = find_sublayers(student, args.head_unit)
-        terms = BudgetTerms(sublayers, args, self.calibration.lengths, self.before, self.timed.table if self.timed else None)
-        flops = prunable_flops(sublayers, self.calibration.lengths)
+        terms = BudgetTerms(
+            sublayers, args, self.calibration.flops_lengths, self.before, self.timed.table if self.timed else None
+        )
+        flops, at = prunable_flops(sublayers, self.calibration.flops_lengths), self.flops_at(sublayers)
         self.tell("on_prune_begin", model=student, sublayers=[s.name for s in sublayers])
         with self.phase("measure"):
             if not self.checked:
                 self.calibration.check(self.teacher, self.references)
+                self.all_flops = self.calibration.all_flops(self.teacher, self.references)
                 self.checked = True
                 if self.hold_out:
                     self.fitted = self.calibration.without_held_out()
@@ -161,9 +169,16 @@ class Pruning:
             write_stock_config(student, sublayers)
         else:
             write_plan(student, sublayers)
-        report.after.flops = prunable_flops(sublayers, self.calibration.lengths)
+        report.after.flops = prunable_flops(sublayers, self.calibration.flops_lengths)
+        report.before.all_flops = self.all_flops
+        report.removed_at = {tokens: 1 - left / at[tokens] for tokens, left in self.flops_at(sublayers).items()}
         report.sparsity, report.achieved = 1 - report.after.flops / flops, terms.achieved()
         return student
+
+    def flops_at(self, sublayers: list[Sublayer]) -> dict[str, float]:
+        """Prunable FLOPs of a text of as many tokens as a report tells of."""
+        lengths = TOLD_LENGTHS if self.calibration.texts else ()
+        return {str(length): prunable_flops(sublayers, self.calibration.lengths_at(length)) for length in lengths}
 
     def bottom_up(
         self,
@@ -196,7 +211,7 @@ class Pruning:
             if report is not None:
                 entry.kept = keep.nonzero().flatten().tolist()
                 entry.scores = None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
-                entry.flops_left = prunable_flops(sublayers, calibration.lengths)
+                entry.flops_left = prunable_flops(sublayers, calibration.flops_lengths)
                 entry.seconds = time.perf_counter() - begin
                 report.sublayers.append(entry)
                 self.tell("on_sublayer_end", entry, model=student)

@@ -44,6 +44,7 @@ class KPruneArguments:
     `sparsity` is the fraction of prunable FLOPs to **remove** (attention and FFN sublayers; not embeddings or heads);
     `target_flops`, `target_params`, `target_bytes`, `target_latency` or `target_speedup` (with `latency_batch_size` and
     `latency_length`) tells what may be left instead. There is one budget, `sparsity=0.5` if none is given.
+    `flops_length` is the length of sequence for which FLOPs count.
     `method`, `prune_heads`, `prune_ffn`, `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to`.
 
     > Calibration
@@ -76,7 +77,7 @@ class KPruneArguments:
         "neurons; embeddings, experts and the head of the model are not. The default gives way to a target.",
     )
     target_flops: float | None = _option(
-        None, "Instead of sparsity: FLOPs that the prunable sublayers may keep for a calibration sequence of mean length."
+        None, "Instead of sparsity: FLOPs that the prunable sublayers may keep for a sequence of flops_length tokens."
     )
     target_params: float | None = _option(
         None, "Instead of sparsity: parameters that the model may keep, embeddings included."
@@ -96,6 +97,11 @@ class KPruneArguments:
         "calibration data.",
     )
     latency_length: int | None = _option(None, "Tokens of its sequences. None: the mean of the calibration rows.")
+    flops_length: int | None = _option(
+        None,
+        "Tokens of a sequence for which FLOPs are counted and a budget of them holds: those of the texts that the model will "
+        "serve. Of an encoder-decoder, on both sides. None: the mean of the calibration rows.",
+    )
     method: str = _option(
         "obs",
         "Pruning method: 'obs' is ours (optimal brain surgeon in the Fisher metric), 'kprune' that of the paper (Park et al., "
@@ -220,6 +226,7 @@ class KPruneArguments:
         check("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         measured = self.num_measure_tokens
         check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
+        check("flops_length", self.flops_length is None or self.flops_length >= 1, "at least 1")
         check("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 1, "at least 1")
         names = self.text_columns
         proper = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names))
@@ -241,7 +248,7 @@ class KPruneArguments:
         for name in ("tune_bias", "tune_inputs"):
             check(name, self.tune or not getattr(self, name), "False or None with tune=False, which tunes nothing")
         for name, why in self.unused_options().items():
-            warnings.warn(f"{name} is {getattr(self, name)!r}, but {why}", stacklevel=3)
+            warnings.warn(f"{name} is {getattr(self, name)!r}, but {why}", stacklevel=4)
 
     def unused_options(self) -> dict[str, str]:
         """Options that differ from their defaults and that the others leave without effect, and why."""

@@ -29,6 +29,7 @@ from .hooks import (
     State,
     by_token,
     check_order,
+    matrix_flops,
     only_tokens,
     outputs_of,
     part_of,
@@ -41,7 +42,7 @@ from .hooks import (
 )
 from .interface import Statistics
 from .reconstruction import NormalEquations
-from .rows import Rows, row_length
+from .rows import Rows, max_positions, row_length
 from .sublayers import Sublayer, find_sublayers, in_unit_order, oriented
 
 
@@ -189,6 +190,7 @@ class Calibration:
         self.sublayers = find_sublayers(model, args.head_unit)
         self.tokens: dict[str, int] = {}
         self.readers: list[list[list[str]]] = []
+        self.stacks_of_ids: set[str] = set()
         ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
         for start, stop in pairwise(ends):
             by_length = sorted(range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i))
@@ -217,6 +219,7 @@ class Calibration:
             key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
         mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
         if ids is not None:
+            self.stacks_of_ids.add(name)
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         if mask is not None or name not in self.tokens:  # images, audio: how many tokens they make is the model's business
@@ -240,6 +243,51 @@ class Calibration:
         sums = [s.double().to(self.accelerator.device) for s in sums]
         self._reduce(sums)
         return {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
+
+    @cached_property
+    def flops_lengths(self) -> dict[str, float]:
+        """Tokens of a sequence in each stack that FLOPs are counted for."""
+        return self.lengths if self.args.flops_length is None else self.lengths_at(self.args.flops_length)
+
+    def lengths_at(self, length: int) -> dict[str, float]:
+        """Tokens of a sequence in each stack if texts have `length`; what an image or a sound makes stays as it is."""
+        return {name: float(length) if name in self.texts else mean for name, mean in self.lengths.items()}
+
+    @cached_property
+    def texts(self) -> set[str]:
+        """The stacks that read token ids."""
+        (names,) = broadcast_object_list([sorted(self.stacks_of_ids)])  # a process may have no rows
+        return set(names)
+
+    def check_flops_length(self, model: PreTrainedModel) -> None:
+        """Raise `ArgumentError` if `flops_length` is given and means nothing to `model`."""
+        length, limit = self.args.flops_length, max_positions(model)
+        if length is not None and not self.texts:
+            raise ArgumentError(
+                f"flops_length is {length}, but {type(model).__name__} reads no token ids: how many tokens an image or a "
+                "sound makes is up to the model; leave flops_length at None"
+            )
+        if length is not None and limit is not None and length > limit:
+            raise ArgumentError(f"flops_length is {length}, {type(model).__name__} takes at most {limit} tokens")
+
+    def all_flops(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> float:
+        """FLOPs of all of `model` for one sequence, as `prunable_flops` of a part of it, by running one row.
+
+        What is not prunable counts by the token: experts, for those that are sent to them, and the head over the vocabulary
+        among it.
+        """
+        other = 0.0
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                row = self.batches[0].part(0, 1)
+                tokens = {name: float(valid.shape[1]) for name, valid in row.valid.items()}
+                products = sum(s.num_units * s.unit_products(tokens) for s in sublayers)
+                sequences = max(len(valid) for valid in row.valid.values())
+                total = matrix_flops(model, row.inputs) / sequences + products
+                prunable = sum(s.num_units * s.unit_flops(tokens) for s in sublayers)
+                other = max(total - prunable, 0.0) * sum(self.flops_lengths.values()) / sum(tokens.values())
+        (other,) = broadcast_object_list([other])
+        return float(other) + sum(s.num_units * s.unit_flops(self.flops_lengths) for s in sublayers)
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
         """Add up tensors of float64 over all processes, in place, by one call."""
@@ -545,7 +593,7 @@ class Calibration:
         return Statistics(
             sublayer.kind,
             sublayer.unit_width,
-            sublayer.unit_flops(self.lengths),
+            sublayer.unit_flops(self.flops_lengths),
             in_unit_order(sublayer),
             sublayer.bias is not None,
             sublayer.magnitude,

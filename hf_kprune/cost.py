@@ -189,6 +189,7 @@ def model_size(model: PreTrainedModel, sublayers: Sequence[Sublayer] = (), flops
         sum(p.numel() * p.element_size() for p in rest),
         flops,
         cache_bytes_per_token(model, sublayers),
+        sum(s.num_units * s.unit_parameters for s in sublayers),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import UnsupportedArchitectureError
-from .modeling_kprune import fill, parameter_names
+from .modeling_kprune import fill, kind_of, parameter_names
 from .sublayers import Sublayer
 
 
@@ -287,6 +287,37 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[
             hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
         _run(model, inputs)
     return State(tops)
+
+
+@torch.no_grad()
+def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted as 2.
+
+    Experts that lie in one tensor, (E, ..., ...), count for the tokens that are sent to them: a module that holds such tensors
+    is told by an integer argument where each token goes, or gets a row for each. What multiplies no weights is not counted.
+    """
+    total = 0.0
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal total
+        arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) or kind_of(module) == "conv1d":
+            total += 2 * cast(Tensor, weight).numel() * output[..., 0].numel()
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            total += 2 * module.weight.numel() * output.numel() / module.out_channels
+        elif arguments:
+            routes = [value for value in arguments if value.dtype in (torch.int64, torch.int32)]
+            rows = routes[0].numel() if routes else arguments[0][..., 0].numel()
+            banks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1]
+            total += sum(2 * bank.numel() / len(bank) * rows for bank in banks)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None and not isinstance(module, nn.Embedding):
+                hooks.enter_context(_hook(module.register_forward_hook(count, with_kwargs=True)))
+        model(**inputs)
+    return total
 
 
 @torch.no_grad()

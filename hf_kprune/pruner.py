@@ -149,6 +149,7 @@ class KPrunePruner:
                 self.args.check_output_dir()
         with self._pruning(calibration_dataset, [self.args]) as pruning:
             student, report = self._student(pruning, self.args)
+        warn_of(report)
         if any(len(entry.kept) < entry.units for entry in report.sublayers):
             self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
         self.report, self._saved = report, None
@@ -260,7 +261,9 @@ class KPrunePruner:
                     found[:] = [(point, student, report)]
                 return point
 
-            whole = model_size(dense, pruning.references, prunable_flops(pruning.references, pruning.calibration.lengths))
+            whole = model_size(
+                dense, pruning.references, prunable_flops(pruning.references, pruning.calibration.flops_lengths)
+            )
             swept = Sweep([judged({}, whole, 0.0)], key, greater_is_better)
             if max_drop is None:
                 swept.points += sorted(map(made, asked), key=lambda point: point.sparsity)
@@ -269,6 +272,7 @@ class KPrunePruner:
                 smallest_within(lambda sparsity: made({"sparsity": sparsity}), swept, at, max_drop, refine)
         for point, student, report in found if swept.best else ():
             assert point is swept.points[cast(int, swept.best)]
+            warn_of(report)
             self.model.__dict__.update(student.__dict__)
             self.report, self._saved = report, None
             self._tell("on_prune_end", model=self.model)
@@ -373,7 +377,8 @@ class KPrunePruner:
             with together(self.accelerator):
                 calibration = self._calibration(model, calibration_dataset)
             calibration.check_same_rows()
-            lengths = calibration.lengths  # summed over processes, so what follows is the same on all of them
+            calibration.check_flops_length(model)
+            lengths = calibration.flops_lengths  # summed over processes, so what follows is the same on all of them
             calibration.check_enough_tokens()
             sublayers = calibration.sublayers
             own = with_own_tables(model)
@@ -407,8 +412,8 @@ class KPrunePruner:
             method=args.method,
             knowledge=pruning.loss.name,
             asked=dict([args.budget]),
-            before=model_size(model, sublayers, prunable_flops(sublayers, calibration.lengths)),
-            sequence_length=sum(calibration.lengths.values()) / len(calibration.lengths),
+            before=model_size(model, sublayers, prunable_flops(sublayers, calibration.flops_lengths)),
+            sequence_length=sum(calibration.flops_lengths.values()) / len(calibration.flops_lengths),
             calibration=calibration.rows.fingerprint,
             arguments=args.to_dict(),
             versions=versions(),
@@ -428,6 +433,7 @@ class KPrunePruner:
             tensor.requires_grad_(original is None or original.requires_grad)
         result = student if any(len(entry.kept) < entry.units for entry in report.sublayers) else model
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
+        report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
         if pruning.timed is not None and args.budget[0] in TIMES:
             report.achieved = pruning.timed.achieved(student, args.budget[0])
         report.seconds = {**self._seconds, "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin}
@@ -669,3 +675,10 @@ def check_rows(name: str, dataset: Any) -> None:
     able = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
     if not able or isinstance(dataset, (str, bytes, os.PathLike)):
         raise ArgumentError(f"{name} is {show(dataset)}, expected a dataset of tokenised rows: pass one as {name}")
+
+
+def warn_of(report: PruningReport) -> None:
+    """Warn of a cut that empties sublayers, or that leaves little of a kind of unit."""
+    if remarks := report.remarks():
+        out = "ask for less, set min_heads or min_neurons, or spare a kind with prune_heads=False or prune_ffn=False"
+        warnings.warn(f"{'; '.join(remarks)}. If that is too much: {out}", BudgetWarning, stacklevel=3)

@@ -8,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 
+LITTLE = 0.1
+"""Share of the units of a kind under which what is left of them is remarked on."""
+
+KINDS = {
+    "attention": ("heads", "attentions"),
+    "cross_attention": ("heads of cross-attention", "cross-attentions"),
+    "ffn": ("neurons", "FFNs"),
+}
+
 JSON_NAME, MARKDOWN_NAME = "kprune_report.json", "kprune_report.md"
 
 
@@ -58,7 +67,11 @@ class SublayerReport:
 @dataclass
 class Size:
     """Size of a model: parameters and bytes, also without embeddings, FLOPs of the prunable sublayers per sequence, and, of
-    a model that generates, the bytes that its cache of keys and values grows by per token."""
+    a model that generates, the bytes that its cache of keys and values grows by per token.
+
+    `prunable_parameters` are those of heads and neurons, `all_flops` the FLOPs of the whole model, with untouched experts and
+    the head over the vocabulary; 0 where they were not counted.
+    """
 
     parameters: int = 0
     parameters_without_embeddings: int = 0
@@ -66,6 +79,8 @@ class Size:
     bytes_without_embeddings: int = 0
     flops: float = 0.0
     cache_bytes_per_token: int = 0
+    prunable_parameters: int = 0
+    all_flops: float = 0.0
 
 
 @dataclass
@@ -80,7 +95,8 @@ class PruningReport:
         achieved: What came out of it.
         sparsity: Fraction that was removed.
         before, after: Sizes.
-        sequence_length: Tokens per sequence that FLOPs are counted for, the mean of the calibration rows.
+        sequence_length: Tokens per sequence that FLOPs are counted for: `flops_length`, or the mean of the calibration rows
+            (and of the stacks, where they differ).
         sublayers: Bottom to top.
         calibration: Fingerprint of the calibration rows: dataset, rows, tokens, seed, sha256 of the token ids.
         arguments: All options.
@@ -88,6 +104,7 @@ class PruningReport:
         trials: Knowledge loss on rows held out, for each exponent by which the budget was split (`search.split`).
         seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
         peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
+        removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty without texts.
         device: Where it ran, and in how many processes.
     """
 
@@ -108,6 +125,26 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     device: str = ""
+    removed_at: dict[str, float] = field(default_factory=dict)
+
+    def shares(self) -> tuple[float, float]:
+        """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not counted."""
+        size = self.before
+        return size.prunable_parameters / max(size.parameters, 1), size.flops / size.all_flops if size.all_flops else 0.0
+
+    def remarks(self) -> list[str]:
+        """Which sublayers are emptied, and of which kind of unit less than `LITTLE` is left."""
+        found = []
+        for kind, (units, places) in KINDS.items():
+            some = [s for s in self.sublayers if s.kind == kind and s.units]
+            emptied = [s.name for s in some if not s.kept]
+            share = sum(len(s.kept) for s in some) / max(sum(s.units for s in some), 1)
+            if emptied:
+                names = ", ".join(emptied[:3]) + (", ..." if len(emptied) > 3 else "")
+                found.append(f"{len(emptied)} of {len(some)} {places} are left without {units} ({names})")
+            if some and share < LITTLE:
+                found.append(f"{share:.1%} of the {units} are left, less than {LITTLE:.0%}")
+        return found
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -137,6 +174,8 @@ class PruningReport:
             ),
             (f"prunable GFLOPs at {self.sequence_length:.1f} tokens", self.before.flops / 1e9, self.after.flops / 1e9, ".4g"),
         ]
+        if self.before.all_flops:
+            rows.append(("all GFLOPs", self.before.all_flops / 1e9, self.after.all_flops / 1e9, ".4g"))
         if self.before.cache_bytes_per_token:
             caches = self.before.cache_bytes_per_token, self.after.cache_bytes_per_token
             rows.append(("KV-cache bytes per token", *caches, ",.0f"))
@@ -144,9 +183,11 @@ class PruningReport:
             f"{value:.2%} asked" if name == "sparsity" else f"{name} {value:,.6g} asked, {self.achieved:,.6g} achieved"
             for name, value in self.asked.items()
         )
+        subject = f"K-pruned {self.model}" if self.method == "kprune" else f"{self.model} pruned by {self.method}"
         lines = [
-            f"K-pruned {self.model}: {self.sparsity:.2%} of the prunable FLOPs removed ({asked}), "
-            f"method {self.method}, {self.seconds.get('total', 0):.0f} s",
+            f"{subject}: {self.sparsity:.2%} of the prunable FLOPs removed ({asked}), {self.seconds.get('total', 0):.0f} s",
+            "",
+            *self.notes(),
             "",
             "| | before | after | left |",
             "| --- | ---: | ---: | ---: |",
@@ -166,6 +207,17 @@ class PruningReport:
             f"{self.peak_memory / 2**30:.2f} GiB. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",
         ]
         return "\n".join(lines) + "\n"
+
+    def notes(self) -> list[str]:
+        """Sentences on what the budget is a share of, for which lengths it holds, and what is worth a warning."""
+        parameters, flops = self.shares()
+        lines = []
+        if parameters and flops:
+            lines.append(f"Prunable are {parameters:.1%} of all parameters and {flops:.1%} of all FLOPs.")
+        if self.removed_at:
+            told = ", ".join(f"{share:.2%} at {length} tokens" for length, share in self.removed_at.items())
+            lines.append(f"Of the prunable FLOPs are removed: {told}.")
+        return lines + [f"Note: {remark}." for remark in self.remarks()]
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -161,7 +161,11 @@ class Sublayer:
             if self.num_units and has(self.layer, path):
                 length = read if layout == "kv" else tokens
                 entries += length * width * oriented(self.layer.get_submodule(path)).shape[1]
-        return 2 * entries + (0 if self.kind == "ffn" else 4 * tokens * read * self.unit_width)
+        return 2 * entries + self.unit_products(lengths)
+
+    def unit_products(self, lengths: Mapping[str, float]) -> float:
+        """FLOPs of one unit between tokens, where no weight takes part: of queries with keys, and of those with values."""
+        return 0 if self.kind == "ffn" else 4 * lengths[self.stack_name] * lengths[self.reads] * self.unit_width
 
 
 def oriented(projection: nn.Module) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from zoo import ENCODER
+from zoo import ENCODER, make
 
+from hf_kprune.modeling_kprune import has
 from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
 
 
@@ -148,6 +149,18 @@ def masked(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> Iter
         yield
 
 
+NEVER_CUT = (
+    "What stands under *never cut* lies in the layers and stays as it is, whatever the budget: of a mixture of experts only "
+    "attention, dense FFNs and shared experts are pruned, and the report says what share of the model that is."
+)
+
+
+def untouched(name: str) -> str:
+    """What the layers of a model of the zoo hold that its family leaves as it is."""
+    paths = [path for s in find_sublayers(make(name)) for path in s.stack.untouched if has(s.layer, path)]
+    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)) or "-"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", action="store_true", help="Write docs/supported_models.md from the results of test_zoo.py.")
 
@@ -166,13 +179,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 elif key == "refused":
                     refused[value[0]] = value[1]
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = ["| model type | " + " | ".join(columns) + " |", "| --- |" + " :---: |" * len(columns)]
-    lines += [f"| {name} | " + " | ".join(row.get(c, "-") for c in columns) + " |" for name, row in sorted(cells.items())]
+    lines = ["| model type | " + " | ".join([*columns, "never cut"]) + " |", "| --- |" + " :---: |" * len(columns) + " --- |"]
+    for name, row in sorted(cells.items()):
+        lines.append(f"| {name} | " + " | ".join([*(row.get(c, "-") for c in columns), untouched(name)]) + " |")
     green = sum("**no**" not in row.values() for row in cells.values())
     lines += ["", f"{green} of {len(cells)} green, {len({n.split(':')[0] for n in cells})} model types.", ""]
     lines += ["| refused | because |", "| --- | --- |", *(f"| {name} | {why} |" for name, why in sorted(refused.items()))]
     command = 'pytest -m "slow or not slow" tests/test_zoo.py tests/test_generation.py tests/test_uniform.py --table'
-    head = f"# Supported models\n\nWritten by `{command}`; `type:variant` is another config of a type.\n\n"
+    head = f"# Supported models\n\nWritten by `{command}`; `type:variant` is another config of a type. {NEVER_CUT}\n\n"
     (ROOT / "docs" / "supported_models.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     terminalreporter.write_line("\n".join(lines))
 

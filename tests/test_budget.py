@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from dataclasses import asdict, replace
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collate, rows, tiny
+from conftest import NEVER_CUT, ROOT, collate, rows, tiny, untouched
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from zoo import ZOO, inputs_for, make
 
-from hf_kprune import ArgumentError, BudgetWarning, KPruneArguments, KPrunePruner
+from hf_kprune import ArgumentError, BudgetWarning, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.arguments import TARGETS
 from hf_kprune.cost import model_size
+from hf_kprune.hooks import matrix_flops, run_to_bottom
+from hf_kprune.sublayers import find_sublayers
 
 
 def make_pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPrunePruner:
@@ -157,3 +162,163 @@ def test_a_sweep_says_that_it_does_not_use_the_budget_of_the_arguments() -> None
         make_pruner(tiny(), sparsity=0.7).sweep([0.3])
     with pytest.warns(BudgetWarning, match="target_params is 1e.12, .* so nothing is cut"):
         make_pruner(tiny()).sweep([{"target_params": 1e12}])
+
+
+# What a budget is a share of
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "vit", "mixtral", "olmoe"])
+def test_all_flops_are_those_that_torch_counts(name: str) -> None:
+    """But for routers, whose share is small."""
+    model, kind = make(name), ZOO[name][2]
+    model.set_attn_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # a loop over experts, of which torch counts each
+    inputs = inputs_for(model, kind)
+    stacks = {s.stack_name: s for s in find_sublayers(model)}
+    lengths = {stack: float(run_to_bottom(model, inputs, s).shape[1]) for stack, s in stacks.items()}
+    products = sum(s.num_units * s.unit_products(lengths) for s in find_sublayers(model))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    batch = len(next(iter(inputs.values())))
+    counted = matrix_flops(model, inputs) + batch * products
+    routers = sum(p.numel() for n, p in model.named_parameters() if "gate.weight" in n) * 2 * batch * max(lengths.values())
+    assert counter.get_total_flops() == pytest.approx(counted + routers, rel=1e-9)
+
+
+def test_the_report_says_what_share_of_the_model_is_prunable() -> None:
+    """Experts and the head over the vocabulary count as the rest of it."""
+    model = make("mixtral")
+    before = sum(p.numel() for p in model.parameters())
+    report = make_pruner(model, sparsity=0.5).prune()
+    attention = sum(p.numel() for n, p in make("mixtral").named_parameters() if "self_attn" in n)
+    assert report.before.prunable_parameters == attention
+    assert report.before.parameters - report.after.parameters == attention - report.after.prunable_parameters
+    assert 0 < attention / before < 0.3
+    parameters, flops = report.shares()
+    assert parameters == attention / before
+    assert flops == report.before.flops / report.before.all_flops < 0.6
+    assert report.after.all_flops == pytest.approx(report.before.all_flops - report.before.flops + report.after.flops)
+    assert f"Prunable are {parameters:.1%} of all parameters and {flops:.1%} of all FLOPs." in str(report)
+
+
+def test_reports_of_before_are_still_read() -> None:
+    report = make_pruner(tiny()).prune()
+    data = json.loads(report.to_json())
+    for part, keys in ((data, ["removed_at"]), (data["before"], NEW), (data["after"], NEW)):
+        for key in keys:
+            del part[key]
+    again = PruningReport.from_json(json.dumps(data))
+    assert "Prunable are" not in str(again)
+    assert "removed" in str(again)
+
+
+NEW = ["prunable_parameters", "all_flops"]
+
+
+# Cuts that leave little
+
+
+@pytest.mark.parametrize(("name", "sparsity"), [("bert", 0.9999), ("mixtral", 0.9), ("bart", 0.9)])
+def test_a_plan_that_empties_sublayers_or_leaves_little_warns(name: str, sparsity: float) -> None:
+    model = tiny() if name == "bert" else make(name)
+    data = rows() if name != "bart" else [{**row, "labels": row["input_ids"]} for row in rows()]
+    with pytest.warns(BudgetWarning, match="attentions are left without heads .* If that is too much: ask for less"):
+        report = make_pruner(model, data, sparsity=sparsity).prune()
+    assert any(remark.endswith("less than 10%") for remark in report.remarks())
+    assert all(f"Note: {remark}." in str(report) for remark in report.remarks())
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_speed_up_that_takes_everything_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model, of which the rest takes half of the time: nothing else is twice as fast."""
+
+    def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
+        return [1.0 + sum(s.num_units for s in find_sublayers(model)) / 48 for model in models]
+
+    for module in ("algorithm", "latency", "pruner"):
+        monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
+    with pytest.warns(BudgetWarning, match="3 of 3 attentions are left without heads .*; 0.0% of the heads .*; 3 of 3 FFNs"):
+        assert make_pruner(tiny(), target_speedup=2.0).prune().sparsity == 1
+
+
+def test_a_moderate_cut_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = make_pruner(tiny(), sparsity=0.3, min_heads=1, min_neurons=2).prune()
+    assert report.remarks() == []
+    assert "Note:" not in str(report)
+
+
+# Lengths
+
+
+def removed(report: PruningReport, model: PreTrainedModel, length: float) -> float:
+    """By the formulas of the paper."""
+    head = 8 * length * 16 * 4 + 4 * length**2 * 4
+    costs = {"attention": head, "ffn": 4 * length * 16}
+    gone = sum(costs[s.kind] * (s.units - len(s.kept)) for s in report.sublayers)
+    return gone / sum(costs[s.kind] * s.units for s in report.sublayers)
+
+
+@pytest.mark.parametrize("method", ["obs", "kprune", "magnitude"])
+def test_the_budget_holds_at_the_length_asked_for(method: str) -> None:
+    model = tiny(max_position_embeddings=512)
+    report = make_pruner(model, method=method, sparsity=0.6, flops_length=512).prune()
+    assert report.sequence_length == 512
+    assert 0.6 <= report.sparsity == pytest.approx(removed(report, model, 512))
+    assert report.removed_at == {"128": pytest.approx(removed(report, model, 128)), "512": pytest.approx(report.sparsity)}
+    assert f"{report.removed_at['128']:.2%} at 128 tokens, {report.sparsity:.2%} at 512 tokens" in str(report)
+    short = make_pruner(tiny(), method=method, sparsity=0.6).prune()
+    assert short.sequence_length < 12
+    assert short.sparsity == pytest.approx(removed(short, model, short.sequence_length))
+    assert short.removed_at == {length: pytest.approx(removed(short, model, int(length))) for length in ("128", "512")}
+
+
+def test_encoder_decoders_count_on_both_sides() -> None:
+    data = [{**row, "labels": row["input_ids"][:3]} for row in rows()]
+    report = make_pruner(make("bart"), data, sparsity=0.5, flops_length=20).plan()
+    assert report.sequence_length == 20
+
+
+@pytest.mark.parametrize("name", ["vit", "wav2vec2"])
+def test_a_length_means_nothing_to_images_and_sound(name: str) -> None:
+    model = make(name)
+    key = model.main_input_name
+    value = inputs_for(model, ZOO[name][2])[key]
+    data = [{key: torch.randn(value.shape[1:], generator=torch.Generator().manual_seed(i))} for i in range(12)]
+
+    def stacked(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {key: torch.stack([row[key] for row in batch])}
+
+    pruner = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True, flops_length=128), data, stacked)
+    with pytest.raises(ArgumentError, match="flops_length is 128, but .* reads no token ids"):
+        pruner.plan()
+    args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=2_000)
+    assert KPrunePruner(model, args, data, stacked).prune().removed_at == {}
+
+
+def test_a_length_that_the_model_cannot_take_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="flops_length is 41, BertForSequenceClassification takes at most 40 tokens"):
+        make_pruner(tiny(), flops_length=41).plan()
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("obs", "pruned by obs: "), ("kprune", "K-pruned a model"), ("flap", "by flap")]
+)
+def test_only_what_k_prune_made_is_called_k_pruned(method: str, words: str) -> None:
+    first = str(make_pruner(tiny(), method=method).prune()).splitlines()[0]
+    assert words in first
+    assert ("K-pruned" in first) == (method == "kprune")
+
+
+@pytest.mark.parametrize(("name", "parts"), [("bert", "-"), ("mixtral", "experts, gate"), ("gpt_oss", "experts, router")])
+def test_the_table_of_models_says_what_is_never_cut(name: str, parts: str) -> None:
+    table = (ROOT / "docs" / "supported_models.md").read_text(encoding="utf-8")
+    assert untouched(name) == parts
+    (row,) = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
+    assert row.endswith(f"| {parts} |")
+    assert NEVER_CUT in table
