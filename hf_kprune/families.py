@@ -48,6 +48,8 @@ class Block:
             all (T5). In a pruned model every layer has its own.
         whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that says whether
             they cannot: then all of them are one unit. `""` if they can.
+        weights: Whether its model can take the attention weights of no heads, (B, 0, T, T); else it refuses
+            `output_attentions=True` once an attention is emptied.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Block:
     slices: Mapping[str, str] = field(default_factory=dict)
     table: str = ""
     whole: str = ""
+    weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -396,6 +399,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 sizes={},
                 returns=("y",),
                 whole="its heads are reshaped to the hidden size",
+                weights=False,
             ),
         ),
     ),

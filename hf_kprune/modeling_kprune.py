@@ -18,10 +18,12 @@ torch and transformers only and knows no architecture: which modules are narrowe
 """
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,19 @@ def fill(returns: Any, y: Any, arguments: dict[str, Any]) -> Any:
     return y + arguments[added] if added else y
 
 
+def with_weights(result: Any, weights: Any, appended: bool) -> Any:
+    """What an attention returned, with its attention weights in the place for them: the last one that is empty.
+
+    If there is none, and the module was asked for weights (`appended`), they come after all else.
+    """
+    if weights is None or not isinstance(result, tuple):
+        return result
+    places = [place for place, entry in enumerate(result) if entry is None]
+    if places:
+        return (*result[: places[-1]], weights, *result[places[-1] + 1 :])
+    return (*result, weights) if appended else result
+
+
 def parameter_names(module: nn.Module) -> list[str]:
     """Names of the arguments that `module` takes by position."""
     stood_for = getattr(module, "parameter_names", None)
@@ -63,30 +78,57 @@ def parameter_names(module: nn.Module) -> list[str]:
 
 
 class EmptyAttention(nn.Module):
-    """Stands in for an attention module without heads: adds nothing to the residual stream but its output bias."""
+    """Stands in for an attention module without heads: adds nothing to the residual stream but its output bias.
+
+    An instance is also one of the class that it stands in for, by which transformers finds the modules whose attention
+    weights it collects: those of no heads, (B, 0, T, keys), where that class returns weights.
+    """
 
     is_kprune_stand_in = True
 
-    def __init__(self, attention: nn.Module, kind: str, output: str | None, returns: Any):
-        super().__init__()
+    def __init__(self, attention: nn.Module, block: dict[str, Any], output: str | None):
+        nn.Module.__init__(self)
         for name, value in vars(attention).items():  # flags that the layer around it reads, such as is_sliding
             if isinstance(value, (bool, int, float, str)) and name != "training":
                 setattr(self, name, value)
-        self.kind, self.output, self.returns, self.parameter_names = kind, output, returns, parameter_names(attention)
+        self.kind, self.returns, self.has_weights = block["kind"], block["returns"], block.get("weights", True)
+        self.output, self.parameter_names = output, parameter_names(attention)
+        self.config = vars(attention).get("config")
+        self.dispatches = hasattr(sys.modules.get(type(attention).__module__), "ALL_ATTENTION_FUNCTIONS")
+        for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            getattr(self, hooks).update(getattr(attention, hooks))  # transformers hooks what it collects from only once
+        self._is_hf_initialized = True  # the initialisation of its class would look for projections
         if output is not None:  # the projection keeps its name, so its bias keeps its key in the state dict
             self.add_module(output, attention.get_submodule(output))
+
+    def __reduce__(self) -> Any:
+        return empty_like, (type(self).__bases__[1],), self.__dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         hidden = arguments[self.parameter_names[0]]
+        sources = [arguments.get(name) for name in ("key_value_states", "encoder_hidden_states")]
+        keys = next((source for source in sources if source is not None), hidden).shape[1]
         for value in arguments.values():
             if isinstance(value, Cache):
-                self.keep_in_step(value, hidden)
+                keys = self.keep_in_step(value, hidden) or keys
         y = hidden[..., :0] if self.output is None else self.get_submodule(self.output)(hidden[..., :0])
-        return fill(self.returns, y, arguments)
+        asked = arguments.get("output_attentions", True)
+        if self.dispatches:  # then it is the implementation that decides whether there are weights
+            asked = getattr(self.config, "_attn_implementation", "eager") == "eager"
+        elif arguments.get("output_attentions") and not self.has_weights:
+            raise NotImplementedError(
+                f"output_attentions is True, but {type(self).__name__} cannot return attention weights where no head is "
+                "left, as in this K-pruned model; leave output_attentions out"
+            )
+        weights = hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], keys) if asked else None
+        return with_weights(fill(self.returns, y, arguments), weights, "output_attentions" in arguments)
 
-    def keep_in_step(self, cache: Any, hidden: Any) -> None:
-        """Fill this layer's slot with zeros: models read the number of cached tokens from any of the slots."""
+    def keep_in_step(self, cache: Any, hidden: Any) -> int | None:
+        """Fill this layer's slot with zeros: models read the number of cached tokens from any of the slots.
+
+        Returns how many keys the attention would see; None if they are not those of the cache.
+        """
         told: Any = getattr(self, "layer_idx", None)
         index: Any = getattr(self, "layer_id", None) if told is None else told
         if self.kind == "cross_attention":  # filled once, and not counted
@@ -94,14 +136,25 @@ class EmptyAttention(nn.Module):
                 zeros = hidden.new_zeros(hidden.shape[0], 1, 1, 1)
                 cache.cross_attention_cache.update(zeros, zeros, index)
                 cache.is_updated[index] = True
-            return
+            return None
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         slot = cache.layers[index] if index < len(cache.layers) else None
         held = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
         heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
         zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], width)
-        cache.update(zeros, zeros, index)
+        return int(cache.update(zeros, zeros, index)[0].shape[-2])
+
+
+@functools.cache
+def empty_attention(replaced: type[nn.Module]) -> type[EmptyAttention]:
+    """The class of stand-ins for the modules of another class."""
+    return type(replaced.__name__, (EmptyAttention, replaced), {"__module__": __name__})
+
+
+def empty_like(replaced: type[nn.Module]) -> EmptyAttention:
+    """A stand-in without anything in it, which `copy` and `pickle` fill."""
+    return object.__new__(empty_attention(replaced))
 
 
 class EmptyProjection(nn.Module):
@@ -264,7 +317,8 @@ def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
     if kept == 0:
         (output,) = block["columns"]
         inside = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
-        layer.set_submodule(block["core"], EmptyAttention(core, block["kind"], inside, block["returns"]))
+        empty = empty_attention(type(core))(core, block, inside)
+        layer.set_submodule(block["core"], empty)
         return
     for key in [key for key, hook in core._forward_pre_hooks.items() if getattr(hook, "argument", None)]:
         del core._forward_pre_hooks[key], core._forward_pre_hooks_with_kwargs[key]

@@ -355,6 +355,8 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
         "slices": slices,
         "select": {a: [where, [list(range((k or 0) * heads)) for k in kept]] for a, where in block.select.items()},
     }
+    if not block.weights:
+        plan["weights"] = False
     if before is not None:
         plan |= {key: before[key] for key in ("of", "select", "rows", "slices")}
     return plan

@@ -165,8 +165,7 @@ def test_a_loaded_model_does_all_that_a_dense_one_does(tmp_path: Path, model_typ
         close(logits(loaded, head), logits(model, head))
     loaded.set_attn_implementation("eager")
     outputs = loaded(**collate(rows(3)), output_attentions=True)
-    heads = [a.shape[1] for a in outputs.attentions if a is not None]
-    assert heads == [2, 3]  # the emptied one has none
+    assert [attentions.shape[1] for attentions in outputs.attentions] == [2, 0, 3]
     assert_same(loaded, model, head)
 
     fresh = getattr(transformers, AUTO[head]).from_config(loaded.config)
@@ -650,7 +649,7 @@ def test_without_hf_kprune_the_checkpoint_brings_its_code(elsewhere: dict[str, A
     assert outputs["a new model"].isfinite().all()
     assert outputs["a new model"].shape == expected.shape
     assert found["hidden states"] == 4
-    assert found["heads"] == [2, 3]
+    assert found["heads"] == [2, 0, 3]
     if head in PIPELINES:
         here = pipeline(PIPELINES[head], model=str(elsewhere["folder"] / f"{model_type} pruned"))(TEXT)
         assert_close_json(found["pipeline"], here)
@@ -726,7 +725,7 @@ def test_the_file_that_travels_is_short_and_needs_torch_and_transformers_only() 
     text = Path(modeling_kprune.__file__).read_text()
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
-    assert len(text.splitlines()) < 480
+    assert len(text.splitlines()) < 640
 
 
 # ---------------------------------------------------------------------------------------------------------------------

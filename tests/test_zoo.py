@@ -83,6 +83,47 @@ def test_cut_equals_masked(name: str, cuts: str, record_property: Record) -> Non
         check_cut_equals_masked(model, kind, lambda plan: plan[:7] == "without" and plan != "without 0")
 
 
+def attentions_of(model: PreTrainedModel, kind: str) -> dict[str, list[Tensor | None]]:
+    """Attention weights, layer by layer, of each of the stacks of a model, by their names in its output."""
+    with torch.no_grad():
+        output = model(**inputs_for(model, kind), output_attentions=True)
+    towers = [entry for entry in output.values() if hasattr(entry, "keys")]
+    return {
+        f"{number} {name}": list(value)
+        for number, tower in enumerate([output, *towers])
+        for name, value in tower.items()
+        if name.endswith("attentions") and value is not None
+    }
+
+
+@every
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "after the dense model was asked"])
+def test_an_emptied_attention_has_its_place_among_the_attention_weights(name: str, hooked: bool) -> None:
+    """transformers hooks the modules that it collects weights from at the first time that it is asked for them."""
+    model, kind = make(name), ZOO[name][2]
+    for attention in implementations(model):
+        model.set_attn_implementation(attention)
+        dense, model = attentions_of(model if hooked else copy.deepcopy(model), kind), copy.deepcopy(model)
+        attentions = [s for s in find_sublayers(model) if s.kind != "ffn"]
+        emptied = {s.name for s in attentions if s.index == 0 or s is attentions[-1]}
+        masks = [torch.full((s.num_units,), s.name not in emptied) for s in find_sublayers(model)]
+        student = cut_all(model, masks)
+        if name == "longformer":
+            with pytest.raises(NotImplementedError, match="output_attentions is True, but LongformerSelfAttention"):
+                attentions_of(student, kind)
+            continue
+        pruned = attentions_of(student, kind)
+        assert {stack: len(weights) for stack, weights in pruned.items()} == {s: len(w) for s, w in dense.items()}
+        for stack, weights in pruned.items():
+            usual = not (name in ("yoso", "longt5", "mvp:prompt") or None in dense[stack])  # weights of (B, heads, T, keys)
+            for index, (some, before) in enumerate(zip(weights, dense[stack], strict=True)):
+                if usual and before is not None and some is not None and index == 0:
+                    assert some.shape == (len(before), 0, *before.shape[2:]), stack
+                elif 0 < index < len(weights) - 1 and before is not None:
+                    assert some is not None
+                    assert some.shape == before.shape, stack
+
+
 @every
 def test_a_query_head_of_every_group_is_a_unit_too(name: str, tmp_path: Path) -> None:
     model, kind = make(name), ZOO[name][2]

@@ -58,7 +58,7 @@ def load_each_way(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         run(implementation, model)
     full = model(**batch, output_hidden_states=True, output_attentions=True)
     found["hidden states"] = len(full.hidden_states)
-    found["heads"] = [a.shape[1] for a in full.attentions if a is not None]
+    found["heads"] = [attentions.shape[1] for attentions in full.attentions]
     run("by its own class", type(model).from_pretrained(directory))
     again = folder / task["name"]
     model.save_pretrained(again)
