@@ -147,14 +147,15 @@ class EmptyAttention(nn.Module):
 
 
 @functools.cache
-def empty_attention(replaced: type[nn.Module]) -> type[EmptyAttention]:
+def empty_attention(replaced: Any) -> Any:
     """The class of stand-ins for the modules of another class."""
     return type(replaced.__name__, (EmptyAttention, replaced), {"__module__": __name__})
 
 
-def empty_like(replaced: type[nn.Module]) -> EmptyAttention:
+def empty_like(replaced: Any) -> EmptyAttention:
     """A stand-in without anything in it, which `copy` and `pickle` fill."""
-    return object.__new__(empty_attention(replaced))
+    empty: EmptyAttention = object.__new__(empty_attention(replaced))
+    return empty
 
 
 class EmptyProjection(nn.Module):
@@ -317,8 +318,8 @@ def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
     if kept == 0:
         (output,) = block["columns"]
         inside = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
-        empty = empty_attention(type(core))(core, block, inside)
-        layer.set_submodule(block["core"], empty)
+        replaced: Any = type(core)
+        layer.set_submodule(block["core"], empty_attention(replaced)(core, block, inside))
         return
     for key in [key for key, hook in core._forward_pre_hooks.items() if getattr(hook, "argument", None)]:
         del core._forward_pre_hooks[key], core._forward_pre_hooks_with_kwargs[key]
