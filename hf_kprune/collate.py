@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import find_labels
 
 from .errors import ArgumentError, CalibrationError
-from .rows import has_choices, is_causal, needs_targets
+from .rows import has_choices, inputs_of, is_causal, needs_targets
 
 
 IGNORED = -100
@@ -99,9 +98,12 @@ def collate(
         CalibrationError: If the collator makes what the model does not take.
     """
     labels = {"label", "labels", "label_ids", *find_labels(type(model))}
-    accepted = set(inspect.signature(model.forward).parameters)
+    accepted = inputs_of(model)
     if collator is not None:
-        inputs = dict(collator([dict(row) for row in rows]))
+        batch = collator([dict(row) for row in rows])
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(f"the data collator returned {batch!r:.80}, expected a dict of tensors")
+        inputs = dict(batch)
     else:
         inputs = pad_rows(rows, processing_class, getattr(model.config.get_text_config(), "pad_token_id", None) or 0)
     targets, counted = inputs.get("labels"), None
@@ -121,7 +123,12 @@ def collate(
     surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
     if surplus:
         raise CalibrationError(
-            f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: "
-            f"{sorted(accepted - labels)}"
+            f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: {sorted(accepted)}"
+        )
+    ids = inputs.get("input_ids")
+    if ids is not None and (ids.is_floating_point() or ids.dim() < 2 or len(ids) != len(rows)):
+        raise CalibrationError(
+            f"the data collator made input_ids of {tuple(ids.shape)} in {ids.dtype} for {len(rows)} rows; expected "
+            "whole numbers, (rows, tokens)"
         )
     return inputs, counted

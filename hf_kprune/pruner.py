@@ -60,9 +60,10 @@ class KPrunePruner:
         model: A `PreTrainedModel`, or the name or path of one, which is loaded with the class that its config names.
             `prune()` changes it in place, all at once at its end; submodules that you hold on to stay dense.
         args: Options; `sparsity` is the fraction of prunable FLOPs to **remove**.
-        calibration_dataset: A `datasets.Dataset`, an `IterableDataset`, any map-style dataset of tokenised rows, or a
-            plain list of strings (or of pairs of strings), tokenised with `processing_class`. Labels in it are ignored.
-            If None, it must be passed to `prune()`.
+        calibration_dataset: Tokenised rows, or texts, pairs of texts or chats, which `processing_class` tokenises: a
+            `datasets.Dataset`, a list, a generator, a `DataLoader`, a dict of columns, a table of pandas, a list of tensors
+            (1, L) or (L,), ... `KPruneArguments.text_columns` names the columns of texts. Labels in it are ignored. If None,
+            it must be passed to `prune()`.
         data_collator: Makes batches of rows. Default: pads with `processing_class`.
         eval_dataset: For `evaluate()`, as in `Trainer`.
         processing_class: Tokenizer, saved with the model. Default, if `model` is a name or path: the one found there.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Number
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from transformers.utils import find_labels, logging
 
 from .arguments import KPruneArguments
 from .errors import ArgumentError, CalibrationError
+from .sources import CHAT_COLUMNS, depth, is_sized, read_rows, rows_of, split_rows, text_columns
 from .sublayers import family_of
+from .texts import Texts, check_not_endless
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +65,36 @@ def needs_targets(model: PreTrainedModel) -> bool:
 def flat(value: Any) -> Iterator[Any]:
     """The numbers in a list, array or tensor, or in lists of them of any lengths (choices)."""
     for entry in value.tolist() if hasattr(value, "tolist") else value:
-        yield from flat(entry) if hasattr(entry, "__len__") else (entry,)
+        yield from flat(entry) if depth(entry) else (entry,)
+
+
+def inputs_of(model: PreTrainedModel) -> set[str]:
+    """Names of the inputs of a model, without those for labels."""
+    names = {"label", "labels", "label_ids", *find_labels(type(model))}
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - names
+
+
+def plain(value: Any) -> Any:
+    """A list of single numbers in tensors or arrays as one of plain numbers; anything else as it is."""
+    if isinstance(value, (list, tuple)) and any(hasattr(entry, "ndim") and not depth(entry) for entry in value):
+        return [entry.item() if hasattr(entry, "item") else entry for entry in value]
+    return value
+
+
+def strays(value: Any, dims: int) -> Iterator[tuple[Any]]:
+    """What in lists or tensors of so many dimensions is no whole number, each in a tuple of its own."""
+    if dims == 0 or not depth(value):
+        if dims or isinstance(value, bool) or not isinstance(value, Integral):
+            yield (value,)
+        return
+    for entry in value.tolist() if hasattr(value, "tolist") else value:
+        yield from strays(entry, dims - 1) if dims > 1 or depth(entry) else strays(entry, 0)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The length of a list, and those of the lists in it."""
+    return (len(value), *(map(len, value) if depth(value) > 1 else ())) if depth(value) else ()
 
 
 def floats(value: Any) -> Tensor | None:
@@ -94,8 +125,7 @@ def row_length(row: dict[str, Any], tokens_per_row: TokensPerRow | None = None) 
 
 def has_choices(row: dict[str, Any]) -> bool:
     """Whether a row holds several sequences (multiple choice)."""
-    ids = row.get("input_ids", ())
-    return ids.ndim > 1 if hasattr(ids, "ndim") else len(ids) > 0 and hasattr(ids[0], "__len__")
+    return depth(row.get("input_ids", ())) > 1
 
 
 @dataclass
@@ -130,7 +160,8 @@ class Reader:
         names = model.main_input_name
         self.main: str = names if isinstance(names, str) else names[0]
         self.labels = {"label", "labels", "label_ids", *find_labels(type(model))}
-        self.accepted = set(inspect.signature(model.forward).parameters) - self.labels
+        self.accepted = inputs_of(model)
+        self.dims = {"pixel_values": 3, "input_features": 2}.get(self.main, 2 if "MultipleChoice" in self.name else 1)
         sound = self.accepted & {"input_values", "input_features"}
         self.sense = "image" if "pixel_values" in self.accepted else "audio" if sound else None
         self.causal = is_causal(model)
@@ -139,15 +170,17 @@ class Reader:
         decoder = model.get_decoder() if self.needs_targets else model
         self.target_limit = max_positions(decoder) if isinstance(decoder, PreTrainedModel) else self.limit
         self.target_vocabulary = vocabulary(model, decoder)
-        self.digest, self.told = hashlib.sha256(), False
+        self.texts = Texts(processing_class, args, self.limit, self.needs_targets)
+        self.types = getattr(model.config.get_text_config(), "type_vocab_size", None)
+        self.digest, self.told, self.warned = hashlib.sha256(), False, set[str]()
 
     def read(self, index: int, raw: Any, tokens_per_row: TokensPerRow | None) -> tuple[dict[str, Any], int]:
         """A row of those columns that are used, with floats in tensors, and its tokens; 0 if there is nothing in it."""
-        columns = self.columns(raw)
+        columns = {key: plain(value) for key, value in self.columns(raw).items()}
         used = self.accepted & columns.keys()
         if "labels" in columns and self.needs_targets and "decoder_input_ids" not in columns:
             used.add("labels")
-        elif "labels" in columns and self.causal and -100 in np.ravel(columns["labels"]):
+        elif self.causal and depth(columns.get("labels")) and -100 in flat(columns["labels"]):
             used.add("labels")
             if (labels := len(columns["labels"])) != (length := len(columns.get("input_ids", ()))):
                 raise CalibrationError(
@@ -156,23 +189,29 @@ class Reader:
                 )
         surplus = sorted(columns.keys() - used - self.labels)
         if self.main not in columns or (surplus and not self.args.remove_unused_columns):
-            text = "tokenise the texts (dataset.map), or pass them as a plain list of strings with processing_class"
+            text = (
+                "tokenise the texts (dataset.map), or pass processing_class and either a plain list of strings or, in "
+                "text_columns, the names of the columns that hold the texts"
+            )
             other = f"make {self.main} of them (dataset.map), or pass a column {self.sense!r} and processing_class"
             raise CalibrationError(
                 f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes {sorted(self.accepted)}; "
                 + (text if self.main == "input_ids" else other)
-                + (", and drop the other columns or set remove_unused_columns=True" if surplus else "")
+                + ("" if self.args.remove_unused_columns else ", and drop the other columns or set remove_unused_columns=True")
             )
         if surplus and not self.told:
             logger.info("not used for calibration: the columns %s", ", ".join(surplus))
         self.told = True
+        if "input_ids" in used:
+            self.check_whole(f"calibration row {index} has", {key: columns[key] for key in used})
         row = {key: value for key, value in columns.items() if key in used or (self.keep_labels and key in self.labels)}
         row |= {key: tensor for key in used if "mask" not in key and (tensor := floats(row[key])) is not None}
 
-        count = row_tokens(row, tokens_per_row)
         if "input_ids" in row:
             has = f"calibration row {index} has"
             self.check_ids(has, list(flat(row["input_ids"])), row_length(row), self.limit, self.vocabulary)
+            self.check_beside(has, row)
+        count = row_tokens(row, tokens_per_row)
         if self.needs_targets:
             targets = [row[key] for key in ("decoder_input_ids", "labels") if key in row]
             if not targets:
@@ -195,6 +234,38 @@ class Reader:
             self.digest.update(np.ascontiguousarray(value).tobytes())
         return row, count
 
+    def check_whole(self, has: str, columns: dict[str, Any]) -> None:
+        """Raise `CalibrationError` unless ids are whole numbers, in as many dimensions as the model reads."""
+        if depth(columns["input_ids"]) != self.dims and self.dims > 1:
+            raise CalibrationError(
+                f"{has} a single text, but {self.name} compares choices; name the question and its choices in "
+                "text_columns, or pass input_ids of (choices, tokens)"
+            )
+        for key in ("input_ids", "decoder_input_ids", "labels", "token_type_ids", "position_ids"):
+            value = columns.get(key, ())
+            dims = self.dims if key == "input_ids" else max(1, depth(value))
+            for (stray,) in strays(value, dims):
+                raise CalibrationError(
+                    f"{has} {stray!r:.80} in its {key}, expected whole numbers{', in lists of them' if dims > 1 else ''}"
+                )
+
+    def check_beside(self, has: str, columns: dict[str, Any]) -> None:
+        """Raise `CalibrationError` unless what comes with ids is one number for each of them, and one that can be."""
+        shape = shape_of(columns["input_ids"])
+        for key in ("attention_mask", "token_type_ids"):
+            if key in columns and shape_of(columns[key]) != shape:
+                raise CalibrationError(
+                    f"{has} {key} of {shape_of(columns[key])} for input_ids of {shape}; expected one number for each token"
+                )
+        if not {*flat(columns.get("attention_mask", ()))} <= {0, 1}:
+            raise CalibrationError(f"{has} an attention_mask of other numbers than 0, for padding, and 1; expected these")
+        types = {*flat(columns.get("token_type_ids", ()))}
+        if types and self.types and not 0 <= min(types) <= max(types) < self.types:
+            raise CalibrationError(
+                f"{has} token_type_ids {min(types)} to {max(types)}, {self.name} has {self.types} types of tokens; was it "
+                "made with another tokenizer?"
+            )
+
     def check_ids(self, has: str, ids: list[int], length: int, limit: int | None, vocabulary: int | None) -> None:
         if limit is not None and length > limit:
             raise CalibrationError(
@@ -207,61 +278,90 @@ class Reader:
                 "another tokenizer?"
             )
 
+    def split(self, raw: Any) -> Iterable[Any]:
+        """The rows in an entry of the dataset: itself, or those of a batch of token ids, (1, L) or more."""
+        if self.main == "input_ids" and depth(ids := self.named(raw).get("input_ids", ())) > self.dims:
+            return split_rows(self.named(raw), len(ids))
+        return [raw]
+
+    def named(self, raw: Any) -> dict[str, Any]:
+        """An entry of the dataset as columns by name."""
+        if isinstance(raw, Mapping):
+            inputs = self.accepted - {self.main}
+            return {key: value for key, value in raw.items() if value is not None or key not in inputs | self.labels}
+        if self.main == "input_ids":
+            if isinstance(raw, (tuple, list)) and raw and all(isinstance(part, Mapping) for part in raw):
+                return {"messages": raw}
+            if isinstance(raw, (tuple, list)) and any(isinstance(part, str) for part in raw):
+                texts = [part for part in raw if not isinstance(part, (Number, Tensor)) or part != part]  # but for labels
+                return {"text": texts[0] if len(texts) == 1 else texts}
+            if isinstance(raw, (tuple, list)) and depth(raw) > 1 and (isinstance(raw, tuple) or hasattr(raw[0], "ndim")):
+                return self.tuple_of_ids(*raw)
+            if depth(raw):
+                return {"input_ids": raw}
+            return {"text": raw} if isinstance(raw, str) else {}
+        if isinstance(raw, str):
+            return {}
+        if isinstance(raw, tuple) and raw and not isinstance(raw[0], (int, float)):
+            raw = raw[0]  # an image or sound, and a label
+        ready = self.sense is None or (self.processing_class is None and floats(raw) is not None)
+        return {self.main if ready else str(self.sense): raw}
+
+    def tuple_of_ids(self, ids: Any, *others: Any) -> dict[str, Any]:
+        """Token ids, with the mask if that comes next. What else a tuple has, as targets, is not read, which is said."""
+        columns, used = {"input_ids": ids}, 0
+        if others and depth(others[0]) and {*flat(others[0])} <= {0, 1} and not {*flat(ids)} <= {0, 1}:
+            columns["attention_mask"], used = others[0], 1
+        if others[used:]:
+            self.warn("the calibration rows are tuples: their token ids are read, and a mask that comes next, nothing else")
+        return columns
+
+    def warn(self, message: str) -> None:
+        """Once for all rows."""
+        if message not in self.warned:
+            logger.warning(message)
+        self.warned.add(message)
+
     def columns(self, raw: Any) -> dict[str, Any]:
         """A row of the dataset with what is in it, a text, a chat, an image or sound, made into inputs of the model."""
-        if named := isinstance(raw, Mapping):
-            columns = dict(raw)
-        elif self.main == "input_ids" and isinstance(raw, (str, tuple, list)):
-            columns = {"messages" if raw and all(isinstance(part, Mapping) for part in raw) else "text": raw}
-        elif self.sense is not None and not isinstance(raw, str):
-            columns = {self.sense: raw}
-        else:
+        columns = self.named(raw)
+        if not columns and not isinstance(raw, Mapping):
             raise CalibrationError(f"a calibration row is {raw!r:.80}, expected a mapping of columns, {self.main} among them")
-        if self.main in columns:
+        chosen = self.args.text_columns if isinstance(raw, Mapping) else None
+        if self.main in columns and not (chosen and columns.keys() >= {*chosen}):
             return columns
-        texts = self.main == "input_ids"
+        chat = next((name for name in CHAT_COLUMNS if name in columns), None) if chosen is None else None
         if self.sense in columns:
             made = self.features(columns)
-        elif texts and "messages" in columns:
-            made = self.chat(columns.pop("messages"))
-        elif texts and columns.keys() - self.labels == {"text"} and not (named and self.processing_class is None):
-            made = self.tokens(columns.pop("text"))
+        elif self.main != "input_ids":
+            return columns
+        elif chat is not None:
+            made = self.texts.chat(columns.pop(chat))
+        elif not isinstance(raw, Mapping) and "text" in columns:
+            made = self.texts.tokens(columns.pop("text"))
+        elif (names := text_columns(columns.keys(), chosen, self.needs_targets)) and self.processing_class is not None:
+            made = self.of_texts(names, columns)
         else:
             return columns
         return columns | {key: value for key, value in made.items() if key in self.accepted or key == "labels"}
 
-    def tokenizer(self, what: str) -> Any:
-        if self.processing_class is None:
-            raise ArgumentError(f"the calibration dataset holds {what}: pass processing_class, the model's tokenizer")
-        return getattr(self.processing_class, "tokenizer", self.processing_class)  # of a processor for texts and more
-
-    def truncation(self) -> dict[str, Any]:
-        longest = min((n for n in (self.args.max_seq_length, self.limit) if n is not None), default=None)
-        return {"truncation": longest is not None, "max_length": longest}
-
-    def tokens(self, text: Any) -> dict[str, Any]:
-        """Of a text or a pair of texts; of a source and a target, which become `labels`, where the decoder needs one."""
-        tokenizer = self.tokenizer("texts")
-        pair = tuple(text) if isinstance(text, (tuple, list)) else (text,)
-        if len(pair) not in (1, 2) or not all(isinstance(part, str) for part in pair):
-            raise CalibrationError(f"a calibration text is {text!r}, expected a string or a pair of strings")
-        if self.needs_targets and len(pair) == 2:
-            return dict(tokenizer(pair[0], text_target=pair[1], **self.truncation()))
-        return dict(tokenizer(*pair, **self.truncation()))
-
-    def chat(self, messages: Any) -> dict[str, Any]:
-        """Of a chat; `labels` are -100 where the assistant does not speak, if the template tells."""
-        tokenizer = self.tokenizer("chats")
-        if getattr(tokenizer, "chat_template", None) is None:
-            name = type(tokenizer).__name__
-            raise ArgumentError(f"the calibration dataset holds chats, {name} has no chat_template: set it, or pass texts")
-        tells = tokenizer.is_fast and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
-        options = {"return_dict": True, "return_assistant_tokens_mask": tells, **self.truncation()}
-        made = dict(tokenizer.apply_chat_template(messages, **options))
-        if tells:
-            spoken = zip(made["input_ids"], made.pop("assistant_masks"), strict=True)
-            made["labels"] = [token if ours else -100 for token, ours in spoken]
-        return made
+    def of_texts(self, names: tuple[str, ...], columns: dict[str, Any]) -> dict[str, Any]:
+        """Token ids of the texts in columns of these names, which are taken out of `columns`."""
+        texts = [columns.pop(name) for name in dict.fromkeys(names)]
+        texts = [dict(zip(dict.fromkeys(names), texts, strict=True))[name] for name in names]
+        others = sorted(key for key, value in columns.items() if isinstance(value, str) and key not in self.labels)
+        if others and len(names) == 1 and self.args.text_columns is None:
+            self.warn(
+                f"the calibration texts are read from the column {names[0]}, not from {', '.join(others)}; choose with "
+                "text_columns"
+            )
+        if self.dims > 1:
+            return self.texts.choices(texts)
+        if len(texts) > 2:
+            raise ArgumentError(f"text_columns names {len(texts)} columns, {self.name} takes one or two")
+        if len(texts) == 1 and isinstance(texts[0], list) and (names != ("text",) or len(texts[0]) > 2):
+            return self.texts.words(texts[0])
+        return self.texts.tokens(texts[0] if len(texts) == 1 else tuple(texts))
 
     def features(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Of an image or of sound, and of the text beside it if the processor is for both. Takes them out of `columns`."""
@@ -293,35 +393,6 @@ class Reader:
             raise CalibrationError(f"{name} made {shapes} of one {sense}, expected one row; pass rows with {self.main}")
         return {key: part[0] for key, part in made.items()}
 
-    def pack(self, dataset: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """Blocks of one length, cut from all texts in their order, one after the other. What is left over is dropped."""
-        if self.main != "input_ids":
-            raise ArgumentError(f"packing is True, expected False: {self.name} takes {self.main}, no texts")
-        tokenizer = self.tokenizer("texts")
-        block = min(n for n in (self.args.max_seq_length or 1024, self.limit) if n is not None)
-        stream: list[int] = []
-        last, made = None, False
-        for raw in dataset:
-            text = raw.get("text") if isinstance(raw, Mapping) else raw
-            if not isinstance(text, str):
-                held = f"the columns {sorted(raw)}" if isinstance(raw, Mapping) else repr(raw)
-                raise CalibrationError(f"packing takes strings or a column 'text', the calibration dataset has {held}")
-            if not text.strip():
-                continue
-            if last is not None and tokenizer.eos_token_id not in (None, last):
-                stream.append(tokenizer.eos_token_id)
-            stream += tokenizer(text, verbose=False)["input_ids"]  # or it would warn of long documents
-            last = stream[-1]
-            for start in range(0, len(stream) - block + 1, block):
-                yield {"input_ids": stream[start : start + block]}
-                made = True
-            stream = stream[len(stream) // block * block :]
-        if stream and not made:
-            raise CalibrationError(
-                f"packed, the calibration texts hold {len(stream)} tokens, fewer than a block of {block}; give more texts or "
-                "lower max_seq_length"
-            )
-
 
 def draw_rows(
     model: PreTrainedModel,
@@ -338,38 +409,46 @@ def draw_rows(
     in them marks tokens of a causal language model that do not count. `tokens_per_row` counts the tokens of rows without
     `input_ids`, which are refused if it is None.
     """
-    if isinstance(dataset, (str, Mapping)):  # both have a length and items, which are no rows
-        raise CalibrationError(
-            f"the calibration dataset is a {type(dataset).__name__}, expected a dataset of rows or a list of texts (of a "
-            "DatasetDict, pass one split)"
-        )
     reader = Reader(model, processing_class, args, keep_labels)
     source = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
-    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    dataset = rows_of(dataset, reader.main, reader.dims)
+    sized = is_sized(dataset)
     if args.packing:
-        blocks = reader.pack((dataset[i] for i in range(len(dataset))) if sized else dataset)
+        if reader.main != "input_ids":
+            raise ArgumentError(f"packing is True, expected False: {reader.name} takes {reader.main}, no texts")
+        blocks = reader.texts.pack((raw for _, raw in read_rows(dataset, sized, None)), sized)
         dataset = list(blocks) if sized else blocks
-    drawn: Iterable[tuple[int, Any]] = enumerate(dataset)
-    if sized:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        drawn = ((index, dataset[index]) for index in order)
 
     rows: list[dict[str, Any]] = []
-    tokens = measured = 0
-    for index, raw in drawn:
-        row, count = reader.read(index, raw, tokens_per_row)
-        if count == 0:
-            continue
-        rows.append(row)
-        if tokens < (args.num_measure_tokens or args.num_tokens):
-            measured = len(rows)
-        tokens += count
+    tokens = measured = empty = passed = 0
+    for index, raw in read_rows(dataset, sized, args.seed):
+        for single in reader.split(raw):
+            row, count = reader.read(index, single, tokens_per_row)
+            empty, passed = (0, passed) if count else (empty + 1, passed + 1)
+            if count == 0:
+                if not sized:
+                    check_not_endless(empty)
+                continue
+            rows.append(row)
+            if tokens < (args.num_measure_tokens or args.num_tokens):
+                measured = len(rows)
+            tokens += count
+            if tokens >= args.num_tokens:
+                break
         if tokens >= args.num_tokens:
             break
     if not rows:
-        raise CalibrationError("the calibration dataset is empty; a few hundred rows like those the model will see will do")
+        why = f": none of its {passed} rows has a token that is not padding" if passed else ""
+        raise CalibrationError(
+            f"the calibration dataset is empty{why}; a few hundred rows like those the model will see will do (an iterator "
+            "can be read only once)"
+        )
     if reader.causal and any("labels" in row for row in rows):
         rows = [{**row, "labels": row.get("labels", row["input_ids"])} for row in rows]  # all or none: they are batched
+    names = {frozenset(row.keys() - reader.labels) for row in rows}
+    if len(names) > 1:
+        kinds = " and others ".join(", ".join(sorted(name)) for name in names)
+        raise CalibrationError(f"some calibration rows have the columns {kinds}; give all rows the same columns")
     fingerprint = {
         "dataset": source,
         "rows": len(rows),

@@ -182,7 +182,7 @@ def test_empty_rows_are_passed_over_and_nothing_else_is_an_error() -> None:
 
 def test_a_text_and_a_dict_of_splits_are_no_datasets() -> None:
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(3))})
-    for dataset, name in (("w5 w6", "str"), (splits, "DatasetDict"), (rows(1)[0], "dict")):
+    for dataset, name in (("w5 w6", "str"), (splits, "DatasetDict"), (dict(splits), "dict"), (5, "int"), (None, "NoneType")):
         with pytest.raises(CalibrationError, match=f"is a {name}, expected a dataset of rows or a list of texts"):
             drawn(dataset, tokenizer())
 
@@ -203,9 +203,9 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
         ({"input_ids": [5] * 41}, "has 41 tokens, BertForSequenceClassification takes at most 40.*max_length=40"),
         ({"input_ids": [5, 60]}, "token ids 5 to 60, the model's vocabulary has 60"),
         ({"input_ids": [5, -1]}, "token ids -1 to 5, the model's vocabulary has 60"),
-        ({"sentence": "w5"}, r"has the columns \['sentence'\].*tokenise the texts"),
+        ({"phrase": "w5"}, r"has the columns \['phrase'\].*tokenise the texts"),
         (5 * ("w5",), r"expected a string or a pair of strings"),
-        ((3, 4), r"a calibration text is \(3, 4\), expected a string or a pair of strings"),
+        ((3, "w5", "w6", "w7"), r"a calibration text is \['w5', 'w6', 'w7'\], expected a string or a pair of strings"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(row: Any, message: str) -> None:

@@ -471,7 +471,7 @@ def test_chats_without_a_template_or_a_tokenizer_are_refused() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_column_of_texts_is_tokenised_if_it_is_the_only_one() -> None:
+def test_a_column_of_texts_is_tokenised_if_its_name_is_known() -> None:
     texts = ["w5 w6", "w7"]
     expected = drawn("GPT2LMHeadModel", texts, tokenizer())
     for dataset in (
@@ -482,8 +482,8 @@ def test_a_column_of_texts_is_tokenised_if_it_is_the_only_one() -> None:
         assert drawn("GPT2LMHeadModel", dataset, tokenizer()).rows == expected.rows
         with pytest.raises(CalibrationError, match="has the columns .*'text'.* tokenise the texts"):
             drawn("GPT2LMHeadModel", dataset)
-    with pytest.raises(CalibrationError, match=r"has the columns \['text', 'title'\]"):
-        drawn("GPT2LMHeadModel", [{"text": "w5", "title": "w6"}], tokenizer())
+    with pytest.raises(CalibrationError, match=r"has the columns \['headline', 'title'\].* in text_columns, the names"):
+        drawn("GPT2LMHeadModel", [{"headline": "w5", "title": "w6"}], tokenizer())
     with pytest.raises(CalibrationError, match="a calibration text is None, expected a string"):
         drawn("GPT2LMHeadModel", [{"text": None}], tokenizer())
 
