@@ -228,9 +228,8 @@ class KPruneArguments:
         check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
         check("flops_length", self.flops_length is None or self.flops_length >= 1, "at least 1")
         check("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 1, "at least 1")
-        names = self.text_columns
-        proper = names is None or (isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names))
-        check("text_columns", proper and names != [], 'a list of names of columns, such as ["premise", "hypothesis"]')
+        named = self.text_columns is None or bool(self.text_columns and all(self.text_columns))
+        check("text_columns", named, 'a list of names of columns, such as ["premise", "hypothesis"]')
         check("temperature", self.temperature > 0, "over 0")
         check("lambda_pred", self.lambda_pred >= 0, "at least 0")
         check("lambda_rep", self.lambda_rep > 0, "over 0: the first sublayer, below which nothing differs, has no other score")

@@ -291,9 +291,9 @@ def test_names_that_are_no_inputs_are_not_listed_and_a_default_is_no_advice() ->
     assert drawn(GPT, [{"input_ids": [5], "kwargs": 1}]).rows == [{"input_ids": [5]}]
 
 
-@pytest.mark.parametrize("value", ["sentence", [], [5], [""], {"a": 1}])
+@pytest.mark.parametrize("value", [[], [5], [""], {"a": 1}])
 def test_text_columns_are_names(value: Any) -> None:
-    with pytest.raises(ArgumentError, match="text_columns is .*, expected a list of names of columns"):
+    with pytest.raises(ArgumentError, match="text_columns is .*, expected a list of"):
         KPruneArguments(text_columns=value)
 
 
