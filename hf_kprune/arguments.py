@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import TrainingArguments
 
+from .destination import as_text, check_destination
 from .errors import ArgumentError
 from .methods import METHODS
 from .validation import check_fields, known_keywords, show, suggestion
@@ -69,8 +71,8 @@ class KPruneArguments:
         ArgumentError: If a value cannot be.
     """
 
-    output_dir: str | None = _option(None, "Where the pruned checkpoint is written. Must be new or empty.")
-    overwrite_output_dir: bool = _option(False, "Replace output_dir if it holds files.")
+    output_dir: str | None = _option(None, "Where the pruned checkpoint is written. New, empty, or an old checkpoint.")
+    overwrite_output_dir: bool = _option(False, "Replace the checkpoint that output_dir holds; other files in it stay.")
     sparsity: float | None = _option(
         Unasked(0.5),
         "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter. Prunable are attention heads and FFN "
@@ -206,6 +208,8 @@ class KPruneArguments:
             if not holds:
                 raise ArgumentError(f"{name} is {show(getattr(self, name))}, expected {expected}")
 
+        if self.output_dir is not None:
+            as_text(self.output_dir)
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if self.sparsity is None or isinstance(self.sparsity, Unasked):
             self.sparsity = None if targets else Unasked(0.5)
@@ -242,6 +246,11 @@ class KPruneArguments:
             able = [name for name, made in METHODS.items() if made(self).in_time]
             check("method", self.method in able, f"with {targets[0]}, one of {', '.join(able)}")
             check("uniform", not self.uniform, f"False with {targets[0]}")
+        try:  # the parser of save_pretrained itself
+            split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            expected = "expected a number with TB, GB, MB or KB, such as 5GB"
+            raise ArgumentError(f"max_shard_size is {self.max_shard_size!r}, {expected}") from error
         none = self.budget == ("sparsity", 0)
         check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
         for name in ("tune_bias", "tune_inputs"):
@@ -275,16 +284,18 @@ class KPruneArguments:
         targets = ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None)
         return next(targets, ("sparsity", float(self.sparsity or 0)))
 
-    def check_output_dir(self, output_dir: str | None = None) -> str:
-        """The directory to save to. Raises `ArgumentError` if there is none or if it holds files that are to stay."""
-        path = output_dir or self.output_dir
+    def check_output_dir(self, output_dir: Any = None, read_from: Iterable[Any] = (), size: float = 0) -> str:
+        """The directory to save to, as text. Raises `ArgumentError` if there is none, or if it cannot or must not be written.
+
+        Args:
+            output_dir: Instead of the one of these options.
+            read_from: Files and directories that must not be replaced, as the model and the data are read from them.
+            size: Bytes that the checkpoint will take; 0 if that is not known.
+        """
+        path = self.output_dir if output_dir is None else output_dir
         if path is None:
             raise ArgumentError("no output_dir: pass it to KPruneArguments or to save_model()")
-        if os.path.isfile(path):
-            raise ArgumentError(f"output_dir {path!r} is a file, expected a directory")
-        if os.path.isdir(path) and os.listdir(path) and not self.overwrite_output_dir:
-            raise ArgumentError(f"output_dir {path!r} is not empty; name another or set overwrite_output_dir=True")
-        return path
+        return check_destination(path, self.overwrite_output_dir, read_from, size)
 
     def training_arguments(self, output_dir: str) -> TrainingArguments:
         """The same options for the `Trainer` that evaluates and predicts, and for the integrations of `report_to`."""

@@ -1,9 +1,10 @@
 """Checkpoints: loading through plain `from_pretrained`, and saving that leaves either nothing or a whole checkpoint.
 
-`import hf_kprune` wraps four functions of transformers; each does nothing for a model whose config has no `kprune`:
+`import hf_kprune` wraps five functions of transformers; each does nothing for a model whose config has no `kprune`:
 
     PreTrainedModel.post_init             shrinks the model, built on the meta device, before its weights are loaded
     PreTrainedModel.from_pretrained       refuses weights that do not fit the plan
+    PreTrainedConfig.get_config_dict      completes a save that was killed while it moved files
     PreTrainedConfig.from_dict            takes off the notice that stops plain transformers
     PreTrainedConfig.to_json_file         adds modeling_kprune.py, its auto_map and the notice, before uploads too
 """
@@ -11,19 +12,19 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from . import modeling_kprune
 from .modeling_kprune import CheckpointError, is_pruned, load_checked, seal, shrink, unseal
+from .saving import aside, not_written, put, recover
 
 
 def auto_map(model_type: str) -> dict[str, str]:
@@ -38,11 +39,12 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def install() -> None:
-    """Wrap the four functions. Calling it again changes nothing."""
+    """Wrap the five functions. Calling it again changes nothing."""
     if getattr(PreTrainedModel.post_init, "is_kprune", False):
         return
     post_init = PreTrainedModel.post_init
     load = PreTrainedModel.__dict__["from_pretrained"].__func__
+    find = PreTrainedConfig.__dict__["get_config_dict"].__func__
     read = PreTrainedConfig.__dict__["from_dict"].__func__
     write = PreTrainedConfig.to_json_file
 
@@ -54,6 +56,11 @@ def install() -> None:
     @functools.wraps(load)
     def load_and_check(cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
         return load_checked(functools.partial(load, cls), name, *args, **kwargs)
+
+    @functools.wraps(find)
+    def recover_and_find(cls: type[PreTrainedConfig], pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        recover(pretrained_model_name_or_path)
+        return find(cls, pretrained_model_name_or_path, **kwargs)
 
     @functools.wraps(read)
     def read_and_unseal(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -76,45 +83,40 @@ def install() -> None:
     shrink_then_post_init.is_kprune = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = shrink_then_post_init
     PreTrainedModel.from_pretrained = classmethod(load_and_check)
+    PreTrainedConfig.get_config_dict = classmethod(recover_and_find)  # type: ignore[arg-type]
     PreTrainedConfig.from_dict = classmethod(read_and_unseal)  # type: ignore[arg-type]
     PreTrainedConfig.to_json_file = write_and_seal
 
 
-def save_atomically(model: PreTrainedModel, output_dir: str, max_shard_size: str, add: Callable[[str], None]) -> None:
-    """Write `model` beside `output_dir`, reload it, compare every tensor, and only then move it there.
+def save_atomically(
+    model: PreTrainedModel, output_dir: str, max_shard_size: str, add: Callable[[str], None], overwrite: bool = True
+) -> None:
+    """Write `model` near `output_dir`, reload it, compare every tensor, and only then put it in place.
 
-    A kill at any moment leaves `output_dir` absent (or as it was) or whole; what is left behind then is a folder whose
-    name begins with `.` and ends with `.tmp`.
+    A kill at any moment leaves `output_dir` absent (or as it was), or whole, or such that the next save or load completes it;
+    what is left behind then is one folder whose name begins with `.` and ends with `.tmp`, which the next save to the same
+    place removes. saving.py has the whole of it.
 
     Args:
         model: A pruned or plain model.
-        output_dir: Replaced if it exists.
+        output_dir: Made if need be. Files in it that are no checkpoint's stay.
         max_shard_size: As in `save_pretrained`.
         add: Called with the folder to write everything else into it (tokenizer, report, model card).
+        overwrite: Whether a checkpoint that is there is replaced.
 
     Raises:
-        CheckpointError: If what was written does not load back to the same tensors; nothing is left behind then.
+        ArgumentError: If something is there that must not be replaced.
+        CheckpointError: If it cannot be written, or does not load back to the same tensors; nothing is left behind then.
     """
     target = Path(output_dir).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder:
-        aside = Path(folder) / "new"
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
-        add(str(aside))
-        verify(model, str(aside))
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        old = Path(folder) / "old"
-        if target.exists():
-            target.rename(old)
-        try:
-            aside.rename(target)
-        except BaseException:  # Ctrl-C too: give back what was there
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
+    try:
+        with aside(target) as new:
+            model.save_pretrained(new, max_shard_size=max_shard_size)
+            add(str(new))
+            verify(model, str(new))
+            put(new, target, overwrite)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(not_written(target, error, sum(p.nbytes for p in model.parameters()))) from error
 
 
 def verify(model: PreTrainedModel, directory: str) -> None:

@@ -1,7 +1,8 @@
-"""Run by test_checkpoint.py: stop `save_model` at every one of its file operations, in a forked child each, by SIGKILL or
-by an exception, and look at what is left.
+"""Run by test_saving.py: stop `save_model` at every one of its file operations, in a forked child each, by SIGKILL or by an
+exception, look at what is left, and at what the next load and the next save make of it.
 
     python tests/kill_while_saving.py FOLDER        prints, as JSON, how often each state was found
+    python tests/kill_while_saving.py FOLDER 200    kills that many prunings and savings at random moments instead
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from conftest import tiny
 from test_checkpoint import files, pruned, report, tokenizer
+from transformers import AutoConfig
 
-from hf_kprune import KPruneArguments, KPrunePruner
+from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
+from hf_kprune.saving import aside
 
 
 NOT_REACHED, FAILED, BROKEN = 3, 4, 5
@@ -34,7 +39,7 @@ def in_a_child(action: Callable[[], int | None]) -> int:
     if child == 0:
         try:
             os._exit(action() or 0)
-        except OSError as error:
+        except (ArgumentError, CheckpointError) as error:
             if "no space left" in str(error):
                 os._exit(FAILED)
             traceback.print_exc()
@@ -53,7 +58,8 @@ def stop_at(moment: int, mode: str, folder: Path) -> Callable[[], int]:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal counted
-        writes = event == "open" and isinstance(arguments[1], str) or event in ("os.rename", "os.mkdir", "shutil.copyfile")
+        opens = event == "open" and isinstance(arguments[1], str) and not arguments[1].startswith("r")
+        writes = opens or event in ("os.rename", "os.mkdir", "shutil.copyfile")
         cleans = event in ("os.remove", "os.rmdir")
         if not (writes or cleans and mode == "kill") or not str(arguments[0]).startswith(str(folder)):
             return
@@ -67,42 +73,78 @@ def stop_at(moment: int, mode: str, folder: Path) -> Callable[[], int]:
     return lambda: counted
 
 
-def main() -> None:
-    folder = Path(sys.argv[1]).resolve()
+STARTS: dict[str, dict[str, bytes]] = {  # and what lies beside the old checkpoint
+    "absent": {},
+    "a checkpoint": {},
+    "a checkpoint and more": {"notes.txt": b"precious", "data/rows.csv": b"precious too"},
+}
+
+
+def begin(out: Path, content: dict[str, bytes]) -> None:
+    """Make `out` hold this, and nothing else be near it."""
+    shutil.rmtree(out.parent, ignore_errors=True)
+    out.parent.mkdir()
+    for name, data in content.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+
+
+def at_every_operation(folder: Path, pruner: KPrunePruner, old: dict[str, bytes]) -> dict[str, Counter[str]]:
     out = folder / "work" / "out"
-    arguments = KPruneArguments(output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True)
-    pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
-    pruner.report = report()
     assert in_a_child(lambda: pruner.save_model(str(folder / "reference"))) == 0
-    whole, old = files(folder / "reference"), {"config.json": b"old", "other.txt": b"old too"}
+    new = files(folder / "reference")
     found: dict[str, Counter[str]] = {}
-    for mode, start in (("kill", "absent"), ("kill", "present"), ("error", "present")):
+    for mode, start in [("kill", start) for start in STARTS] + [("error", "a checkpoint"), ("error", "a checkpoint and more")]:
         outcomes = found[f"{mode}, {start}"] = Counter()
-        before = old if start == "present" else {}
+        more = STARTS[start]
+        before = {} if start == "absent" else {**old, **more}
+        after = {**new, **more}
         for moment in range(1, 1000):
-            shutil.rmtree(folder / "work", ignore_errors=True)
-            (folder / "work").mkdir()
-            for name, content in before.items():
-                out.mkdir(exist_ok=True)
-                (out / name).write_bytes(content)
+            begin(out, before)
 
             def save(moment: int = moment, mode: str = mode) -> int:
                 operations = stop_at(moment, mode, folder)
                 pruner.save_model()
                 return NOT_REACHED if operations() < moment else 0
 
-            code, now = in_a_child(save), files(out)
+            code, now = in_a_child(save), content(out)
             assert code in (0, FAILED, NOT_REACHED, -signal.SIGKILL), (mode, start, moment, code)
-            assert now in (before, whole, {}), (mode, start, moment, sorted(now))
-            outcomes["after" if now == whole else "before" if now == before else "absent"] += 1
-            left = [name for name in os.listdir(folder / "work") if name != "out"]
+            left = [name for name in os.listdir(out.parent) if name != "out"]
+            assert len(left) <= 1, left
             assert all(name.startswith(".out.") and name.endswith(".tmp") for name in left)
             if mode == "error":  # 0: whoever was told of the error could do without
-                assert now == (before if code == FAILED else whole), (start, moment, code)
+                assert now == (before if code == FAILED else after), (start, moment, code, sorted(now))
                 assert not left, (start, moment, left)
+            elif now not in (before, after):
+                assert start == "a checkpoint and more", (start, moment, sorted(now))
+                assert "config.json" not in now, (moment, sorted(now))  # so that nobody takes it for a checkpoint
+                assert {name: now.get(name) for name in more} == more, (moment, sorted(now))
+                assert AutoConfig.from_pretrained(out).model_type == "bert"
+                assert content(out) == after, (moment, sorted(content(out)))
+                outcomes["completed"] += 1
+            outcomes["after" if now == after else "before" if now == before else "between"] += 1
+            if mode == "kill":
+                with suppress(InterruptedError), aside(out):
+                    raise InterruptedError  # of the next save this is all that concerns the last one
+                assert files(out) in (before, after), (start, moment, sorted(files(out)))
+                assert os.listdir(out.parent) == ["out"] or not files(out), (start, moment, os.listdir(out.parent))
             if code == NOT_REACHED:
                 break
-    print(json.dumps(found))
+    return found
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Files of a directory, without our own workplace."""
+    return {name: data for name, data in files(out).items() if not name.split("/")[0].endswith(".tmp")}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]).resolve()
+    arguments = KPruneArguments(output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True)
+    pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
+    pruner.report = report()
+    tiny(seed=1).save_pretrained(folder / "old", max_shard_size="4KB")
+    print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"))))
 
 
 if __name__ == "__main__":

@@ -771,21 +771,6 @@ def test_installing_twice_is_harmless() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_or_an_error_at_any_moment_leaves_nothing_or_a_whole_checkpoint(tmp_path: Path) -> None:
-    """In a process of its own, which forks one child per file operation of `save_model`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(TESTS / "kill_while_saving.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    counted = json.loads(done.stdout.splitlines()[-1])
-    for outcomes in counted.values():
-        assert outcomes["before"] > 10
-        assert outcomes["after"] >= 1
-    assert counted.keys() == {"kill, absent", "kill, present", "error, present"}
-    assert counted["kill, present"]["absent"] <= 1  # the old one is moved away, then the new one there
-
-
 @pytest.mark.parametrize("stage", ["save_pretrained", "add", "verify"])
 def test_an_exception_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:

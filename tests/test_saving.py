@@ -1,0 +1,394 @@
+"""Where checkpoints may be written, what is refused before any work, and that nothing is lost whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny
+from test_checkpoint import assert_same, files, pruned, report, tokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner, saving
+from hf_kprune.checkpoint import save_atomically
+from hf_kprune.cli import main
+from hf_kprune.saving import aside, workplaces
+
+
+TESTS = Path(__file__).parent
+
+
+def make_pruner(model: PreTrainedModel | None = None, **options: Any) -> KPrunePruner:
+    pruner = KPrunePruner(model or pruned(), KPruneArguments(disable_tqdm=True, use_cpu=True, **options))
+    pruner.processing_class = tokenizer()
+    pruner.report = report()
+    return pruner
+
+
+def old_checkpoint(folder: Path) -> None:
+    """A dense model in many files."""
+    tiny(seed=1).save_pretrained(folder, max_shard_size="4KB")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nA card.")
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Check that nothing below `folder` changes."""
+    before = {path: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+    yield
+    assert before == {path: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing that is not ours is deleted or replaced
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Somebody's home, with the current directory in it."""
+    home = tmp_path / "home"
+    work = home / "projects" / "work"
+    for folder in (work, home / "projects" / "data"):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("precious")
+    (tmp_path / "link to home").symlink_to(home)
+    (tmp_path / "link to nothing").symlink_to(tmp_path / "volume")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+REFUSED = {
+    "": "expected the name of a directory",
+    "  ": "expected the name of a directory",
+    ".": "the current directory, and there is something in it",
+    "./": "the current directory, and there is something in it",
+    "../work": "the current directory, and there is something in it",
+    "x/..": "the current directory, and there is something in it",
+    "..": "a parent of the current directory",
+    "../..": "the home directory",
+    "{tmp}/home/": "the home directory",
+    "{tmp}/link to home": "the home directory",
+    "{tmp}": "a parent of the home directory",
+    "/": "the root of the file system",
+    "~": "in which only a shell expands ~",
+    "~/pruned": "in which only a shell expands ~",
+    "{tmp}/link to nothing": "is a symbolic link to .*volume', which does not exist",
+    "{tmp}/link to nothing/pruned": "is a symbolic link to .*volume', which does not exist",
+    "{tmp}/loop": "cannot write to",
+    "{tmp}/fifo": "is no directory, expected a directory",
+    "thesis.txt": "is a file, expected a directory",
+    "thesis.txt/pruned": "thesis.txt' is no directory",
+    "a\0b": "expected a string",
+    "n" * 300: "its name is too long",
+    "{tmp}/" + "/".join(["n" * 200] * 25): "its name is too long",
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_places_where_no_checkpoint_belongs_are_refused(places: Path, path: str) -> None:
+    with unchanged(places), pytest.raises(ArgumentError, match=REFUSED[path]):
+        KPruneArguments(output_dir=path.format(tmp=places), overwrite_output_dir=True).check_output_dir()
+
+
+@pytest.mark.parametrize("path", [b"out", 3, ["out"], True])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(ArgumentError, match="output_dir is .*, expected a (string|path as text)"):
+        KPruneArguments(output_dir=path)
+    with pytest.raises(ArgumentError, match="output_dir is .*, expected a (string|path as text)"):
+        KPruneArguments(output_dir="out").check_output_dir(path)
+
+
+def test_a_directory_with_nothing_in_it_is_written_wherever_it_is(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (places / "empty").mkdir()
+    monkeypatch.chdir(places / "empty")
+    inode = os.stat(".").st_ino
+    make_pruner().save_model(".")
+    assert os.stat(places / "empty").st_ino == inode  # a shell that is there still is
+    assert_same(AutoModelForSequenceClassification.from_pretrained("."), pruned())
+    make_pruner().save_model("x/../inside/")
+    assert_same(AutoModelForSequenceClassification.from_pretrained(places / "empty" / "inside"), pruned())
+
+
+@pytest.mark.parametrize("command", ["prune", "convert", "sweep"])
+@pytest.mark.parametrize("path", ["", ".", ".."])
+def test_the_command_line_does_not_replace_the_current_directory(
+    places: Path, capsys: pytest.CaptureFixture[str], command: str, path: str
+) -> None:
+    tiny().save_pretrained(places / "dense")
+    options = ["--model_name_or_path", str(places / "dense"), "--dataset_file", "thesis.txt", "--overwrite_output_dir"]
+    arguments = [str(places / "dense"), path] if command == "convert" else [*options, "--output_dir", path]
+    with unchanged(places):
+        assert main([command, *arguments]) == 2
+    assert capsys.readouterr().err.startswith("hf-kprune: error: output_dir ")
+
+
+def test_every_way_to_name_a_directory_refuses_the_empty_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pruner = make_pruner(output_dir=str(tmp_path / "out"))
+    for save in (
+        lambda: pruner.save_model(""),
+        lambda: pruner.sweep([0.5], output_dir=""),
+        lambda: pruner.create_model_card(output_dir=""),
+    ):
+        with pytest.raises(ArgumentError, match="output_dir is '', expected the name of a directory"):
+            save()
+    assert os.listdir(tmp_path) == []
+
+
+FOREIGN = {
+    ".git/config": b"[core]",
+    "data/rows.csv": b"1,2",
+    "notes.txt": b"mine",
+    "1_Pooling/notes.txt": b"mine too",
+    "lost+found/found": b"something",
+    "checkpoint-500/model.safetensors": b"of a Trainer",
+}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "no checkpoint"])
+def test_foreign_files_stay_and_the_old_checkpoint_goes(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    make_pruner().save_model(str(tmp_path / "reference"))
+    if kind == "checkpoint":
+        old_checkpoint(out)
+        (out / "modules.json").write_text(json.dumps([{"idx": 1, "path": "1_Pooling", "type": "...Pooling"}]))
+    for name, content in FOREIGN.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    if kind == "checkpoint":
+        (out / "1_Pooling" / "config.json").write_text("{}")
+    (out / "link").symlink_to(tmp_path / "reference")
+    with pytest.raises(ArgumentError, match="is not empty; name another or set overwrite_output_dir=True"):
+        make_pruner().save_model(str(out))
+    make_pruner(overwrite_output_dir=True).save_model(str(out))
+    assert files(out) == {**FOREIGN, **files(tmp_path / "reference")}
+    assert (out / "link").is_symlink()
+    make_pruner(overwrite_output_dir=True).save_model(str(out))
+    assert files(out) == {**FOREIGN, **files(tmp_path / "reference")}
+
+
+CLASHES = {
+    "a README that is no model card": ({"README.md": "# My project"}, True, "README.md"),
+    "a config of something else": ({"config.json": '{"port": 80}', "src/main.c": "int"}, False, "config.json"),
+    "a config that is no JSON": ({"config.json": "{", "model.safetensors": "x"}, False, "config.json, model.safetensors"),
+    "a word list": ({"vocab.txt": "one\ntwo"}, False, "vocab.txt"),
+    "weights alone": ({"model-00001-of-00002.safetensors": "x"}, False, "model-00001-of-00002.safetensors"),
+    "an adapter": ({"adapter_config.json": "{}", "adapter_model.safetensors": "x"}, False, "adapter_config.json"),
+    "a directory of that name": ({"tokenizer.json/1": "x"}, True, "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_what_only_looks_like_a_checkpoint_is_not_replaced(tmp_path: Path, case: str) -> None:
+    contents, beside_a_checkpoint, named = CLASHES[case]
+    out = tmp_path / "out"
+    if beside_a_checkpoint:
+        tiny(seed=1).save_pretrained(out)
+    for name, content in contents.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(content)
+    pruner = make_pruner(overwrite_output_dir=True, output_dir=str(out))
+    for attempt in (
+        pruner.prune,
+        pruner.save_model,
+        lambda: save_atomically(pruner.model, str(out), "5GB", pruner._save_beside),
+    ):
+        with unchanged(tmp_path), pytest.raises(ArgumentError, match=f"holds {named}.* no checkpoint wrote"):
+            attempt()
+
+
+def test_a_file_that_nobody_foresaw_is_not_replaced_either(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pooling.txt").write_text("mine")
+    add = lambda folder: Path(folder, "pooling.txt").write_text("new")  # noqa: E731
+    with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"):
+        save_atomically(pruned(), str(out), "5GB", add)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer", "data"])
+def test_what_is_read_is_not_replaced(tmp_path: Path, what: str) -> None:
+    import datasets
+
+    out = tmp_path / "all" / what
+    tiny().save_pretrained(out)
+    tokenizer().save_pretrained(out)
+    data = [{"input_ids": [1, 2, 3]}] * 30
+    if what == "data":
+        datasets.Dataset.from_list(data).save_to_disk(out)
+    pruner = make_pruner(
+        AutoModelForSequenceClassification.from_pretrained(out) if what == "model" else None, overwrite_output_dir=True
+    )
+    if what == "tokenizer":
+        pruner.processing_class = type(tokenizer()).from_pretrained(out)
+    pruner.calibration_dataset = datasets.load_from_disk(out) if what == "data" else data
+    (tmp_path / "link").symlink_to(out)
+    for path in (out, tmp_path / "link", out.parent):
+        pruner.args.output_dir = str(path)
+        for attempt in (pruner.prune, pruner.save_model):
+            with unchanged(tmp_path), pytest.raises(ArgumentError, match="which is read in this run"):
+                attempt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill(folder: Path, *arguments: str, timeout: int = 500) -> Any:
+    """What kill_while_saving.py, in a process of its own, counted."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(TESTS / "kill_while_saving.py"), str(folder), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_kill_or_an_error_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path: Path) -> None:
+    counted = kill(tmp_path)
+    assert counted["kill, absent"].keys() == counted["kill, a checkpoint"].keys() == {"before", "after"}
+    assert counted["kill, a checkpoint and more"]["between"] == counted["kill, a checkpoint and more"]["completed"] > 10
+    for outcomes in counted.values():
+        assert outcomes["before"] >= 5
+        assert outcomes["after"] >= 1
+
+
+def test_a_process_that_lives_keeps_its_folder_and_a_dead_one_does_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    beside, _ = workplaces(out)
+    stranger = tmp_path / ".out.mine.tmp"
+    stranger.mkdir()
+    with aside(out) as new:
+        (new / "half").write_text("written")
+        with unchanged(tmp_path), pytest.raises(CheckpointError, match="is being written by another process; wait"):
+            make_pruner().save_model(str(out))
+        beside.rename(tmp_path / "copy")
+        (tmp_path / "copy").rename(beside)
+    assert not beside.exists()
+    (beside / "new").mkdir(parents=True)  # nobody has locked it
+    (beside / "new" / "half").write_text("written")
+    make_pruner().save_model(str(out))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", stranger.name}
+
+
+def test_a_plan_of_moves_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    """Loading may complete a save, so a folder from somewhere must not make it move anything of this machine."""
+    (tmp_path / "secret").write_text("key")
+    out = tmp_path / "models" / "out"
+    old_checkpoint(out)
+    _, inside = workplaces(out)
+    for name in ("../../secret", str(tmp_path / "secret"), 3):
+        (inside / "new").mkdir(parents=True, exist_ok=True)
+        (inside / saving.READY).write_text(json.dumps({"old": [name], "new": []}))
+        with pytest.raises(CheckpointError, match="is not what this program wrote"):
+            AutoModelForSequenceClassification.from_pretrained(out)
+    assert (tmp_path / "secret").read_text() == "key"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories that cannot be renamed; modes and owners
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o2775, 0o700, 0o1777])
+@pytest.mark.parametrize("content", ["nothing", "a checkpoint", "a checkpoint and more"])
+def test_mode_and_owner_of_a_directory_stay(tmp_path: Path, mode: int, content: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if content != "nothing":
+        old_checkpoint(out)
+    if content == "a checkpoint and more":
+        (out / "notes.txt").write_text("mine")
+    if os.geteuid() == 0:
+        os.chown(out, 1234, 4321)
+    out.chmod(mode)
+    before = out.stat()
+    make_pruner(overwrite_output_dir=True).save_model(str(out))
+    after = out.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    if mode & stat.S_ISGID:
+        assert {path.stat().st_gid for path in out.iterdir()} == {before.st_gid} or content == "a checkpoint and more"
+
+
+def test_a_new_directory_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        make_pruner().save_model(str(tmp_path / "a" / "out"))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a" / "out").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("start", ["absent", "a checkpoint"])
+@pytest.mark.parametrize("code", ["EXDEV", "EBUSY", "EPERM", "EINVAL", None])
+def test_where_folders_cannot_be_exchanged_files_are_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str | None, start: str
+) -> None:
+    import errno
+
+    out = tmp_path / "out"
+    if start != "absent":
+        old_checkpoint(out)
+    rename = os.rename
+
+    def refuse(source: Any, place: Any) -> None:
+        if code is not None and Path(place) == out:
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        rename(source, place)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(saving, "rename_exchange", None)
+    make_pruner(overwrite_output_dir=True).save_model(str(out))
+    assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
+    assert len(list(out.glob("*.safetensors"))) == 1
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_symbolic_link_to_a_directory_stays_one(tmp_path: Path) -> None:
+    old_checkpoint(tmp_path / "runs" / "7")
+    (tmp_path / "latest").symlink_to(Path("runs", "7"))
+    make_pruner(overwrite_output_dir=True).save_model(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "7"), pruned())
+    assert os.listdir(tmp_path / "runs") == ["7"]
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[None]:
+    """A file system in memory, or skip the test where that is not allowed."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are made as on Linux")
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_a_mount_point_is_written_into(tmp_path: Path, kind: str) -> None:
+    out, source = tmp_path / "model", tmp_path / "source"
+    source.mkdir()
+    with mounted(out, *(["--bind", str(source)] if kind == "bind" else ["-t", "tmpfs", "none"])):
+        (out / "lost+found").mkdir()
+        make_pruner().save_model(str(out))
+        assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
+        make_pruner(overwrite_output_dir=True).save_model(str(out))
+        assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
+        assert not list(out.glob(".*"))
+    assert sorted(os.listdir(tmp_path)) == ["model", "source"]
