@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -28,12 +29,13 @@ from transformers.utils import cached_file, logging
 from .arguments import KPruneArguments
 from .calibration import together
 from .checkpoint import save_atomically
-from .cost import model_size
+from .cost import expected_bytes, model_size
 from .data_files import load_data
 from .detect import describe
 from .embeddings import SentenceFolder, folder_of, read_folder
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED
+from .hub import check_push
 from .legacy import from_legacy
 from .loading import load_model, load_tokenizer, model_class
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
@@ -103,6 +105,12 @@ class DataArguments:
             raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
         if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
             raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
+
+    @property
+    def origins(self) -> list[str | None]:
+        """What is read in this run, if it is on this machine: nothing is written over it."""
+        files = [self.dataset_file, self.eval_file, self.metric]
+        return [self.model_name_or_path, self.dataset_name, self.eval_dataset_name, *files]
 
 
 class CommandParser(HfArgumentParser):
@@ -238,14 +246,20 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
 
 
 def prune(data: DataArguments, args: KPruneArguments) -> None:
-    path = args.check_output_dir()
+    path = args.check_output_dir(read_from=data.origins)
+    if args.push_to_hub:
+        check_push(args, path)
     pruner = make_pruner(data, args)
     say = pruner.accelerator.print
+    args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
     dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
-    report = pruner.prune()
-    push, args.push_to_hub = args.push_to_hub, False
-    with trying(f"write to {path!r}"):
-        pruner.save_model()
+    push = args.push_to_hub
+    try:
+        report = pruner.prune()
+    finally:  # a callback may fail after the model is pruned
+        if pruner.report is not None:
+            args.push_to_hub = False
+            save(pruner, path)
     say(f"\n{report}")
     if dense:
         pruned = pruner.evaluate()
@@ -259,7 +273,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
 
 
 def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -> None:
-    path = args.check_output_dir()
+    path = args.check_output_dir(read_from=data.origins)
     pruner = make_pruner(data, args)
     say = pruner.accelerator.print
     made = pruner.sweep(
@@ -277,9 +291,27 @@ def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -
         return
     if not made.best:
         raise ArgumentError(f"no model tried is within max_drop={options.max_drop} of the dense one; try smaller budgets")
-    with trying(f"write to {path!r}"):
-        pruner.save_model()
+    save(pruner, path)
     say(how_to_load(path, pruner.model, pruner.sentence_folder))
+
+
+def save(pruner: KPrunePruner, path: str) -> None:
+    """Save the pruned model to `path`; where that fails after all, beside it or in the temporary directory.
+
+    Raises `ArgumentError` in either case, which says where it is.
+    """
+    try:
+        return pruner.save_model(path)
+    except (KPruneError, CheckpointError) as error:
+        first = error.__cause__ or error  # without the advice for those who write Python
+    name = f"{Path(path).resolve().name[:32]}-{os.getpid()}"
+    for place in (str(Path(path).resolve().with_name(name)), str(Path(tempfile.gettempdir(), name))):
+        try:
+            pruner.save_model(place)
+        except (KPruneError, CheckpointError):
+            continue  # what is told is why the first place failed
+        raise ArgumentError(f"{first}; it was saved to {place!r} instead") from first
+    raise first
 
 
 def how_to_load(path: str, model: PreTrainedModel, folder: SentenceFolder | None = None) -> str:
@@ -366,11 +398,13 @@ def to_table(sublayers: Sequence[Sublayer]) -> str:
 
 def convert(old: str, new: str) -> None:
     args = KPruneArguments(output_dir=new)
-    path = args.check_output_dir()
+    path = args.check_output_dir(read_from=[old])
     with trying(f"load the model {old!r}"):
         model, tokenizer = from_legacy(old), load_tokenizer(old)
-    with trying(f"write to {path!r}"):
-        save_atomically(model, path, args.max_shard_size, lambda folder: tokenizer and tokenizer.save_pretrained(folder))
+    args.check_output_dir(size=model_size(model).bytes)
+    save_atomically(
+        model, path, args.max_shard_size, lambda folder: tokenizer and tokenizer.save_pretrained(folder), overwrite=False
+    )
     print(how_to_load(path, model))
 
 

@@ -16,7 +16,7 @@ from .errors import BudgetError
 from .latency import LatencyTable
 from .report import Size
 from .search import TOLERANCE, group_sizes
-from .sublayers import Sublayer, uniform_choices
+from .sublayers import Sublayer, find_sublayers, uniform_choices
 
 
 MEANING = {
@@ -191,6 +191,16 @@ def model_size(model: PreTrainedModel, sublayers: Sequence[Sublayer] = (), flops
         cache_bytes_per_token(model, sublayers),
         sum(s.num_units * s.unit_parameters for s in sublayers),
     )
+
+
+def expected_bytes(model: PreTrainedModel, args: KPruneArguments) -> float:
+    """What the weights will take on disk after pruning: about, for a sparsity; at the least, for FLOPs and times."""
+    size, sublayers = model_size(model), find_sublayers(model, args.head_unit)
+    name, asked = args.budget
+    if name in ("target_params", "target_bytes"):
+        return min(size.bytes, asked * (size.bytes / size.parameters if name == "target_params" else 1))
+    prunable = sum(s.num_units * s.unit_parameters * s.weight.element_size() for s in sublayers)
+    return size.bytes - prunable * (asked if name == "sparsity" else 1)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -25,12 +24,13 @@ from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
 from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
-from .cost import BudgetTerms, BudgetWarning, model_size, peak_memory, prunable_flops
+from .cost import BudgetTerms, BudgetWarning, expected_bytes, model_size, peak_memory, prunable_flops
+from .destination import as_text, origins
 from .detect import describe
 from .embeddings import folder_of, refuse_wrapper
-from .errors import ArgumentError
+from .errors import ArgumentError, CheckpointError, KPruneError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
-from .hub import model_card, push_folder
+from .hub import check_card_place, check_push, model_card, push_folder
 from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
@@ -45,6 +45,16 @@ from .version import versions
 RANGES = {"obs": {"ridge": (1e-4, 1.0)}, "kprune": {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}}
 """What `hyperparameter_search` varies of each method: the pull of tuned weights towards what they were; how K-prune weighs
 its two kinds of knowledge, and heads against neurons."""
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """Add to an error, whatever it is, what it did not undo."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(note)
+        raise
 
 
 class KPrunePruner:
@@ -142,19 +152,23 @@ class KPrunePruner:
         Raises:
             BudgetError: If `sparsity` is out of reach, before anything runs.
             CalibrationError: If the calibration data cannot be used.
-            ArgumentError: If options or inputs contradict each other.
+            ArgumentError: If options or inputs contradict each other, or if `output_dir` cannot be saved to.
         """
         self.args.check()
         with together(self.accelerator):
-            if self.args.output_dir is not None and self.accelerator.is_main_process:
-                self.args.check_output_dir()
+            if self.accelerator.is_main_process:
+                if self.args.output_dir is not None:
+                    size = expected_bytes(self.model, self.args)
+                    self.args.check_output_dir(None, self._origins(calibration_dataset), size)
+                if self.args.push_to_hub:
+                    check_push(self.args, self.args.output_dir)
         with self._pruning(calibration_dataset, [self.args]) as pruning:
             student, report = self._student(pruning, self.args)
         warn_of(report)
         if any(len(entry.kept) < entry.units for entry in report.sublayers):
             self.model.__dict__.update(student.__dict__)  # one step: nothing can come between
         self.report, self._saved = report, None
-        self._tell("on_prune_end", model=self.model)
+        self._tell_of_the_end()
         return report
 
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
@@ -225,13 +239,21 @@ class KPrunePruner:
 
         each = list(map(within, asked))
 
+        folder = None if output_dir is None else as_text(output_dir)
+
         def place(options: dict[str, Any]) -> str | None:
-            return output_dir and os.path.join(output_dir, "-".join(f"{k}-{v:g}" for k, v in options.items()))
+            return folder and os.path.join(folder, "-".join(f"{k}-{v:g}" for k, v in options.items()))
 
         with together(self.accelerator):
-            if output_dir is not None and self.accelerator.is_main_process:
-                for options in asked:
-                    self.args.check_output_dir(place(options))
+            if self.accelerator.is_main_process:
+                if folder is not None:
+                    size = sum(expected_bytes(self.model, options) for options in each)
+                    for options in asked:
+                        self.args.check_output_dir(place(options), self._origins(calibration_dataset), size)
+                elif max_drop is not None and self.args.output_dir is not None:
+                    self.args.check_output_dir(None, self._origins(calibration_dataset))
+                if self.args.push_to_hub:
+                    check_push(self.args, self.args.output_dir)
         key = metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
         dense, found = self.model, list[tuple[SweepPoint, PreTrainedModel, PruningReport]]()
         hold_out = self.eval_dataset is None
@@ -256,7 +278,7 @@ class KPrunePruner:
                     point = judged(options, report.after, report.sparsity)
                     point.path = place(options)
                     if point.path is not None:
-                        self.save_model(point.path)
+                        self._save(point.path)
                 good = max_drop is not None and swept.quality(point) >= swept.quality(swept.points[0]) - max_drop
                 if good and (not found or point.flops <= found[-1][0].flops):
                     found[:] = [(point, student, report)]
@@ -276,7 +298,7 @@ class KPrunePruner:
             warn_of(report)
             self.model.__dict__.update(student.__dict__)
             self.report, self._saved = report, None
-            self._tell("on_prune_end", model=self.model)
+            self._tell_of_the_end()
         return swept
 
     @checked_arguments(hp_space="a function from an Optuna trial to a dict of options")
@@ -546,17 +568,45 @@ class KPrunePruner:
         It is written aside, reloaded, compared tensor by tensor and only then moved to `output_dir`.
 
         Raises:
-            ArgumentError: If `output_dir` is missing, or holds files and `overwrite_output_dir` is False.
-            CheckpointError: If it does not load back as it was saved.
+            ArgumentError: If `output_dir` is missing, holds what must stay, or cannot be written: `check_output_dir`.
+            CheckpointError: If it cannot be written after all, or does not load back as it was saved. In any case the model
+                is as it was, and can be saved elsewhere.
         """
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                path = self.args.check_output_dir(output_dir)
-                save_atomically(self.model, path, self.args.max_shard_size, self._save_beside)
-                self._tell("on_save", path, model=self.model)
-        self._saved = output_dir or self.args.output_dir
+        try:
+            self._save(output_dir)
+        except (KPruneError, CheckpointError) as error:
+            if self.report is None:
+                raise
+            advice = "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
+            raise type(error)(f"{error}; {advice}") from error
         if self.args.push_to_hub:
             self._push()
+
+    def _save(self, output_dir: Any) -> None:
+        """Save the model as it is now, without pushing it."""
+        args, path = self.args, output_dir
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                size = model_size(self.model).bytes
+                path = args.check_output_dir(output_dir, self._origins(), size)
+                save_atomically(self.model, path, args.max_shard_size, self._save_beside, args.overwrite_output_dir)
+        self._saved = os.path.abspath(path or str(args.output_dir))
+        with (
+            together(self.accelerator),
+            noting(f"The checkpoint in {self._saved} is whole; on_save came after it was written."),
+        ):
+            self._tell("on_save", path, model=self.model)
+
+    def _origins(self, calibration_dataset: Any = None) -> list[str]:
+        """Files and directories that model and data come from, which must not be replaced."""
+        return origins(self.model, self.processing_class, calibration_dataset, self.calibration_dataset, self.eval_dataset)
+
+    def _tell_of_the_end(self) -> None:
+        with (
+            together(self.accelerator),
+            noting("The model is pruned all the same: on_prune_end came after. save_model() works."),
+        ):
+            self._tell("on_prune_end", model=self.model)
 
     def _save_beside(self, directory: str) -> None:
         if self.processing_class is not None:
@@ -586,10 +636,11 @@ class KPrunePruner:
 
         The other arguments are those of `Trainer.create_model_card`.
         """
-        directory = output_dir or self.args.output_dir
+        directory = self.args.output_dir if output_dir is None else output_dir
         if directory is None:
             raise ArgumentError("no output_dir: pass it to create_model_card() or to KPruneArguments")
         if self.accelerator.is_main_process:
+            place = check_card_place(directory, self.args.overwrite_output_dir)
             card = model_card(
                 self.model,
                 self.report,
@@ -604,7 +655,7 @@ class KPrunePruner:
                 dataset_args=dataset_args,
             )
             card = card if self.sentence_folder is None else self.sentence_folder.card(card)
-            Path(directory, "README.md").write_text(card, encoding="utf-8")
+            place.write_text(card, encoding="utf-8")
 
     @checked_arguments()
     def push_to_hub(
@@ -627,6 +678,9 @@ class KPrunePruner:
         Returns:
             What `upload_folder` returns, on the main process; None on others.
         """
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                check_push(self.args, self._saved or self.args.output_dir, token)
         if self._saved is None:
             push, self.args.push_to_hub = self.args.push_to_hub, False
             try:
@@ -641,6 +695,7 @@ class KPrunePruner:
         with together(self.accelerator):
             if not self.accelerator.is_main_process:
                 return None
+            check_push(self.args, self._saved, token)
             return push_folder(str(self._saved), self.args, commit_message, token, revision, **kwargs)
 
 
