@@ -248,9 +248,10 @@ class KPruneArguments:
             check("uniform", not self.uniform, f"False with {targets[0]}")
         try:  # the parser of save_pretrained itself
             split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
-        except (AttributeError, OverflowError, TypeError, ValueError) as error:
-            expected = "expected a number with TB, GB, MB or KB, such as 5GB"
-            raise ArgumentError(f"max_shard_size is {self.max_shard_size!r}, {expected}") from error
+            some = float(self.max_shard_size.strip()[:-2]) > 0
+        except (OverflowError, ValueError):
+            some = False
+        check("max_shard_size", some, "a number over 0 with TB, GB, MB or KB, such as 5GB")
         none = self.budget == ("sparsity", 0)
         check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
         for name in ("tune_bias", "tune_inputs"):
