@@ -59,8 +59,10 @@ def install() -> None:
 
     @functools.wraps(find)
     def recover_and_find(cls: type[PreTrainedConfig], pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        recover(pretrained_model_name_or_path)
-        return find(cls, pretrained_model_name_or_path, **kwargs)
+        name = pretrained_model_name_or_path
+        if recover(name) and Path(name, "modules.json").exists():
+            raise CheckpointError(f"{name} was not yet whole and was completed just now: load it again")  # who asks has looked
+        return find(cls, name, **kwargs)
 
     @functools.wraps(read)
     def read_and_unseal(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:

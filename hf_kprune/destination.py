@@ -108,10 +108,11 @@ def check_not_read(text: str, target: Path, read_from: Iterable[Any]) -> None:
 
 
 def origins(*things: Any) -> list[str]:
-    """The files and directories that models, tokenizers and datasets say they come from."""
+    """The files and directories that models, tokenizers, folders and datasets say they come from."""
     found = []
     for thing in things:
         found.append(getattr(getattr(thing, "config", thing), "name_or_path", None))
+        found.append(str(thing.path) if hasattr(thing, "path") else None)
         found += [file["filename"] for file in getattr(thing, "cache_files", None) or () if "filename" in file]
     return [name for name in found if isinstance(name, str) and name]
 

@@ -599,7 +599,8 @@ class KPrunePruner:
 
     def _origins(self, calibration_dataset: Any = None) -> list[str]:
         """Files and directories that model and data come from, which must not be replaced."""
-        return origins(self.model, self.processing_class, calibration_dataset, self.calibration_dataset, self.eval_dataset)
+        data = calibration_dataset, self.calibration_dataset, self.eval_dataset
+        return origins(self.model, self.processing_class, self.sentence_folder, *data)
 
     def _tell_of_the_end(self) -> None:
         with (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import filecmp
 import fnmatch
 import hashlib
 import json
@@ -298,8 +299,10 @@ def tidy(folder: Path, target: Path) -> None:
     leave(folder, lock)
 
 
-def recover(name: Any) -> None:
-    """Complete a move of a checkpoint, file by file, that a kill interrupted. Does nothing for what is no path.
+def recover(name: Any) -> bool:
+    """Complete a move of a checkpoint, file by file, that a kill interrupted, and return whether there was one.
+
+    Does nothing for what is no path.
 
     Raises:
         CheckpointError: If another process is writing there right now, or if the files cannot be moved.
@@ -308,7 +311,7 @@ def recover(name: Any) -> None:
         target = Path(name).resolve()
         folders = [folder for folder in workplaces(target) if (folder / READY).exists()]
     except (TypeError, ValueError, OSError, RuntimeError):
-        return  # the name of a repository, for all we know
+        return False  # the name of a repository, for all we know
     for folder in folders:
         try:
             tidy(folder, target)
@@ -317,6 +320,7 @@ def recover(name: Any) -> None:
                 f"{str(target)!r} was being replaced when its process died, and what is left to be moved there from "
                 f"{str(folder / 'new')!r} cannot be: {reason(error)}; move it yourself, config.json last"
             ) from error
+    return bool(folders)
 
 
 def put(new: Path, target: Path, overwrite: bool) -> None:
@@ -353,13 +357,14 @@ def exchanged(new: Path, target: Path) -> bool:
 def put_one_by_one(new: Path, target: Path) -> None:
     """Move the files of `new` to `target`, and the old checkpoint aside, so that `recover` can complete it."""
     target.mkdir(exist_ok=True)
-    names = {"old": contents(target)[0], "new": leaves(new)}
-    blocking = [name for name in names["new"] if os.path.lexists(target / name) and name not in names["old"]]
-    if blocking:
+    old, names = contents(target)[0], leaves(new)
+    there = [name for name in names if os.path.lexists(target / name) and name not in old]
+    same = [name for name in there if is_same(new / name, target / name)]  # such as code that came with both models
+    if blocking := [name for name in there if name not in same]:
         raise ArgumentError(f"output_dir {str(target)!r} holds {shorten(blocking)}, {NOT_OURS}")
     folder = new.parent
     try:
-        (folder / "ready").write_text(json.dumps(names), encoding="utf-8")
+        (folder / "ready").write_text(json.dumps({"old": old + same, "new": names}), encoding="utf-8")
         sync(folder / "ready")
         os.rename(folder / "ready", folder / READY)
         sync_folder(folder)
@@ -373,6 +378,13 @@ def put_one_by_one(new: Path, target: Path) -> None:
                 "save or load completes it"
             ) from error
         raise
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether both are files with the same content, or both directories."""
+    if one.is_symlink() or other.is_symlink():
+        return False
+    return one.is_dir() and other.is_dir() or one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def planned(folder: Path, target: Path) -> tuple[list[str], list[str]]:
@@ -392,23 +404,21 @@ def finish(folder: Path, target: Path) -> None:
     """Move the old checkpoint out of `target` and the new one in; begun again after a kill, it goes on."""
     target.mkdir(exist_ok=True)
     old, new = planned(folder, target)
-    for name in sorted(old, key=lambda name: name != "config.json"):
+    for name in sorted(old, key=entrance, reverse=True):
         is_old = name not in new or os.path.lexists(folder / "new" / name)
         if is_old and os.path.lexists(target / name):
             move(target / name, folder / "old" / name)
-            if name == "config.json":
-                sync_folder(target)
+    sync_folder(target)
     for place in {(target / name).parent for name in old} - {target}:
         with suppress(OSError):  # something foreign is in it, or it is gone
             place.rmdir()
-    for name in sorted(new, key=lambda name: name == "config.json"):
-        if name == "config.json":
-            for place in {(target / other).parent for other in new}:
-                place.mkdir(parents=True, exist_ok=True)
-                sync_folder(place)
+    for name in sorted(new, key=entrance):
         if os.path.lexists(folder / "new" / name):
+            if entrance(name):
+                sync_folder(target)
             move(folder / "new" / name, target / name)
-    sync_folder(target)
+    for place in {(target / name).parent for name in new}:
+        sync_folder(place)
     (folder / READY).unlink()
 
 
@@ -416,13 +426,19 @@ def undo(folder: Path, target: Path) -> None:
     """Move the new checkpoint out of `target` and the old one back in."""
     if (folder / READY).exists():
         old, new = planned(folder, target)
-        for name in new:
+        for name in sorted(new, key=entrance, reverse=True):
             if os.path.lexists(target / name) and not os.path.lexists(folder / "new" / name):
                 move(target / name, folder / "new" / name)
-        for name in sorted(old, key=lambda name: name == "config.json"):
+        for name in sorted(old, key=entrance):
             if os.path.lexists(folder / "old" / name):
                 move(folder / "old" / name, target / name)
         (folder / READY).unlink()
+
+
+def entrance(name: str) -> int:
+    """How surely a loader begins with a file: the surer, the later it comes, and the earlier it goes."""
+    folder, name = os.path.split(name)
+    return 0 if name not in ("config.json", "modules.json") else 1 if folder else 2
 
 
 def move(source: Path, place: Path) -> None:

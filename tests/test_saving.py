@@ -218,6 +218,21 @@ def test_a_file_that_nobody_foresaw_is_not_replaced_either(tmp_path: Path) -> No
         save_atomically(pruned(), str(out), "5GB", add)  # type: ignore[arg-type]
 
 
+def test_what_both_checkpoints_carry_is_replaced_by_itself(tmp_path: Path) -> None:
+    def add(folder: str) -> None:
+        for name, content in {"code.py": "x = 1", "2_Dense/weights.txt": "0.5", "pooling.txt": text}.items():
+            Path(folder, name).parent.mkdir(exist_ok=True)
+            Path(folder, name).write_text(content)
+
+    text = "mean"
+    for _ in range(3):
+        save_atomically(pruned(), str(tmp_path / "out"), "5GB", add)
+    assert (tmp_path / "out" / "code.py").read_text() == "x = 1"
+    text = "cls"
+    with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"):
+        save_atomically(pruned(), str(tmp_path / "out"), "5GB", add)
+
+
 @pytest.mark.parametrize("what", ["model", "tokenizer", "data"])
 def test_what_is_read_is_not_replaced(tmp_path: Path, what: str) -> None:
     import datasets
