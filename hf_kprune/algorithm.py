@@ -32,6 +32,7 @@ from .sublayers import (
     correct_inputs,
     cut,
     find_sublayers,
+    frozen,
     has_bias,
     in_unit_order,
     set_output,
@@ -71,8 +72,7 @@ class Timed:
         """
         found: dict[float, list[Tensor]] = {}
         for _ in range(4):
-            budget = max(terms.seconds / self.ratio - self.table.rest, self.least(terms))
-            masks = search_latency(worth, self.table.curves, budget, terms.minimum, terms.multiple)
+            masks = self.first_masks(worth, terms)
             whole, taken = compare([self.model, cut_to(self.model, [int(m.sum()) for m in masks], by)], self.inputs)
             ratio = taken / whole * self.table.dense / terms.seconds  # of both in one run, as the machine may have slowed down
             found[ratio] = masks
@@ -87,6 +87,11 @@ class Timed:
             )
         return found[max(within)]
 
+    def first_masks(self, worth: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
+        """The best masks by the table alone."""
+        budget = max(terms.seconds / self.ratio - self.table.rest, self.least(terms))
+        return search_latency(worth, self.table.curves, budget, terms.minimum, terms.multiple)
+
     def least(self, terms: BudgetTerms) -> float:
         """Seconds of the sublayers with what must stay of them."""
         least = [
@@ -97,6 +102,14 @@ class Timed:
     def achieved(self, student: PreTrainedModel, name: str) -> float:
         """What `student` comes to, measured, in terms of what was asked for."""
         dense, seconds = compare([self.model, student], self.inputs)
+        return self.in_terms(dense, seconds, name)
+
+    def foreseen(self, counts: list[int], name: str) -> float:
+        """What a student with so many units would come to, by the table."""
+        return self.in_terms(self.table.dense, self.table.predict(counts), name)
+
+    @staticmethod
+    def in_terms(dense: float, seconds: float, name: str) -> float:
         return dense / seconds if name == "target_speedup" else seconds
 
 
@@ -113,6 +126,7 @@ class Pruning:
         hold_out: Whether students are measured and tuned without the rows that `Calibration.distance` compares them on.
         phase: Takes the time of a phase by its name.
         tell: Tells callbacks of an event.
+        dry: Whether students are outlines of shapes without weights, decided by one measurement and one search and not tuned.
     """
 
     def __init__(
@@ -126,7 +140,9 @@ class Pruning:
         hold_out: bool,
         phase: Callable[[str], AbstractContextManager[None]],
         tell: Callable[..., None],
+        dry: bool = False,
     ):
+        self.dry = dry
         self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
         self.hold_out, self.fitted = hold_out, calibration
         self.timed, self.phase, self.tell = timed, phase, tell
@@ -144,13 +160,13 @@ class Pruning:
     def student(self, args: KPruneArguments, report: PruningReport) -> PreTrainedModel:
         """A pruned copy of the teacher, for the budget in `args`: for each sublayer, bottom to top, decide, cut, tune."""
         method = METHODS[args.method](args)
-        student = copy.deepcopy(self.teacher).requires_grad_(False)
+        student = frozen(self.teacher, "meta") if self.dry else copy.deepcopy(self.teacher).requires_grad_(False)
         sublayers = find_sublayers(student, args.head_unit)
         terms = BudgetTerms(
             sublayers, args, self.calibration.flops_lengths, self.before, self.timed.table if self.timed else None
         )
         flops, at = prunable_flops(sublayers, self.calibration.flops_lengths), self.flops_at(sublayers)
-        self.tell("on_prune_begin", model=student, sublayers=[s.name for s in sublayers])
+        self.tell("on_prune_begin", model=self.teacher if self.dry else student, sublayers=[s.name for s in sublayers])
         with self.phase("measure"):
             if not self.checked:
                 self.calibration.check(self.teacher, self.references)
@@ -160,8 +176,9 @@ class Pruning:
                     self.fitted = self.calibration.without_held_out()
         if terms.keeps_all:
             decide = keep_all(sublayers)
-        elif method.one_shot:
-            decide = self.decided(student, sublayers, method, terms, report)
+        elif method.one_shot or self.dry:
+            dense = frozen(self.teacher) if self.dry else student
+            decide = self.decided(dense, find_sublayers(dense, args.head_unit), method, terms, report)
         else:
             decide = self.deciding(student, sublayers, method, terms)
         self.bottom_up(student, sublayers, self.fitted, method, decide, report)
@@ -192,20 +209,22 @@ class Pruning:
         """Cut each sublayer of `student` to what `decide` keeps and tune it (KPWT) against the teacher, which also corrects
         for the error from below. Callbacks and `report` are told, if there is a report."""
         teacher_streams, streams = calibration.bottom(), calibration.bottom()
+        subject = self.teacher if self.dry else student
         changed = False  # whether the student differs from the teacher yet
         for i, sublayer in enumerate(sublayers):
             begin, units = time.perf_counter(), sublayer.num_units
             entry = SublayerReport(sublayer.name, sublayer.kind, units)
             if report is not None:
-                self.tell("on_sublayer_begin", sublayer.name, model=student)
+                self.tell("on_sublayer_begin", sublayer.name, model=subject)
             keep, scores = decide(i, streams, changed)
             cut(sublayer, keep)
             changed = changed or not bool(keep.all())
             with self.phase("tune" if report is not None else "search"):
-                if changed and self.args.tune and method.tunes:
+                if changed and self.args.tune and method.tunes and not self.dry:
                     around = (student, sublayers, streams, self.teacher, self.references, teacher_streams, i)
                     tune(sublayer, calibration, method, around, entry)
-                calibration.advance(student, sublayers, i, streams)
+                if not self.dry:
+                    calibration.advance(student, sublayers, i, streams)
                 if not changed:
                     teacher_streams = list(streams)
             if report is not None:
@@ -214,7 +233,7 @@ class Pruning:
                 entry.flops_left = prunable_flops(sublayers, calibration.flops_lengths)
                 entry.seconds = time.perf_counter() - begin
                 report.sublayers.append(entry)
-                self.tell("on_sublayer_end", entry, model=student)
+                self.tell("on_sublayer_end", entry, model=subject)
 
     def deciding(self, student: PreTrainedModel, sublayers: list[Sublayer], method: Method, terms: BudgetTerms) -> Decision:
         """K-prune's way: measure every unit from the sublayer up on the student as pruned so far, search a mask for all of
@@ -263,11 +282,17 @@ class Pruning:
         report: PruningReport,
     ) -> Decision:
         """The way of one-shot methods: measure every unit once, on the dense model; of the ways to split the budget over depth
-        take the one whose student, cut and tuned, is nearest to the teacher on rows held out."""
+        take the one whose student, cut and tuned, is nearest to the teacher on rows held out. A plan takes the one in the
+        middle, and of K-prune the first of its decisions, which is about all units, for all of them."""
         with self.phase("measure"):
             if self.costs != terms.costs:
                 self.costs, self.measured, self.scores = terms.costs, [], []
-                of_all = self.fitted.measure_dense(dense, sublayers, method.needs, self.loss)
+                if method.one_shot:
+                    of_all = self.fitted.measure_dense(dense, sublayers, method.needs, self.loss)
+                else:
+                    streams: list[State] = self.fitted.bottom()
+                    no_tops: list[State | None] = [None for _ in streams]
+                    of_all = iter(self.fitted.measure(dense, sublayers, 0, streams, dense, sublayers, no_tops, None))
                 for statistics, cost in zip(of_all, terms.costs, strict=True):
                     statistics.cost = cost
                     self.scores.append(method.score(statistics).cpu())
@@ -281,6 +306,8 @@ class Pruning:
                 stacklevel=2,
             )
             exponents = (1.0,)
+        if self.dry:
+            exponents = (exponents[len(exponents) // 2],)
         with self.phase("search"):
             plans = {}
             for exponent in exponents:
@@ -301,6 +328,8 @@ class Pruning:
         """Keep-masks of all sublayers within the budget."""
         if terms.table is not None and self.timed is not None:
             worth = [cost * score.clamp(min=0) for cost, score in zip(terms.costs, scores, strict=True)]
+            if self.dry:
+                return method.arrange(self.measured, self.timed.first_masks(worth, terms))
             return method.arrange(self.measured, self.timed.masks(worth, terms, self.args.head_unit))
         if self.args.uniform:
             alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)

@@ -172,6 +172,7 @@ class Calibration:
         model: Whose inputs are prepared.
         args: Options.
         tokens_per_row: Counts the tokens of a row without token ids, see `tokens_of`.
+        few: Measure on no more than so many tokens, or on one row, and hold none out: for a plan.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class Calibration:
         model: PreTrainedModel,
         args: KPruneArguments,
         tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
+        few: int | None = None,
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype or "float64")
@@ -192,6 +194,9 @@ class Calibration:
         self.readers: list[list[list[str]]] = []
         self.stacks_of_ids: set[str] = set()
         ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
+        self.sample = rows.first(few, tokens_per_row) if few is not None else rows.measured
+        if few is not None:
+            ends = [0, 0, self.sample, self.sample, len(rows.rows)]
         for start, stop in pairwise(ends):
             by_length = sorted(range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i))
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
@@ -199,7 +204,7 @@ class Calibration:
                 picked = mine[first : first + args.per_device_batch_size]
                 inputs, counted = collate([rows.rows[i] for i in picked], collator, processing_class, model)
                 batch = self._batch(model, inputs, counted)
-                batch.rows, batch.measured = picked, start < rows.measured
+                batch.rows, batch.measured = picked, start < self.sample
                 batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]
                 self.batches.append(batch)
 

@@ -31,16 +31,20 @@ from .embeddings import folder_of, refuse_wrapper
 from .errors import ArgumentError, CheckpointError, KPruneError
 from .heads import Knowledge, KnowledgeLoss, knowledge_loss
 from .hub import check_card_place, check_push, model_card, push_folder
+from .interface import Method
 from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .report import PruningReport, Size
-from .rows import draw_rows
+from .rows import draw_rows, row_tokens
 from .sublayers import check_model, find_sublayers, uniform_names, with_own_tables
 from .sweep import Sweep, SweepPoint, smallest_within
 from .validation import checked, checked_arguments, show
 from .version import versions
 
+
+PLAN_TOKENS = 2_000
+"""Tokens that a plan measures at most."""
 
 RANGES = {"obs": {"ridge": (1e-4, 1.0)}, "kprune": {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}}
 """What `hyperparameter_search` varies of each method: the pull of tuned weights towards what they were; how K-prune weighs
@@ -154,14 +158,7 @@ class KPrunePruner:
             CalibrationError: If the calibration data cannot be used.
             ArgumentError: If options or inputs contradict each other, or if `output_dir` cannot be saved to.
         """
-        self.args.check()
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                if self.args.output_dir is not None:
-                    size = expected_bytes(self.model, self.args)
-                    self.args.check_output_dir(None, self._origins(calibration_dataset), size)
-                if self.args.push_to_hub:
-                    check_push(self.args, self.args.output_dir)
+        self._check_place(calibration_dataset)
         with self._pruning(calibration_dataset, [self.args]) as pruning:
             student, report = self._student(pruning, self.args)
         warn_of(report)
@@ -172,9 +169,52 @@ class KPrunePruner:
         return report
 
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
-        """A dry run: the report of what `prune()` would do, to the unit, with the model left as it is."""
-        with self._unreported(), self._pruning(calibration_dataset, [self.args]) as pruning:
-            return self._student(pruning, self.args)[1]
+        """A dry run: an estimate of what `prune()` would do, in seconds, with the model left as it is.
+
+        All that `prune()` checks is checked. Units are measured on the dense model, on 2,000 tokens at most, and searched
+        once; nothing is tuned, and no weight is copied, but for those of a half-precision model, which are measured in
+        float32. So totals are as asked, and which units stay may differ: the report says how.
+
+        Raises:
+            BudgetError: As `prune()`.
+            CalibrationError: As `prune()`.
+            ArgumentError: As `prune()`.
+        """
+        self._check_place(calibration_dataset)
+        with self._unreported(), self._pruning(calibration_dataset, [self.args], dry=True) as pruning:
+            report = self._student(pruning, self.args)[1]
+        warn_of(report)
+        return report
+
+    def _check_place(self, calibration_dataset: Any) -> None:
+        """Refuse options that cannot be and an `output_dir` that cannot be saved to, before anything runs."""
+        self.args.check()
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                if self.args.output_dir is not None:
+                    size = expected_bytes(self.model, self.args)
+                    self.args.check_output_dir(None, self._origins(calibration_dataset), size)
+                if self.args.push_to_hub:
+                    check_push(self.args, self.args.output_dir)
+
+    def _estimate(self, calibration: Calibration, method: Method) -> tuple[str, dict[str, int]]:
+        """What a plan was estimated from, and what pruning does otherwise; what was measured."""
+        count = tokens_of(self.model, self.data_collator, self.processing_class)
+        tokens = sum(row_tokens(row, count) for row in calibration.rows.rows[: calibration.sample])
+        text = (
+            f"Estimated from {tokens:,} tokens ({calibration.sample:,} of {len(calibration.rows.rows):,} calibration rows), "
+            "measured on the dense model, by one search and without tuning. "
+        )
+        if not method.one_shot:
+            text += "prune() decides sublayer by sublayer, on what is pruned so far"
+        else:
+            ways = len(method.exponents)
+            trials = f" and tries {ways} ways to split the budget over depth" if ways > 1 else ""
+            text += f"prune() measures {calibration.rows.measured:,} rows{trials}"
+        text += ": a sublayer may keep other units than here, and more or fewer of them."
+        if self.args.budget[0] in TIMES:
+            text += " Times are those of the look-up table; prune() measures cut models against them."
+        return text, {"rows_measured": calibration.sample, "tokens_measured": tokens}
 
     @checked_arguments(budgets="fractions to remove, such as [0.5, 0.75], or dicts of one budget")
     def sweep(
@@ -389,7 +429,7 @@ class KPrunePruner:
 
     @contextmanager
     def _pruning(
-        self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False
+        self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False, dry: bool = False
     ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
         args, model = self.args, self.model
@@ -398,7 +438,7 @@ class KPrunePruner:
         with self._phase("prepare"):
             check_model(model)
             with together(self.accelerator):
-                calibration = self._calibration(model, calibration_dataset)
+                calibration = self._calibration(model, calibration_dataset, PLAN_TOKENS if dry else None)
             calibration.check_same_rows()
             calibration.check_flops_length(model)
             lengths = calibration.flops_lengths  # summed over processes, so what follows is the same on all of them
@@ -421,7 +461,7 @@ class KPrunePruner:
             loss = self._knowledge()
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            pruning = Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell)
+            pruning = Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, dry)
         with in_eval_mode(pruning.teacher):
             yield pruning
 
@@ -442,6 +482,9 @@ class KPrunePruner:
             versions=versions(),
             device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
         )
+        if pruning.dry:
+            report.estimate, measured = self._estimate(calibration, METHODS[args.method](args))
+            report.calibration = report.calibration | measured
         previous, self.report = self.report, report
         try:
             student = pruning.student(args, report)
@@ -458,7 +501,11 @@ class KPrunePruner:
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
         report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
         if pruning.timed is not None and args.budget[0] in TIMES:
-            report.achieved = pruning.timed.achieved(student, args.budget[0])
+            if pruning.dry:
+                counts = [len(entry.kept) for entry in report.sublayers]
+                report.achieved = pruning.timed.foreseen(counts, args.budget[0])
+            else:
+                report.achieved = pruning.timed.achieved(student, args.budget[0])
         report.seconds = {**self._seconds, "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin}
         self._seconds = {}
         report.peak_memory = peak_memory(self.accelerator.device)
@@ -488,7 +535,7 @@ class KPrunePruner:
         table, inputs = broadcast_object_list([made])[0]
         return Timed(model, table, inputs)
 
-    def _calibration(self, model: PreTrainedModel, dataset: Any) -> Calibration:
+    def _calibration(self, model: PreTrainedModel, dataset: Any, few: int | None = None) -> Calibration:
         dataset = self.calibration_dataset if dataset is None else dataset
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
@@ -501,7 +548,7 @@ class KPrunePruner:
             args.num_measure_tokens = min(method.measure_tokens, args.num_tokens)
         args.statistics_dtype = args.statistics_dtype or method.dtype
         rows = draw_rows(model, dataset, processing_class, args, self.data_collator is not None, count)
-        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count)
+        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count, few)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -104,6 +104,7 @@ class PruningReport:
         trials: Knowledge loss on rows held out, for each exponent by which the budget was split (`search.split`).
         seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
         peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
+        estimate: Of a plan, what it is estimated from and what pruning does otherwise; empty after pruning.
         removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty without texts.
         device: Where it ran, and in how many processes.
     """
@@ -126,6 +127,7 @@ class PruningReport:
     peak_memory: int = 0
     device: str = ""
     removed_at: dict[str, float] = field(default_factory=dict)
+    estimate: str = ""
 
     def shares(self) -> tuple[float, float]:
         """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not counted."""
@@ -134,16 +136,16 @@ class PruningReport:
 
     def remarks(self) -> list[str]:
         """Which sublayers are emptied, and of which kind of unit less than `LITTLE` is left."""
-        found = []
+        found, are = [], "would be" if self.estimate else "are"
         for kind, (units, places) in KINDS.items():
             some = [s for s in self.sublayers if s.kind == kind and s.units]
             emptied = [s.name for s in some if not s.kept]
             share = sum(len(s.kept) for s in some) / max(sum(s.units for s in some), 1)
             if emptied:
                 names = ", ".join(emptied[:3]) + (", ..." if len(emptied) > 3 else "")
-                found.append(f"{len(emptied)} of {len(some)} {places} are left without {units} ({names})")
+                found.append(f"{len(emptied)} of {len(some)} {places} {are} left without {units} ({names})")
             if some and share < LITTLE:
-                found.append(f"{share:.1%} of the {units} are left, less than {LITTLE:.0%}")
+                found.append(f"{share:.1%} of the {units} {are} left, less than {LITTLE:.0%}")
         return found
 
     def to_json(self) -> str:
@@ -184,8 +186,11 @@ class PruningReport:
             for name, value in self.asked.items()
         )
         subject = f"K-pruned {self.model}" if self.method == "kprune" else f"{self.model} pruned by {self.method}"
+        if self.estimate:
+            subject = f"Plan: {self.model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {self.method}'}"
+        removed = "would be removed" if self.estimate else "removed"
         lines = [
-            f"{subject}: {self.sparsity:.2%} of the prunable FLOPs removed ({asked}), {self.seconds.get('total', 0):.0f} s",
+            f"{subject}: {self.sparsity:.2%} of the prunable FLOPs {removed} ({asked}), {self.seconds.get('total', 0):.0f} s",
             "",
             *self.notes(),
             "",
@@ -211,12 +216,13 @@ class PruningReport:
     def notes(self) -> list[str]:
         """Sentences on what the budget is a share of, for which lengths it holds, and what is worth a warning."""
         parameters, flops = self.shares()
-        lines = []
+        lines = [self.estimate] if self.estimate else []
         if parameters and flops:
             lines.append(f"Prunable are {parameters:.1%} of all parameters and {flops:.1%} of all FLOPs.")
         if self.removed_at:
             told = ", ".join(f"{share:.2%} at {length} tokens" for length, share in self.removed_at.items())
-            lines.append(f"Of the prunable FLOPs are removed: {told}.")
+            verb = "would be" if self.estimate else "are"
+            lines.append(f"Of the prunable FLOPs {verb} removed: {told}.")
         return lines + [f"Note: {remark}." for remark in self.remarks()]
 
     def __str__(self) -> str:

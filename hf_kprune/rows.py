@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Number
@@ -144,6 +145,11 @@ class Rows:
     def held_out(self) -> int:
         """The last so many of the measured ones, held out of trials to compare what they make; trials have the first half."""
         return self.measured // 4
+
+    def first(self, tokens: int, tokens_per_row: TokensPerRow | None = None) -> int:
+        """How many of the measured rows, from the first on, hold no more than so many tokens; at least one."""
+        sums = itertools.accumulate(row_tokens(row, tokens_per_row) for row in self.rows[: self.measured])
+        return max(1, sum(total <= tokens for total in sums))
 
     @property
     def sequences(self) -> int:

@@ -436,7 +436,8 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
             weight, bias = oriented(projection), cast("Tensor | None", projection.bias)
             gone = set(range(num_units)) - set(kept.tolist())
             dropped = row_indices(layout, num_units, unit)[sorted(gone)].flatten()
-            rows = torch.ones(len(weight), dtype=torch.bool).index_fill(0, dropped, False).to(weight.device)
+            stays = torch.ones(len(weight), dtype=torch.bool).index_fill(0, dropped, False)
+            rows = stays.nonzero().flatten().to(weight.device)  # numbers, as masks do not index what has no memory
             set_projection(projection, weight[rows], None if bias is None else bias[rows])
     for path, (dim, width) in plan["slices"].items():
         part = Unit(width, 0, width * unit.head_dim // unit.q, unit.strided)
@@ -489,6 +490,13 @@ def correct_inputs(sublayer: Sublayer, paths: Sequence[str], matrix: Tensor, shi
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares the tensors of `model`; cutting it replaces them."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
+    """A copy of `model` that takes no gradients and shares its memory, or, on the device `meta`, has shapes alone."""
+    tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
+    parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, {**tensors, **parameters})
 
 
 def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:

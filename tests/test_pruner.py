@@ -396,12 +396,11 @@ def test_plan_foretells_prune_and_leaves_the_model() -> None:
         planned = pruner.plan()
     assert pruner.report is None
     pruned = pruner.prune()
-    assert kept(planned) == kept(pruned)
-    for report in (planned, pruned):  # all but the time it took
-        report.seconds, report.peak_memory = {}, 0
-        for s in report.sublayers:
-            s.seconds = 0.0
-    assert planned == pruned
+    assert planned.before == pruned.before
+    assert planned.asked == pruned.asked
+    assert planned.sparsity >= 0.6
+    assert planned.estimate
+    assert not pruned.estimate
 
 
 def test_report_of_prune_outlives_a_later_plan_and_a_later_failure(tmp_path: Path) -> None:
@@ -576,12 +575,12 @@ def test_compute_loss_replaces_the_predictive_knowledge() -> None:
 
     options: dict[str, Any] = {"sparsity": 0.6, "method": "kprune"}
     assert make_pruner(tiny(), **options).plan().knowledge == "classification"
-    own = make_pruner(tiny(), compute_loss=indifferent, **options).plan()
+    own = make_pruner(tiny(), compute_loss=indifferent, **options).prune()
     assert calls
     assert own.knowledge == "custom"
-    without = make_pruner(tiny(), lambda_pred=0.0, **options).plan()
+    without = make_pruner(tiny(), lambda_pred=0.0, **options).prune()
     assert [s.scores for s in own.sublayers] == [s.scores for s in without.sublayers]
-    ordinary = make_pruner(tiny(), **options).plan()
+    ordinary = make_pruner(tiny(), **options).prune()
     assert [s.scores for s in own.sublayers] != [s.scores for s in ordinary.sublayers]
 
     def too_short(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:

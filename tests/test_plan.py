@@ -1,0 +1,146 @@
+"""A plan is a dry run: what `prune()` would do, for the cost of a few tokens, with the words of something not done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import collate, rows, tiny
+from test_pruner import unchanged
+from transformers import PreTrainedModel
+from zoo import make
+
+from hf_kprune import ArgumentError, BudgetError, CalibrationError, KPruneArguments, KPrunePruner
+from hf_kprune.cost import model_size
+from hf_kprune.methods import METHODS
+from hf_kprune.pruner import PLAN_TOKENS
+from hf_kprune.sublayers import find_sublayers
+
+
+def make_pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPrunePruner:
+    args = KPruneArguments(**{"disable_tqdm": True, "use_cpu": True, **options})
+    return KPrunePruner(
+        model, args, rows() if data is None else data, both_sides if model.config.is_encoder_decoder else collate
+    )
+
+
+def both_sides(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Of an encoder-decoder, whose decoder reads the same."""
+    inputs = collate(batch)
+    return {**inputs, "decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": inputs["attention_mask"]}
+
+
+@contextmanager
+def tokens_run(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Tokens that pass the first layer, also of copies of the model."""
+    counts: list[int] = []
+    layer = model.base_model.encoder.layer[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[0] * args[0].shape[1]))
+    yield counts
+    hook.remove()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = []
+    for amount in (400, 800):
+        model = tiny()
+        with tokens_run(model) as counts:
+            report = make_pruner(model, rows(amount), method=method, sparsity=0.2).plan()
+        totals.append(sum(counts))
+        assert report.calibration["rows"] == amount
+        assert PLAN_TOKENS - 12 < report.calibration["tokens_measured"] <= PLAN_TOKENS
+        assert report.calibration["tokens"] > PLAN_TOKENS
+    assert max(totals) < 1.1 * min(totals)  # whatever there is to calibrate with, but for padding
+    monkeypatch.setattr("hf_kprune.algorithm.tune", None)
+    make_pruner(tiny(), method=method, sparsity=0.2).plan()
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "llama", "gpt2", "mixtral", "bart", "deberta-v2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_of_a_plan_are_those_of_such_a_model(name: str, dtype: torch.dtype) -> None:
+    """Parameters, bytes and cache, of the plan that was made, counted on a model that is cut so."""
+    data = rows() if name not in ("t5", "bart") else [{**row, "labels": row["input_ids"]} for row in rows()]
+    model = (tiny() if name == "bert" else make(name)).to(dtype)
+    options = {"min_heads": 1, "min_neurons": 1, "sparsity": 0.3, "method": "magnitude"}
+    with unchanged(model):
+        planned = make_pruner(model, data, **options).plan()
+    pruned = make_pruner(model, data, **options).prune()  # which decides by the weights alone
+    assert [s.kept for s in planned.sublayers] == [s.kept for s in pruned.sublayers]
+    assert planned.after == pruned.after
+    assert planned.before == pruned.before
+    assert planned.removed_at == pruned.removed_at
+    assert planned.after.parameters == model_size(model).parameters
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{"sparsity": 0.2}, {"target_params": 0.95}, {"target_flops": 0.85}], ids=str)
+def test_totals_of_a_plan_are_as_asked(method: str, options: dict[str, float]) -> None:
+    (name,) = options
+    model = tiny()
+    size = make_pruner(model, sparsity=0).plan().before
+    share = {"target_params": size.parameters, "target_flops": size.flops}.get(name, 1.0)
+    report = make_pruner(model, method=method, **{name: share * options[name]}).plan()
+    asked = share * options[name]
+    if name == "sparsity":
+        assert asked <= report.sparsity < asked + 0.1
+    else:
+        assert 0.9 * asked < report.achieved <= asked
+
+
+@pytest.mark.parametrize("method", ["obs", "kprune"])
+def test_uniform_plans_are_uniform(method: str) -> None:
+    report = make_pruner(make("llama"), sparsity=0.4, uniform=True, method=method).plan()
+    for kind in ("attention", "ffn"):
+        assert len({len(s.kept) for s in report.sublayers if s.kind == kind}) == 1
+
+
+def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
+        return [10.0 + sum(s.num_units for s in find_sublayers(model)) for model in models]
+
+    monkeypatch.setattr("hf_kprune.latency.cached_assets_path", lambda *_: tmp_path)
+    monkeypatch.setattr("hf_kprune.latency.compare", compare)
+    monkeypatch.setattr("hf_kprune.algorithm.compare", None)
+    report = make_pruner(tiny(), target_speedup=1.5).plan()
+    assert report.achieved == pytest.approx(1.5, rel=0.1)
+    assert "Times are those of the look-up table" in str(report)
+
+
+def test_the_words_of_a_plan_say_would_be() -> None:
+    for method, words in (("obs", "would be pruned by obs"), ("kprune", "would be K-pruned")):
+        text = str(make_pruner(tiny(), method=method, sparsity=0.9).plan())
+        first = text.splitlines()[0]
+        assert first.startswith("Plan: ")
+        assert words in first
+        assert "of the prunable FLOPs would be removed" in first
+        assert "would be left without" in text
+        assert "Estimated from" in text
+        assert "prune() " in text
+        assert " are removed" not in text
+        assert " are left" not in text
+    pruned = str(make_pruner(tiny(), sparsity=0.9).prune())
+    assert "would be" not in pruned
+    assert "Plan" not in pruned
+
+
+def test_a_plan_refuses_what_prune_refuses(tmp_path: Any) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ArgumentError, match="is not empty"):
+        make_pruner(tiny(), output_dir=str(tmp_path)).plan()
+    for data in ([], [*rows(), {"input_ids": [2, 60]}], rows(1)):
+        with pytest.raises(CalibrationError):
+            make_pruner(tiny(), data).plan()
+    with pytest.raises(BudgetError):
+        make_pruner(tiny(), target_params=10).plan()
+    with pytest.raises(BudgetError, match="method 'kcm' removes neurons only"):
+        make_pruner(tiny(), method="kcm", sparsity=0.95).plan()
+    with pytest.warns(UserWarning, match="3 calibration rows are measured on, too few"):
+        make_pruner(tiny(), rows(3)).plan()
+    model = tiny()
+    model.base_model.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
+    with pytest.raises(CalibrationError):
+        make_pruner(model).plan()
