@@ -1,20 +1,25 @@
-"""The options of a pruning run, usable from Python and, through `HfArgumentParser`, from the command line."""
+"""The options of a pruning run, usable from Python and from the command line.
+
+As data they take no library, so that `hf-kprune --help` is quick: PyTorch and Transformers are imported by what needs them.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import TrainingArguments
-
-from .destination import as_text, check_destination
 from .errors import ArgumentError
-from .methods import METHODS
 from .validation import check_fields, known_keywords, show, suggestion
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+METHOD_NAMES = ("obs", "kprune", "kwon", "kcm", "magnitude", "random", "taylor", "flap", "wanda_sp")
+"""The keys of `methods.METHODS`, which takes PyTorch."""
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -108,7 +113,7 @@ class KPruneArguments:
         "obs",
         "Pruning method: 'obs' is ours (optimal brain surgeon in the Fisher metric), 'kprune' that of the paper (Park et al., "
         "ICLR 2024), the others are for comparison.",
-        choices=list(METHODS),
+        choices=list(METHOD_NAMES),
     )
     prune_heads: bool = _option(True, "Whether attention heads may be pruned.")
     prune_ffn: bool = _option(True, "Whether FFN neurons may be pruned.")
@@ -144,7 +149,8 @@ class KPruneArguments:
     )
     per_device_batch_size: int = _option(32, "Calibration sequences per batch and device. Does not change the result.")
     remove_unused_columns: bool = _option(
-        True, "Drop the columns of the calibration dataset that the model does not take; if False they are an error."
+        True,
+        "Drop the columns of the calibration dataset that the model does not take; if False they are an error.",
     )
     seed: int = _option(42, "Seed of the draw of calibration rows.")
 
@@ -164,7 +170,10 @@ class KPruneArguments:
         choices=["mean", "cls", "pooler", "none"],
     )
 
-    tune: bool = _option(True, "Whether the output weights of what is kept are tuned (KPWT).")
+    tune: bool = _option(
+        True,
+        "Whether the output weights of what is kept are tuned (KPWT).",
+    )
     tune_bias: bool | None = _option(
         None, "Whether tuning fits the output bias too. None: as the method does; the paper keeps it. For 'obs' and 'kprune'."
     )
@@ -185,23 +194,30 @@ class KPruneArguments:
     )
 
     max_shard_size: str = _option("50GB", "Largest weight file of the saved checkpoint.")
-    per_device_eval_batch_size: int = _option(32, "Batch size of evaluate() and predict().")
+    per_device_eval_batch_size: int = _option(32, "Sequences per batch and device in evaluation and prediction.")
     disable_tqdm: bool = _option(False, "Switch the progress bar off.")
     report_to: list[str] = _option(["none"], "Where metrics go, as in TrainingArguments: tensorboard, wandb, ... or none.")
     run_name: str | None = _option(None, "Name of the run in report_to.")
     use_cpu: bool = _option(False, "Prune on the CPU even if there is an accelerator.")
 
-    push_to_hub: bool = _option(False, "Whether save_model() also pushes the checkpoint to the Hub.")
+    push_to_hub: bool = _option(False, "Push the checkpoint to the Hub as well when it is saved.")
     hub_model_id: str | None = _option(None, "Repository on the Hub. None: the name of output_dir.")
     hub_token: str | None = _option(None, "Token for the Hub. None: the one that `hf auth login` stored.")
-    hub_private_repo: bool | None = _option(None, "Whether the repository is made private.")
+    hub_private_repo: bool | None = _option(None, "Whether the repository is made private. None: as the account has it.")
     hub_revision: str | None = _option(None, "Branch of the repository to push to.")
 
     def __post_init__(self) -> None:
         self.check()
+        for name, why in self.unused_options().items():
+            warnings.warn(f"{name} is {getattr(self, name)!r}, but {why}", stacklevel=4)
 
     def check(self) -> None:
         """Raise `ArgumentError` if a value cannot be, also one that was assigned later: a pruner calls this when it starts."""
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        from .destination import as_text
+        from .methods import METHODS
+
         check_fields(self)
 
         def check(name: str, holds: bool, expected: str) -> None:
@@ -256,11 +272,11 @@ class KPruneArguments:
         check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
         for name in ("tune_bias", "tune_inputs"):
             check(name, self.tune or not getattr(self, name), "False or None with tune=False, which tunes nothing")
-        for name, why in self.unused_options().items():
-            warnings.warn(f"{name} is {getattr(self, name)!r}, but {why}", stacklevel=4)
 
     def unused_options(self) -> dict[str, str]:
         """Options that differ from their defaults and that the others leave without effect, and why."""
+        from .methods import METHODS
+
         method, methods = METHODS[self.method](self), {name: make(self) for name, make in METHODS.items()}
         reasons: dict[str, str] = {}
         for name in sorted({option for each in methods.values() for option in each.options} - method.options):
@@ -293,6 +309,8 @@ class KPruneArguments:
             read_from: Files and directories that must not be replaced, as the model and the data are read from them.
             size: Bytes that the checkpoint will take; 0 if that is not known.
         """
+        from .destination import check_destination
+
         path = self.output_dir if output_dir is None else output_dir
         if path is None:
             raise ArgumentError("no output_dir: pass it to KPruneArguments or to save_model()")
@@ -300,6 +318,9 @@ class KPruneArguments:
 
     def training_arguments(self, output_dir: str) -> TrainingArguments:
         """The same options for the `Trainer` that evaluates and predicts, and for the integrations of `report_to`."""
+        import torch
+        from transformers import TrainingArguments
+
         return TrainingArguments(
             output_dir=output_dir,
             per_device_eval_batch_size=self.per_device_eval_batch_size,

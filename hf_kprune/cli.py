@@ -1,20 +1,16 @@
-"""The command line: `hf-kprune prune`, `plan`, `sweep`, `inspect` and `convert`. docs/cli.md has examples.
+"""What the commands do: `hf-kprune prune`, `plan`, `sweep`, `inspect` and `convert`. docs/cli.md has examples.
 
-What the user got wrong ends in one line on stderr and exit code 2, Ctrl-C in 130; anything else is a bug and keeps its
-traceback.
+How they are read is in parser.py, how they end in terminal.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import evaluate
@@ -22,7 +18,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import cached_file, logging
 
@@ -39,85 +35,19 @@ from .hub import check_push
 from .legacy import from_legacy
 from .loading import load_model, load_tokenizer, model_class
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
+from .parser import DataArguments, SweepArguments
 from .pruner import KPrunePruner
 from .report import JSON_NAME, PruningReport
 from .rows import max_positions, needs_targets
 from .sources import text_columns
 from .sublayers import Sublayer, find_sublayers
-from .validation import check_fields, known_keywords
-from .version import __version__
+from .terminal import main, say
 
+
+__all__ = ["DataArguments", "SweepArguments", "main", "run"]
 
 NO_PIPELINE = {"multiple-choice": "AutoModelForMultipleChoice", "question-answering": "AutoModelForQuestionAnswering"}
 """Tasks that transformers has models for, but not in every version a pipeline."""
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@known_keywords
-@dataclass
-class SweepArguments:
-    """Which budgets are tried, and what is good enough."""
-
-    budgets: list[float] = field(
-        default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8],
-        metadata={"help": "Fractions of the prunable FLOPs to REMOVE, one model each."},
-    )
-    compare_by: str | None = _option(None, "Metric that models are compared by, of those printed. Unset: the distance.")
-    lower_is_better: bool = _option(False, "Whether that metric is the better the lower it is, as a loss.")
-    max_drop: float | None = _option(
-        None, "How much worse than the dense model's it may be: the smallest such model is saved to --output_dir."
-    )
-    refine: int = _option(2, "With --max_drop, how many times to try between the sparsest good enough and the next.")
-    plot: str | None = _option(None, "File for a plot, such as sweep.svg. Needs matplotlib: hf_kprune[sweep].")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@known_keywords
-@dataclass
-class DataArguments:
-    """What is pruned, and with what data. Calibration needs texts only; labels are for evaluation."""
-
-    model_name_or_path: str = field(metadata={"help": "Model: a directory or a name on the Hub. Required."})
-    task: str | None = _option(None, "Task, such as text-classification or fill-mask. Unset: what the config names.")
-    dataset_name: str | None = _option(None, "Calibration data: a dataset on the Hub or a directory, for load_dataset().")
-    dataset_config_name: str | None = _option(None, "Configuration of that dataset, such as sst2 of glue.")
-    dataset_split: str = _option("train", "Split of that dataset.")
-    dataset_file: str | None = _option(
-        None, "Calibration data: a local file, .parquet, .csv, .tsv, .json, .jsonl, .txt, or .gz of one."
-    )
-    eval_file: str | None = _option(None, "Labelled data, a local file, on which dense and pruned model are compared.")
-    eval_dataset_name: str | None = _option(None, "The same, a dataset on the Hub or a directory.")
-    eval_dataset_config_name: str | None = _option(None, "Configuration of the evaluation dataset.")
-    eval_dataset_split: str = _option("validation", "Split of the evaluation dataset.")
-    label_column: str = _option("label", "Column of the labels in the evaluation data: numbers, or names in the config.")
-    metric: str | None = _option(None, "Name or script for evaluate.load(), such as accuracy. Unset: the loss alone.")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if (self.dataset_name is None) == (self.dataset_file is None):
-            raise ArgumentError("pass the calibration data as either --dataset_name or --dataset_file")
-        if self.eval_dataset_name is not None and self.eval_file is not None:
-            raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
-        if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
-            raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
-
-    @property
-    def origins(self) -> list[str | None]:
-        """What is read in this run, if it is on this machine: nothing is written over it."""
-        files = [self.dataset_file, self.eval_file, self.metric]
-        return [self.model_name_or_path, self.dataset_name, self.eval_dataset_name, *files]
-
-
-class CommandParser(HfArgumentParser):
-    """Options of one command. What argparse finds wrong with them is an error like any other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"{message}; see {self.prog} --help")
 
 
 @contextmanager
@@ -250,7 +180,6 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     if args.push_to_hub:
         check_push(args, path)
     pruner = make_pruner(data, args)
-    say = pruner.accelerator.print
     args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
     dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
     push = args.push_to_hub
@@ -275,7 +204,6 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
 def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -> None:
     path = args.check_output_dir(read_from=data.origins)
     pruner = make_pruner(data, args)
-    say = pruner.accelerator.print
     made = pruner.sweep(
         options.budgets,
         metric=options.compare_by,
@@ -325,7 +253,7 @@ def how_to_load(path: str, model: PreTrainedModel, folder: SentenceFolder | None
 
 def plan(data: DataArguments, args: KPruneArguments) -> None:
     pruner = make_pruner(data, args)
-    pruner.accelerator.print(f"\nA plan only: nothing was changed or written.\n\n{pruner.plan()}")
+    say(f"\nA plan only: nothing was changed or written.\n\n{pruner.plan()}")
 
 
 def inspect(name: str) -> None:
@@ -338,19 +266,19 @@ def inspect(name: str) -> None:
         model.to(config.dtype or torch.float32)
         report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
     pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")
-    print(f"{name}: {type(model).__name__} ({config.model_type}), {'K-pruned' if pruned else 'dense'}")
-    print(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
-    print(f"without embeddings: {size.parameters_without_embeddings:,} ({size.bytes_without_embeddings / 1e6:,.1f} MB)")
+    say(f"{name}: {type(model).__name__} ({config.model_type}), {'K-pruned' if pruned else 'dense'}")
+    say(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
+    say(f"without embeddings: {size.parameters_without_embeddings:,} ({size.bytes_without_embeddings / 1e6:,.1f} MB)")
     try:
         sublayers, source = structure(model)
-        print(f"family: {config.model_type}, can be pruned; its structure is {source}\n")
-        print(to_table(sublayers))
+        say(f"family: {config.model_type}, can be pruned; its structure is {source}\n")
+        say(to_table(sublayers))
     except UnsupportedArchitectureError as error:
-        print(f"cannot be pruned{' again' if pruned else ''}: {error}")
+        say(f"cannot be pruned{' again' if pruned else ''}: {error}")
     if pruned:
-        print(f"\n{HOW_TO_LOAD}")
+        say(f"\n{HOW_TO_LOAD}")
     if report is not None:
-        print("\n" + PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0])
+        say("\n" + PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0])
 
 
 def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
@@ -405,55 +333,16 @@ def convert(old: str, new: str) -> None:
     save_atomically(
         model, path, args.max_shard_size, lambda folder: tokenizer and tokenizer.save_pretrained(folder), overwrite=False
     )
-    print(how_to_load(path, model))
+    say(how_to_load(path, model))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-kprune", description="Prune Transformers models without retraining (K-prune).")
-    parser.add_argument("--version", action="version", version=f"hf-kprune {__version__}")
-    names = "{prune,plan,sweep,inspect,convert}"
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=CommandParser)
-    usage = "%(prog)s --model_name_or_path MODEL (--dataset_name NAME | --dataset_file FILE) [options]"
-    types = (DataArguments, KPruneArguments)
-    text = "Prune a model, save it to --output_dir and print what was done."
-    commands.add_parser("prune", dataclass_types=types, usage=usage, help=text, description=text)
-    text = "Dry run: print what prune, with the same options, would cut. Nothing is changed or written."
-    commands.add_parser("plan", dataclass_types=types, usage=usage, help=text, description=text)
-    text = "Prune for many budgets from one measurement, print a table, and save all models, or the smallest good enough."
-    commands.add_parser("sweep", dataclass_types=(*types, SweepArguments), usage=usage, help=text, description=text)
-    text = "Print the sizes of a model, layer by layer, and whether it can be pruned, without loading its weights."
-    command = commands.add_parser("inspect", help=text, description=text)
-    command.add_argument("model_name_or_path", help="A directory or a name on the Hub.")
-    text = "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can load it."
-    command = commands.add_parser("convert", help=text, description=text)
-    command.add_argument("old", help="The old checkpoint: a directory or a name on the Hub.")
-    command.add_argument("new", help="Directory to write to.")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: `sys.argv`) and return its exit code."""
-    try:
-        options, unknown = make_parser().parse_known_args(argv)
-        if unknown:
-            raise ArgumentError(f"no such options: {' '.join(unknown)}; see hf-kprune {options.command} --help")
-        if options.command == "inspect":
-            inspect(options.model_name_or_path)
-        elif options.command == "convert":
-            convert(options.old, options.new)
-        else:
-            kinds: tuple[Any, ...] = (
-                DataArguments,
-                KPruneArguments,
-                *([SweepArguments] if options.command == "sweep" else []),
-            )
-            commands: dict[str, Callable[..., None]] = {"prune": prune, "plan": plan, "sweep": sweep}
-            commands[options.command](*(t(**{f.name: getattr(options, f.name) for f in fields(t)}) for t in kinds))
-        return 0
-    except (KPruneError, CheckpointError) as error:
-        code, message = 2, f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    if int(os.environ.get("RANK", "0")) == 0:  # once for all processes
-        print(f"hf-kprune: {message}", file=sys.stderr)
-    return code
+def run(command: str, options: Sequence[Any]) -> None:
+    """Run a command on what `parser.parse` gave for it."""
+    commands: dict[str, Callable[..., None]] = {
+        "prune": prune,
+        "plan": plan,
+        "sweep": sweep,
+        "inspect": inspect,
+        "convert": convert,
+    }
+    commands[command](*options)

@@ -7,10 +7,15 @@
     `-- UnsupportedModelError           a model that cannot be pruned as it is
         `-- UnsupportedArchitectureError    a model whose layers are not described
 
-CheckpointError, for a saved model that contradicts itself, lives in modeling_kprune.py, which travels alone.
+CheckpointError, for a saved model that contradicts itself, lives in modeling_kprune.py, which travels alone. It is looked
+up there when it is asked for, so that this module takes no library.
 """
 
-from .modeling_kprune import CheckpointError
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .modeling_kprune import CheckpointError
 
 
 __all__ = [
@@ -46,3 +51,11 @@ class UnsupportedModelError(KPruneError):
 
 class UnsupportedArchitectureError(UnsupportedModelError):
     """A model whose layers no family describes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name != "CheckpointError":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .modeling_kprune import CheckpointError
+
+    return CheckpointError

@@ -177,6 +177,7 @@ def unquoted(text: str, kind: Any) -> str:
     for literal in (text.strip(), text.strip().capitalize()):
         try:
             value = ast.literal_eval(literal)
+            value = int(value) if isinstance(value, float) and value.is_integer() and kind is int else value
             convert(value, kind)
         except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
             continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +25,10 @@ from transformers import (
     XLNetConfig,
 )
 
-from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__
-from hf_kprune.cli import DataArguments, main
+from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__, parser
+from hf_kprune.arguments import METHOD_NAMES
+from hf_kprune.cli import main
+from hf_kprune.methods import METHODS
 
 
 WORDS = [f"w{i}" for i in range(55)]
@@ -331,17 +333,95 @@ def test_inspect_of_a_family_that_is_not_listed_detects_it(hf_kprune: Any, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["prune", "plan"])
-def test_help_lists_every_option_with_its_default(hf_kprune: Any, command: str) -> None:
+@pytest.mark.parametrize("command", ["prune", "plan", "sweep"])
+def test_help_lists_every_option_once_with_its_default(hf_kprune: Any, command: str) -> None:
     code, stdout, _ = hf_kprune(command, "--help")
     assert code == 0
     words, squeezed = " ".join(stdout.split()), "".join(stdout.split())
-    for field in (*dataclasses.fields(KPruneArguments), *dataclasses.fields(DataArguments)):
-        assert f"--{field.name} " in words, field.name
-        assert "".join(field.metadata["help"].split()) in squeezed, field.name
-    assert words.count("(default: ") >= len(dataclasses.fields(KPruneArguments))
+    for name, option in parser.options_of(command).items():
+        flag = f"--no_{name}" if option.default is True else f"--{name}"
+        assert len(re.findall(rf"^  {flag} ?", stdout, re.MULTILINE)) == 1, name
+        assert not re.search(rf"^  --(no_)?{name}\b(?<!{flag})", stdout, re.MULTILINE), name
+        told = parser.OFF.get(name) or option.metadata["help"].split(".")[0].split("None:")[0]
+        told = parser.as_options(
+            told.replace("Instead of sparsity", "Instead of --sparsity"), list(parser.options_of("sweep"))
+        )
+        assert "".join(told.split()) in squeezed, name
+        assert f"--{name.replace('_', '-')} " not in words or "_" not in name
     for default in ("(default: 0.5)", "(default: 100000)", "(default: 0.00025)", "(default: obs)"):
         assert default in words
+    assert "(default: None)" not in words
+    assert "None:" not in words
+
+
+def test_help_is_grouped_by_question_and_marks_what_single_methods_read(hf_kprune: Any) -> None:
+    _, stdout, _ = hf_kprune("sweep", "--help")
+    titles = re.findall(r"^(\w.*):$", stdout, re.MULTILINE)
+    assert titles == ["options", *parser.QUESTIONS]  # no option is in no group
+    args = KPruneArguments()
+    readers = {name: {key for key, make in METHODS.items() if name in make(args).options} for name in vars(args)}
+    assert tuple(METHODS) == METHOD_NAMES
+    for title, members in parser.QUESTIONS.items():
+        for name in members:
+            named = set(title.partition("--method ")[2].replace(" or ", " ").split())
+            assert named == readers.get(name, set()), name
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--prune-heads false", "prune_heads", False),
+        ("--prune_heads=False", "prune_heads", False),
+        ("--no-prune-heads", "prune_heads", False),
+        ("--no_prune_heads", "prune_heads", False),
+        ("--prune_heads", "prune_heads", True),
+        ("--packing", "packing", True),
+        ("--packing true", "packing", True),
+        ("--packing no", "packing", False),
+        ("--tune_bias", "tune_bias", True),
+        ("--no_tune_bias", "tune_bias", False),
+        ("", "tune_bias", None),
+        ("--text_columns a b", "text_columns", ["a", "b"]),
+        ("--text-columns a,b", "text_columns", ["a", "b"]),
+        ("--text_columns=a,b", "text_columns", ["a", "b"]),
+        ("--report_to tensorboard wandb", "report_to", ["tensorboard", "wandb"]),
+        ("--num-tokens 5", "num_tokens", 5),
+        ("--num_tokens=5", "num_tokens", 5),
+        ("--run_name a-b", "run_name", "a-b"),
+        ("--target_params 5e6", "target_params", 5e6),
+    ],
+)
+def test_every_spelling_is_understood(words: str, name: str, value: Any) -> None:
+    more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
+    _, (_, args) = parser.parse(["prune", *more, *words.split()])
+    assert getattr(args, name) == value
+
+
+def test_budgets_are_separated_by_spaces_or_commas() -> None:
+    more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
+    for words in ("0.4 0.5", "0.4,0.5", "0.4, 0.5"):
+        assert parser.parse(["sweep", *more, "--budgets", *words.split()])[1][2].budgets == [0.4, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("message", "rendered"),
+    [
+        (
+            "output_dir 'a/num_tokens' is not empty; set overwrite_output_dir=True",
+            "--output_dir 'a/num_tokens' is not empty; set --overwrite_output_dir",
+        ),
+        ("sparsity is 1.5, expected the fraction", "--sparsity is 1.5, expected the fraction"),
+        ("columns of x.num_tokens; raise num_tokens (now 5)", "columns of x.num_tokens; raise --num_tokens (now 5)"),
+        ("prune_ffn=False, min_heads=0 and round_to=1", "--no_prune_ffn, --min_heads 0 and --round_to 1"),
+        ('take method="kprune"', "take --method kprune"),
+        ("the method and the metric of the model's task", "the method and the metric of the model's task"),
+        ("method is 'x', expected one", "--method is 'x', expected one"),
+        ("--output_dir is missing", "--output_dir is missing"),
+        ("/srv/max_drop/text_columns is gone", "/srv/max_drop/text_columns is gone"),
+    ],
+)
+def test_messages_name_options_as_options(message: str, rendered: str) -> None:
+    assert parser.as_options(message, list(parser.options_of("sweep"))) == rendered
 
 
 def test_version_and_help(hf_kprune: Any) -> None:
@@ -363,15 +443,18 @@ def test_no_command_or_an_unknown_one_gives_usage(hf_kprune: Any, arguments: tup
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "unparsable": ({"sparsity": "half"}, "--sparsity: invalid float value: 'half'"),
-    "unparsable switch": ({"tune": "perhaps"}, "--tune: "),
+    "unparsable": ({"sparsity": "half"}, "--sparsity is 'half', expected a number"),
+    "unparsable whole number": ({"num_tokens": "1e4"}, "--num_tokens is '1e4', expected a whole number: 10000"),
+    "unparsable list": ({"report_to": None, "sparsity": "0.5,0.6"}, "--sparsity is '0.5,0.6', expected a number"),
+    "unparsable switch": ({"tune": "perhaps"}, "--tune is 'perhaps', expected true or false"),
     "choice": ({"pooling": "max"}, "--pooling: invalid choice: 'max'"),
-    "unknown option": ({"sparsty": 0.5}, "no such options: --sparsty 0.5"),
+    "unknown option": ({"sparsty": 0.5}, "no such options: --sparsty 0.5; did you mean --sparsity?"),
+    "unknown option with dashes": ({"out-put-dir": "x"}, "no such options: --out_put_dir x; did you mean --output_dir?"),
     "no model": ({"model_name_or_path": None}, "required: --model_name_or_path"),
-    "option value": ({"sparsity": 1.5}, "sparsity is 1.5"),
+    "option value": ({"sparsity": 1.5}, "error: --sparsity is 1.5"),
     "method": ({"method": "magic"}, "invalid choice: 'magic' (choose from"),
     "report_to": ({"report_to": "paper"}, "paper is not supported"),
-    "no output_dir": ({"output_dir": None}, "output_dir"),
+    "no output_dir": ({"output_dir": None}, "--output_dir is missing: name a directory"),
     "full output_dir": ({"output_dir": "{data}"}, "is not empty"),
     "file as output_dir": ({"output_dir": "{data}/train.csv"}, "is a file"),
     "output_dir in a file": ({"output_dir": "{data}/train.csv/out"}, "cannot write to '{data}/train.csv/out'"),
@@ -407,7 +490,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "BertForTokenClassification cannot be evaluated here",
     ),
     "unreachable": ({"sparsity": 0.9, "prune_ffn": False}, "this model can reach 0 to"),
-    "too few tokens": ({"num_tokens": 5}, "raise num_tokens (now 5)"),
+    "too few tokens": ({"num_tokens": 5}, "raise --num_tokens (now 5)"),
 }
 
 
