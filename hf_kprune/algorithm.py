@@ -148,7 +148,10 @@ class Pruning:
         self.timed, self.phase, self.tell = timed, phase, tell
         # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
         half = model.dtype in (torch.float16, torch.bfloat16)
-        self.teacher = with_own_tables(copy.deepcopy(model).float() if half else model)
+        # of weights that were made in inference mode no graph can be built
+        frozen = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+        copied = copy.deepcopy(model) if half or frozen else model
+        self.teacher = with_own_tables(copied.float() if half else copied)
         self.references = find_sublayers(self.teacher, args.head_unit)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation mode
         self.checked = False
@@ -230,6 +233,7 @@ class Pruning:
             if report is not None:
                 entry.kept = keep.nonzero().flatten().tolist()
                 entry.scores = None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
+                entry.score_damping = self.measured[i].damping if self.measured and scores is not None else 0.0
                 entry.flops_left = prunable_flops(sublayers, calibration.flops_lengths)
                 entry.seconds = time.perf_counter() - begin
                 report.sublayers.append(entry)

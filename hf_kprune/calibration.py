@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
+from .checks import prove_projections
 from .collate import Collator, collate, fitted
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
 from .heads import Draws, Knowledge
@@ -41,7 +42,7 @@ from .hooks import (
     run_to_top,
 )
 from .interface import Statistics
-from .reconstruction import NormalEquations
+from .reconstruction import Centred, NormalEquations, add_products
 from .rows import Rows, max_positions, row_length
 from .sublayers import Sublayer, find_sublayers, in_unit_order, oriented
 
@@ -52,6 +53,9 @@ LOGITS = 2**24
 GRAPH_LAYERS = 3
 """Layers whose activations the measuring pass may hold for a whole batch. A deeper model takes the batch in slices, so
 that memory does not grow with depth."""
+
+
+GRADIENTS = "gradients of the knowledge loss to the output"
 
 
 @contextmanager
@@ -150,11 +154,25 @@ class Batch:
 
 
 def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tensor:
-    """The knowledge loss of each row of a batch, (B,). Raises `ArgumentError` if it gives anything else."""
+    """The knowledge loss of each row of a batch, (B,).
+
+    Raises:
+        ArgumentError: If it gives anything else, or no graph where gradients are taken.
+        CalibrationError: If it is not finite.
+    """
     losses = loss(student, teacher, batch.counted)
-    if losses.shape != (batch.samples,):
+    if not isinstance(losses, Tensor) or losses.shape != (batch.samples,):
+        what = tuple(losses.shape) if isinstance(losses, Tensor) else repr(losses)
+        raise ArgumentError(f"the knowledge loss gave {what} for {batch.samples} samples, expected one number each")
+    if torch.is_grad_enabled() and not losses.requires_grad:
         raise ArgumentError(
-            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one number each"
+            "the knowledge loss gave numbers without a gradient, expected them to be differentiable; let compute_loss compute "
+            "them of the student's outputs by torch, without detach(), item() or torch.no_grad()"
+        )
+    if not bool(torch.isfinite(losses).all()):
+        raise CalibrationError(
+            f"NaN or Inf in the knowledge loss ({loss.name}), while the activations below it are finite; check what the head "
+            "of the model, or compute_loss, makes of the calibration data"
         )
     return losses
 
@@ -342,6 +360,7 @@ class Calibration:
                 if batch.samples == batch.counted.shape[1] > 1:  # so that rows are not taken for tokens below
                     batch = batch.part(0, batch.samples - 1)
                 check_order(model, batch.inputs, sublayers)
+                prove_projections(model, batch.inputs, self.args.head_unit)
                 with torch.no_grad():
                     state, expected = State(), run_to_top(model, batch.inputs, sublayers)
                 for position, sublayer in enumerate(sublayers):
@@ -453,6 +472,7 @@ class Calibration:
                     for place, a in features.items():
                         a = by_token(a.detach(), part.valid[targets[place].stack_name].unsqueeze(-1))
                         valid = part.tokens(targets[place], a)
+                        self.check_finite(targets[place], (a[valid].sum(),))
                         energy[place] += a[valid].float().square().sum(0)
                         linear[place] += a[valid].float().sum(0)
                         tokens[place] += valid.sum()
@@ -480,11 +500,12 @@ class Calibration:
                             total[place] += g.sum(0)
                             square[place] += g.square().sum(0)
         self._reduce([*energy, *linear, *total, *square, samples, tokens])
-        for target, e in zip(targets, energy, strict=True):  # all before the gradients, which carry NaN downwards
+        for target, e in zip(targets, energy, strict=True):
             self.check_finite(target, (e,))
+        for target, t, q in reversed(list(zip(targets, total, square, strict=True))):  # NaN goes on downwards
+            self.check_finite(target, (t, q), GRADIENTS)
         measured = []
         for i, target in enumerate(targets):
-            self.check_finite(target, (total[i], square[i]))
             sums = {"energy": energy[i], "feature_sum": linear[i], "gradient_sum": total[i], "gradient_square": square[i]}
             measured.append(self._statistics(target, float(tokens[i]), float(samples), sums))
         return measured
@@ -515,12 +536,13 @@ class Calibration:
             with together(self.accelerator):
                 for i, batch in enumerate(batches):
                     tap = run_sublayer(model, batch.inputs, sublayers, position, states[i])
-                    a = tap.features[batch.tokens(sublayer, tap.output)].float()
-                    sums["energy"] += a.square().sum(0)
-                    sums["feature_sum"] += a.sum(0)
+                    a = tap.features[batch.tokens(sublayer, tap.output)]
+                    sums["energy"] += a.double().square().sum(0)
+                    sums["feature_sum"] += a.sum(0, dtype=torch.float64)
                     sums["tokens"] += len(a)
                     if "gram" in sums:
-                        sums["gram"] += a.T @ a
+                        centred = Centred.of(a, self.dtype)
+                        add_products(sums["gram"], centred, centred)
                     states[i] = tap.above
             self._reduce(list(sums.values()))
             self.check_finite(sublayer, list(sums.values()))
@@ -576,10 +598,11 @@ class Calibration:
                             if masks:
                                 self._add_masks(sums[place], sublayers[place], a, g * valid.unsqueeze(-1), batch.samples)
                             else:
-                                sums[place]["metric"] += g[valid].T @ g[valid]
+                                g = g[valid].to(self.dtype)
+                                sums[place]["metric"] += g.T @ g
         self._reduce([tensor for held in sums for tensor in held.values()])
-        for sublayer, held in zip(sublayers, sums, strict=True):
-            self.check_finite(sublayer, list(held.values()))
+        for sublayer, held in reversed(list(zip(sublayers, sums, strict=True))):  # what is not finite goes on downwards
+            self.check_finite(sublayer, list(held.values()), GRADIENTS)
         return sums
 
     def _add_masks(self, sums: dict[str, Tensor], sublayer: Sublayer, a: Tensor, g: Tensor, samples: int) -> None:
@@ -753,10 +776,10 @@ class Calibration:
             for i, batch in enumerate(self.batches):
                 streams[i] = run_sublayer(model, batch.inputs, sublayers, position, streams[i]).above
 
-    def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor]) -> None:
+    def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor], what: str = "activations") -> None:
         """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""
         if not all(bool(torch.isfinite(t).all()) for t in sums):
             raise CalibrationError(
-                f"NaN or Inf in the activations of {sublayer.name}; check that the model gives finite outputs on the "
+                f"NaN or Inf in the {what} of {sublayer.name}; check that the model gives finite outputs on the "
                 "calibration data, and that its weights are finite"
             )

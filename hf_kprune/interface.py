@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -35,6 +35,8 @@ class Statistics:
         fisher: Fisher information of the units' masks, the sum over sequences of g g^T with g such a gradient to all masks
             of the sublayer, (U, U), float64.
         absolute: Sum over sequences of |g| of those, (U,), float64.
+        damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its ridge, relative to
+            its mean, as they were singular up to rounding.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Statistics:
     metric: Tensor | None = None
     fisher: Tensor | None = None
     absolute: Tensor | None = None
+    damping: float = field(default=0.0, init=False)
 
 
 class Method(Protocol):

@@ -105,7 +105,8 @@ class OptimalBrainSurgeon:
         s = statistics
         assert s.gram is not None
         assert s.metric is not None
-        moments = covariance(s.gram, s.feature_sum, s.tokens, self.tune_bias and s.has_bias, self.ridge)
+        centred = self.tune_bias and s.has_bias
+        moments, s.damping = covariance(s.gram, s.feature_sum, s.tokens, centred, self.ridge)
         return eliminate(moments, s.weight, s.metric / s.samples, s.unit_width) / s.cost
 
     search, arrange = KPrune.search, KPrune.arrange

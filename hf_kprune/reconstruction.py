@@ -16,6 +16,46 @@ from torch import Tensor
 DAMPING = 1e-10
 """Least damping of the normal equations, relative to the mean of their diagonal. Decides directions that no data decide."""
 
+ROUNDING = 1e-12
+"""What is left of a mean square about the mean is nothing if it is no larger than this fraction of it."""
+
+
+@dataclass
+class Centred:
+    """Tokens (n, C) less a centre that is near to their mean.
+
+    In float32, features that hardly vary about a large mean would lose in their products all that tells how they vary.
+
+    Args:
+        rest: What is left, (n, C), in the precision of the products.
+        centre: (C,), float64; zero for products in float64, which need none.
+        rest_sum: The sum of what is left, (C,), float64.
+    """
+
+    rest: Tensor
+    centre: Tensor
+    rest_sum: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, dtype: torch.dtype) -> Centred:
+        centre = tokens.new_zeros(tokens.shape[1])
+        if dtype != torch.float64 and len(tokens):
+            centre = tokens.mean(0, dtype=torch.float64).to(tokens.dtype)
+        rest = (tokens - centre).to(dtype)
+        return cls(rest, centre.double(), rest.sum(0, dtype=torch.float64))
+
+    def total(self) -> Tensor:
+        """The sum of the tokens themselves, (C,), float64."""
+        return self.rest_sum + len(self.rest) * self.centre
+
+
+def add_products(sums: Tensor, a: Centred, b: Centred) -> None:
+    """Add A^T B of as many tokens A (n, C) and B (n, D) to float64 sums (C, D): what is left of the centres is multiplied in
+    its own precision, the centres themselves in float64."""
+    sums += a.rest.T @ b.rest
+    if a.rest.dtype != torch.float64:
+        sums += torch.stack([a.centre, a.rest_sum], 1) @ torch.stack([b.total(), b.centre])
+
 
 @dataclass
 class NormalEquations:
@@ -47,16 +87,16 @@ class NormalEquations:
     def add(self, features: Tensor, target: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64) -> None:
         """Add tokens: features A (n, C), target Y = X_T + Sub_T(X_T) - X_S (n, D), reference X_T + Sub_T(X_T) (n, D).
 
-        Products are taken in `dtype` and summed in float64.
+        Products are taken in `dtype` and summed in float64, see `add_products`.
         """
-        a, y, r = features.to(dtype), target.to(dtype), reference.to(dtype)
-        self.gram += a.T @ a
-        self.cross += a.T @ y
-        self.feature_sum += a.sum(0)
-        self.target_sum += y.sum(0)
-        self.target_square += y.square().sum()
-        self.reference_square += r.square().sum()
-        self.tokens += len(a)
+        a, y = Centred.of(features, dtype), Centred.of(target, dtype)
+        add_products(self.gram, a, a)
+        add_products(self.cross, a, y)
+        self.feature_sum += a.total()
+        self.target_sum += y.total()
+        self.target_square += target.double().square().sum()
+        self.reference_square += reference.double().square().sum()
+        self.tokens += len(features)
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -129,8 +169,12 @@ def tune_weight(
 
     delta, damping, undetermined = torch.zeros_like(change), 0.0, 0
     scale = float(gram.diagonal().mean()) if len(gram) else 0.0
-    if scale > 0:
-        delta, damping, undetermined = _damped_cholesky(gram, change, scale, ridge)
+    if scale > ROUNDING * float(e.gram.diagonal().mean() if len(gram) else 0):  # else features are constant: b does it all
+        factor, floor = damped_cholesky(gram, scale, ridge)
+        delta, damping = torch.cholesky_solve(change, factor), ridge + floor
+        # a pivot is what is left of a column's norm once the columns before it are projected out: if they give it with the
+        # coefficients c, floor * scale * (1 + |c|^2)
+        undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
     w = w0 + delta.T
     b = b0 + (rest - e.feature_sum @ delta) / e.tokens if tune_bias and b0 is not None else b0
     return Fit(w, b, error_before, relative_error(e, w, b), damping, undetermined)
@@ -151,15 +195,18 @@ def correct_drift(equations: NormalEquations, ridge: float, tune_bias: bool) -> 
     return tune_weight(equations, identity, torch.zeros_like(identity[0]), ridge, tune_bias)
 
 
-def _damped_cholesky(gram: Tensor, right: Tensor, scale: float, ridge: float) -> tuple[Tensor, float, int]:
+def damped_cholesky(gram: Tensor, scale: float, ridge: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of  G + (ridge + floor) * scale * 1, and the floor: `DAMPING`, or as much more as rounding asks for.
+
+    Args:
+        gram: G, (C, C), float64, positive semidefinite up to rounding.
+        scale: What the damping is relative to, over 0.
+        ridge: The part of it that is wanted.
+    """
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     floor = DAMPING
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + (ridge + floor) * scale * eye)
         if not failed:
-            break
+            return factor, floor
         floor *= 10
-    # a pivot is what is left of a column's norm once the columns before it are projected out: if they give it with the
-    # coefficients c, floor * scale * (1 + |c|^2)
-    undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
-    return torch.cholesky_solve(right, factor), ridge + floor, undetermined

@@ -36,6 +36,8 @@ class SublayerReport:
         error_after: The same after tuning.
         damping: Damping of the solve, relative to the mean diagonal.
         undetermined: Features that the data do not tell apart from others (`Fit.undetermined`).
+        score_damping: Damping of the features' second moments that units were scored by, beyond the ridge, relative to their
+            mean; more than 1e-10 where rounding left them singular.
         seconds: Wall-clock time of the sublayer.
     """
 
@@ -50,6 +52,7 @@ class SublayerReport:
     damping: float = 0.0
     undetermined: int = 0
     seconds: float = 0.0
+    score_damping: float = 0.0
 
     def __str__(self) -> str:
         error = ""
@@ -57,6 +60,8 @@ class SublayerReport:
             error = f" | error {self.error_before:.4f} -> {self.error_after:.4f}"
         if self.undetermined:
             error += f" | {self.undetermined} features undetermined"
+        if self.score_damping > 1e-9:
+            error += f" | scored with a damping of {self.score_damping:.0e}"
         unit = "neurons" if self.kind == "ffn" else "heads"
         return (
             f"{self.name}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left{error} | "

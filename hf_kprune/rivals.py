@@ -368,7 +368,8 @@ def scale_units(
         normal = torch.cat([torch.cat([normal, ones[:, None]], 1), torch.cat([ones, corner])[None]])
         right = torch.cat([right, (e.target_sum - e.tokens * b).sum().view(1)])
     rest = (right - normal.sum(1)).to(torch.complex128)
-    x = 1 + torch.linalg.solve(torch.complex(normal, damp * torch.eye(len(normal)).to(normal)), rest).real[:units]
+    damped = torch.complex(normal, damp * torch.eye(len(normal)).to(normal))
+    x = 1 + torch.linalg.solve_ex(damped, rest).result.real[:units]  # not finite where no damping of this size can help
     if not bool((x.abs() <= limit).all()):
         x = torch.ones_like(x)
     return fit_of(e, w, bias, w * x.repeat_interleave(unit_width))

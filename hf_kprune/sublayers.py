@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UnsupportedArchitectureError, UnsupportedModelError
+from .errors import UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED, Block, Stack
 from .modeling_kprune import (
     FORMAT,
@@ -389,38 +389,6 @@ def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer
                     f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} does not "
                     "describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
                 )
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse, with the way out, a model that must not be cut as it is."""
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} carries PEFT adapters, which would not fit the pruned layers; merge them first: "
-            "model = model.merge_and_unload()"
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel or the name or path of one"
-        )
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and quantise the result"
-        )
-    for _, owner in described(model):
-        if getattr(owner.config, "chunk_size_feed_forward", None):
-            raise UnsupportedModelError(
-                f"config.chunk_size_feed_forward is {owner.config.chunk_size_feed_forward}: feed-forward layers that run in "
-                "chunks cannot be measured; load the model with chunk_size_feed_forward=0 and set it again afterwards"
-            )
-    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in floats:
-            raise UnsupportedModelError(
-                f"{name} is {parameter.dtype}, in which least squares cannot be solved; load the model with "
-                "dtype=torch.float32 (or float16, bfloat16)"
-            )
-        if parameter.device.type == "meta":
-            raise UnsupportedModelError(f"{name} is not in memory (device meta); load the model without device_map")
 
 
 @torch.no_grad()

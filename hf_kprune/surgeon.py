@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reconstruction import ROUNDING, damped_cholesky
 from .search import convex_slopes
 
 
@@ -15,17 +16,20 @@ SHARE = 0.03
 """Fraction of the remaining neurons eliminated between two updates of what the others cost; heads go one by one."""
 
 
-def covariance(gram: Tensor, feature_sum: Tensor, tokens: int, centred: bool, ridge: float) -> Tensor:
-    """Second moments of features per token, (C, C), about their mean if `centred`, with `ridge` relative to their mean square.
+def covariance(gram: Tensor, feature_sum: Tensor, tokens: int, centred: bool, ridge: float) -> tuple[Tensor, float]:
+    """Second moments of features per token, (C, C), about their mean if `centred`, with `ridge` relative to their mean square,
+    and the damping beyond it, relative as well, that makes them positive definite.
 
     What an intercept can take over costs nothing, so moments about the mean are what counts where the bias is tuned.
     """
     moments = gram / tokens
+    square = float(moments.diagonal().mean()) if len(moments) else 0.0
     if centred:
         mean = feature_sum / tokens
         moments = moments - torch.outer(mean, mean)
-    scale = float(moments.diagonal().mean()) or 1.0
-    return moments + (ridge + 1e-10) * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scale = max(float(moments.diagonal().mean()) if len(moments) else 0.0, ROUNDING * square) or 1.0
+    _, damping = damped_cholesky(moments, scale, ridge)
+    return moments + (ridge + damping) * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), damping
 
 
 def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Tensor:

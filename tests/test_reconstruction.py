@@ -205,3 +205,22 @@ def test_float32_products_are_close() -> None:
     assert close.weight.dtype == torch.float64
     torch.testing.assert_close(close.weight, exact.weight, rtol=1e-3, atol=1e-4)
     assert not torch.equal(close.weight, exact.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_that_do_not_vary_leave_the_weights_and_the_intercept_does_all(dtype: torch.dtype) -> None:
+    _, y, reference, w0, b0 = problem()
+    constant = torch.linspace(1.0, 1e3, COLUMNS, dtype=torch.float64).float().double().expand(TOKENS, COLUMNS)
+    fit = tune_weight(sums(constant, y, reference, [50, 50, 20], dtype=dtype), w0, b0, tune_bias=True)
+    assert torch.equal(fit.weight, w0)
+    torch.testing.assert_close(fit.bias, y.mean(0) - w0 @ constant[0], rtol=1e-5, atol=1e-4)
+
+
+def test_float32_products_fit_what_varies_about_a_large_mean() -> None:
+    a, y, reference, w0, b0 = problem()
+    a = a + torch.tensor([0.0, 1e3, 0.0, -1e4, 0.0, 10.0, 0.0])
+    exact, close = (
+        tune_weight(sums(a, y, reference, dtype=d), w0, b0, tune_bias=True) for d in (torch.float64, torch.float32)
+    )
+    torch.testing.assert_close(close.weight, exact.weight, rtol=1e-3, atol=1e-4)
+    assert close.error_after == pytest.approx(exact.error_after, rel=1e-2)

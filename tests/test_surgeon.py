@@ -17,7 +17,7 @@ import hf_kprune.surgeon
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.heads import Draws, knowledge_loss
 from hf_kprune.interface import Statistics
-from hf_kprune.reconstruction import NormalEquations, correct_drift
+from hf_kprune.reconstruction import DAMPING, NormalEquations, correct_drift
 from hf_kprune.search import convex_slopes, split, threshold_search
 from hf_kprune.sublayers import find_sublayers
 from hf_kprune.surgeon import covariance, eliminate
@@ -70,7 +70,7 @@ def test_what_an_intercept_takes_over_costs_nothing() -> None:
     features[:, 2] = 7.0
     sums = features.T @ features, features.sum(0), 50
     weight, metric = torch.randn(3, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    with_bias, without = (eliminate(covariance(*sums, centred, 0.0), weight, metric, 1) for centred in (True, False))
+    with_bias, without = (eliminate(covariance(*sums, centred, 0.0)[0], weight, metric, 1) for centred in (True, False))
     assert int(with_bias.argmin()) == 2
     assert float(with_bias[2]) < 1e-6 < float(without[2])
 
@@ -211,3 +211,78 @@ def test_too_few_rows_to_hold_some_out_are_told() -> None:
     args = KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True, tune=False)
     with pytest.warns(UserWarning, match="3 calibration rows are measured on, too few to hold some out"):
         KPrunePruner(tiny(), args, rows(3), collate).prune()
+
+
+def massive(model: Any) -> None:
+    model.bert.encoder.layer[1].intermediate.dense.bias.data[3] = 1000.0
+
+
+def constant_values(model: Any) -> None:
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.value.weight.data.zero_()
+        layer.attention.self.value.bias.data += 3
+
+
+def duplicate_and_dead_neurons(model: Any) -> None:
+    dense = model.bert.encoder.layer[1].intermediate.dense
+    dense.weight.data[1], dense.bias.data[1] = dense.weight.data[0], dense.bias.data[0]
+    dense.weight.data[4:], dense.bias.data[4:] = 0.0, -20.0
+
+
+def huge_and_tiny_neurons(model: Any) -> None:
+    dense = model.bert.encoder.layer[1].intermediate.dense
+    for place, scale in ((0, 1e6), (1, 1e-12)):
+        dense.weight.data[place] *= scale
+        dense.bias.data[place] *= scale
+
+
+DEGENERATE = {
+    "one neuron of 1,000": massive,
+    "values that are constant": constant_values,
+    "neurons alike and dead": duplicate_and_dead_neurons,
+    "huge and tiny ones": huge_and_tiny_neurons,
+    "rows that repeat": None,
+}
+
+
+@pytest.mark.parametrize("ridge", [None, 0.0])
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_features_that_are_constant_alike_or_of_all_sizes_are_pruned(case: str, ridge: float | None) -> None:
+    model, spoil = tiny(), DEGENERATE[case]
+    data = rows(24)
+    if spoil is None:
+        data = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}] * 24
+    else:
+        spoil(model)
+    args = KPruneArguments(sparsity=0.6, ridge=ridge, disable_tqdm=True, use_cpu=True)
+    report = KPrunePruner(model, args, data, collate).prune()
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    for s in report.sublayers:
+        if s.error_before is not None and s.error_after is not None:
+            assert s.error_after <= s.error_before + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_about_a_large_mean_are_those_of_what_varies(dtype: torch.dtype) -> None:
+    """The features of language models have means of a thousand and more; float32 holds seven digits."""
+    varying = torch.randn(600, 6, dtype=torch.float64)
+    features = (varying + torch.tensor([0.0, 1.0, 1e3, 1e4, -1e3, 0.0])).float()
+    exact = features.double() - features.double().mean(0)
+    equations = NormalEquations.zeros(6, 6, torch.device("cpu"))
+    for batch in features.split(64):
+        equations.add(batch, batch, batch, dtype)
+    moments, _ = covariance(equations.gram, equations.feature_sum, 600, True, 0.0)
+    torch.testing.assert_close(moments, exact.T @ exact / 600, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(equations.cross, equations.gram)
+    torch.testing.assert_close(equations.feature_sum, features.double().sum(0), rtol=1e-6, atol=1e-4)
+
+
+def test_damping_that_rounding_asks_for_is_no_more_than_that_and_is_reported() -> None:
+    features = torch.randn(30, 4).repeat(1, 3).float()  # each column three times
+    centred = NormalEquations.zeros(12, 12, torch.device("cpu"))
+    centred.add(1e3 * features, features, features, torch.float32)
+    moments, damping = covariance(centred.gram, centred.feature_sum, 30, True, 0.0)
+    assert bool((torch.linalg.eigvalsh(moments) > 0).all())
+    assert 0 < damping < 1e-4
+    _, ordinary = covariance(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 5, True, 0.0)
+    assert ordinary == DAMPING
