@@ -24,6 +24,7 @@ from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
 from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
+from .checks import check_described, check_model, unwrapped
 from .cost import BudgetTerms, BudgetWarning, expected_bytes, model_size, peak_memory, prunable_flops
 from .destination import as_text, origins
 from .detect import describe
@@ -37,7 +38,8 @@ from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .report import PruningReport, Size
 from .rows import draw_rows, row_tokens
-from .sublayers import check_model, find_sublayers, uniform_names, with_own_tables
+from .sublayers import find_sublayers, uniform_names, with_own_tables
+from .surroundings import plain_modes, undisturbed
 from .sweep import Sweep, SweepPoint, smallest_within
 from .validation import checked, checked_arguments, show
 from .version import versions
@@ -120,11 +122,11 @@ class KPrunePruner:
         if isinstance(model, (str, os.PathLike)):
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model))
-        check_model(model)
+        model = self._unspoilt(model)
         self.sentence_folder = folder_of(model)
         if self.sentence_folder is not None:
             self.sentence_folder.check(self.args, compute_loss is not None)
-        describe(model, by=self.args.head_unit)
+        self._describe(model)
         self.model = model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class
@@ -139,6 +141,19 @@ class KPrunePruner:
         for callback in callbacks or []:
             self.add_callback(callback)
 
+    def _unspoilt(self, model: Any) -> PreTrainedModel:
+        """The model without what others have wrapped around it, if nothing about it forbids to prune it."""
+        with plain_modes():
+            model = unwrapped(model)
+            check_model(model)
+        return cast(PreTrainedModel, model)
+
+    def _describe(self, model: PreTrainedModel) -> None:
+        """See to it that heads and neurons are known and can be cut, and that what is saved can be loaded."""
+        with plain_modes():
+            describe(model, by=self.args.head_unit)
+            check_described(model, self.args.head_unit)
+
     @property
     def accelerator(self) -> Accelerator:
         """Device and processes. Made anew each time: `TrainingArguments`, of whomever, reset what older ones share."""
@@ -148,6 +163,7 @@ class KPrunePruner:
     # Pruning
     # -----------------------------------------------------------------------------------------------------------------
 
+    @plain_modes()
     def prune(self, calibration_dataset: Any = None) -> PruningReport:
         """Prune the model in place and return what was done.
 
@@ -168,6 +184,7 @@ class KPrunePruner:
         self._tell_of_the_end()
         return report
 
+    @plain_modes()
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
         """A dry run: an estimate of what `prune()` would do, in seconds, with the model left as it is.
 
@@ -217,6 +234,7 @@ class KPrunePruner:
         return text, {"rows_measured": calibration.sample, "tokens_measured": tokens}
 
     @checked_arguments(budgets="fractions to remove, such as [0.5, 0.75], or dicts of one budget")
+    @plain_modes()
     def sweep(
         self,
         budgets: Sequence[float | dict[str, float]] = (0.4, 0.5, 0.6, 0.7, 0.8),
@@ -342,6 +360,7 @@ class KPrunePruner:
         return swept
 
     @checked_arguments(hp_space="a function from an Optuna trial to a dict of options")
+    @plain_modes()
     def hyperparameter_search(
         self,
         hp_space: Callable[[Any], dict[str, Any]] | None = None,
@@ -432,11 +451,12 @@ class KPrunePruner:
         self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False, dry: bool = False
     ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
-        args, model = self.args, self.model
+        args = self.args
         args.check()
         self._seconds = {}
         with self._phase("prepare"):
-            check_model(model)
+            self.model = model = self._unspoilt(self.model)
+            self._describe(model)
             with together(self.accelerator):
                 calibration = self._calibration(model, calibration_dataset, PLAN_TOKENS if dry else None)
             calibration.check_same_rows()
@@ -597,7 +617,7 @@ class KPrunePruner:
 
     @contextmanager
     def _trainer(self) -> Iterator[Trainer]:
-        with tempfile.TemporaryDirectory() as unused:
+        with tempfile.TemporaryDirectory() as unused, undisturbed(self.model):
             arguments = self.args.training_arguments(unused)
             arguments.report_to = []
             yield Trainer(

@@ -677,16 +677,16 @@ def test_sparsity_out_of_range(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "name"),
+    ("path", "name"),
     [
-        ("layer.1.attention.self.query.weight", float("nan"), "encoder.layer.1.attention"),
-        ("layer.2.intermediate.dense.bias", float("inf"), "encoder.layer.2.ffn"),
-        ("layer.0.attention.output.dense.weight", float("nan"), "encoder.layer.0"),
+        ("layer.1.attention.self.value.weight", "encoder.layer.1.attention"),
+        ("layer.2.intermediate.dense.weight", "encoder.layer.2.ffn"),
+        ("layer.0.attention.output.dense.weight", "encoder.layer.0"),
     ],
 )
-def test_nan_and_inf_name_the_sublayer(path: str, value: float, name: str) -> None:
+def test_activations_that_overflow_name_the_sublayer(path: str, name: str) -> None:
     model = tiny()
-    model.base_model.encoder.get_parameter(path).data.view(-1)[3] = value
+    model.base_model.encoder.get_parameter(path).data.fill_(3e38)
     with unchanged(model), pytest.raises(CalibrationError, match=f"NaN or Inf in the activations of {name}"):
         prune(model, sparsity=0.5)
 

@@ -1,0 +1,61 @@
+"""What a caller has set around a call, and what others set during it: the one does not reach in, the other is taken back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Compute as torch does by itself, whatever is set around: gradients, inference mode, autocast, default dtype and device.
+
+    A measurement takes gradients, and least squares what is left of numbers that are nearly equal.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        accelerator = torch.accelerator.current_accelerator()
+        for device in {"cpu", *([] if accelerator is None else [accelerator.type])}:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Take back what `Trainer` sets for itself: seeds of all generators, the verbosity, values in configs and of the model,
+    and the mode of each module."""
+    modes = {module: module.training for module in model.modules()}
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    holders: dict[int, Any] = {id(holder): holder for holder in (model, *configs)}
+    if getattr(model, "generation_config", None) is not None:
+        holders[id(model.generation_config)] = model.generation_config
+    values = [(holder, dict(holder.__dict__)) for holder in holders.values()]
+    verbosity, states = logging.get_verbosity(), (random.getstate(), np.random.get_state())
+    try:
+        with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        logging.set_verbosity(verbosity)
+        for holder, before in values:
+            holder.__dict__.clear()
+            holder.__dict__.update(before)
+        for module, mode in modes.items():
+            module.training = mode
