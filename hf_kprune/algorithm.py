@@ -155,6 +155,8 @@ class Pruning:
         self.references = find_sublayers(self.teacher, args.head_unit)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation mode
         self.checked = False
+        self.compared: list[str] = []  # names of the outputs that the loss reads, and of the others
+        self.ignored: list[str] = []
         self.all_flops = 0.0
         self.costs: list[float] = []  # with which the following was scored
         self.measured: list[Statistics] = []

@@ -25,7 +25,7 @@ from .arguments import KPruneArguments
 from .checks import prove_projections
 from .collate import Collator, collate, fitted
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
-from .heads import Draws, Knowledge
+from .heads import Draws, Knowledge, check_loss
 from .hooks import (
     State,
     by_token,
@@ -419,6 +419,18 @@ class Calibration:
                         "layers too, which is not carried here; use a head on the last layer (for instance "
                         "use_weighted_layer_sum=False)"
                     )
+
+    @torch.no_grad()
+    def try_loss(self, model: PreTrainedModel, loss: Knowledge) -> tuple[list[str], list[str]]:
+        """Names of the outputs that a loss reads, and of the others, see `check_loss`."""
+        for whole in self.batches[:1]:
+            sample = whole.part(0, min(2, whole.samples))
+            chunk = self.chunk(model, sample) if loss.per_token else 0
+            counted = sample.counted[:, :chunk] if chunk else sample.counted
+            with only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext():
+                outputs = in_float32(model(**sample.inputs, return_dict=True))
+            return check_loss(loss, outputs, counted, Draws(self.args.seed, sample.rows, counted), sample.samples)
+        return [], []
 
     def measure(
         self,

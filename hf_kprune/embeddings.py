@@ -11,6 +11,7 @@ import copy
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +27,12 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.tokenization_utils_base import LARGE_INTEGER
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from .arguments import KPruneArguments
 from .errors import ArgumentError, UnsupportedModelError
 from .heads import NUDGE, Draws, Knowledge
 
-
-logger = logging.get_logger(__name__)
 
 Features = dict[str, Tensor]
 Step = Callable[[Features, Tensor], Features]
@@ -182,11 +181,10 @@ class SentenceFolder:
                 "its modules are kept as they are"
             )
         if args.pooling is not None and self.task == "feature-extraction":
-            logger.warning(
-                "pooling is %r, so that is compared, and not what encode gives with %s: %s; leave pooling out for that",
-                args.pooling,
-                self.name,
-                self.summary,
+            warnings.warn(
+                f"pooling is {args.pooling!r}, so that is compared, and not what encode gives with {self.name}: "
+                f"{self.summary}; leave pooling out for that",
+                stacklevel=3,
             )
 
     def knowledge(self, temperature: float) -> Knowledge | None:
@@ -337,7 +335,7 @@ def read_folder(name: str, revision: str | None = None) -> SentenceFolder | None
     if not unknown and task == "feature-extraction" and not any(is_type(module, "Pooling") for module in modules):
         unknown = "it has no Pooling module, and gives embeddings of tokens"
     if "message" in (options.get("modality_config") or {}):
-        logger.warning("%s puts texts into a chat template; pass calibration rows with a column 'messages'", name)
+        warnings.warn(f"{name} puts texts into a chat template; pass calibration rows with a column 'messages'", stacklevel=3)
     longest = ((options.get("processing_kwargs") or {}).get("text") or {}).get("max_length") or options.get("max_seq_length")
     return SentenceFolder(
         name,
@@ -368,11 +366,11 @@ def folder_of(model: PreTrainedModel) -> SentenceFolder | None:
         return None
     expected = folder.transformer_class(model.config)
     if expected is not None and not isinstance(model, expected):
-        logger.warning(
-            "%s has a head that the sentence-transformers folder %s, which it was loaded from, does not run: it is pruned for "
-            "that head, and the folder's modules are not saved with it. To prune what encode gives pass the folder's name.",
-            type(model).__name__,
-            folder.name,
+        warnings.warn(
+            f"{type(model).__name__} has a head that the sentence-transformers folder {folder.name}, which it was loaded "
+            "from, does not run: it is pruned for that head, and the folder's modules are not saved with it. To prune what "
+            "encode gives pass the folder's name; set model.config.name_or_path = '' if that is not meant",
+            stacklevel=3,
         )
         return None
     return folder

@@ -12,6 +12,7 @@ gradients, not by its length.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,13 +138,58 @@ class Knowledge:
         return {key: kind for key, kind in self.kinds.items() if outputs.get(key) is not None}
 
 
-def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> Knowledge:
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def problem_type(config: Any, label: Any = None) -> str:
+    """What a sequence head answers: one of `PROBLEMS`.
+
+    Args:
+        config: With `num_labels` and, if it says what these are, `problem_type`.
+        label: Of one row of the data, which tells it too: a class, or a list of yes or no, or of numbers. None: there is none.
+
+    Raises:
+        ArgumentError: If the config contradicts itself, so that there would be nothing to preserve.
+    """
+    problem, count = config.problem_type, config.num_labels
+    if problem is not None and problem not in PROBLEMS:
+        raise ArgumentError(f"config.problem_type is {problem!r}, expected None or one of {', '.join(PROBLEMS)}")
+    if problem == "single_label_classification" and count == 1:
+        raise ArgumentError(
+            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every prediction is "
+            "certain; set config.problem_type = 'regression', or 'multi_label_classification' for one yes or no"
+        )
+    if problem is not None:
+        return str(problem)
+    if count == 1:
+        return "regression"
+    values = np.ravel(label).tolist() if hasattr(label, "__len__") and not isinstance(label, str) else []
+    names = bool(values) and all(isinstance(value, str) for value in values)
+    if len(values) == count or names:
+        likely = "multi_label_classification" if names or set(values) <= {0, 1} else "regression"
+        warnings.warn(
+            f"config.problem_type is missing, and the data have labels such as {str(values[:6]):.80}: the {count} labels are "
+            f"compared as {likely}; set model.config.problem_type to say it",
+            stacklevel=2,
+        )
+        return likely
+    if label is None and count > 2:
+        warnings.warn(
+            f"config.problem_type is missing: the {count} labels are compared as classes of which one is right; if several "
+            "may be, set model.config.problem_type = 'multi_label_classification', or 'regression' if they are numbers",
+            stacklevel=2,
+        )
+    return "single_label_classification"
+
+
+def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str, label: Any = None) -> Knowledge:
     """The knowledge loss for the head of `model`.
 
     Args:
         model: A model of one of the `AutoModelFor...` tables of transformers, or a subclass of one.
         temperature: Of the softmax, gamma in the paper.
         pooling: How a base model without a head makes an embedding, see `embedding_loss`.
+        label: Of one row of the data, if there is one, see `problem_type`.
 
     Raises:
         UnsupportedModelError: If the model has a head that none of the losses is for.
@@ -195,8 +241,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str) -> 
         return Knowledge(name, loss, temperature, kinds, per_token)
 
     def sequence() -> Knowledge:
-        problem, labels = model.config.problem_type, model.config.num_labels
-        if problem == "regression" or (problem is None and labels == 1):
+        problem = problem_type(model.config, label)
+        if problem == "regression":
             return made("regression", regression, {"logits": "normal"})
         if problem == "multi_label_classification":
             return made("multi-label classification", multi_label, {"logits": "yes or no"})
@@ -272,3 +318,91 @@ def embedding_loss(student: Any, teacher: Any, valid: Tensor, pooling: str) -> T
         return F.normalize(outputs.last_hidden_state[:, 0] if pooling == "cls" else outputs.pooler_output, dim=-1)
 
     return (embed(student) - embed(teacher)).square().sum(-1)
+
+
+BY_PRODUCTS = {
+    "encoder_last_hidden_state",
+    "extract_features",
+    "image_hidden_states",
+    "last_hidden_state",
+    "logits_per_image",
+    "logits_per_text",
+    "past_key_values",
+    "pooler_output",
+    "rope_deltas",
+    "text_model_output",
+    "vision_model_output",
+}
+"""Outputs of Transformers' classes that others follow from, or that follow from others: no answers of their own."""
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The floating tensors in an output: itself, or those of a tuple, such as the hidden states of all layers."""
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
+def leaves_of(value: Any, generator: torch.Generator) -> Any:
+    """The same output with noise, so that it is not the teacher's, as leaves of a graph."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(leaves_of(part, generator) for part in value) if type(value) in (tuple, list) else value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+    return (value.detach() + noise).requires_grad_()
+
+
+def check_loss(loss: Knowledge, outputs: Any, valid: Tensor, draws: Draws, samples: int) -> tuple[list[str], list[str]]:
+    """Try a knowledge loss on outputs of the teacher, and on the same with noise as the student's.
+
+    Args:
+        loss: The loss.
+        outputs: Of the model for a few rows, in float32.
+        valid: Their tokens that count, (B, T).
+        draws: Of these rows.
+        samples: Number of rows.
+
+    Returns:
+        Names of the outputs that the loss reads, and of those that it does not.
+
+    Raises:
+        ArgumentError: If it gives no finite, differentiable number for each row, or always the same ones.
+    """
+    name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
+    expected = "a floating tensor of one differentiable number for each row"
+    generator = torch.Generator().manual_seed(0)
+    drawn = loss.draw(outputs, loss.noise(outputs, draws), valid)
+    student = copy.copy(outputs)
+    for key, value in outputs.items():
+        student[key] = leaves_of(value, generator)
+    with torch.enable_grad():
+        losses = loss(student, drawn, valid)
+    if not isinstance(losses, Tensor):
+        raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
+    if losses.shape != (samples,) or not losses.is_floating_point():
+        raise ArgumentError(
+            f"{name} returned {tuple(losses.shape)} of {losses.dtype} for {samples} rows, expected {expected}, ({samples},)"
+        )
+    if not losses.requires_grad:
+        raise ArgumentError(
+            f"{name} returned numbers without a graph, expected {expected}; leave out torch.no_grad(), detach(), item() and "
+            "NumPy on the way from the student's outputs"
+        )
+    if not bool(torch.isfinite(losses).all()):
+        raise ArgumentError(f"{name} returned {losses.tolist()}, expected finite numbers")
+    by_key = {key: [leaf for leaf in tensors_in(value) if leaf.requires_grad] for key, value in student.items()}
+    leaves = [leaf for group in by_key.values() for leaf in group]
+    with torch.enable_grad():
+        total = losses.sum()
+    gradients = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves, allow_unused=True), strict=True))
+    read = [key for key, group in by_key.items() if any(gradients[id(leaf)] is not None for leaf in group)]
+    slopes = [gradient for gradient in gradients.values() if gradient is not None]
+    if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
+        raise ArgumentError(f"the gradient of {name} to {', '.join(read)} is NaN or infinite, expected finite numbers")
+    if bool(valid.any()) and not any(bool(slope.any()) for slope in slopes):
+        raise ArgumentError(
+            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
+            "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"
+        )
+    return read, [key for key in outputs if key not in read]

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import BestRun, PredictionOutput
+from transformers.utils import logging
 
 from .algorithm import Pruning, Timed
 from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
@@ -30,7 +31,7 @@ from .destination import as_text, origins
 from .detect import describe
 from .embeddings import folder_of, refuse_wrapper
 from .errors import ArgumentError, CheckpointError, KPruneError
-from .heads import Knowledge, KnowledgeLoss, knowledge_loss
+from .heads import BY_PRODUCTS, Knowledge, KnowledgeLoss, knowledge_loss
 from .hub import check_card_place, check_push, model_card, push_folder
 from .interface import Method
 from .latency import LatencyTable, compare, example_inputs
@@ -44,6 +45,8 @@ from .sweep import Sweep, SweepPoint, smallest_within
 from .validation import checked, checked_arguments, show
 from .version import versions
 
+
+logger = logging.get_logger(__name__)
 
 PLAN_TOKENS = 2_000
 """Tokens that a plan measures at most."""
@@ -478,12 +481,28 @@ class KPrunePruner:
                 warnings.warn(remark, BudgetWarning, stacklevel=4)
             if args.uniform:
                 uniform_names(sublayers, args.prune_heads, args.prune_ffn)
-            loss = self._knowledge()
+            loss = self._knowledge(calibration_dataset)
             if self.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             pruning = Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, dry)
         with in_eval_mode(pruning.teacher):
+            self._check_loss(pruning)
             yield pruning
+
+    def _check_loss(self, pruning: Pruning) -> None:
+        """Try the knowledge loss on a batch; say what it is made of, and warn of answers that it does not count."""
+        loss, name = pruning.loss, type(self.model).__name__
+        with together(self.accelerator):
+            names = pruning.calibration.try_loss(pruning.teacher, loss)
+        pruning.compared, pruning.ignored = broadcast_object_list([names])[0]
+        logger.info("%s compares the outputs %s of %s", loss.name, ", ".join(pruning.compared), name)
+        answers = [output for output in pruning.ignored if output not in BY_PRODUCTS]
+        if answers:
+            warnings.warn(
+                f"the knowledge loss ({loss.name}) compares {', '.join(pruning.compared)} of {name} and ignores "
+                f"{', '.join(answers)}, which pruning may change; pass compute_loss to count them",
+                stacklevel=5,
+            )
 
     def _student(self, pruning: Pruning, args: KPruneArguments) -> tuple[PreTrainedModel, PruningReport]:
         """A pruned copy of the model, with flags and dtypes of the model, and the report."""
@@ -494,6 +513,8 @@ class KPrunePruner:
             model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
             method=args.method,
             knowledge=pruning.loss.name,
+            compared=pruning.compared,
+            ignored=pruning.ignored,
             asked=dict([args.budget]),
             before=model_size(model, sublayers, prunable_flops(sublayers, calibration.flops_lengths)),
             sequence_length=sum(calibration.flops_lengths.values()) / len(calibration.flops_lengths),
@@ -531,7 +552,7 @@ class KPrunePruner:
         report.peak_memory = peak_memory(self.accelerator.device)
         return student, report
 
-    def _knowledge(self) -> Knowledge:
+    def _knowledge(self, calibration_dataset: Any) -> Knowledge:
         """What the distance of outputs is: the caller's, that of what `encode` gives, or by the model's head."""
         args = self.args
         if self.compute_loss is not None:
@@ -540,7 +561,9 @@ class KPrunePruner:
             loss = self.sentence_folder.knowledge(args.temperature)
             if loss is not None:
                 return loss
-        return knowledge_loss(self.model, args.temperature, args.pooling or "mean")
+        datasets = (calibration_dataset, self.calibration_dataset, self.eval_dataset)
+        label = next((label for dataset in datasets if (label := first_label(dataset)) is not None), None)
+        return knowledge_loss(self.model, args.temperature, args.pooling or "mean", label)
 
     def _timed(self, model: PreTrainedModel, calibration: Calibration) -> Timed:
         """The look-up table of the model, measured on the main process, or found in the cache."""
@@ -806,3 +829,15 @@ def warn_of(report: PruningReport) -> None:
     if remarks := report.remarks():
         out = "ask for less, set min_heads or min_neurons, or spare a kind with prune_heads=False or prune_ffn=False"
         warnings.warn(f"{'; '.join(remarks)}. If that is too much: {out}", BudgetWarning, stacklevel=3)
+
+
+def first_label(dataset: Any) -> Any:
+    """The label of the first row of a dataset that can be looked into; None if it has none."""
+    if (
+        not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+        or isinstance(dataset, Mapping)
+        or not len(dataset)
+    ):
+        return None
+    row = dataset[0]
+    return row.get("labels", row.get("label")) if isinstance(row, Mapping) else None

@@ -96,6 +96,8 @@ class PruningReport:
         model: Name or path, and class, of the model.
         method: `KPruneArguments.method`.
         knowledge: Name of the predictive knowledge, by the model's head.
+        compared: Names of the model's outputs that it compares.
+        ignored: Names of those that it does not.
         asked: The budget, by the name of its option.
         achieved: What came out of it.
         sparsity: Fraction that was removed.
@@ -131,6 +133,8 @@ class PruningReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     device: str = ""
+    compared: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
     removed_at: dict[str, float] = field(default_factory=dict)
     estimate: str = ""
 
@@ -209,9 +213,11 @@ class PruningReport:
         for s in self.sublayers:
             errors = ["-" if e is None else f"{e:.4f}" for e in (s.error_before, s.error_after)]
             lines.append(f"| {s.name} | {len(s.kept)} | {s.units} | {errors[0]} | {errors[1]} | {s.seconds:.1f} |")
+        knowledge = f"{self.knowledge}, of the outputs {', '.join(self.compared)}" if self.compared else self.knowledge
+        knowledge += f", without {', '.join(self.ignored)}" if self.ignored else ""
         lines += [
             "",
-            f"Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: {self.knowledge}. "
+            f"Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: {knowledge}. "
             f"Calibration: {self.calibration.get('rows', 0):,} rows, {self.calibration.get('tokens', 0):,} tokens of "
             f"{self.calibration.get('dataset')}, seed {self.calibration.get('seed')}. {self.device}, peak memory "
             f"{self.peak_memory / 2**30:.2f} GiB. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",

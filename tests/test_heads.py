@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
 
-from hf_kprune import UnsupportedModelError
+from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
 from hf_kprune.heads import Draws, KnowledgeLoss, embedding_loss, knowledge_loss
 from hf_kprune.knowledge import bernoulli_kl_divergence, kl_divergence, squared_error
 
 
+QUICK: dict[str, Any] = {"sparsity": 0.5, "method": "magnitude", "tune": False, "disable_tqdm": True}
 NAMES = {
     "": "embedding (mean)",
     "CAUSAL_LM": "causal language model",
@@ -30,7 +31,8 @@ NAMES = {
 }
 EVERY_HEAD = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
 PROBLEMS = [
-    ("classification", {"num_labels": 3}),
+    ("classification", {"num_labels": 3, "problem_type": "single_label_classification"}),
+    ("classification", {"num_labels": 2}),
     ("classification", {"num_labels": 2, "problem_type": "single_label_classification"}),
     ("regression", {"num_labels": 1}),
     ("regression", {"num_labels": 3, "problem_type": "regression"}),
@@ -45,6 +47,10 @@ def batch(head: str, count: int = 5, padding: int = 0) -> dict[str, Tensor]:
         "input_ids": pad(inputs["input_ids"], (0, padding), value=1),
         "attention_mask": pad(inputs["attention_mask"], (0, padding)),
     }
+
+
+def collate_without_labels(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return collate([{key: value for key, value in row.items() if key != "labels"} for row in rows])
 
 
 def losses(loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -210,7 +216,7 @@ def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
 
 
 DRAWN = [
-    ("SEQUENCE_CLASSIFICATION", {"num_labels": 3}, {"logits": (1, 3)}),
+    ("SEQUENCE_CLASSIFICATION", {"num_labels": 3, "problem_type": "single_label_classification"}, {"logits": (1, 3)}),
     ("SEQUENCE_CLASSIFICATION", {"num_labels": 3, "problem_type": "multi_label_classification"}, {"logits": (1, 3)}),
     ("SEQUENCE_CLASSIFICATION", {"num_labels": 2, "problem_type": "regression"}, {"logits": (1, 2)}),
     ("TOKEN_CLASSIFICATION", {}, {"logits": (1, 4, 3)}),
@@ -260,3 +266,146 @@ def test_draws_belong_to_rows_and_tokens() -> None:
     torch.testing.assert_close(alone.uniform_of_tokens()[0], beside.uniform_of_tokens()[1, 3:])
     torch.testing.assert_close(alone.normal(1, 4)[0], beside.normal(2, 4)[1])
     torch.testing.assert_close(alone.uniform(1)[0], beside.uniform(2)[1])
+
+
+LABELS = [
+    ([0, 1, 1], 3, "multi-label classification", "such as .0, 1, 1.: .* as multi_label_classification"),
+    ([1.0, 0.0, 0.0], 3, "multi-label classification", "as multi_label_classification"),
+    (torch.tensor([True, False, True]), 3, "multi-label classification", "as multi_label_classification"),
+    (["toxic", "rude"], 3, "multi-label classification", "as multi_label_classification"),
+    ([0.3, 2.5], 2, "regression", "as regression"),
+    (None, 3, "classification", "3 labels are compared as classes of which one is right"),
+]
+
+
+@pytest.mark.parametrize(("label", "count", "expected", "warning"), LABELS)
+def test_a_missing_problem_type_is_read_from_the_labels_and_said(label: Any, count: int, expected: str, warning: str) -> None:
+    data = [{**row, **({} if label is None else {"labels": label})} for row in rows(30)]
+    model = tiny(num_labels=count)
+    with pytest.warns(UserWarning, match=warning) as caught:
+        report = KPrunePruner(model, KPruneArguments(**QUICK), data, collate_without_labels).prune()
+    assert "model.config.problem_type" in str(caught[0].message)
+    assert report.knowledge == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "config"), [(2, {}), ("LABEL_1", {}), ([0, 1, 0], {"problem_type": "regression"}), (None, {})]
+)
+def test_what_is_known_of_labels_needs_no_warning(label: Any, config: dict[str, Any]) -> None:
+    """A class for each row, or a config that says it, or two labels."""
+    data = [{**row, **({} if label is None else {"labels": label})} for row in rows(30)]
+    model = tiny(num_labels=2 if label is None else 3, **config)
+    report = KPrunePruner(model, KPruneArguments(**QUICK), data, collate_without_labels).prune()
+    assert report.knowledge == ("regression" if config else "classification")
+    assert report.compared == ["logits"]
+    assert report.ignored == []
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "message"),
+    [
+        (
+            "SEQUENCE_CLASSIFICATION",
+            {"num_labels": 1, "problem_type": "single_label_classification"},
+            "num_labels is 1, of which",
+        ),
+        (
+            "SEQUENCE_CLASSIFICATION",
+            {"num_labels": 3, "problem_type": "ordinal"},
+            "'ordinal', expected None or one of regression",
+        ),
+        ("TOKEN_CLASSIFICATION", {"num_labels": 1}, "does not depend on the outputs .logits."),
+    ],
+)
+def test_heads_with_nothing_to_preserve_are_refused_before_any_work(head: str, config: dict[str, Any], message: str) -> None:
+    model = tiny("bert", head, num_labels=config["num_labels"])
+    model.config.problem_type = config.get("problem_type")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ArgumentError, match=message):
+        KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate).prune()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def squares(student: Any, teacher: Any) -> Tensor:
+    return (student.logits - teacher.logits).square().sum(1)
+
+
+LOSSES = [
+    (lambda s, t, v: squares(s, t).detach(), r"compute_loss returned numbers without a graph, .*leave out torch.no_grad\(\)"),
+    (torch.no_grad()(lambda s, t, v: squares(s, t)), "without a graph"),
+    (lambda s, t, v: torch.from_numpy(squares(s, t).detach().numpy()), "without a graph"),
+    (lambda s, t, v: squares(s, t).long(), r"returned \(2,\) of torch.int64"),
+    (lambda s, t, v: squares(s, t) > 0, r"returned \(2,\) of torch.bool"),
+    (lambda s, t, v: squares(s, t).mean(), r"returned \(\) of torch.float32 for 2 rows"),
+    (lambda s, t, v: squares(s, t).unsqueeze(1), r"returned \(2, 1\)"),
+    (lambda s, t, v: squares(s, t).tolist(), "returned a list"),
+    (lambda s, t, v: float(squares(s, t).sum().detach()), "returned a float"),
+    (lambda s, t, v: None, "returned a NoneType"),
+    (lambda s, t, v: squares(s, t) * math.nan, r"returned \[nan, nan\], expected finite"),
+    (lambda s, t, v: squares(s, t) / 0, "returned .inf, inf"),
+    (lambda s, t, v: (squares(s, t) * 0).sqrt(), "gradient of compute_loss to logits is NaN or infinite"),
+    (lambda s, t, v: squares(s, t) * 0, r"does not depend on the outputs \(logits\)"),
+    (lambda s, t, v: s.logits.softmax(-1).sum(1) * 0 + 1, "does not depend"),
+]
+
+
+@pytest.mark.parametrize(("compute_loss", "message"), LOSSES)
+def test_a_loss_of_the_callers_that_cannot_be_used_is_refused_before_any_work(compute_loss: Any, message: str) -> None:
+    model = tiny()
+    pruner = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=compute_loss)
+    with pytest.raises(ArgumentError, match=message):
+        pruner.prune()
+
+
+class TwoHeads(BertPreTrainedModel):  # type: ignore[misc]
+    """With an answer beside the one that its loss is about."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.first, self.second = (torch.nn.Linear(config.hidden_size, 3) for _ in range(2))
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True) -> ModelOutput:
+        pooled = self.bert(input_ids, attention_mask).pooler_output
+        return ModelOutput(logits=self.first(pooled), mood_logits=self.second(pooled))
+
+
+def test_a_second_head_that_the_loss_does_not_read_is_named() -> None:
+    """In a warning and in the report; a loss that reads both is silent."""
+    torch.manual_seed(0)
+    model = TwoHeads(tiny().config)
+
+    def both(student: Any, teacher: Any, valid: Tensor) -> Tensor:
+        return squares(student, teacher) + (student.mood_logits - teacher.mood_logits).square().sum(1)
+
+    one = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=lambda s, t, v: squares(s, t))
+    with pytest.warns(UserWarning, match=r"\(custom\) compares logits of TwoHeads and ignores mood_logits.*pass compute_loss"):
+        report = one.plan()
+    assert (report.compared, report.ignored) == (["logits"], ["mood_logits"])
+    report = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=both).plan()
+    assert (report.compared, report.ignored) == (["logits", "mood_logits"], [])
+    assert PruningReport.from_json(report.to_json()).compared == report.compared
+    assert "logits, mood_logits" in str(report)
+
+
+def test_hidden_states_that_were_asked_for_are_named() -> None:
+    model = tiny()
+    model.config.output_hidden_states = True
+    with pytest.warns(UserWarning, match="ignores hidden_states"):
+        report = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate).plan()
+    assert report.ignored == ["hidden_states"]
+
+
+@pytest.mark.parametrize(
+    ("head", "read", "ignored"),
+    [
+        ("", ["last_hidden_state"], ["pooler_output"]),
+        ("PRETRAINING", ["prediction_logits", "seq_relationship_logits"], []),
+        ("QUESTION_ANSWERING", ["start_logits", "end_logits"], []),
+        ("MASKED_LM", ["logits"], []),
+    ],
+)
+def test_what_the_loss_is_made_of_is_in_the_report(head: str, read: list[str], ignored: list[str]) -> None:
+    report = KPrunePruner(tiny("bert", head), KPruneArguments(**QUICK), rows(30), collate).plan()
+    assert (report.compared, report.ignored) == (read, ignored)
