@@ -424,7 +424,7 @@ class Calibration:
     def try_loss(self, model: PreTrainedModel, loss: Knowledge) -> tuple[list[str], list[str]]:
         """Names of the outputs that a loss reads, and of the others, see `check_loss`."""
         for whole in self.batches[:1]:
-            sample = whole.part(0, min(2, whole.samples))
+            sample = whole if loss.kinds is None else whole.part(0, min(2, whole.samples))  # the caller may count on many
             chunk = self.chunk(model, sample) if loss.per_token else 0
             counted = sample.counted[:, :chunk] if chunk else sample.counted
             with only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext():

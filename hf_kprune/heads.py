@@ -367,7 +367,7 @@ def check_loss(loss: Knowledge, outputs: Any, valid: Tensor, draws: Draws, sampl
         Names of the outputs that the loss reads, and of those that it does not.
 
     Raises:
-        ArgumentError: If it gives no finite, differentiable number for each row, or always the same ones.
+        ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head, always the same.
     """
     name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
     expected = "a floating tensor of one differentiable number for each row"
@@ -380,10 +380,12 @@ def check_loss(loss: Knowledge, outputs: Any, valid: Tensor, draws: Draws, sampl
         losses = loss(student, drawn, valid)
     if not isinstance(losses, Tensor):
         raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
-    if losses.shape != (samples,) or not losses.is_floating_point():
+    if losses.shape != (samples,):
         raise ArgumentError(
-            f"{name} returned {tuple(losses.shape)} of {losses.dtype} for {samples} rows, expected {expected}, ({samples},)"
+            f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: {expected}"
         )
+    if not losses.is_floating_point():
+        raise ArgumentError(f"{name} returned numbers of {losses.dtype}, expected {expected}")
     if not losses.requires_grad:
         raise ArgumentError(
             f"{name} returned numbers without a graph, expected {expected}; leave out torch.no_grad(), detach(), item() and "
@@ -400,7 +402,7 @@ def check_loss(loss: Knowledge, outputs: Any, valid: Tensor, draws: Draws, sampl
     slopes = [gradient for gradient in gradients.values() if gradient is not None]
     if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
         raise ArgumentError(f"the gradient of {name} to {', '.join(read)} is NaN or infinite, expected finite numbers")
-    if bool(valid.any()) and not any(bool(slope.any()) for slope in slopes):
+    if loss.kinds is not None and bool(valid.any()) and not any(bool(slope.any()) for slope in slopes):
         raise ArgumentError(
             f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
             "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"

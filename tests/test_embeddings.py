@@ -196,6 +196,18 @@ def test_a_pruned_folder_encodes_as_its_parts_do(transformer: str, tmp_path: Pat
     torch.testing.assert_close(encode(tmp_path / "again"), in_place(folder, again.model), rtol=1e-5, atol=1e-6)
 
 
+def test_an_older_result_is_replaced_by_a_newer_one(transformer: str, tmp_path: Path) -> None:
+    """With all that was carried, as is told from modules.json."""
+    folder = build(transformer, tmp_path / "dense", CHAIN["mean, dense 16 to 5, normalised"]())
+    prune(folder, tmp_path / "pruned")
+    pruner = prune(folder)
+    pruner.args.overwrite_output_dir = True
+    pruner.save_model(str(tmp_path / "pruned"))
+    before, after = files(folder), files(tmp_path / "pruned")
+    assert {name: after.get(name) for name in before.keys() - WRITTEN} == {n: before[n] for n in before.keys() - WRITTEN}
+    torch.testing.assert_close(encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6)
+
+
 def test_the_card_keeps_what_the_folder_says(transformer: str, tmp_path: Path) -> None:
     folder = build(transformer, tmp_path / "dense", CHAIN["mean"]())
     (tmp_path / "dense" / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# About it\n\nAll of it.\n")
