@@ -238,7 +238,7 @@ def save(pruner: KPrunePruner, path: str) -> None:
             pruner.save_model(place)
         except (KPruneError, CheckpointError):
             continue  # what is told is why the first place failed
-        raise ArgumentError(f"{first}; it was saved to {place!r} instead") from first
+        raise ArgumentError(f"{first}; the pruned model was saved to {place!r} instead") from first
     raise first
 
 

@@ -339,7 +339,7 @@ class KPrunePruner:
                     point = judged(options, report.after, report.sparsity)
                     point.path = place(options)
                     if point.path is not None:
-                        self._save(point.path)
+                        self._tell_of_the_save(self._save(point.path))
                 good = max_drop is not None and swept.quality(point) >= swept.quality(swept.points[0]) - max_drop
                 if good and (not found or point.flops <= found[-1][0].flops):
                     found[:] = [(point, student, report)]
@@ -663,24 +663,29 @@ class KPrunePruner:
                 is as it was, and can be saved elsewhere.
         """
         try:
-            self._save(output_dir)
+            path = self._save(output_dir)
         except (KPruneError, CheckpointError) as error:
             if self.report is None:
                 raise
             advice = "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
             raise type(error)(f"{error}; {advice}") from error
+        self._tell_of_the_save(path)
         if self.args.push_to_hub:
             self._push()
 
-    def _save(self, output_dir: Any) -> None:
-        """Save the model as it is now, without pushing it."""
+    def _save(self, output_dir: Any) -> str:
+        """Save the model as it is now, without pushing it, and return where."""
         args, path = self.args, output_dir
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 size = model_size(self.model).bytes
                 path = args.check_output_dir(output_dir, self._origins(), size)
                 save_atomically(self.model, path, args.max_shard_size, self._save_beside, args.overwrite_output_dir)
-        self._saved = os.path.abspath(path or str(args.output_dir))
+        path = str(path or args.output_dir)
+        self._saved = os.path.abspath(path)
+        return path
+
+    def _tell_of_the_save(self, path: str) -> None:
         with (
             together(self.accelerator),
             noting(f"The checkpoint in {self._saved} is whole; on_save came after it was written."),

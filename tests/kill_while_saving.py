@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -22,12 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import tiny
+import torch
+from conftest import collate, rows, tiny
 from test_checkpoint import files, pruned, report, tokenizer
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
-from hf_kprune.saving import aside
+from hf_kprune.saving import aside, workplaces
 
 
 NOT_REACHED, FAILED, BROKEN = 3, 4, 5
@@ -138,11 +142,74 @@ def content(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in files(out).items() if not name.split("/")[0].endswith(".tmp")}
 
 
+def at_random(folder: Path, pruner: KPrunePruner, count: int) -> Counter[str]:
+    """Kill a process that prunes and saves so many times, in turn at any moment and while it saves."""
+    out = folder / "work" / "out"
+    draw, found = random.Random(0), Counter[str]()
+    args = KPruneArguments(output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True, num_tokens=200, use_cpu=True)
+
+    def run() -> None:
+        student = KPrunePruner(tiny(), args, rows(), data_collator=collate)
+        student.prune()
+        student.save_model()
+
+    begin(out, {})
+    since = time.perf_counter()
+    assert in_a_child(run) == 0
+    span = time.perf_counter() - since
+    new = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
+    old = pruner.model.state_dict()
+    saving = 0.0
+    while found["kills"] < count:
+        start = list(STARTS)[found["kills"] % len(STARTS)]
+        begin(out, {} if start == "absent" else {"config.json": b'{"model_type": "bert"}', **STARTS[start]})
+        if start != "absent":
+            since = time.perf_counter()
+            pruner.save_model()
+            saving = time.perf_counter() - since
+        when = "saving" if found["saving"] < found["pruning"] else "pruning"
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            run()
+            os._exit(0)
+        while when == "saving" and not workplaces(out)[0].exists():
+            time.sleep(0.0005)
+        time.sleep(draw.random() * (1.2 * saving if when == "saving" else span))
+        os.kill(child, signal.SIGKILL)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGKILL:
+            continue  # it was done before
+        found.update(("kills", when))
+        between = out.exists() and "config.json" not in content(out)
+        assert not between or start == "a checkpoint and more", (start, sorted(content(out)))
+        if out.exists():
+            left = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
+            assert same(left, new) or start != "absent" and same(left, old), (start, when)
+            found["completed" if between else "new" if same(left, new) else "old"] += 1
+        else:
+            assert start == "absent"
+            found["old"] += 1
+        pruner.save_model()
+        assert same(AutoModelForSequenceClassification.from_pretrained(out).state_dict(), old)
+        assert os.listdir(out.parent) == ["out"], os.listdir(out.parent)
+        assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
+        kept = {name: data for name, data in files(out).items() if name in STARTS["a checkpoint and more"]}
+        assert kept == STARTS[start], (start, sorted(files(out)))
+    return found
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     arguments = KPruneArguments(output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True)
     pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
     pruner.report = report()
+    if len(sys.argv) > 2:
+        print(json.dumps(at_random(folder, pruner, int(sys.argv[2]))))
+        return
     tiny(seed=1).save_pretrained(folder / "old", max_shard_size="4KB")
     print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"))))
 

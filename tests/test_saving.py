@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import disk_usage
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
-from conftest import tiny
+import torch
+from conftest import ROOT, collate, rows, tiny
 from test_checkpoint import assert_same, files, pruned, report, tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner, saving
+from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner, saving
 from hf_kprune.checkpoint import save_atomically
 from hf_kprune.cli import main
+from hf_kprune.cost import expected_bytes
 from hf_kprune.saving import aside, workplaces
 
 
@@ -235,8 +242,6 @@ def test_what_both_checkpoints_carry_is_replaced_by_itself(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("what", ["model", "tokenizer", "data"])
 def test_what_is_read_is_not_replaced(tmp_path: Path, what: str) -> None:
-    import datasets
-
     out = tmp_path / "all" / what
     tiny().save_pretrained(out)
     tokenizer().save_pretrained(out)
@@ -279,6 +284,16 @@ def test_a_kill_or_an_error_at_any_moment_leaves_the_old_checkpoint_or_the_new(t
     for outcomes in counted.values():
         assert outcomes["before"] >= 5
         assert outcomes["after"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_two_hundred_kills_lose_nothing(tmp_path: Path) -> None:
+    counted = kill(tmp_path, "200", timeout=3000)
+    assert counted["kills"] == 200
+    assert min(counted["pruning"], counted["saving"]) > 50
+    assert counted["old"] + counted["new"] + counted["completed"] == 200
+    assert counted["old"] > 50
 
 
 def test_a_process_that_lives_keeps_its_folder_and_a_dead_one_does_not(tmp_path: Path) -> None:
@@ -352,8 +367,6 @@ def test_a_new_directory_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> N
 def test_where_folders_cannot_be_exchanged_files_are_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str | None, start: str
 ) -> None:
-    import errno
-
     out = tmp_path / "out"
     if start != "absent":
         old_checkpoint(out)
@@ -407,3 +420,211 @@ def test_a_mount_point_is_written_into(tmp_path: Path, kind: str) -> None:
         assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
         assert not list(out.glob(".*"))
     assert sorted(os.listdir(tmp_path)) == ["model", "source"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are made as on Linux")
+def test_a_read_only_file_system_is_noticed_before_pruning(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "ro", "none"):
+        pruner = make_pruner(output_dir=str(tmp_path / "disk" / "out"))
+        with pytest.raises(ArgumentError, match="cannot write to .*/disk/out': its file system is read-only; name another"):
+            pruner.prune()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is known before the work, and what is left when saving fails after it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+BUDGETS: dict[str, float] = {"sparsity": 0.5, "target_bytes": 40_000, "target_params": 10_000, "target_flops": 1e5}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_room_is_made_sure_of_before_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str) -> None:
+    free = 1_000
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - free, free=free))
+    pruner = make_pruner(tiny(), output_dir=str(tmp_path / "out"), **{budget: BUDGETS[budget]})
+    for attempt in (pruner.prune, pruner.save_model):
+        with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"takes about [\d,]+ bytes, 1,000 are free there; make"):
+            attempt()
+    free = 10**8
+    pruner.save_model()
+
+
+def test_what_a_model_will_take_is_foreseen(tmp_path: Path) -> None:
+    for options in ({"sparsity": 0.5}, {"target_params": 8_000}, {"target_bytes": 32_000}):
+        model = tiny()
+        args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200, **options)
+        foreseen = expected_bytes(model, args)
+        pruner = KPrunePruner(model, args, rows(), data_collator=collate)
+        pruner.prune()
+        pruner.save_model(str(tmp_path / next(iter(options))))
+        written = sum(parameter.nbytes for parameter in pruner.model.parameters())
+        assert foreseen == pytest.approx(written, rel=0.1), options
+
+
+@pytest.mark.parametrize("size", ["", "5", "5 gigabytes", "GB", "-5GB", "0GB", "nanGB", "infGB"])
+def test_a_shard_size_that_cannot_be_is_refused_at_once(size: str) -> None:
+    with pytest.raises(ArgumentError, match="max_shard_size is .*, expected a number over 0 with TB, GB, MB or KB"):
+        KPruneArguments(max_shard_size=size)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        ({}, {}, "there is no token: run hf auth login, set HF_TOKEN, or pass hub_token"),
+        ({"hub_model_id": "a/b/c"}, {"HF_TOKEN": "hf_x"}, "hub_model_id is 'a/b/c', expected a name for a repository"),
+        ({"hub_model_id": ""}, {"HF_TOKEN": "hf_x"}, "hub_model_id is '', expected a name for a repository"),
+        ({"output_dir": "my model!"}, {"HF_TOKEN": "hf_x"}, "the name of output_dir is 'my model!', expected a name"),
+        ({"hub_token": "hf_x"}, {"offline": "1"}, "HF_HUB_OFFLINE is set: unset it, or save without pushing"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused_before_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], environment: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "offline" in environment)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    pruner = make_pruner(**{"output_dir": "out", "push_to_hub": True, **options})
+    for attempt in (pruner.prune, pruner.push_to_hub):
+        with pytest.raises(ArgumentError, match=re.escape(message)):
+            attempt()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_is_taken_is_noticed_after_pruning_and_another_will_do(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200)
+    pruner = KPrunePruner(tiny(), args, rows(), data_collator=collate)
+    pruner.prune()
+    state = {name: value.clone() for name, value in pruner.model.state_dict().items()}
+    advice = r"; the pruned model is unharmed in memory, and save_model\('elsewhere'\) is all that is needed"
+    with unchanged(tmp_path), pytest.raises(ArgumentError, match="is not empty; name another or .*" + advice):
+        pruner.save_model(str(tmp_path / "taken"))
+    assert all(torch.equal(value, state[name]) for name, value in pruner.model.state_dict().items())
+    pruner.save_model(str(tmp_path / "elsewhere"))
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "elsewhere"), pruner.model)
+
+
+def test_the_readme_run_twice_does_not_prune_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (block for block in (ROOT / "README.md").read_text().split("```python\n")[1:] if "pruner.prune()" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "config.json").write_text("{}")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.setattr(KPrunePruner, "_pruning", None)
+    with pytest.raises(ArgumentError, match="output_dir 'pruned' is not empty"):
+        exec(code.split("```")[0], {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are made as on Linux")
+@pytest.mark.parametrize("start", ["absent", "a checkpoint"])
+def test_a_disk_that_fills_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    """As the check before is an estimate, and others write too."""
+    disk = tmp_path / "disk"
+    monkeypatch.setattr("hf_kprune.destination.probe", lambda _: None)
+    with mounted(disk, "-t", "tmpfs", "-o", "size=1m", "none"):
+        if start == "a checkpoint":
+            old_checkpoint(disk / "out")
+        (disk / "other").write_bytes(bytes(disk_usage(disk).free - 30_000))
+        pruner = make_pruner(pruned(), output_dir=str(disk / "out"), overwrite_output_dir=True)
+        with unchanged(disk), pytest.raises(CheckpointError, match=r"cannot write to .*\([\d,]+ are free|bytes.*elsewhere"):
+            pruner.save_model()
+        pruner.save_model(str(tmp_path / "elsewhere"))
+        assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "elsewhere"), pruner.model)
+
+
+@pytest.mark.parametrize("full", ["the place", "the disk", "everything"])
+def test_the_command_line_saves_elsewhere_what_it_cannot_save_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: str
+) -> None:
+    tiny().save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "rows.txt").write_text("\n".join(f"w{i % 50} w{i % 7} w3" for i in range(60)))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    write = PreTrainedModel.save_pretrained
+    refused = {"the place": [".out."], "the disk": [".out.", ".out-"], "everything": [""]}[full]
+
+    def fill(self: PreTrainedModel, folder: Any, **options: Any) -> None:
+        if any(Path(folder).parent.name.startswith(name) for name in refused) and (
+            full == "everything" or Path(folder).parents[1] == tmp_path
+        ):
+            raise OSError(28, "No space left on device")
+        write(self, folder, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill)
+    options = ["--model_name_or_path", tmp_path / "dense", "--dataset_file", tmp_path / "rows.txt", "--num_tokens", 100]
+    assert main([str(o) for o in ("prune", *options, "--output_dir", tmp_path / "out", "--disable_tqdm")]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot write to" in message
+    assert "No space left on device" in message
+    assert "save_model" not in message
+    assert not (tmp_path / "out").exists()
+    folders = [path for path in [*tmp_path.iterdir(), *(tmp_path / "tmp").iterdir()] if path.name.startswith("out-")]
+    if full == "everything":
+        assert folders == []
+        return
+    (folder,) = folders
+    assert folder.parent == (tmp_path if full == "the place" else tmp_path / "tmp")
+    assert f"the pruned model was saved to {str(folder)!r} instead" in message
+    AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+class Failing(KPruneCallback):
+    def __init__(self, event: str, error: type[BaseException]):
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise error("the logger is gone")
+
+        setattr(self, event, fail)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ArgumentError, KeyboardInterrupt])
+def test_an_error_of_a_callback_after_the_change_says_so(tmp_path: Path, error: type[BaseException]) -> None:
+    args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200)
+    pruner = KPrunePruner(tiny(), args, rows(), data_collator=collate, callbacks=[Failing("on_prune_end", error)])
+    with pytest.raises(error, match="the logger is gone") as raised:
+        pruner.prune()
+    assert raised.value.__notes__ == ["The model is pruned all the same: on_prune_end came after. save_model() works."]
+    assert pruner.report is not None
+    pruner.add_callback(Failing("on_save", error))
+    with pytest.raises(error, match="the logger is gone") as raised:
+        pruner.save_model(str(tmp_path / "out"))
+    assert raised.value.__notes__ == [f"The checkpoint in {tmp_path / 'out'} is whole; on_save came after it was written."]
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), pruner.model)
+
+
+def test_the_command_line_saves_what_a_callback_complains_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the logger is gone")
+
+    tiny().save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "rows.txt").write_text("\n".join(f"w{i % 50} w{i % 7} w3" for i in range(60)))
+    monkeypatch.setattr("hf_kprune.callbacks.PrinterCallback.on_prune_end", fail)
+    options = ["--model_name_or_path", tmp_path / "dense", "--dataset_file", tmp_path / "rows.txt", "--num_tokens", 100]
+    with pytest.raises(RuntimeError, match="the logger is gone"):
+        main([str(o) for o in ("prune", *options, "--output_dir", tmp_path / "out", "--disable_tqdm")])
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.kprune
+
+
+@pytest.mark.parametrize("content", ["# My project", "---\nlicense: mit\n---\n# A card of another model"])
+def test_a_model_card_replaces_none_that_is_not_ours(tmp_path: Path, content: str) -> None:
+    pruner = make_pruner()
+    with pytest.raises(ArgumentError, match="is no directory; save the model there first"):
+        pruner.create_model_card(output_dir=str(tmp_path / "nowhere"))
+    (tmp_path / "README.md").write_text(content)
+    with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"README\.md' is not a model card of hf_kprune; move it"):
+        pruner.create_model_card(output_dir=str(tmp_path))
+    pruner.args.overwrite_output_dir = True
+    if content.startswith("---"):
+        pruner.create_model_card(output_dir=str(tmp_path))
+        pruner.args.overwrite_output_dir = False
+        pruner.create_model_card(output_dir=str(tmp_path))  # that one is ours
+    else:
+        with unchanged(tmp_path), pytest.raises(ArgumentError, match="is not a model card of hf_kprune"):
+            pruner.create_model_card(output_dir=str(tmp_path))
