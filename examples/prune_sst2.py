@@ -54,7 +54,7 @@ def main() -> None:
 
     pruner = KPrunePruner(
         AutoModelForSequenceClassification.from_pretrained(path),
-        KPruneArguments(sparsity=args.sparsity),
+        KPruneArguments(output_dir=args.output_dir, sparsity=args.sparsity),  # is checked before pruning
         calibration_dataset=list(texts),
         eval_dataset=dev,
         processing_class=tokenizer,
