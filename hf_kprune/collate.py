@@ -85,6 +85,38 @@ def shifted_right(model: PreTrainedModel, targets: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, config.pad_token_id or 0)
 
 
+def real_first(inputs: Mapping[str, Any], main: str, is_causal: bool) -> dict[str, Any]:
+    """Inputs whose padding on the left has been moved to the right, where no position depends on it.
+
+    Models that count positions from the first column would see others than those of a row by itself.
+
+    Args:
+        inputs: A batch; what has the shape of a mask, (B, T) or (B, choices, T), goes along with it.
+        main: `main_input_name` of the model, the one input of floats that goes along.
+        is_causal: Whether `labels` are those of the tokens that are read.
+    """
+    moved = dict(inputs)
+    for prefix in ("", "decoder_"):
+        mask = inputs.get(f"{prefix}attention_mask")
+        read = inputs.get(f"{prefix}input_ids", None if prefix else inputs.get(main))
+        if not isinstance(mask, Tensor) or not isinstance(read, Tensor) or mask.is_floating_point() or not mask.numel():
+            continue
+        first = mask.bool().long().argmax(-1, keepdim=True)
+        if read.shape[: mask.dim()] != mask.shape or not bool(first.any()):
+            continue
+        order = (torch.arange(mask.shape[-1], device=mask.device) + first) % mask.shape[-1]
+        for key, value in inputs.items():
+            ours = key.startswith("decoder_") == bool(prefix) if key != "labels" else bool(prefix) != is_causal
+            if not ours or not isinstance(value, Tensor) or (value.is_floating_point() and key != main):
+                continue
+            if value.shape[: mask.dim()] == mask.shape:  # and any width of a token
+                wide = order.view(*order.shape, *[1] * (value.dim() - mask.dim()))
+                moved[key] = value.gather(mask.dim() - 1, wide.expand_as(value))
+            elif value.shape[-mask.dim() :] == mask.shape:  # positions along several axes
+                moved[key] = value.gather(-1, order.expand_as(value))
+    return moved
+
+
 def collate(
     rows: list[dict[str, Any]], collator: Collator | None, processing_class: Any, model: PreTrainedModel
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -106,6 +138,7 @@ def collate(
         inputs = dict(batch)
     else:
         inputs = pad_rows(rows, processing_class, getattr(model.config.get_text_config(), "pad_token_id", None) or 0)
+    inputs = real_first(inputs, model.main_input_name, is_causal(model))
     targets, counted = inputs.get("labels"), None
     if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():
         real = targets != IGNORED
@@ -113,6 +146,8 @@ def collate(
             counted = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1)
         elif "decoder_input_ids" in accepted and needs_targets(model):
             if "decoder_input_ids" not in inputs:
+                targets = real_first({"input_ids": targets, "attention_mask": real.long()}, "", False)["input_ids"]
+                real = targets != IGNORED
                 inputs["decoder_input_ids"] = shifted_right(model, targets)
             if "decoder_attention_mask" in accepted and "decoder_attention_mask" not in inputs:
                 inputs["decoder_attention_mask"] = real.long()  # the decoder reads as many tokens as it gives
