@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .errors import UnsupportedModelError
-from .modeling_kprune import has
+from .modeling_kprune import has, inner_models, plan_of
 from .proof import quiet
 from .sublayers import described, find_sublayers, oriented
 
@@ -75,6 +75,13 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}, expected a transformers PreTrainedModel or the name or path of one"
         )
+    for inner in inner_models(model):
+        field = getattr(inner.config, "kprune", None)
+        if field is not None and plan_of(inner.config) is None:
+            raise UnsupportedModelError(
+                f"the config of {type(inner).__name__} has kprune={field!r}, a field of its own where hf_kprune "
+                "writes what is kept; give that field another name"
+            )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and quantise the result"

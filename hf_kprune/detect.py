@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .collate import fitted
 from .errors import UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED, Block, Stack
+from .modeling_kprune import plan_of
 from .proof import evaluation_copy, implementations, plans, prove, prove_cuts, quiet, step
 from .sublayers import find_sublayers
 from .watch import PROJECTIONS, Seen, Watch
@@ -54,7 +55,7 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, by
     found: Families = {}
     try:
         with quiet(), step("detection"):
-            if any(getattr(m.config, "kprune", None) for m in model.modules() if isinstance(m, PreTrainedModel)):
+            if any(plan_of(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)):
                 raise UnsupportedArchitectureError("it was pruned before, and its checkpoint tells sizes alone")
             inputs = example_inputs(model) if inputs is None else inputs
             found = detect(model, inputs, leave=FAMILIES)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .arguments import KPruneArguments
 from .destination import as_text
 from .errors import ArgumentError
-from .modeling_kprune import HOW_TO_LOAD
+from .modeling_kprune import HOW_TO_LOAD, is_pruned
 from .report import PruningReport
 from .saving import is_card
 
@@ -45,7 +45,7 @@ def model_card(
     title = model_name or f"{type(model).__name__}, K-pruned"
     architecture = type(model).__name__
     loading = ""
-    if getattr(model.config, "kprune", None) is not None:
+    if is_pruned(model.config):
         loading = (
             f"{HOW_TO_LOAD[0].upper()}{HOW_TO_LOAD[1:]}.\n\n"
             f"```python\nimport hf_kprune\nfrom transformers import {architecture}\n\n"

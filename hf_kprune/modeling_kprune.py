@@ -29,8 +29,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import Cache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 
 FORMAT = 1
@@ -38,6 +40,8 @@ HOW_TO_LOAD = (
     "this checkpoint is K-pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, or pass "
     "trust_remote_code=True to an AutoModel class"
 )
+NOTICE = f"no file is damaged or missing; {HOW_TO_LOAD}"
+RECORD = "kprune_weights"
 MISFIT = "the plan in config.json (kprune) and the weight files do not belong together"
 LEGACY = "its heads were pruned by an older transformers (pruned_heads in config.json): load it with hf_kprune.from_legacy"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -174,6 +178,22 @@ class EmptyProjection(nn.Module):
         return bias.expand(*hidden.shape[:-1], -1)
 
 
+class EmptyLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    """A linear module without inputs or outputs. Quantisers leave its class alone: there is nothing in it to scale."""
+
+    is_kprune_empty = True
+
+    def forward(self, hidden: Any) -> Any:
+        return super().forward(hidden.to(self.weight.dtype)).to(hidden.dtype)
+
+
+def spare_empty(model: Any) -> None:
+    """Have what quantises `model` while it is loaded pass over the modules without inputs or outputs."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        empty = {name for name, module in model.named_modules() if getattr(module, "is_kprune_empty", False)}
+        model._keep_in_fp32_modules = set(model._keep_in_fp32_modules or ()) | empty
+
+
 class ConfigView:
     """A config with a few values of its own, for a module that asks its model's config for its size. All else is live."""
 
@@ -242,6 +262,8 @@ def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | 
             part = old.detach().narrow(1 - dim if turned and old.dim() == 2 else dim, 0, size).clone()
             setattr(module, key, nn.Parameter(part, requires_grad=old.requires_grad))
         setattr(module, name, size)
+    if isinstance(module, nn.Linear) and 0 in (module.in_features, module.out_features):
+        module.__class__ = EmptyLinear
     if columns == 0 and kind_of(module) == "conv1d" and not getattr(module, "is_kprune_stand_in", False):
         layer.set_submodule(path, EmptyProjection(module))
 
@@ -387,7 +409,7 @@ def shrink(model: nn.Module) -> nn.Module:
 
     Raises `CheckpointError` if the plan is of a later format, does not fit the model or contradicts itself.
     """
-    plan = getattr(model.config, "kprune", None)
+    plan = plan_of(model.config)
     if plan is None:
         return model
     try:
@@ -416,30 +438,98 @@ def shrink(model: nn.Module) -> nn.Module:
     return model
 
 
+def plan_of(config: Any) -> dict[str, Any] | None:
+    """The plan in a config or its dictionary; None if there is none, also where `kprune` is a field of somebody else's."""
+    plan = config.get("kprune") if isinstance(config, dict) else getattr(config, "kprune", None)
+    return plan if isinstance(plan, dict) and len({"format", "sha256", "stacks"} & plan.keys()) > 1 else None
+
+
 def is_pruned(config: Any) -> bool:
     """Whether a config, or one inside it (a tower of CLIP's), has a plan; of a config or its dictionary."""
     values = config if isinstance(config, dict) else config.to_dict()
-    return values.get("kprune") is not None or any(is_pruned(value) for value in values.values() if isinstance(value, dict))
+    return plan_of(values) is not None or any(is_pruned(value) for value in values.values() if isinstance(value, dict))
 
 
 def unseal(config: Any) -> Any:
     """Drop the notice that keeps plain transformers from loading this checkpoint at its dense sizes."""
-    if hasattr(config, "transformers_weights") and is_pruned(config):
+    if "this checkpoint is K-pruned" in str(getattr(config, "transformers_weights", "")):
+        if not is_pruned(config):
+            raise CheckpointError(
+                "config.json says that this checkpoint is K-pruned, but its kprune plan is missing or no plan; restore the "
+                "config.json that was saved"
+            )
         del config.transformers_weights
     return config
 
 
-def seal(directory: str | os.PathLike[str]) -> None:
-    """Write the notice `HOW_TO_LOAD` where plain transformers stops at it and prints it.
+def edit_config(directory: str | os.PathLike[str], **entries: Any) -> None:
+    """Set entries of the config.json of a pruned model; None takes one away. Adapters are saved without a config."""
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if is_pruned(config):
+        config = {name: value for name, value in {**config, **entries}.items() if value is not None or name not in entries}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    Without it, plain transformers would build the dense model, and with `ignore_mismatched_sizes=True` fill it with
+
+def seal(directory: str | os.PathLike[str]) -> None:
+    """Write the notice where plain transformers stops at it and prints it, and take away the record of other weights.
+
+    Without the notice, plain transformers would build the dense model, and with `ignore_mismatched_sizes=True` fill it with
     random weights.
     """
+    edit_config(directory, transformers_weights=NOTICE, **{RECORD: None})
+
+
+def tensors_of(file: str | os.PathLike[str]) -> dict[str, list[Any]]:
+    """Dtype and shape of every tensor in a safetensors file, by its name. Only the head of the file is read."""
+    with safe_open(file, "pt") as weights:
+        slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+        return {name: [part.get_dtype(), *part.get_shape()] for name, part in slices.items()}
+
+
+def sha256_of(file: str | os.PathLike[str]) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def record_weights(directory: str | os.PathLike[str]) -> None:
+    """Write into config.json what the weight files of a pruned model are: their sha256, and what tensors are in them."""
     path = Path(directory) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # adapters are saved without config
-    if is_pruned(config):
-        config["transformers_weights"] = HOW_TO_LOAD
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if RECORD not in config and is_pruned(config):
+        files = sorted(file for file in path.parent.glob("*.safetensors") if not file.name.startswith("adapter_"))
+        record = {file.name: {"sha256": sha256_of(file), "tensors": tensors_of(file)} for file in files}
+        edit_config(directory, **{RECORD: record or None})
+
+
+def check_record(name: Any, record: dict[str, Any], **options: Any) -> None:
+    """Refuse weight files that lack tensors which were saved in them, or hold others by their names.
+
+    Values are not looked at, which takes about a second for a gigabyte: `hf-kprune inspect --verify` does.
+
+    Args:
+        name: Of the checkpoint, as in `from_pretrained`.
+        record: Of its config, see `record_weights`.
+        options: Of `from_pretrained`, to find the files by.
+    """
+    options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None} | {"local_files_only": True}
+    for file, entry in record.items():
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        if path is None:  # of another variant, which was not asked for
+            continue
+        saved, there = entry["tensors"], tensors_of(path)
+        lost = sorted(saved.keys() - there.keys())
+        if lost:
+            raise CheckpointError(
+                f"{name}: {len(lost)} tensors that were saved in {file} are missing from it, such as {lost[0]}; get the file "
+                "again"
+            )
+        for key, (dtype, *shape) in saved.items():
+            now, *size = there[key]
+            if size != shape or ("F" in now) != ("F" in dtype):
+                raise CheckpointError(
+                    f"{name}: {key} is {now} of {size} in {file}, where {dtype} of {shape} was saved; get the file again"
+                )
 
 
 def inner_models(model: nn.Module) -> list[Any]:
@@ -464,7 +554,7 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
         raise CheckpointError(f"{name}: {MISFIT}, see the table above") from error
     stacks = []
     for inner in inner_models(model):
-        told = (getattr(inner.config, "kprune", None) or {"stacks": []})["stacks"]
+        told = (plan_of(inner.config) or {"stacks": []})["stacks"]
         stacks += told
         if inner is model and told and not any(find_layers(model, stack["layers"]) for stack in told):
             lacked = ", ".join(stack["layers"] for stack in told)
@@ -473,6 +563,13 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
     lost = [key for key in random if any(f"{stack['layers']}." in key for stack in stacks)]
     if lost:
         raise CheckpointError(f"{name}: {MISFIT}: {len(lost)} tensors are missing or of another size, such as {min(lost)}")
+    record = model.config.__dict__.pop(RECORD, None) or {}
+    if name is not None and kwargs.get("state_dict") is None:
+        check_record(name, record, **kwargs)
+    alike = stacks and type(model).__name__ in (model.config.architectures or ())
+    if alike and info["missing_keys"] and getattr(model, "hf_quantizer", None) is None:
+        lost = sorted(info["missing_keys"])
+        raise CheckpointError(f"{name}: {MISFIT}: {len(lost)} tensors are missing, such as {lost[0]}")
     return (model, info) if output_loading_info else model
 
 
@@ -483,6 +580,7 @@ class KPruneMixin(PreTrainedModel):
         for inner in inner_models(self):
             shrink(inner)
         super().post_init()
+        spare_empty(self)
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -499,19 +597,31 @@ class KPruneMixin(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             seal(save_directory)
+            record_weights(save_directory)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         seal(working_dir)  # save_pretrained(push_to_hub=True) uploads before it returns
+        record_weights(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
+    def dense_class(cls) -> Any:
+        """The class that this one is but for sizes."""
+        return cls.__mro__[cls.__mro__.index(KPruneMixin) + 1]
+
+    @classmethod
     def is_custom_code(cls) -> bool:
-        return False  # the class is the stock one but for sizes: the stock conversions of weight names apply
+        return bool(cls.dense_class().is_custom_code())  # the conversions of weight names of a stock class apply
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        stock: Any = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
-        return bool(stock._can_set_attn_implementation())  # reads the source file of the class it is asked of
+        return bool(cls.dense_class()._can_set_attn_implementation())  # reads the source file of the class it is asked of
+
+
+def narrowed(dense: Any, module: str) -> Any:
+    """The class that loads K-pruned checkpoints of a model class, for a `module` in which it has the same name."""
+    bases = (KPruneMixin, dense) + ((GenerationMixin,) if issubclass(dense, GenerationMixin) else ())
+    return type(dense.__name__, bases, {"__module__": module, "__doc__": dense.__doc__})
 
 
 def __getattr__(name: str) -> Any:
@@ -519,7 +629,5 @@ def __getattr__(name: str) -> Any:
     stock = getattr(transformers, name, None) if not name.startswith("_") else None
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    bases = (KPruneMixin, stock) + ((GenerationMixin,) if issubclass(stock, GenerationMixin) else ())
-    made = type(name, bases, {"__module__": __name__, "__doc__": stock.__doc__})
-    globals()[name] = made
-    return made
+    globals()[name] = narrowed(stock, __name__)
+    return globals()[name]

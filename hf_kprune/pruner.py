@@ -37,6 +37,7 @@ from .interface import Method
 from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
+from .remote_code import check_code_travels
 from .report import PruningReport, Size
 from .rows import draw_rows, row_tokens
 from .sublayers import find_sublayers, uniform_names, with_own_tables
@@ -214,6 +215,7 @@ class KPrunePruner:
                 if self.args.output_dir is not None:
                     size = expected_bytes(self.model, self.args)
                     self.args.check_output_dir(None, self._origins(calibration_dataset), size)
+                    check_code_travels(self.model)
                 if self.args.push_to_hub:
                     check_push(self.args, self.args.output_dir)
 
@@ -680,6 +682,7 @@ class KPrunePruner:
             if self.accelerator.is_main_process:
                 size = model_size(self.model).bytes
                 path = args.check_output_dir(output_dir, self._origins(), size)
+                check_code_travels(self.model)
                 save_atomically(self.model, path, args.max_shard_size, self._save_beside, args.overwrite_output_dir)
         path = str(path or args.output_dir)
         self._saved = os.path.abspath(path)

@@ -25,6 +25,7 @@ from .modeling_kprune import (
     has,
     kind_of,
     own_tables,
+    plan_of,
     set_slices,
     shrink_layer,
 )
@@ -277,7 +278,7 @@ def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sub
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
         if getattr(owner.config, flag, None):
             raise UnsupportedArchitectureError(f"{type(owner).__name__} with {flag}=True cannot be pruned: {why}")
-    old = {stack["layers"]: stack for stack in (getattr(owner.config, "kprune", None) or {"stacks": []})["stacks"]}
+    old = {stack["layers"]: stack for stack in (plan_of(owner.config) or {"stacks": []})["stacks"]}
     found: list[Sublayer] = []
     lists = [(stack, find_layers(owner, stack.layers)) for stack in stacks]
     if not any(layers for _, layers in lists):
@@ -493,7 +494,7 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
                 sublayer.layers.__dict__["kprune_stack"] = entry
         blocks = [plan for entry in stacks.values() for plan in entry["blocks"]]
         if all(units in (None, plan["of"]) for plan in blocks for units in plan["kept"]):
-            if getattr(owner.config, "kprune", None) is not None:
+            if plan_of(owner.config) is not None:
                 del owner.config.kprune
             continue
         owner.config.kprune = {
@@ -512,7 +513,7 @@ def uniform_names(sublayers: Sequence[Sublayer], heads: bool, ffn: bool) -> list
     """
     names = []
     for s in sublayers:
-        if getattr(s.owner.config, "kprune", None) is not None:
+        if plan_of(s.owner.config) is not None:
             raise UnsupportedArchitectureError(
                 f"uniform is True, but {type(s.owner).__name__} was pruned unevenly before; start from the dense model"
             )

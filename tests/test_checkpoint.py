@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -36,9 +37,16 @@ from transformers import (
     pipeline,
 )
 
-from hf_kprune import CheckpointError, KPruneArguments, KPrunePruner, PruningReport, modeling_kprune
+from hf_kprune import (
+    CheckpointError,
+    KPruneArguments,
+    KPrunePruner,
+    PruningReport,
+    UnsupportedModelError,
+    modeling_kprune,
+)
 from hf_kprune.checkpoint import install, save_atomically
-from hf_kprune.modeling_kprune import HOW_TO_LOAD
+from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
 from hf_kprune.sublayers import cut, find_sublayers, write_plan
 
 
@@ -216,8 +224,14 @@ def test_the_config_makes_a_round_trip(tmp_path: Path) -> None:
     assert config.kprune == model.config.kprune
     assert not hasattr(config, "transformers_weights")
     config.save_pretrained(tmp_path / "2")
-    assert json.loads((tmp_path / "1" / "config.json").read_text())["transformers_weights"] == HOW_TO_LOAD
-    assert files(tmp_path / "2") == {k: v for k, v in files(tmp_path / "1").items() if k != "model.safetensors"}
+    assert json.loads((tmp_path / "1" / "config.json").read_text())["transformers_weights"] == NOTICE
+    one, two = files(tmp_path / "1"), files(tmp_path / "2")
+    assert two.keys() == one.keys() - {"model.safetensors"}
+    assert two["modeling_kprune.py"] == one["modeling_kprune.py"]
+    whole = json.loads(one["config.json"])
+    assert whole.pop("kprune_weights").keys() == {"model.safetensors"}  # which the second folder does not have
+    assert json.loads(two["config.json"]) == whole
+    del config.kprune_weights
     assert AutoConfig.from_pretrained(tmp_path / "2").to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path / "2")}
 
 
@@ -499,13 +513,13 @@ BROKEN_CONFIGS: dict[str, Broken] = {
     "no checksum": (lambda c: c["kprune"].pop("sha256"), "cannot be followed: KeyError: 'sha256'"),
     "no list of kept units": (lambda c: block(c).pop("kept"), "cannot be followed: KeyError: 'kept'"),
     "no widths": (lambda c: block(c).pop("rows"), "cannot be followed: KeyError: 'rows'"),
-    "not a plan": (lambda c: c.update(kprune="yes"), "cannot be followed: TypeError"),
-    "an empty plan": (lambda c: c.update(kprune={}), "cannot be followed: KeyError"),
+    "not a plan": (lambda c: c.update(kprune="yes"), "its kprune plan is missing or no plan"),
+    "an empty plan": (lambda c: c.update(kprune={}), "its kprune plan is missing or no plan"),
     "other layers": (
         lambda c: c["kprune"]["stacks"][0].update(layers="encoder.layers"),
         "changed after it was saved",
     ),
-    "no plan": (lambda c: c.pop("kprune"), re.escape(HOW_TO_LOAD)),
+    "no plan": (lambda c: c.pop("kprune"), "its kprune plan is missing or no plan"),
 }
 
 
@@ -523,6 +537,8 @@ def edit_weights(edit: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], 
 
 
 KEY = "bert.encoder.layer.0.attention.self.query.weight"
+EMBEDDING = "bert.embeddings.word_embeddings.weight"
+NORM = "bert.embeddings.LayerNorm.weight"
 EMPTIED = "bert.encoder.layer.2.output.dense.weight"
 MISFIT = "do not belong together"
 BROKEN_WEIGHTS: dict[str, Broken] = {
@@ -533,6 +549,11 @@ BROKEN_WEIGHTS: dict[str, Broken] = {
     "an emptied tensor removed": (edit_weights(lambda t: t.pop(EMPTIED)), f"{MISFIT}.* 1 tensors are missing"),
     "an emptied tensor filled": (edit_weights(lambda t: t.update({EMPTIED: torch.ones(16, 12)})), MISFIT),
     "the dense weights": (edit_weights(lambda t: t.update(tiny().state_dict())), MISFIT),
+    "an embedding removed": (edit_weights(lambda t: t.pop(EMBEDDING)), "1 tensors that were saved in model.safetensors"),
+    "a norm removed": (edit_weights(lambda t: t.pop(NORM)), "1 tensors that were saved in model.safetensors are missing"),
+    "the head removed": (edit_weights(lambda t: t.pop("classifier.weight")), "1 tensors that were saved in model.safetensors"),
+    "a tensor renamed": (edit_weights(lambda t: t.update({"bert.norm": t.pop(NORM)})), f"missing from it, such as {NORM}"),
+    "integers": (edit_weights(lambda t: t.update({NORM: t[NORM].long()})), "is I64 of .16. in .* where F32 of .16. was saved"),
     "weights of another plan": (edit_weights(lambda t: t.update(prune(tiny(), (2, 5, 1, 12, 2, 0)).state_dict())), MISFIT),
 }
 
@@ -564,9 +585,72 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path: Path, checkpo
     for load in (AutoModelForSequenceClassification.from_pretrained, transformers.BertModel.from_pretrained):
         with pytest.raises(Exception) as caught:  # noqa: B017, PT011  # its type and text are looked at below
             load(folder, ignore_mismatched_sizes=ignore)
-        assert type(caught.value) is CheckpointError or name in ("no plan", "a truncated file", "an empty file")
+        assert type(caught.value) is CheckpointError or name in ("a truncated file", "an empty file")
         message = f"{type(caught.value).__name__}: {caught.value}"
         assert re.search((BROKEN_CONFIGS | BROKEN_WEIGHTS)[name][1], message), message
+
+
+@pytest.mark.parametrize("key", [KEY, EMBEDDING, NORM, "classifier.weight"])
+def test_a_checkpoint_of_before_its_weights_were_recorded(tmp_path: Path, key: str) -> None:
+    """It loads, and what its own class lacks is refused too."""
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["kprune_weights"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path), model)
+    edit_weights(lambda tensors: tensors.pop(key))(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"1 tensors are missing.*, such as {key}"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_the_record_is_of_the_weights_that_are_there(tmp_path: Path) -> None:
+    """Whoever writes weights again, as another dtype, in shards, beside others, writes another record, or none."""
+
+    def check(folder: Path, *names: str) -> None:
+        record = json.loads((folder / "config.json").read_text()).get("kprune_weights", {})
+        assert sorted(record) == sorted(names)
+        for name, entry in record.items():
+            assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            shapes = {key: list(value.shape) for key, value in load_file(folder / name).items()}
+            assert {key: size for key, (_, *size) in entry["tensors"].items()} == shapes
+
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    check(tmp_path, "model.safetensors")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "kprune_weights")
+    loaded.half().save_pretrained(tmp_path, variant="fp16")
+    check(tmp_path, "model.safetensors", "model.fp16.safetensors")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path, variant="fp16").dtype == torch.float16
+    (tmp_path / "model.fp16.safetensors").unlink()
+    loaded.float().save_pretrained(tmp_path)
+    check(tmp_path, "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    loaded.save_pretrained(tmp_path, max_shard_size="2KB")
+    check(tmp_path, *[path.name for path in tmp_path.glob("model-*.safetensors")])
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path), loaded)
+    loaded.config.save_pretrained(tmp_path)
+    check(tmp_path)
+
+
+FOREIGN = [True, "yes", 0.5, [1, 2], {}, {"enabled": True, "ratio": 0.5}, {"format": "short"}]
+
+
+@pytest.mark.parametrize("field", FOREIGN, ids=str)
+def test_a_field_of_that_name_in_somebody_elses_config(tmp_path: Path, field: Any) -> None:
+    """At the top and in a config inside: the model loads and is saved as ever, and is not pruned over its field."""
+    model = tiny()
+    model.config.kprune, model.config.inner = field, {"kprune": field}
+    model.save_pretrained(tmp_path / "1")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1")
+    assert_same(loaded, model)
+    assert loaded.config.kprune == field
+    loaded.save_pretrained(tmp_path / "2")
+    assert sorted(os.listdir(tmp_path / "2")) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "2" / "config.json").read_text())["kprune"] == field
+    with pytest.raises(UnsupportedModelError, match="has kprune=.* give that field another name"):
+        KPrunePruner(loaded)
 
 
 def test_absurd_sizes_are_refused_without_the_meta_device_too() -> None:
@@ -681,7 +765,7 @@ def test_without_hf_kprune_and_trust_the_error_says_how_to_load(elsewhere: dict[
 @pytest.mark.parametrize("name", [*BROKEN_CONFIGS, *BROKEN_WEIGHTS])
 def test_without_hf_kprune_a_contradiction_is_refused(elsewhere: dict[str, Any], name: str) -> None:
     for message in elsewhere[name]:
-        assert message.startswith("CheckpointError") or name in ("no plan", "a truncated file", "an empty file")
+        assert message.startswith("CheckpointError") or name in ("a truncated file", "an empty file")
         assert re.search((BROKEN_CONFIGS | BROKEN_WEIGHTS)[name][1], message), message
 
 
@@ -697,34 +781,41 @@ def test_without_hf_kprune_a_name_on_the_hub_loads_and_is_saved_whole(elsewhere:
 def test_without_hf_kprune_a_push_holds_all_that_loading_needs(elsewhere: dict[str, Any]) -> None:
     pushed = elsewhere["pushed"]
     assert pushed.keys() == {"README.md", "config.json", "model.safetensors", "modeling_kprune.py"}
-    assert json.loads(pushed["config.json"])["transformers_weights"] == HOW_TO_LOAD
+    assert json.loads(pushed["config.json"])["transformers_weights"] == NOTICE
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])
-def test_hf_kprune_and_trust_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
+def test_with_hf_kprune_its_own_code_is_run_and_never_that_of_the_folder(tmp_path: Path, model_type: str) -> None:
     model = pruned(model_type)
     model.save_pretrained(tmp_path / "1")
+    (tmp_path / "1" / "modeling_kprune.py").write_text("raise SystemExit('not to be run')")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1", trust_remote_code=True)
-    assert type(loaded).__module__.startswith("transformers_modules")
+    assert type(loaded) is type(model)
     assert_same(loaded, model)
+    made = AutoModelForSequenceClassification.from_config(loaded.config, trust_remote_code=True)
+    assert type(made) is type(model)
+    loaded.save_pretrained(tmp_path / "2")
+    assert files(tmp_path / "2")["config.json"] == files(tmp_path / "1")["config.json"]
+    assert (tmp_path / "2" / "modeling_kprune.py").read_bytes() == Path(modeling_kprune.__file__).read_bytes()
+
+
+def test_the_class_of_the_file_and_hf_kprune_together(tmp_path: Path) -> None:
+    """A process that imports hf_kprune after it has loaded a checkpoint by the file in it."""
+    model = pruned("mpnet")
+    model.save_pretrained(tmp_path / "1")
+    loaded = modeling_kprune.MPNetForSequenceClassification.from_pretrained(tmp_path / "1")
+    assert type(loaded) is not type(model)
     KPrunePruner(loaded).save_model(str(tmp_path / "2"))
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "2"), model)
-    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "2", trust_remote_code=True), model)
     again = prune(loaded, (1, 5, 0, 3, 2, 0))
     again.save_pretrained(tmp_path / "3")
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "3"), again)
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 def test_the_file_that_travels_is_short_and_needs_torch_and_transformers_only() -> None:
     text = Path(modeling_kprune.__file__).read_text()
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
-    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert imported - set(sys.stdlib_module_names) == {"safetensors", "torch", "transformers"}
     assert len(text.splitlines()) < 640
 
 
@@ -760,6 +851,7 @@ def test_a_plan_that_keeps_everything_is_no_plan(tmp_path: Path) -> None:
 
 def test_installing_twice_is_harmless() -> None:
     names = [(PreTrainedModel, "post_init"), (PreTrainedModel, "from_pretrained")]
+    names += [(PreTrainedModel, "save_pretrained"), (PreTrainedModel, "_upload_modified_files")]
     names += [(PreTrainedConfig, "from_dict"), (PreTrainedConfig, "to_json_file")]
     before = [vars(owner)[name] for owner, name in names]
     install()

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner
 from hf_kprune.hub import model_card
-from hf_kprune.modeling_kprune import HOW_TO_LOAD
+from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
 
 
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "modeling_kprune.py"}
@@ -200,7 +200,7 @@ def test_the_model_itself_pushes_all_that_loading_needs(tmp_path: Path, hub: Fak
     (commit,) = hub.commits
     assert commit["repository"] == "me/small"
     assert commit["files"].keys() == MODEL_FILES
-    assert json.loads(commit["files"]["config.json"])["transformers_weights"] == HOW_TO_LOAD
+    assert json.loads(commit["files"]["config.json"])["transformers_weights"] == NOTICE
     assert_same(AutoModelForSequenceClassification.from_pretrained(hub.download(tmp_path / "downloaded")), model)
 
 
@@ -208,7 +208,7 @@ def test_the_config_alone_is_pushed_with_its_notice(hub: FakeHub) -> None:
     pruned().config.push_to_hub("me/small")
     (commit,) = hub.commits
     assert commit["files"].keys() == {"README.md", "config.json", "modeling_kprune.py"}
-    assert json.loads(commit["files"]["config.json"])["transformers_weights"] == HOW_TO_LOAD
+    assert json.loads(commit["files"]["config.json"])["transformers_weights"] == NOTICE
 
 
 def test_a_dense_model_pushes_what_it_always_did(hub: FakeHub) -> None:
