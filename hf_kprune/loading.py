@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 
 from .embeddings import read_folder
 from .errors import ArgumentError
+from .remote_code import brings_code
 
 
 TOKENIZER_FILES = (
@@ -22,8 +23,18 @@ TOKENIZER_FILES = (
 )
 
 
+def check_stock(config: Any, name: str) -> None:
+    """Refuse a config that names code of its own: by name alone none is run, and the stock class would be another model."""
+    if brings_code(config):
+        raise ArgumentError(
+            f"{name or 'the model'} brings model code of its own, which is not run unless you ask for it: load the model by "
+            "an AutoModel class with trust_remote_code=True and give it to KPrunePruner"
+        )
+
+
 def model_class(config: Any) -> type[PreTrainedModel]:
     """The class that a config names; the base model if it names none."""
+    check_stock(config, config.name_or_path)
     if not config.architectures:
         return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
     found = getattr(transformers, config.architectures[0], None)

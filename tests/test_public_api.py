@@ -153,7 +153,10 @@ def imports(module: str, of_types: bool = False) -> set[str]:
         (("knowledge", "search", "reconstruction"), {"torch"}),
         (("families", "report"), set()),
         (("version",), set()),
-        (("modeling_kprune",), {"torch", "transformers"}),  # it travels alone
+        (
+            ("modeling_kprune",),
+            {"safetensors", "torch", "transformers"},
+        ),  # it travels alone, and transformers needs safetensors
         (("hooks",), {"torch", ".sublayers", ".errors", ".modeling_kprune"}),
     ],
 )

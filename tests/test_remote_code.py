@@ -227,3 +227,10 @@ def test_entries_of_others_stay(tmp_path: Path) -> None:
     assert auto_map["AutoModel"] == "modeling_kprune.BertModel"
     assert AutoModel.from_pretrained(tmp_path).config.auto_map == model.config.auto_map
     assert not hasattr(tiny().config, "auto_map")
+
+
+def test_code_is_not_run_by_a_name_alone(saved: dict[str, Any]) -> None:
+    """Nor is the stock class of that model_type taken in its place."""
+    for kind in ("a known model_type", "the name of a stock class"):
+        with pytest.raises(ArgumentError, match="brings model code of its own.* trust_remote_code=True"):
+            KPrunePruner(str(saved["folder"] / f"{kind}, dense"))
