@@ -33,7 +33,7 @@ from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArch
 from .families import FAMILIES, REFUSED
 from .hub import check_push
 from .legacy import from_legacy
-from .loading import load_model, load_tokenizer, model_class
+from .loading import check_stock, load_model, load_tokenizer, model_class
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .parser import DataArguments, SweepArguments
 from .pruner import KPrunePruner
@@ -71,6 +71,7 @@ def load_model_for(name: str, task: str | None) -> PreTrainedModel:
     except KeyError:
         tasks = sorted({*NO_PIPELINE, *PIPELINE_REGISTRY.get_supported_tasks()})
         raise ArgumentError(f"task is {task!r}, expected one of {', '.join(tasks)}") from None
+    check_stock(AutoConfig.from_pretrained(name), name)
     model, info = auto.from_pretrained(name, output_loading_info=True)
     head = [key for key in info["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
     if head and model.base_model is not model:

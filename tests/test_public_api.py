@@ -156,7 +156,7 @@ def imports(module: str, of_types: bool = False) -> set[str]:
         (
             ("modeling_kprune",),
             {"safetensors", "torch", "transformers"},
-        ),  # it travels alone, and transformers needs safetensors
+        ),  # it travels alone
         (("hooks",), {"torch", ".sublayers", ".errors", ".modeling_kprune"}),
     ],
 )
