@@ -5,8 +5,8 @@ This file travels inside every K-pruned checkpoint, so that
     AutoModelFor....from_pretrained(checkpoint, trust_remote_code=True)
 
 works where `hf_kprune` is not installed; `import hf_kprune` runs the same code for the stock classes themselves. It needs
-torch and transformers only, with the safetensors of that, and knows no architecture: which modules are narrower, and by how much,
-is data in the config:
+torch, transformers and the safetensors of that only, and knows no architecture: which modules are narrower, and by how
+much, is data in the config:
 
     "kprune": {"format": 1, "sha256": "1f3c...", "stacks": [{"layers": "encoder.layer", "blocks": [
         {"kind": "attention", "of": 12, "kept": [5, 0, ...],          units before pruning, and kept in each layer
