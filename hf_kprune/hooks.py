@@ -157,7 +157,9 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         model(**inputs)
     except _Stop:
         return
-    raise RuntimeError(f"{type(model).__name__} never reached the sublayer asked for; is its family described right?")
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} never reached the sublayer asked for; is its family described right?"
+    )
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
         emptied = cut_twin(dense, list(masks.values())[-1], by)
         for what, carried in (("", dense), (" when some are empty", emptied)):
             with step(f"carried from sublayer to sublayer{what}"):
-                _prove_carrying(carried, inputs, by)
+                prove_carrying(carried, inputs, by)
         with step("built from the config that would be saved"):
             _prove_loading(emptied)
 
@@ -251,7 +251,8 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
                 raise UnsupportedArchitectureError(f"{' and '.join(shared)} are one and the same weight")
 
 
-def _prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> None:
+def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> None:
+    """Raise `UnsupportedArchitectureError` unless `model` ends the same, run sublayer by sublayer and from end to end."""
     sublayers, state = find_sublayers(model, by), State()
     for position in range(len(sublayers)):
         with _seeded():

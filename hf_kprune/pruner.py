@@ -26,6 +26,7 @@ from .calibration import Calibration, in_eval_mode, together, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .checks import check_described, check_model, unwrapped
+from .collate import collate
 from .cost import BudgetTerms, BudgetWarning, expected_bytes, model_size, peak_memory, prunable_flops
 from .destination import as_text, origins
 from .detect import describe
@@ -38,9 +39,10 @@ from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .remote_code import check_code_travels
+from .reach import leaving, towers_left_alone
 from .report import PruningReport, Size
 from .rows import draw_rows, row_tokens
-from .sublayers import find_sublayers, uniform_names, with_own_tables
+from .sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
 from .surroundings import plain_modes, undisturbed
 from .sweep import Sweep, SweepPoint, smallest_within
 from .validation import checked, checked_arguments, show
@@ -139,6 +141,7 @@ class KPrunePruner:
         self.report: PruningReport | None = None
         self._saved: str | None = None
         self._seconds = dict[str, float]()
+        self._left_alone = dict[str, str]()
         self.callback_handler = CallbackHandler([PrinterCallback() if self.args.disable_tqdm else ProgressCallback()])
         if self.args.report_to not in ([], ["none"]):
             self.add_callback(ReportingCallback(self.args))
@@ -456,40 +459,47 @@ class KPrunePruner:
         self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False, dry: bool = False
     ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
-        args = self.args
-        args.check()
+        self.args.check()
         self._seconds = {}
         with self._phase("prepare"):
-            self.model = model = self._unspoilt(self.model)
-            self._describe(model)
-            with together(self.accelerator):
-                calibration = self._calibration(model, calibration_dataset, PLAN_TOKENS if dry else None)
-            calibration.check_same_rows()
-            calibration.check_flops_length(model)
-            lengths = calibration.flops_lengths  # summed over processes, so what follows is the same on all of them
-            calibration.check_enough_tokens()
-            sublayers = calibration.sublayers
-            own = with_own_tables(model)
-            before = model_size(own, find_sublayers(own), prunable_flops(sublayers, lengths))
-            timed = self._timed(own, calibration) if any(budget.budget[0] in TIMES for budget in budgets) else None
-            remarks = [
-                remark
-                for budget in budgets
-                for remark in BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None).remarks()
-            ]
-            if timed is None and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
-                remarks.append("latency_batch_size and latency_length have no effect without target_latency or target_speedup")
-            for remark in dict.fromkeys(remarks):
-                warnings.warn(remark, BudgetWarning, stacklevel=4)
-            if args.uniform:
-                uniform_names(sublayers, args.prune_heads, args.prune_ffn)
-            loss = self._knowledge(calibration_dataset)
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            pruning = Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, dry)
-        with in_eval_mode(pruning.teacher):
-            self._check_loss(pruning)
-            yield pruning
+            self.model = self._unspoilt(self.model)
+        with leaving(self.model, ()):  # until it is known which of its towers run
+            with self._phase("prepare"):
+                pruning = self._prepared(calibration_dataset, budgets, hold_out, dry)
+            with in_eval_mode(pruning.teacher):
+                self._check_loss(pruning)
+                yield pruning
+
+    def _prepared(self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool, dry: bool) -> Pruning:
+        """The rows drawn, the budgets and all else checked."""
+        args, model = self.args, self.model
+        self._describe(model)
+        with together(self.accelerator):
+            calibration = self._calibration(model, calibration_dataset, PLAN_TOKENS if dry else None)
+        calibration.check_same_rows()
+        calibration.check_flops_length(model)
+        lengths = calibration.flops_lengths  # summed over processes, so what follows is the same on all of them
+        calibration.check_enough_tokens()
+        sublayers = calibration.sublayers
+        own = with_own_tables(model)
+        before = model_size(own, find_sublayers(own), prunable_flops(sublayers, lengths))
+        timed = self._timed(own, calibration) if any(budget.budget[0] in TIMES for budget in budgets) else None
+        remarks = [f"{path} is left alone, as {why}; the budget is of the rest" for path, why in self._left_alone.items()]
+        remarks += [
+            remark
+            for budget in budgets
+            for remark in BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None).remarks()
+        ]
+        if timed is None and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
+            remarks.append("latency_batch_size and latency_length have no effect without target_latency or target_speedup")
+        for remark in dict.fromkeys(remarks):
+            warnings.warn(remark, BudgetWarning, stacklevel=5)
+        if args.uniform:
+            uniform_names(sublayers, args.prune_heads, args.prune_ffn)
+        loss = self._knowledge(calibration_dataset)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, dry)
 
     def _check_loss(self, pruning: Pruning) -> None:
         """Try the knowledge loss on a batch; say what it is made of, and warn of answers that it does not count."""
@@ -552,6 +562,8 @@ class KPrunePruner:
         report.seconds = {**self._seconds, "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin}
         self._seconds = {}
         report.peak_memory = peak_memory(self.accelerator.device)
+        report.left_alone = dict(self._left_alone)
+        student.__dict__.pop(LEFT_ALONE, None)
         return student, report
 
     def _knowledge(self, calibration_dataset: Any) -> Knowledge:
@@ -593,6 +605,11 @@ class KPrunePruner:
             args.num_measure_tokens = min(method.measure_tokens, args.num_tokens)
         args.statistics_dtype = args.statistics_dtype or method.dtype
         rows = draw_rows(model, dataset, processing_class, args, self.data_collator is not None, count)
+        inputs, _ = collate(rows.rows[:2], self.data_collator, self.processing_class, model)
+        with in_eval_mode(model):
+            left_alone = towers_left_alone(model, inputs, args.head_unit)
+        model.__dict__[LEFT_ALONE] = frozenset(left_alone)  # until `leaving` ends
+        self._left_alone = {path.rstrip("."): reason for path, reason in left_alone.items()}
         return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count, few)
 
     @contextmanager

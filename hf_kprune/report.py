@@ -114,6 +114,7 @@ class PruningReport:
         estimate: Of a plan, what it is estimated from and what pruning does otherwise; empty after pruning.
         removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty without texts.
         device: Where it ran, and in how many processes.
+        left_alone: Towers of the model that were not pruned, by their paths, and why.
     """
 
     model: str
@@ -137,6 +138,7 @@ class PruningReport:
     ignored: list[str] = field(default_factory=list)
     removed_at: dict[str, float] = field(default_factory=dict)
     estimate: str = ""
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     def shares(self) -> tuple[float, float]:
         """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not counted."""
@@ -234,6 +236,7 @@ class PruningReport:
             told = ", ".join(f"{share:.2%} at {length} tokens" for length, share in self.removed_at.items())
             verb = "would be" if self.estimate else "are"
             lines.append(f"Of the prunable FLOPs {verb} removed: {told}.")
+        lines += [f"Left alone: {path}, as {reason}." for path, reason in self.left_alone.items()]
         return lines + [f"Note: {remark}." for remark in self.remarks()]
 
     def __str__(self) -> str:

@@ -48,6 +48,9 @@ class Unit:
 
 NEURON = Unit(1, 1, 1)
 
+LEFT_ALONE = "kprune_left_alone"
+"""Where a model is noted, while it is pruned, which of its towers are not: by their paths. See reach.py."""
+
 
 @dataclass(frozen=True)
 class Sublayer:
@@ -268,9 +271,10 @@ def find_sublayers(model: PreTrainedModel, by: str | None = None) -> list[Sublay
             f"{', '.join(sorted(FAMILIES))}. Describe one of its layers in ten lines with hf_kprune.register_family: "
             "docs/add_a_family.md"
         )
-    found = [s for path, owner in owners for s in _sublayers_of(path, owner, by)]
-    _check_nothing_left_out(model, found)
-    return found
+    found = {path: _sublayers_of(path, owner, by) for path, owner in owners}
+    _check_nothing_left_out(model, [s for sublayers in found.values() for s in sublayers])
+    left_alone = model.__dict__.get(LEFT_ALONE, ())
+    return [s for path, sublayers in found.items() for s in sublayers if path not in left_alone]
 
 
 def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sublayer]:

@@ -13,6 +13,7 @@ from conftest import MODEL_TYPES, classes, collate, masked, rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.hooks import State, probed, resumed, run_sublayer, run_to_top
 from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
 
@@ -244,5 +245,7 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
     model, inputs = tiny(), batch()
     sublayers = find_sublayers(model)
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
-    with pytest.raises(RuntimeError, match="BertForSequenceClassification never reached the sublayer asked for"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="BertForSequenceClassification never reached the sublayer asked for"
+    ):
         run_sublayer(model, inputs, sublayers, 4, State())

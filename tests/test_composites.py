@@ -1,0 +1,171 @@
+"""Models of several towers: what runs on the calibration rows is pruned, the rest is left alone and said to be."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from zoo import DECODER, ENCODER, IMAGE, make
+
+from hf_kprune import (
+    BudgetError,
+    BudgetWarning,
+    CalibrationError,
+    KPruneArguments,
+    KPrunePruner,
+    PruningReport,
+    UnsupportedModelError,
+)
+from hf_kprune.sublayers import LEFT_ALONE, find_sublayers
+
+
+IMAGE_TOKEN = 70
+TOKENS = {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}
+SEEING: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "llama", "vocab_size": 80},
+            "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
+            "image_seq_length": 4,
+            "vision_feature_layer": -1,
+        },
+    ),
+    "paligemma": (
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "gemma", "vocab_size": 80, "head_dim": 4},
+            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
+            "projection_dim": 16,
+            "hidden_size": 16,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "gemma3_text", "vocab_size": 80, "head_dim": 4},
+            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+}
+
+
+def seeing(model_type: str, **config: Any) -> PreTrainedModel:
+    """A tiny language model that sees images, each as four tokens."""
+    name, settings = SEEING[model_type]
+    torch.manual_seed(0)
+    return getattr(transformers, name)(AutoConfig.for_model(model_type, **{**settings, **TOKENS, **config})).eval()
+
+
+def rows(images: bool, count: int = 30) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(4, 60, (9,), generator=generator).tolist() for _ in range(count)]
+    if not images:
+        return [{"input_ids": ids} for ids in texts]
+    pixels = torch.randn(count, 3, 8, 8, generator=generator)
+    return [
+        {"input_ids": [5, *[IMAGE_TOKEN] * 4, *ids], "pixel_values": image} for ids, image in zip(texts, pixels, strict=True)
+    ]
+
+
+def pruner(model: PreTrainedModel, data: list[Any], **options: Any) -> KPrunePruner:
+    settings = {
+        "sparsity": 0.4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "min_heads": 1,
+        "min_neurons": 2,
+        "method": "magnitude",
+        **options,
+    }
+    return KPrunePruner(model, KPruneArguments(**settings), data)
+
+
+@pytest.mark.parametrize("model_type", SEEING)
+def test_with_texts_alone_the_tower_of_images_is_left_alone(model_type: str, tmp_path: Path) -> None:
+    model = seeing(model_type)
+    before = copy.deepcopy(model.state_dict())
+    texts = pruner(model, rows(images=False))
+    with pytest.warns(BudgetWarning, match="model.vision_tower is left alone, as it does not run on the calibration rows"):
+        report = texts.prune()
+    assert report.left_alone == {"model.vision_tower": "it does not run on the calibration rows"}
+    assert "Left alone: model.vision_tower, as it does not run on the calibration rows." in str(report)
+    assert PruningReport.from_json(report.to_json()) == report
+    assert report.sparsity >= 0.4
+    assert all("language_model" in s.name for s in report.sublayers)
+    assert LEFT_ALONE not in vars(model)
+    assert any("vision_tower" in s.name for s in find_sublayers(model))
+    for name, tensor in model.state_dict().items():
+        assert "vision" not in name or torch.equal(tensor, before[name])
+
+    texts.save_model(str(tmp_path / "pruned"))
+    loaded = type(model).from_pretrained(tmp_path / "pruned").eval()
+    inputs = {key: torch.as_tensor(value)[None] for key, value in rows(images=True, count=1)[0].items()}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("model_type", SEEING)
+def test_with_images_both_towers_are_pruned(model_type: str) -> None:
+    method = "obs" if model_type == "llava" else "magnitude"
+    report = pruner(seeing(model_type), rows(images=True), method=method).prune()
+    assert report.left_alone == {}
+    assert {s.name.split(".")[1] for s in report.sublayers} == {"vision_tower", "language_model"}
+
+
+@pytest.mark.parametrize("layer", [-2, [-1, -2]])
+def test_a_tower_that_the_model_looks_into_is_left_alone(layer: Any) -> None:
+    with pytest.warns(BudgetWarning, match="model.vision_tower is left alone, as the model looks into it"):
+        report = pruner(seeing("llava", vision_feature_layer=layer), rows(images=True)).prune()
+    assert {s.name.split(".")[1] for s in report.sublayers} == {"language_model"}
+
+
+@pytest.mark.parametrize("call", ["prune", "plan", "sweep"])
+def test_a_failure_leaves_no_note_on_the_model(call: str) -> None:
+    model = seeing("llava")
+    unable = pruner(model, rows(images=False), min_neurons=12, min_heads=4)
+    with pytest.raises(BudgetError, match="can reach 0 to 0"):
+        getattr(unable, call)()
+    assert LEFT_ALONE not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            lambda: make("clip"),
+            rows(images=False),
+            "CLIPModel does not run on .* have input_ids: .* it also takes pixel_values",
+        ),
+        (
+            lambda: seeing("llava"),
+            [{**row, "input_ids": [5, 6]} for row in rows(images=True)],
+            "does not run on the first .* which have .*the ValueError shown above",
+        ),
+        (lambda: seeing("llava"), [{"pixel_values": torch.zeros(3, 8, 8)}], r"has the columns \['pixel_values'\]"),
+    ],
+)
+def test_rows_that_a_model_does_not_run_on_are_refused_before_any_work(model: Any, data: list[Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        pruner(model(), data).prune()
+
+
+def test_a_dual_encoder_needs_both() -> None:
+    vision, text = AutoConfig.for_model("vit", **IMAGE), AutoConfig.for_model("bert", **ENCODER)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text)
+    model = transformers.VisionTextDualEncoderModel(config).eval()
+    with pytest.raises(CalibrationError, match="does not run on .* it also takes pixel_values"):
+        pruner(model, rows(images=False)).prune()
+
+
+def test_an_encoder_and_a_decoder_of_other_models_are_refused_when_the_pruner_is_made() -> None:
+    bert = AutoConfig.for_model("bert", **ENCODER), AutoConfig.for_model("bert", **ENCODER, is_decoder=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*bert)
+    with pytest.raises(UnsupportedModelError, match="crossattention"):
+        pruner(transformers.EncoderDecoderModel(config), rows(images=False))
