@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
 from .checks import prove_projections
-from .collate import Collator, collate, fitted
+from .collate import Collator, collate, fitted, running
 from .errors import ArgumentError, CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
 from .heads import Draws, Knowledge, check_loss
 from .hooks import (
@@ -103,7 +103,7 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
         shape = tuple(row[model.main_input_name].shape)
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
-            with in_eval_mode(model):
+            with in_eval_mode(model), running(model, inputs):
                 known[shape] = run_to_bottom(model, fitted(inputs, model), sublayers[0]).shape[1]
         return int(known[shape])
 
@@ -246,7 +246,7 @@ class Calibration:
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         if mask is not None or name not in self.tokens:  # images, audio: how many tokens they make is the model's business
-            with in_eval_mode(model):
+            with in_eval_mode(model), running(model, inputs):
                 bottom = run_to_bottom(model, fitted(inputs, model), sublayer)
             self.tokens[name] = bottom.shape[1]
             if mask is not None and mask.shape == (samples, self.tokens[name]):
@@ -428,7 +428,8 @@ class Calibration:
             chunk = self.chunk(model, sample) if loss.per_token else 0
             counted = sample.counted[:, :chunk] if chunk else sample.counted
             with only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext():
-                outputs = in_float32(model(**sample.inputs, return_dict=True))
+                with running(model, sample.inputs):
+                    outputs = in_float32(model(**sample.inputs, return_dict=True))
             return check_loss(loss, outputs, counted, Draws(self.args.seed, sample.rows, counted), sample.samples)
         return [], []
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, default_data_collator
 from transformers.utils import find_labels
 
-from .errors import ArgumentError, CalibrationError
+from .errors import ArgumentError, CalibrationError, KPruneError
 from .rows import has_choices, inputs_of, is_causal, needs_targets
 
 
 IGNORED = -100
+SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
+"""Inputs without which some models do not run."""
+
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -27,6 +31,22 @@ def fitted(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
         return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
 
     return {key: fit(value) for key, value in inputs.items()}
+
+
+@contextmanager
+def running(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise `CalibrationError` if `model` does not run on `inputs`, the first that it sees."""
+    try:
+        yield
+    except (KPruneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        others = sorted(inputs_of(model) & {*SENSES} - inputs.keys())
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the first calibration rows, which have {', '.join(inputs)}: it raised "
+            f"the {type(error).__name__} shown above; give rows as it is used with"
+            + (f", it also takes {' and '.join(others)}" if others else ", or a data_collator that makes its inputs")
+        ) from error
 
 
 def pad(sequences: list[Any], value: int) -> Tensor:

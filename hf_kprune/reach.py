@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .collate import fitted
-from .errors import CalibrationError, UnsupportedModelError
+from .collate import fitted, running
+from .errors import UnsupportedModelError
 from .hooks import only_tokens
 from .proof import prove_carrying, quiet
-from .rows import inputs_of
 from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers, with_own_tables
-
-
-SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
-"""Inputs without which some models do not run."""
 
 
 @contextmanager
@@ -55,9 +50,9 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], by: str
     towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
     for sublayer in find_sublayers(model, by):
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
-    runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
     if len(towers) == 1:
         return {}
+    runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
     reasons: dict[str, str] = {}
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
@@ -91,18 +86,8 @@ def count_runs(model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Seq
             hooks.callback(s.output.register_forward_hook(count).remove)
         head = model.get_output_embeddings() if model.can_generate() else None
         hooks.enter_context(nullcontext() if head is None else only_tokens(head, 0, 1))
-        try:
-            with torch.no_grad(), torch.random.fork_rng():
-                model(**inputs)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            others = sorted(inputs_of(model) & {*SENSES} - inputs.keys())
-            raise CalibrationError(
-                f"{type(model).__name__} does not run on the first calibration rows, which have {', '.join(inputs)}: it "
-                f"raised the {type(error).__name__} shown above; give rows as it is used with"
-                + (f", it also takes {' and '.join(others)}" if others else ", or a data_collator that makes its inputs")
-            ) from error
+        with running(model, inputs), torch.no_grad(), torch.random.fork_rng():
+            model(**inputs)
     return runs
 
 

@@ -493,3 +493,10 @@ def test_a_model_made_from_ids_of_every_container_is_the_same() -> None:
     first = drawn(GPT, [{"input_ids": row} for row in IDS])
     for dataset in (IDS, np.array(IDS), list(TENSOR.split(1)), {"input_ids": TENSOR}):
         assert drawn(made(GPT), dataset).fingerprint["sha256"] == first.fingerprint["sha256"]
+
+
+def test_rows_that_the_model_does_not_run_on_are_refused_with_the_cause() -> None:
+    rows = [{"input_ids": row, "position_ids": [99] * 4} for row in IDS * 4]
+    arguments = KPruneArguments(use_cpu=True, disable_tqdm=True)
+    with pytest.raises(CalibrationError, match="does not run on the first calibration rows, .* the .*Error shown above"):
+        KPrunePruner(tiny(), arguments, rows, processing_class=tokenizer()).prune()
