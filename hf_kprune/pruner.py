@@ -38,8 +38,8 @@ from .interface import Method
 from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
-from .remote_code import check_code_travels
 from .reach import leaving, towers_left_alone
+from .remote_code import check_code_travels
 from .report import PruningReport, Size
 from .rows import draw_rows, row_tokens
 from .sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
