@@ -41,6 +41,7 @@ from .report import JSON_NAME, PruningReport
 from .rows import max_positions, needs_targets
 from .sources import text_columns
 from .sublayers import Sublayer, find_sublayers
+from .sweep import check_plot
 from .terminal import main, say
 
 
@@ -204,6 +205,8 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
 
 def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -> None:
     path = args.check_output_dir(read_from=data.origins)
+    if options.plot is not None:
+        check_plot(options.plot)
     pruner = make_pruner(data, args)
     made = pruner.sweep(
         options.budgets,
@@ -214,14 +217,14 @@ def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -
         output_dir=None if options.max_drop is not None else path,
     )
     say(f"\n{made}")
+    if made.best:
+        save(pruner, path)
+        say(how_to_load(path, pruner.model, pruner.sentence_folder))
     if options.plot is not None and pruner.accelerator.is_main_process:
-        made.plot(options.plot)
-    if options.max_drop is None:
-        return
-    if not made.best:
+        with trying(f"write the plot {options.plot!r}"):
+            made.plot(options.plot)
+    if options.max_drop is not None and not made.best:
         raise ArgumentError(f"no model tried is within max_drop={options.max_drop} of the dense one; try smaller budgets")
-    save(pruner, path)
-    say(how_to_load(path, pruner.model, pruner.sentence_folder))
 
 
 def save(pruner: KPrunePruner, path: str) -> None:

@@ -42,7 +42,9 @@ NAMES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "bpe.codes"),
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+    *("dict.txt", "entity_vocab.json", "emoji.json", "byte_maps.json", "normalizer.json", "spm*.model", "sentencepiece.model"),
+    *("preprocessor_config.json", "processor_config.json", "chat_template.json"),
+    *("video_preprocessor_config.json", "audio_tokenizer_config.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
 )
 """Files that `save_pretrained` of models, tokenizers and processors, sentence-transformers and we ourselves write."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from .errors import ArgumentError
 
@@ -85,8 +88,13 @@ class Sweep:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
-    def plot(self, path: str) -> None:
-        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[sweep]"`)."""
+    def plot(self, path: str, file: io.BytesIO | None = None) -> None:
+        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[sweep]"`).
+
+        Args:
+            path: File to write, in the format of its ending.
+            file: Instead, to hold the picture in memory.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -102,7 +110,22 @@ class Sweep:
             axes.set_xlabel(label)
             axes.grid(alpha=0.3)
         left.set_ylabel(self.metric or "distance")
-        figure.savefig(path)
+        figure.savefig(path if file is None else file, format=Path(path).suffix[1:] or None)
+
+
+def check_plot(path: str) -> None:
+    """Raise `ArgumentError` for a file that `Sweep.plot` could not write, before there is anything to draw."""
+    try:
+        Sweep([]).plot(path, io.BytesIO())
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
+        wrong = "there is a directory of that name" if Path(path).is_dir() else ""
+    except (OSError, ValueError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        wrong = str(error)
+    if wrong:
+        raise ArgumentError(f"plot is {path!r}, expected a file that can be written, such as sweep.svg: {wrong}")
 
 
 def smallest_within(

@@ -9,7 +9,9 @@ import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import disk_usage
@@ -422,6 +424,47 @@ def test_a_mount_point_is_written_into(tmp_path: Path, kind: str) -> None:
     assert sorted(os.listdir(tmp_path)) == ["model", "source"]
 
 
+def as_somebody(action: Callable[[], object]) -> int:
+    """Exit status of a fork that is another user: 0, or 1 after an `ArgumentError`."""
+    child = os.fork()
+    if child == 0:
+        status = 2
+        try:
+            os.setgroups([])
+            os.setgid(1234)
+            os.setuid(1234)
+            action()
+            status = 0
+        except ArgumentError as error:
+            status = 1 if "Permission denied; name another directory" in str(error) else 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize(("parent", "owner", "mode"), [(0o555, 1234, 0o2750), (0o1777, 999, 0o2775), (0o2775, 999, 0o2775)])
+def test_directories_that_are_shared_with_others(parent: int, owner: int, mode: int) -> None:
+    with tempfile.TemporaryDirectory() as name:  # others may not enter the folders of pytest
+        folder, out = Path(name), Path(name, "out")
+        out.mkdir()
+        os.chown(folder, 0, 1234)
+        os.chown(out, owner, 1234)
+        out.chmod(mode)
+        folder.chmod(parent)
+        for _ in range(2):
+            assert as_somebody(lambda: make_pruner(overwrite_output_dir=True).save_model(str(out))) == 0
+            assert (out.stat().st_mode & 0o7777, out.stat().st_uid, out.stat().st_gid) == (mode, owner, 1234)
+            assert (out / "config.json").exists()
+            assert os.listdir(folder) == ["out"]
+            assert not list(out.glob(".*"))
+        folder.chmod(0o755)
+        for closed in ("new", "new/out"):
+            assert as_somebody(make_pruner(output_dir=str(folder / closed)).prune) == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts are made as on Linux")
 def test_a_read_only_file_system_is_noticed_before_pruning(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "ro", "none"):
@@ -536,6 +579,23 @@ def test_a_disk_that_fills_leaves_what_was_there(tmp_path: Path, monkeypatch: py
             pruner.save_model()
         pruner.save_model(str(tmp_path / "elsewhere"))
         assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "elsewhere"), pruner.model)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny().save_pretrained(tmp_path / "dense")
+    (tmp_path / "rows.txt").write_text("w1")
+    options = [
+        "--model_name_or_path",
+        tmp_path / "dense",
+        "--dataset_file",
+        tmp_path / "rows.txt",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    for plot in ("", tmp_path, tmp_path / "nowhere" / "a.svg", tmp_path / "rows.txt" / "a.svg", tmp_path / "a.docx"):
+        with unchanged(tmp_path):
+            assert main([str(option) for option in ("sweep", *options, "--plot", plot)]) == 2
+        assert f"plot is {str(plot)!r}, expected a file that can be written, such as sweep.svg: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("full", ["the place", "the disk", "everything"])
