@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
 import psutil
 import torch
 import transformers
@@ -34,6 +33,7 @@ from .families import FAMILIES, REFUSED
 from .hub import check_push
 from .legacy import from_legacy
 from .loading import check_stock, load_model, load_tokenizer, model_class
+from .metrics import QA_COLUMNS, figures_of, named_metric
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .parser import DataArguments, SweepArguments
 from .pruner import KPrunePruner
@@ -113,7 +113,12 @@ def label_ids(labels: Sequence[Any], model: PreTrainedModel) -> list[Any]:
 
 
 def metric_function(name: str, model: PreTrainedModel) -> Callable[[Any], dict[str, float]]:
-    """`compute_metrics` for a metric of the `evaluate` library."""
+    """`compute_metrics` for a metric by its name: one of our own, or of the `evaluate` library."""
+    known = named_metric(name, model)
+    if known is not None:
+        return known
+    import evaluate  # which takes its metrics from the Hub, or a script
+
     with trying(f"load the metric {name!r}"):
         metric = evaluate.load(name)
 
@@ -161,13 +166,19 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         encode = encoder(columns, tokenizer if folder is None else folder.reader(tokenizer), min(limits), choices)
         eval_dataset = None
         if data.eval_dataset_name or data.eval_file:
-            if not choices and "ForSequenceClassification" not in kind:
+            from_texts = {"exact_match", "perplexity"} & set(figures_of(model))
+            if not choices and "ForSequenceClassification" not in kind and not from_texts:
                 raise ArgumentError(f"{kind} cannot be evaluated here: leave that out and use KPrunePruner.evaluate()")
             source = data.eval_dataset_name, data.eval_dataset_config_name, data.eval_dataset_split, data.eval_file
-            rows = load_data(*source, [*columns, data.label_column])
-            eval_dataset = rows.map(encode, batched=True, remove_columns=rows.column_names)
-            eval_dataset = eval_dataset.add_column("label", label_ids(rows[data.label_column], model))
-        compute_metrics = metric_function(data.metric, model) if data.metric else None
+            if from_texts:
+                eval_dataset = load_data(*source, QA_COLUMNS if "exact_match" in from_texts else columns)
+            else:
+                rows = load_data(*source, [*columns, data.label_column])
+                eval_dataset = rows.map(encode, batched=True, remove_columns=rows.column_names)
+                eval_dataset = eval_dataset.add_column("label", label_ids(rows[data.label_column], model))
+            if data.evaluates_calibration:
+                say("The evaluation data are the calibration data: the figures say nothing of other texts.")
+        compute_metrics = metric_function(data.metric, model) if data.metric and not (eval_dataset and from_texts) else None
 
     def collate_choices(rows: list[dict[str, Any]]) -> dict[str, Any]:  # it wants a label, also where nothing looks at it
         return dict(transformers.DataCollatorForMultipleChoice(tokenizer)([{"label": 0, **row} for row in rows]))
@@ -184,6 +195,9 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     pruner = make_pruner(data, args)
     args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
     dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
+    if not dense:
+        names = ", ".join(figures_of(pruner.model)) or "the loss"
+        say(f"No evaluation data: --eval_file FILE shows {names} of the dense and the pruned model.")
     push = args.push_to_hub
     try:
         report = pruner.prune()

@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .arguments import KPruneArguments
@@ -61,7 +62,9 @@ class DataArguments:
     eval_dataset_config_name: str | None = _option(None, "Configuration of the evaluation dataset.")
     eval_dataset_split: str = _option("validation", "Split of the evaluation dataset.")
     label_column: str = _option("label", "Column of the labels in the evaluation data: numbers, or names in the config.")
-    metric: str | None = _option(None, "Name or script for evaluate.load(), such as accuracy. Unset: the loss alone.")
+    metric: str | None = _option(
+        None, "One figure alone, such as accuracy, or a script for evaluate.load(). Unset: those of the task."
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,6 +74,18 @@ class DataArguments:
             raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
         if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
             raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
+
+    @property
+    def evaluates_calibration(self) -> bool:
+        """Whether the evaluation data are the very file or split that the calibration rows are drawn from."""
+        if self.eval_file is not None and self.dataset_file is not None:
+            return Path(self.eval_file).resolve() == Path(self.dataset_file).resolve()
+        names = (self.dataset_name, self.dataset_config_name, self.dataset_split)
+        return self.eval_dataset_name is not None and names == (
+            self.eval_dataset_name,
+            self.eval_dataset_config_name,
+            self.eval_dataset_split,
+        )
 
     @property
     def origins(self) -> list[str | None]:

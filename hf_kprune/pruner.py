@@ -38,10 +38,11 @@ from .interface import Method
 from .latency import LatencyTable, compare, example_inputs
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
+from .metrics import evaluate_texts, metrics_of
 from .reach import leaving, towers_left_alone
 from .remote_code import check_code_travels
 from .report import PruningReport, Size
-from .rows import draw_rows, row_tokens
+from .rows import draw_rows, is_causal, row_tokens
 from .sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
 from .surroundings import plain_modes, undisturbed
 from .sweep import Sweep, SweepPoint, smallest_within
@@ -89,7 +90,7 @@ class KPrunePruner:
         data_collator: Makes batches of rows. Default: pads with `processing_class`.
         eval_dataset: For `evaluate()`, as in `Trainer`.
         processing_class: Tokenizer, saved with the model. Default, if `model` is a name or path: the one found there.
-        compute_metrics: For `evaluate()`, as in `Trainer`.
+        compute_metrics: For `evaluate()`, as in `Trainer`. Default: the usual figures of the model's task.
         callbacks: Instances or classes of `KPruneCallback`, added to the default ones.
         compute_loss: Replaces the predictive knowledge chosen by the model's head: (student_outputs, teacher_outputs,
             valid_tokens (B, T)) -> tensor (B,), one differentiable number per sequence.
@@ -641,12 +642,26 @@ class KPrunePruner:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`Trainer.evaluate` of the model as it is now."""
+        """`Trainer.evaluate` of the model as it is now.
+
+        Without `compute_metrics`, by the task: accuracy, F1 and Matthews' correlation of classes, Pearson's and Spearman's
+        of numbers, perplexity of a causal language model. SQuAD's exact match and F1 come from rows with `question`,
+        `context` and `answers`, perplexity also from texts, or rows with a column of them, which need no labels.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_rows("eval_dataset", dataset)
+        if self.compute_metrics is None and self.data_collator is None:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            with undisturbed(self.model):
+                figures = evaluate_texts(self.model, dataset, tokenizer, self.args)
+            if figures is not None:
+                return {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         with self._trainer() as trainer:
-            dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-            check_rows("eval_dataset", dataset)
             metrics: dict[str, float] = trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
-            return metrics
+        loss = metrics.get(f"{metric_key_prefix}_loss")
+        if loss is not None and is_causal(self.model):
+            metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        return metrics
 
     @checked_arguments()
     def predict(
@@ -667,7 +682,7 @@ class KPrunePruner:
                 args=arguments,
                 data_collator=self.data_collator,
                 processing_class=self.processing_class,
-                compute_metrics=self.compute_metrics,
+                compute_metrics=self.compute_metrics or metrics_of(self.model),
             )
 
     @checked_arguments()
