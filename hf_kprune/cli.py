@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from .families import FAMILIES, REFUSED
 from .hub import check_push
 from .legacy import from_legacy
 from .loading import check_stock, load_model, load_tokenizer, model_class
-from .metrics import QA_COLUMNS, figures_of, named_metric
+from .metrics import ALIASES, QA_COLUMNS, figures_of, named_metric
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .parser import DataArguments, SweepArguments
 from .pruner import KPrunePruner
@@ -112,6 +113,17 @@ def label_ids(labels: Sequence[Any], model: PreTrainedModel) -> list[Any]:
     return ids
 
 
+def overlap(rows: datasets.Dataset, others: datasets.Dataset, columns: Sequence[str]) -> int:
+    """How many of the rows have the texts of one of the others. Rows without text do not count."""
+
+    def texts(dataset: datasets.Dataset) -> Iterator[str]:
+        parts = zip(*(dataset[column] for column in columns), strict=True)
+        return (str(part) for part in parts if any(part))
+
+    wanted = Counter(texts(rows))
+    return sum(wanted.pop(text, 0) for text in texts(others))
+
+
 def metric_function(name: str, model: PreTrainedModel) -> Callable[[Any], dict[str, float]]:
     """`compute_metrics` for a metric by its name: one of our own, or of the `evaluate` library."""
     known = named_metric(name, model)
@@ -170,19 +182,22 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
             if not choices and "ForSequenceClassification" not in kind and not from_texts:
                 raise ArgumentError(f"{kind} cannot be evaluated here: leave that out and use KPrunePruner.evaluate()")
             source = data.eval_dataset_name, data.eval_dataset_config_name, data.eval_dataset_split, data.eval_file
-            if from_texts:
-                eval_dataset = load_data(*source, QA_COLUMNS if "exact_match" in from_texts else columns)
-            else:
-                rows = load_data(*source, [*columns, data.label_column])
+            if data.metric and from_texts and ALIASES.get(data.metric) not in figures_of(model):
+                raise ArgumentError(f"metric is {data.metric!r}, expected one of {', '.join(figures_of(model))} for {kind}")
+            needed = QA_COLUMNS if "exact_match" in from_texts else columns if from_texts else [*columns, data.label_column]
+            eval_dataset = rows = load_data(*source, needed)
+            if not from_texts:
                 eval_dataset = rows.map(encode, batched=True, remove_columns=rows.column_names)
                 eval_dataset = eval_dataset.add_column("label", label_ids(rows[data.label_column], model))
-            if data.evaluates_calibration:
-                say("The evaluation data are the calibration data: the figures say nothing of other texts.")
         compute_metrics = metric_function(data.metric, model) if data.metric and not (eval_dataset and from_texts) else None
 
     def collate_choices(rows: list[dict[str, Any]]) -> dict[str, Any]:  # it wants a label, also where nothing looks at it
         return dict(transformers.DataCollatorForMultipleChoice(tokenizer)([{"label": 0, **row} for row in rows]))
 
+    comparable = eval_dataset is not None and set(columns) <= set(rows.column_names)
+    common = overlap(rows, dataset, columns) if comparable else 0
+    if common:
+        say(f"{common:,} of {len(rows):,} evaluation rows are calibration rows too: they say little of other texts.")
     collator = collate_choices if choices else None
     calibration = dataset[columns[0]] if args.packing else dataset.with_transform(encode)
     return KPrunePruner(model, args, calibration, collator, eval_dataset, tokenizer, compute_metrics)
@@ -195,9 +210,6 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     pruner = make_pruner(data, args)
     args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
     dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
-    if not dense:
-        names = ", ".join(figures_of(pruner.model)) or "the loss"
-        say(f"No evaluation data: --eval_file FILE shows {names} of the dense and the pruned model.")
     push = args.push_to_hub
     try:
         report = pruner.prune()
@@ -211,6 +223,9 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         say("| evaluation | dense | pruned |\n| --- | ---: | ---: |")
         figures = [key for key in dense if isinstance(dense[key], float) and not key.endswith(("_per_second", "time"))]
         say("\n".join(f"| {key} | {dense[key]:.4f} | {pruned[key]:.4f} |" for key in figures) + "\n")
+    else:
+        names = ", ".join(figures_of(pruner.model)) or "the loss"
+        say(f"No evaluation data: --eval_file FILE shows {names} of the dense and the pruned model.\n")
     say(how_to_load(path, pruner.model, pruner.sentence_folder))
     if push:
         with trying("push to the Hub"):

@@ -10,7 +10,6 @@ import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 from .arguments import KPruneArguments
@@ -74,18 +73,6 @@ class DataArguments:
             raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
         if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
             raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
-
-    @property
-    def evaluates_calibration(self) -> bool:
-        """Whether the evaluation data are the very file or split that the calibration rows are drawn from."""
-        if self.eval_file is not None and self.dataset_file is not None:
-            return Path(self.eval_file).resolve() == Path(self.dataset_file).resolve()
-        names = (self.dataset_name, self.dataset_config_name, self.dataset_split)
-        return self.eval_dataset_name is not None and names == (
-            self.eval_dataset_name,
-            self.eval_dataset_config_name,
-            self.eval_dataset_split,
-        )
 
     @property
     def origins(self) -> list[str | None]:

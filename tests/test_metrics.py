@@ -204,19 +204,22 @@ def test_the_command_line_reports_the_figures_of_the_task(
         cells = next(line for line in printed.splitlines() if line.startswith(f"| {name} |")).split("|")
         assert len([float(cell) for cell in cells[2:4]]) == 2
     assert "No evaluation data" not in printed
+    assert "calibration rows too" not in printed
     assert main(["prune", *map(str, options), "--output_dir", str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
     assert f"--eval_file FILE shows {', '.join(name.removeprefix('eval_') for name in names)} of the dense" in printed
 
 
-def test_evaluating_on_the_calibration_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_rows_among_the_calibration_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save(tiny(), tmp_path / "dense")
     pd.DataFrame({"text": texts(30, 0), "label": [0, 1] * 15}).to_csv(tmp_path / "all.csv", index=False)
-    options = ["--model_name_or_path", model, "--dataset_file", tmp_path / "all.csv", "--eval_file", tmp_path / "all.csv"]
+    some = pd.DataFrame({"text": [*texts(30, 0)[:4], "w1 w1 w1", "w2 w2 w2"], "label": [0, 1] * 3})
+    some.to_csv(tmp_path / "some.csv", index=False)
+    options = ["--model_name_or_path", model, "--dataset_file", tmp_path / "all.csv", "--eval_file", tmp_path / "some.csv"]
     options += ["--method", "magnitude", "--disable_tqdm", "--metric", "accuracy", "--output_dir", tmp_path / "out"]
     assert main(["prune", *map(str, options)]) == 0
     printed = capsys.readouterr().out
-    assert "The evaluation data are the calibration data" in printed
+    assert "4 of 6 evaluation rows are calibration rows too" in printed
     assert "| eval_accuracy |" in printed
     assert "| eval_f1 |" not in printed
 
