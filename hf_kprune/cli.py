@@ -362,6 +362,8 @@ def convert(old: str, new: str) -> None:
     path = args.check_output_dir(read_from=[old])
     with trying(f"load the model {old!r}"):
         model, tokenizer = from_legacy(old), load_tokenizer(old)
+    if not is_pruned(model.config):
+        raise ArgumentError(f"{old!r} has all heads and neurons that its config says: there is nothing in it to convert")
     args.check_output_dir(size=model_size(model).bytes)
     save_atomically(
         model, path, args.max_shard_size, lambda folder: tokenizer and tokenizer.save_pretrained(folder), overwrite=False

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from .arguments import KPruneArguments
 from .destination import as_text
 from .errors import ArgumentError
+from .lineage import earlier_cuts
 from .modeling_kprune import HOW_TO_LOAD, is_pruned
-from .report import PruningReport
+from .report import PruningReport, in_words
 from .saving import is_card
 
 
@@ -32,17 +33,18 @@ def model_card(
     dataset_args: str | list[str] | None = None,
 ) -> str:
     """Text of a model card: how to load the model, and the report of how it was pruned."""
+    pruned = is_pruned(model.config) or (report is not None and report.cut_something)
     base = finetuned_from or model.config.name_or_path
     data = ModelCardData(
         language=language,
         license=license,
         library_name="transformers",
-        tags=["hf_kprune", "pruned", *as_list(tags)],
+        tags=["hf_kprune", *(["pruned"] if pruned else []), *as_list(tags)],
         base_model=None if not base or Path(base).exists() else base,
         pipeline_tag=next(iter(as_list(tasks)), None),
         datasets=as_list(dataset_tags) or as_list(dataset) or None,
     )
-    title = model_name or f"{type(model).__name__}, K-pruned"
+    title = model_name or type(model).__name__ + (", K-pruned" if pruned else "")
     architecture = type(model).__name__
     loading = ""
     if is_pruned(model.config):
@@ -53,7 +55,11 @@ def model_card(
         )
     trained = ", ".join(as_list(dataset) + as_list(dataset_args))
     loading += f"The dense model was trained on {trained}.\n\n" if trained else ""
-    body = "" if report is None else f"## How it was pruned\n\n{report.to_markdown()}"
+    body = ""
+    if pruned:
+        cuts = earlier_cuts(model)
+        told = report.to_markdown() if report is not None else f"{in_words(cuts)}\n" if cuts else ""
+        body = f"## How it was pruned\n\n{told}" if told else ""
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{loading}{body}"
 
 

@@ -36,6 +36,7 @@ from .heads import BY_PRODUCTS, Knowledge, KnowledgeLoss, knowledge_loss
 from .hub import check_card_place, check_push, model_card, push_folder
 from .interface import Method
 from .latency import LatencyTable, compare, example_inputs
+from .lineage import earlier_cuts, write_cuts
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .metrics import evaluate_texts, metrics_of
@@ -535,6 +536,7 @@ class KPrunePruner:
             arguments=args.to_dict(),
             versions=versions(),
             device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
+            lineage=earlier_cuts(model, self.report),
         )
         if pruning.dry:
             report.estimate, measured = self._estimate(calibration, METHODS[args.method](args))
@@ -563,6 +565,7 @@ class KPrunePruner:
         report.seconds = {**self._seconds, "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin}
         self._seconds = {}
         report.peak_memory = peak_memory(self.accelerator.device)
+        write_cuts(student, [*report.lineage, report.cut()])
         report.left_alone = dict(self._left_alone)
         student.__dict__.pop(LEFT_ALONE, None)
         return student, report

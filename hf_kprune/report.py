@@ -115,6 +115,7 @@ class PruningReport:
         removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty without texts.
         device: Where it ran, and in how many processes.
         left_alone: Towers of the model that were not pruned, by their paths, and why.
+        lineage: The cuts that were made in the model before, the oldest first, as `cut` gives them.
     """
 
     model: str
@@ -139,6 +140,23 @@ class PruningReport:
     removed_at: dict[str, float] = field(default_factory=dict)
     estimate: str = ""
     left_alone: dict[str, str] = field(default_factory=dict)
+
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def cut_something(self) -> bool:
+        return any(len(entry.kept) < entry.units for entry in self.sublayers)
+
+    def cut(self) -> dict[str, Any]:
+        """What the reports of later runs say of this one."""
+        name, space, kind = self.model.rpartition(" (")
+        return {
+            "model": (Path(name).name if Path(name).is_absolute() else name) + space + kind,
+            "method": self.method,
+            "asked": self.asked,
+            "sparsity": self.sparsity,
+            "parameters": [self.before.parameters, self.after.parameters],
+        }
 
     def shares(self) -> tuple[float, float]:
         """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not counted."""
@@ -230,6 +248,8 @@ class PruningReport:
         """Sentences on what the budget is a share of, for which lengths it holds, and what is worth a warning."""
         parameters, flops = self.shares()
         lines = [self.estimate] if self.estimate else []
+        if self.lineage:
+            lines.append(in_words([*self.lineage, self.cut()]))
         if parameters and flops:
             lines.append(f"Prunable are {parameters:.1%} of all parameters and {flops:.1%} of all FLOPs.")
         if self.removed_at:
@@ -246,3 +266,28 @@ class PruningReport:
         """Write both forms into `directory`."""
         Path(directory, JSON_NAME).write_text(self.to_json(), encoding="utf-8")
         Path(directory, MARKDOWN_NAME).write_text(self.to_markdown(), encoding="utf-8")
+
+
+def in_words(cuts: list[dict[str, Any]]) -> str:
+    """The dense model, every cut in it, the oldest first, and what they come to."""
+    known = [cut for cut in cuts if cut]
+    steps = [
+        f"{cut['sparsity']:.2%} of the prunable FLOPs removed by {cut['method']} "
+        f"({cut['parameters'][0]:,} to {cut['parameters'][1]:,} parameters)"
+        if cut
+        else "a cut of which no record is left"
+        for cut in cuts
+    ]
+    if not known:
+        return "It was pruned before, by a run of which no record is left."
+    text = f"The dense model is {cuts[0]['model']}: " if cuts[0] else ""
+    text += f"{len(cuts)} cuts: " if len(cuts) > 1 else ""
+    text += "; then ".join(steps)
+    left = 1.0
+    for cut in known:
+        left *= 1 - cut["sparsity"]
+    first, last = known[0]["parameters"][0], known[-1]["parameters"][1]
+    if cuts[0] and len(cuts) > 1:
+        total = f"{1 - left:.2%} of the prunable FLOPs and {1 - last / max(first, 1):.2%} of the parameters"
+        text += f". In total {total} are removed"
+    return f"{text}."

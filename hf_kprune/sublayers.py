@@ -501,7 +501,9 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
             if plan_of(owner.config) is not None:
                 del owner.config.kprune
             continue
+        history = (plan_of(owner.config) or {}).get("history")
         owner.config.kprune = {
+            **({"history": history} if history else {}),
             "format": FORMAT,
             "created_by": f"hf_kprune {__version__}",
             "how_to_load": HOW_TO_LOAD,
