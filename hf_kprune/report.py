@@ -145,6 +145,7 @@ class PruningReport:
 
     @property
     def cut_something(self) -> bool:
+        """Whether any sublayer lost a unit."""
         return any(len(entry.kept) < entry.units for entry in self.sublayers)
 
     def cut(self) -> dict[str, Any]:
