@@ -13,6 +13,7 @@ from transformers.utils import find_labels
 
 from .errors import ArgumentError, CalibrationError, KPruneError
 from .rows import has_choices, inputs_of, is_causal, needs_targets
+from .sublayers import text_config
 
 
 IGNORED = -100
@@ -157,7 +158,7 @@ def collate(
             raise CalibrationError(f"the data collator returned {batch!r:.80}, expected a dict of tensors")
         inputs = dict(batch)
     else:
-        inputs = pad_rows(rows, processing_class, getattr(model.config.get_text_config(), "pad_token_id", None) or 0)
+        inputs = pad_rows(rows, processing_class, getattr(text_config(model.config), "pad_token_id", None) or 0)
     inputs = real_first(inputs, model.main_input_name, is_causal(model))
     targets, counted = inputs.get("labels"), None
     if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():

@@ -22,7 +22,9 @@ from .errors import UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED, Block, Stack
 from .modeling_kprune import plan_of
 from .proof import evaluation_copy, implementations, plans, prove, prove_cuts, quiet, step
-from .sublayers import find_sublayers
+from .rows import flat
+from .sources import depth
+from .sublayers import find_sublayers, read, text_config
 from .watch import PROJECTIONS, Seen, Watch
 
 
@@ -47,19 +49,21 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, by
         UnsupportedArchitectureError: What cannot be told or failed, with a description to start from if there is one.
     """
     try:
-        find_sublayers(model, by)
+        with step("", f"{type(model).__name__} is not built as its family says, as the error above shows"):
+            find_sublayers(model, by)
         return
     except UnsupportedArchitectureError:
         if model.config.model_type in {*FAMILIES, *REFUSED}:
             raise
     found: Families = {}
     try:
-        with quiet(), step("detection"):
+        with quiet(), step("detection", "its modules or its config are of a kind that is not known, as the error above shows"):
             if any(plan_of(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)):
                 raise UnsupportedArchitectureError("it was pruned before, and its checkpoint tells sizes alone")
             inputs = example_inputs(model) if inputs is None else inputs
             found = detect(model, inputs, leave=FAMILIES)
-        prove(keep(evaluation_copy(model), found), inputs, by)
+        with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
+            prove(keep(evaluation_copy(model), found), inputs, by)
     except UnsupportedArchitectureError as error:
         start = "".join(f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in found.items())
         raise UnsupportedArchitectureError(
@@ -116,7 +120,7 @@ def detect(model: PreTrainedModel, inputs: Mapping[str, Any], leave: Collection[
     with ExitStack() as hooks, torch.enable_grad(), torch.random.fork_rng():
         for hook in (hook for layers in found for watch in layers.watches for hook in watch.hooks()):
             hooks.callback(hook.remove)
-        with step("watching it run"):
+        with step("watching it run", "it does not run while its layers are watched, as the error above shows"):
             dense(**inputs)
     for layers in found:
         layers.seen = _merged(layers)
@@ -264,7 +268,7 @@ def _names(layers: _Layers) -> Iterator[dict[str, Any]]:
     if not attentions:
         yield {}
         return
-    told = {**config.to_dict(), **{name: getattr(config, name, None) for name in config.attribute_map}}
+    told = {**config.to_dict(), **{name: read(config, name) for name in config.attribute_map}}
     told = {name: value for name, value in told.items() if isinstance(value, int)}
     side = next((side for side in ("encoder", "decoder") if side in layers.path), "")
     heads: dict[int, str] = {}
@@ -274,7 +278,7 @@ def _names(layers: _Layers) -> Iterator[dict[str, Any]]:
 
     def telling(value: float, usual: str, default: int, *words: str) -> list[str]:
         others = [name for name in told if any(word in name for word in words)]
-        return [name for name in (usual, "", *others) if (getattr(config, name, None) or default) == value][:1]
+        return [name for name in (usual, "", *others) if (read(config, name) or default) == value][:1]
 
     fits = False
     for number, name in heads.items():
@@ -282,7 +286,7 @@ def _names(layers: _Layers) -> Iterator[dict[str, Any]]:
         groups = {_groups(s, number) for s in attentions}
         if len(sizes) == len(groups) == 1:
             kv_heads = telling(groups.pop(), "num_key_value_heads", number, "kv", "key_value", "query", "group")
-            head_dim = telling(sizes.pop(), "head_dim", getattr(config, "hidden_size", 0) // number, "head", "kv")
+            head_dim = telling(sizes.pop(), "head_dim", (read(config, "hidden_size") or 0) // number, "head", "kv")
             for kv, dim in product(kv_heads, head_dim):
                 fits = True
                 yield {"heads": name, "kv_heads": kv, "head_dim": dim}
@@ -308,7 +312,7 @@ def _variants(seen: Seen, config: Any, names: Mapping[str, str]) -> Iterator[Blo
     if seen.block.kind == "ffn":
         yield seen.block
         return
-    core, width, heads = seen.block.core, seen.columns, getattr(config, names["heads"])
+    core, width, heads = seen.block.core, seen.columns, read(config, names["heads"])
     kv_heads = int(_groups(seen, heads))
     counts = {"heads": heads, "kv_heads": kv_heads, "groups": heads // kv_heads}
     sizes: dict[str, str] = {}
@@ -373,11 +377,12 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     Raises `UnsupportedArchitectureError` if it runs on none of the guesses.
     """
     takes, config, generator = inspect.signature(model.forward).parameters, model.config, torch.Generator().manual_seed(0)
-    text, image = config.get_text_config(), getattr(config, "vision_config", config)
+    text, image = text_config(config), getattr(config, "vision_config", config)
 
     def size(of: Any, names: str, default: int) -> int:
-        value = next((v for name in names.split() if (v := getattr(of, name, None)) is not None), default)
-        return int(value if isinstance(value, int) else value[0])
+        values = [v for name in names.split() if (v := read(of, name)) is not None]
+        numbers = [*flat(values[0] if depth(values[0]) else values[:1])] if values else []
+        return next((n for n in numbers if isinstance(n, int) and n > 0), default)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(3, *shape, generator=generator)

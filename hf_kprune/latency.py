@@ -32,7 +32,7 @@ from .errors import ArgumentError, BudgetError
 from .proof import cut_twin
 from .rows import max_positions, needs_targets, vocabulary
 from .search import TOLERANCE, group_sizes, threshold_search
-from .sublayers import find_sublayers, with_own_tables
+from .sublayers import find_sublayers, text_config, with_own_tables
 from .version import __version__
 
 
@@ -130,7 +130,7 @@ def example_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict
             f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
             "a batch of the calibration data"
         )
-    ends = {key: value for key, value in model.config.get_text_config().to_dict().items() if key.endswith("_token_id")}
+    ends = {key: value for key, value in text_config(model.config).to_dict().items() if key.endswith("_token_id")}
     special = {key: tokens if isinstance(tokens, list) else [tokens] for key, tokens in ends.items() if tokens is not None}
     generator, inputs = torch.Generator().manual_seed(0), {}
     for prefix, reader in {"": model, **({"decoder_": model.get_decoder()} if needs_targets(model) else {})}.items():

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .collate import fitted
-from .errors import UnsupportedArchitectureError
+from .errors import CheckpointError, KPruneError, UnsupportedArchitectureError
 from .hooks import State, check_order, resumed, run_sublayer, run_to_top
 from .modeling_kprune import has
 from .sublayers import Sublayer, cut, find_sublayers, row_indices, twin, with_own_tables, write_plan
@@ -58,13 +58,15 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
         with step("run in the order described"), _seeded():
             check_order(dense, inputs, sublayers)
         masks = plans([s.num_units for s in sublayers])
-        for attention in implementations(dense):
+        with step("run with each function of attention"):
+            dense_ones = implementations(dense)
+        for attention in dense_ones:
             prove_cuts(attention, inputs, masks, by)
         emptied = cut_twin(dense, list(masks.values())[-1], by)
         for what, carried in (("", dense), (" when some are empty", emptied)):
             with step(f"carried from sublayer to sublayer{what}"):
                 prove_carrying(carried, inputs, by)
-        with step("built from the config that would be saved"):
+        with step("built from the config that would be saved", "its config makes no such model, as the error above shows"):
             _prove_loading(emptied)
 
 
@@ -136,13 +138,20 @@ def prove_cuts(
 
 
 @contextmanager
-def step(what: str) -> Iterator[None]:
-    """Say in which step of the proof an error came up, whichever it is: a wrong description can break anything."""
+def step(what: str, meaning: str = "it does not run then, as the error above shows") -> Iterator[None]:
+    """Say in which step of the proof an error came up, whichever it is: a wrong description can break anything.
+
+    Args:
+        what: The step; empty if the error itself says it.
+        meaning: What an error that is not ours means there. It is chained, never the reason given.
+    """
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
-        reason = str(error) if isinstance(error, UnsupportedArchitectureError) else f"{type(error).__name__}: {error}"
-        raise UnsupportedArchitectureError(f"{what}: {reason}") from error
+        reason = str(error) if isinstance(error, KPruneError | CheckpointError) else meaning
+        raise UnsupportedArchitectureError(f"{what}: {reason}" if what else reason) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers.utils import find_labels, logging
 from .arguments import KPruneArguments
 from .errors import ArgumentError, CalibrationError
 from .sources import CHAT_COLUMNS, depth, is_sized, read_rows, rows_of, split_rows, text_columns
-from .sublayers import family_of
+from .sublayers import family_of, text_config
 from .texts import Texts, check_not_endless
 
 
@@ -36,7 +36,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # models that number positions from padding_idx + 1 (RoBERTa's kin) lose the first ones
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     return None if limit is None else int(limit)
 
@@ -46,7 +46,7 @@ def vocabulary(model: PreTrainedModel, part: Any) -> int | None:
     try:
         return int(part.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):  # two towers, or a plain module
-        return getattr(model.config.get_text_config(), "vocab_size", None)
+        return getattr(text_config(model.config), "vocab_size", None)
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -177,7 +177,7 @@ class Reader:
         self.target_limit = max_positions(decoder) if isinstance(decoder, PreTrainedModel) else self.limit
         self.target_vocabulary = vocabulary(model, decoder)
         self.texts = Texts(processing_class, args, self.limit, self.needs_targets)
-        self.types = getattr(model.config.get_text_config(), "type_vocab_size", None)
+        self.types = getattr(text_config(model.config), "type_vocab_size", None)
         self.digest, self.told, self.warned = hashlib.sha256(), False, set[str]()
 
     def read(self, index: int, raw: Any, tokens_per_row: TokensPerRow | None) -> tuple[dict[str, Any], int]:

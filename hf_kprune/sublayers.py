@@ -218,8 +218,13 @@ def head_unit(config: Any, stack: Stack, block: Block, by: str) -> Unit:
         by: `"group"`, a key-value head with its query heads, or `"query"`, one query head of every group. With a single
             key-value head for all (multi-query attention), and equal ones, a query head.
     """
-    heads = getattr(config, stack.heads)
-    d = getattr(config, stack.head_dim, None) or config.hidden_size // heads
+    heads = read(config, stack.heads)
+    d = read(config, stack.head_dim) or (read(config, "hidden_size") or 0) // (heads or 1)
+    if not heads or not d:
+        raise UnsupportedArchitectureError(
+            f"{type(config).__name__} has {stack.heads} of {heads} and a head size ({stack.head_dim}) of {d}, by which its "
+            "family tells heads; expected both over 0. Describe this variant: docs/add_a_family.md"
+        )
     kv_heads = ask(config, stack.kv_heads) or heads
     if block.whole and getattr(config, block.whole, True):
         return Unit(heads * d, kv_heads * d, d)
@@ -231,7 +236,28 @@ def head_unit(config: Any, stack: Stack, block: Block, by: str) -> Unit:
 def ask(config: Any, name: str) -> Any:
     """The value of a config attribute, None if there is none; of `"flag ? this : that"`, that of the one the flag chooses."""
     flag, _, names = name.partition(" ? ")
-    return getattr(config, names.split(" : ")[not getattr(config, flag)] if names else name, None)
+    return read(config, names.split(" : ")[not read(config, flag)] if names else name)
+
+
+def read(config: Any, name: str) -> Any:
+    """The value of a config attribute, None if there is none.
+
+    Raises `UnsupportedArchitectureError` if the config tells none for all layers at once.
+    """
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # such attributes raise what they like
+        raise UnsupportedArchitectureError(
+            f"the layers differ in {name}, for which {type(config).__name__} has no one value"
+        ) from error
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about texts; all of it if it has several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
 
 
 def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
@@ -280,7 +306,7 @@ def find_sublayers(model: PreTrainedModel, by: str | None = None) -> list[Sublay
 def _sublayers_of(path: str, owner: PreTrainedModel, by: str | None) -> list[Sublayer]:
     stacks = family_of(owner) or ()
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
-        if getattr(owner.config, flag, None):
+        if read(owner.config, flag):
             raise UnsupportedArchitectureError(f"{type(owner).__name__} with {flag}=True cannot be pruned: {why}")
     old = {stack["layers"]: stack for stack in (plan_of(owner.config) or {"stacks": []})["stacks"]}
     found: list[Sublayer] = []
@@ -327,6 +353,12 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
         oriented(layer.get_submodule(block.output)).shape[1] // unit.q if has(layer, block.output) else None
         for layer in layers
     ]
+    odd = {oriented(la.get_submodule(block.output)).shape[1] for la in layers if has(la, block.output)}
+    if odd := {columns for columns in odd if columns % unit.q}:
+        raise UnsupportedArchitectureError(
+            f"{block.output} reads {min(odd)} features, which heads of {unit.q} do not make up; the config tells another size "
+            "of heads than the layers have"
+        )
     rows, heads = {}, unit.q // unit.head_dim
     for path, layout in block.inputs.items():
         width = row_indices(layout, 1, unit).shape[1]
@@ -336,6 +368,11 @@ def _plan_of(layers: nn.ModuleList, block: Block, unit: Unit, before: dict[str, 
             if units is not None and has(layer, path)
         }
         if width and sizes:
+            if len(sizes) > 1:
+                raise UnsupportedArchitectureError(
+                    f"the layers differ in the size of {path} beyond what their heads or neurons account for, "
+                    "which no description covers: docs/add_a_family.md"
+                )
             (fixed,) = sizes
             rows[path] = [width, fixed]
     slices = {

@@ -100,6 +100,8 @@ class Watch:
             self.leaf = hidden.detach().requires_grad_()
             hidden = self.leaf.clone()
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        elif not self.runs:
+            raise UnsupportedArchitectureError(f"{path} of {self.name} runs without it: it is a list of modules, no layer")
         self.calls.append(Call(path, {**dict(zip(parameter_names(module), args, strict=False)), **kwargs}))
         return args, kwargs
 
@@ -133,6 +135,7 @@ class Watch:
         """Take up the sublayer that the projection `last` ends."""
         first = list({c.path: c for c in self.calls if c.path in last.fed_by and c.leaf is not None}.values())
         features, reach = last.input.flatten(0, -2), [0]
+        self.refuse({last.path} if len(features) < self.tokens else set(), "reads fewer tokens than the layer")
         for token in (self.tokens - 1, self.tokens // 2, 0):
             total = features[token] @ torch.linspace(1, 2, features.shape[1]).to(features)
             slopes = torch.autograd.grad(total, [cast(Tensor, c.leaf) for c in first], retain_graph=True)

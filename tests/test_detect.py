@@ -11,17 +11,25 @@ import pytest
 import torch
 from conftest import rows
 from torch import Tensor, nn
-from transformers import AlbertModel, AutoConfig, PreTrainedConfig, PreTrainedModel, ViTMAEModel
+from transformers import (
+    AlbertModel,
+    AutoConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTMAEModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
-from zoo import ENCODER, IMAGE, ZOO, inputs_for, make
+from zoo import DECODER, ENCODER, IMAGE, ZOO, inputs_for, make
 
 import hf_kprune.families
 from hf_kprune import Block, KPruneArguments, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.detect import as_code, describe, detect, example_inputs, keep
 from hf_kprune.hooks import State, run_sublayer
 from hf_kprune.modeling_kprune import get_size
-from hf_kprune.proof import prove, twin
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.proof import prove, step, twin
+from hf_kprune.sublayers import find_sublayers, read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,6 +340,52 @@ def test_what_a_user_registers_is_proved_too(monkeypatch: pytest.MonkeyPatch) ->
         register_family("toy", Stack("layers", blocks))
         with pytest.raises(UnsupportedArchitectureError, match=why):
             prove(model, example_inputs(model))
+
+
+def test_a_size_that_differs_from_layer_to_layer_is_named() -> None:
+    """Gemma 4's config raises on a plain read of it: what it raises is chained, and never the reason given."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    config = {**DECODER, **layers, "head_dim": 4, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**config, vocab_size_per_layer_input=60))
+    with pytest.raises(UnsupportedArchitectureError, match="detection: the layers differ in head_dim, for which Gemma4Text"):
+        describe(model, inputs_for(model, "text", batch=3))
+
+
+class Unreadable(PreTrainedConfig):
+    model_type = "unreadable"
+
+    @property
+    def head_dim(self) -> int:
+        raise RuntimeError("ask each layer")
+
+
+def test_an_attribute_that_cannot_be_read_is_named() -> None:
+    assert read(Unreadable(), "missing") is None
+    with pytest.raises(UnsupportedArchitectureError, match="the layers differ in head_dim, for which Unreadable has no one"):
+        read(Unreadable(), "head_dim")
+
+
+def test_sizes_that_a_config_tells_wrongly_are_named() -> None:
+    model = make("llama")
+    model.config.num_attention_heads = 0
+    with pytest.raises(UnsupportedArchitectureError, match="num_attention_heads of 0 and a head size .* expected both over 0"):
+        find_sublayers(model)
+    model = make("llama")
+    model.config.head_dim = 3
+    with pytest.raises(UnsupportedArchitectureError, match="o_proj reads 16 features, which heads of 6 do not make"):
+        find_sublayers(model)
+
+
+def test_errors_of_others_are_chained_and_never_the_reason() -> None:
+    for raised in (RuntimeError("size mismatch"), KeyError("a.b"), StopIteration()):
+        with pytest.raises(
+            UnsupportedArchitectureError, match="^odd units cut: it does not run then, as the error above shows$"
+        ) as e:
+            with step("odd units cut"):
+                raise raised
+        assert e.value.__cause__ is raised
+    with pytest.raises(torch.OutOfMemoryError), step("odd units cut"):
+        raise torch.OutOfMemoryError("full")
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart", "t5", "vit", "clip", "hubert", "whisper", "videomae"])
