@@ -42,6 +42,7 @@ from .hooks import (
     run_to_top,
 )
 from .interface import Statistics
+from .processes import together
 from .reconstruction import Centred, NormalEquations, add_products
 from .rows import Rows, max_positions, row_length
 from .sublayers import Sublayer, find_sublayers, in_unit_order, oriented
@@ -56,23 +57,6 @@ that memory does not grow with depth."""
 
 
 GRADIENTS = "gradients of the knowledge loss to the output"
-
-
-@contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
-    """Let an error on any process end all of them, with its message, before they would wait for each other."""
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as caught:  # Ctrl-C too: told to the others below, then raised
-        error = caught
-    if accelerator.num_processes > 1:
-        message = None if error is None else f"{type(error).__name__}: {error}"
-        for rank, told in enumerate(gather_object([message])):
-            if told is not None and error is None:
-                error = CalibrationError(f"process {rank} failed: {told}")
-    if error is not None:
-        raise error
 
 
 @contextmanager
@@ -157,17 +141,13 @@ def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tens
     """The knowledge loss of each row of a batch, (B,).
 
     Raises:
-        ArgumentError: If it gives anything else, or no graph where gradients are taken.
+        ArgumentError: If it gives anything else.
         CalibrationError: If it is not finite.
     """
     losses = loss(student, teacher, batch.counted)
-    if not isinstance(losses, Tensor) or losses.shape != (batch.samples,):
-        what = tuple(losses.shape) if isinstance(losses, Tensor) else repr(losses)
-        raise ArgumentError(f"the knowledge loss gave {what} for {batch.samples} samples, expected one number each")
-    if torch.is_grad_enabled() and not losses.requires_grad:
+    if losses.shape != (batch.samples,):
         raise ArgumentError(
-            "the knowledge loss gave numbers without a gradient, expected them to be differentiable; let compute_loss compute "
-            "them of the student's outputs by torch, without detach(), item() or torch.no_grad()"
+            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one number each"
         )
     if not bool(torch.isfinite(losses).all()):
         raise CalibrationError(
@@ -422,14 +402,21 @@ class Calibration:
 
     @torch.no_grad()
     def try_loss(self, model: PreTrainedModel, loss: Knowledge) -> tuple[list[str], list[str]]:
-        """Names of the outputs that a loss reads, and of the others, see `check_loss`."""
+        """Names of the outputs that a loss reads, and of the others, see `check_loss`.
+
+        Raises `CalibrationError` for activations below it that are not finite.
+        """
+        sublayers = find_sublayers(model, self.args.head_unit)
         for whole in self.batches[:1]:
             sample = whole if loss.kinds is None else whole.part(0, min(2, whole.samples))  # the caller may count on many
             chunk = self.chunk(model, sample) if loss.per_token else 0
             counted = sample.counted[:, :chunk] if chunk else sample.counted
-            with only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext():
-                with running(model, sample.inputs):
-                    outputs = in_float32(model(**sample.inputs, return_dict=True))
+            few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
+            with few, running(model, sample.inputs), outputs_of(sublayers) as activations:
+                outputs = in_float32(model(**sample.inputs, return_dict=True))
+            for place, y in activations.items():
+                y = by_token(y, sample.valid[sublayers[place].stack_name].unsqueeze(-1))
+                self.check_finite(sublayers[place], (y[sample.tokens(sublayers[place], y)].sum(),))
             return check_loss(loss, outputs, counted, Draws(self.args.seed, sample.rows, counted), sample.samples)
         return [], []
 

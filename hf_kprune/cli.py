@@ -23,7 +23,6 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import cached_file, logging
 
 from .arguments import KPruneArguments
-from .calibration import together
 from .checkpoint import save_atomically
 from .cost import expected_bytes, model_size
 from .data_files import load_data
@@ -37,6 +36,7 @@ from .loading import check_stock, load_model, load_tokenizer, model_class
 from .metrics import ALIASES, QA_COLUMNS, figures_of, named_metric
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .parser import DataArguments, SweepArguments
+from .processes import together
 from .pruner import KPrunePruner
 from .report import JSON_NAME, PruningReport
 from .rows import max_positions, needs_targets

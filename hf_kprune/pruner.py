@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .algorithm import Pruning, Timed
 from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
-from .calibration import Calibration, in_eval_mode, together, tokens_of
+from .calibration import Calibration, in_eval_mode, tokens_of
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint import save_atomically
 from .checks import check_described, check_model, unwrapped
@@ -40,6 +40,7 @@ from .lineage import earlier_cuts, write_cuts
 from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .metrics import evaluate_texts, metrics_of
+from .processes import accompanied, check_alike, together
 from .reach import leaving, towers_left_alone
 from .remote_code import check_code_travels
 from .report import PruningReport, Size
@@ -69,6 +70,10 @@ def noting(note: str) -> Iterator[None]:
     except BaseException as error:
         error.add_note(note)
         raise
+
+
+MAY_DIFFER = ("output_dir", "overwrite_output_dir", "disable_tqdm", "report_to", "run_name")
+"""Options that change nothing of the result, and that some scripts set on the main process only."""
 
 
 class KPrunePruner:
@@ -214,8 +219,8 @@ class KPrunePruner:
 
     def _check_place(self, calibration_dataset: Any) -> None:
         """Refuse options that cannot be and an `output_dir` that cannot be saved to, before anything runs."""
-        self.args.check()
         with together(self.accelerator):
+            self.args.check()
             if self.accelerator.is_main_process:
                 if self.args.output_dir is not None:
                     size = expected_bytes(self.model, self.args)
@@ -461,11 +466,11 @@ class KPrunePruner:
         self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False, dry: bool = False
     ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
-        self.args.check()
         self._seconds = {}
-        with self._phase("prepare"):
+        with self._phase("prepare"), together(self.accelerator):
+            self.args.check()
             self.model = self._unspoilt(self.model)
-        with leaving(self.model, ()):  # until it is known which of its towers run
+        with accompanied(self.accelerator), leaving(self.model, ()):  # until it is known which of its towers run
             with self._phase("prepare"):
                 pruning = self._prepared(calibration_dataset, budgets, hold_out, dry)
             with in_eval_mode(pruning.teacher):
@@ -475,7 +480,11 @@ class KPrunePruner:
     def _prepared(self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool, dry: bool) -> Pruning:
         """The rows drawn, the budgets and all else checked."""
         args, model = self.args, self.model
-        self._describe(model)
+        with together(self.accelerator):
+            self._describe(model)
+        alike = {name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER}
+        alike |= {"the budget": [each.budget for each in budgets], "the config": model.config.to_dict()}
+        check_alike(self.accelerator, model, alike)
         with together(self.accelerator):
             calibration = self._calibration(model, calibration_dataset, PLAN_TOKENS if dry else None)
         calibration.check_same_rows()
@@ -495,7 +504,7 @@ class KPrunePruner:
         if timed is None and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
             remarks.append("latency_batch_size and latency_length have no effect without target_latency or target_speedup")
         for remark in dict.fromkeys(remarks):
-            warnings.warn(remark, BudgetWarning, stacklevel=5)
+            warnings.warn(remark, BudgetWarning, stacklevel=6)
         if args.uniform:
             uniform_names(sublayers, args.prune_heads, args.prune_ffn)
         loss = self._knowledge(calibration_dataset)

@@ -1,6 +1,6 @@
 """Run by test_distributed.py in one or several processes: prune, then let the main process write plan and weights.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/distributed_prune.py OUT [MODEL] [--fail RANK]
+python -m torch.distributed.run --nproc_per_node 2 tests/distributed_prune.py OUT [MODEL] --world_size 2 [--fail RANK]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def main() -> None:
     parser.add_argument("--fail", type=int, help="Rank of the process whose dataset fails.")
     parser.add_argument("--split", action="store_true", help="Each process gets rows of its own.")
     parser.add_argument("--fail_late", action="store_true", help="It fails in the middle of pruning.")
+    parser.add_argument("--world_size", type=int, required=True, help="Processes that there must be.")
+    parser.add_argument("--seeds", action="store_true", help="Each process makes a head of its own.")
+    parser.add_argument("--sparsities", action="store_true", help="Each process has a sparsity of its own.")
+    parser.add_argument("--raise_before", action="store_true", help="The last process raises before the first collective.")
+    parser.add_argument("--die", action="store_true", help="The last process ends without a word, in the middle.")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -69,11 +75,20 @@ def main() -> None:
         options.num_measure_tokens = 130
         pruner = KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)
     rank = pruner.accelerator.process_index
+    assert pruner.accelerator.num_processes == args.world_size
+    if args.seeds:
+        torch.manual_seed(rank)
+        torch.nn.init.normal_(pruner.model.classifier.weight)
+    if args.sparsities and rank:
+        pruner.args.sparsity = 0.5
+    if rank == args.world_size - 1 and args.raise_before:
+        raise RuntimeError("this process raises before all others wait")
     if args.split:
         pruner.calibration_dataset = rows(args.rows, seed=rank)
     if args.fail is not None and not args.fail_late:
         pruner.calibration_dataset = Failing(pruner.calibration_dataset, rank == args.fail)
-    if args.fail_late and rank == args.fail:
+    dies = args.die and rank == args.world_size - 1
+    if dies or (args.fail_late and rank == args.fail):
         original = type(pruner.model).forward
         calls = 0
 
@@ -81,6 +96,8 @@ def main() -> None:
         def fail(self: Any, *inputs: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
+            if calls == 20 and dies:
+                os._exit(7)
             if calls == 20:
                 raise RuntimeError("the disk of this process is gone")
             return original(self, *inputs, **kwargs)

@@ -270,18 +270,10 @@ def detached(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
-    "NaN": (
-        undefined,
-        CalibrationError,
-        r"NaN or Inf in the knowledge loss \(custom\).* what the head of the model, or",
-    ),
-    "steep": (
-        steep,
-        CalibrationError,
-        r"NaN or Inf in the gradients of the knowledge loss to the output of .*2.ffn",
-    ),
-    "detached": (detached, ArgumentError, "without a gradient, expected them to be differentiable; let compute_loss"),
-    "a number": (lambda *_: 1.0, ArgumentError, "the knowledge loss gave 1.0 for 20 samples, expected one number each"),
+    "NaN": (undefined, ArgumentError, r"compute_loss returned \[nan.* expected finite numbers"),
+    "steep": (steep, CalibrationError, r"NaN or Inf in the gradients of the knowledge loss to the output of .*2.ffn"),
+    "detached": (detached, ArgumentError, "compute_loss returned numbers without a graph"),
+    "a number": (lambda *_: 1.0, ArgumentError, "compute_loss returned a float"),
 }
 
 
@@ -289,7 +281,7 @@ LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
 @pytest.mark.parametrize("case", LOSSES)
 def test_a_loss_that_cannot_be_used_is_said_to_be_the_reason(case: str, method: str) -> None:
     loss, error, message = LOSSES[case]
-    with pytest.raises(error, match=message.replace("20", r"\d+")):
+    with pytest.raises(error, match=message):
         pruner(tiny(), loss, method=method).prune()
 
 

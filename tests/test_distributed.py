@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,19 @@ import torch
 SCRIPT = Path(__file__).with_name("distributed_prune.py")
 
 
-def launch(processes: int, out: Path, *arguments: str, accelerate: bool = False) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int, out: Path, *arguments: str, accelerate: bool = False, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     out.mkdir()
     count = str(processes)
     launcher = (
-        ["accelerate.commands.launch", "--cpu", "--num_processes", count, "--num_machines", "1", "--mixed_precision", "no"]
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", count, "--num_machines", "1"]  # --cpu starts one
         if accelerate
         else ["torch.distributed.run", "--nproc_per_node", count]
     )
     command = [sys.executable, *(["-m", *launcher] if processes > 1 else []), str(SCRIPT), str(out), *arguments]
     port = str(29500 + os.getpid() % 1000)
+    command += ["--world_size", count]  # which the script asserts
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port}
     env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), env.get("PYTHONPATH", "")])
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
@@ -69,6 +73,54 @@ def test_a_failure_on_one_process_ends_all_with_its_message(tmp_path: Path, late
     assert done.returncode != 0
     assert "RuntimeError: the disk of this process is gone" in done.stderr
     assert not (tmp_path / "2" / "model").exists()
+
+
+def test_processes_with_different_weights_or_options_are_refused(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--seeds"], "processes 0 and 1 hold different models .* such as classifier"),
+        (["--sparsities"], "sparsity is 0.6 on process 0 and 0.5 on process 1"),
+    ):
+        out = tmp_path / arguments[0]
+        done = launch(2, out, "bert", *arguments)
+        assert done.returncode != 0
+        assert re.search(f"ArgumentError: {message}", done.stderr), done.stderr[-3000:]
+        assert not (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--raise_before"], "RuntimeError: this process raises before all others wait"),
+        (["--die"], "exitcode *: 7|waited for another one that has ended"),
+    ],
+    ids=["raises before the first collective", "dies in the middle"],
+)
+def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = launch(2, tmp_path / "2", "bert", *arguments)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr[-3000:]
+    assert not (tmp_path / "2" / "model").exists()
+
+
+def test_a_process_without_a_launcher_says_that_the_other_one_is_gone(tmp_path: Path) -> None:
+    """Nothing watches over them: the connection alone tells."""
+    port, out = str(29500 + os.getpid() % 1000), tmp_path / "2"
+    out.mkdir()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port, "MASTER_ADDR": "localhost"}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, str(SCRIPT), str(out), "bert", "--die", "--world_size", "2"]
+    processes = [
+        subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    try:
+        _, error = processes[0].communicate(timeout=240)
+        processes[1].communicate(timeout=240)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1].returncode == 7
+    assert "process 0 waited for another one that has ended" in error
 
 
 def test_rows_shared_out_beforehand_are_refused(tmp_path: Path) -> None:
