@@ -24,6 +24,7 @@ from .hooks import State
 from .interface import Method, Statistics
 from .latency import LatencyTable, compare, cut_to, search_latency
 from .methods import METHODS
+from .progress import Work, steps_of
 from .reconstruction import correct_drift
 from .report import PruningReport, Size, SublayerReport
 from .search import TOLERANCE, group_sizes, split, uniform_search
@@ -126,6 +127,7 @@ class Pruning:
         hold_out: Whether students are measured and tuned without the rows that `Calibration.distance` compares them on.
         phase: Takes the time of a phase by its name.
         tell: Tells callbacks of an event.
+        work: Is told how much there is to do.
         dry: Whether students are outlines of shapes without weights, decided by one measurement and one search and not tuned.
     """
 
@@ -140,9 +142,10 @@ class Pruning:
         hold_out: bool,
         phase: Callable[[str], AbstractContextManager[None]],
         tell: Callable[..., None],
+        work: Work,
         dry: bool = False,
     ):
-        self.dry = dry
+        self.dry, self.work = dry, work
         self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
         self.hold_out, self.fitted = hold_out, calibration
         self.timed, self.phase, self.tell = timed, phase, tell
@@ -171,6 +174,9 @@ class Pruning:
             sublayers, args, self.calibration.flops_lengths, self.before, self.timed.table if self.timed else None
         )
         flops, at = prunable_flops(sublayers, self.calibration.flops_lengths), self.flops_at(sublayers)
+        about = method, self.calibration, len(sublayers)
+        later = steps_of(*about, measured=True, tune=self.args.tune, dry=self.dry)
+        self.work.begin(steps_of(*about, measured=self.costs == terms.costs, tune=self.args.tune, dry=self.dry), later)
         self.tell("on_prune_begin", model=self.teacher if self.dry else student, sublayers=[s.name for s in sublayers])
         with self.phase("measure"):
             if not self.checked:
@@ -195,6 +201,7 @@ class Pruning:
         report.before.all_flops = self.all_flops
         report.removed_at = {tokens: 1 - left / at[tokens] for tokens, left in self.flops_at(sublayers).items()}
         report.sparsity, report.achieved = 1 - report.after.flops / flops, terms.achieved()
+        self.work.end_student()
         return student
 
     def flops_at(self, sublayers: list[Sublayer]) -> dict[str, float]:
@@ -302,6 +309,7 @@ class Pruning:
                 for statistics, cost in zip(of_all, terms.costs, strict=True):
                     statistics.cost = cost
                     self.scores.append(method.score(statistics).cpu())
+                    self.calibration.step(2 * sum(batch.measured for batch in self.fitted.batches) if method.needs else 0)
                     statistics.gram = statistics.metric = None
                     self.measured.append(statistics)
         exponents, rows = method.exponents, self.calibration.rows

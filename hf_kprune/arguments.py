@@ -69,7 +69,7 @@ class KPruneArguments:
 
     > Output, logging, hub
 
-    `output_dir`, `overwrite_output_dir`, `max_shard_size`, `disable_tqdm`, `report_to`, `run_name`,
+    `output_dir`, `overwrite_output_dir`, `max_shard_size`, `disable_tqdm`, `verbose`, `report_to`, `run_name`,
     `per_device_eval_batch_size`, `push_to_hub`, `hub_model_id`, `hub_token`, `hub_private_repo`, `hub_revision`, `use_cpu`.
 
     Raises:
@@ -195,7 +195,8 @@ class KPruneArguments:
 
     max_shard_size: str = _option("50GB", "Largest weight file of the saved checkpoint.")
     per_device_eval_batch_size: int = _option(32, "Sequences per batch and device in evaluation and prediction.")
-    disable_tqdm: bool = _option(False, "Switch the progress bar off.")
+    disable_tqdm: bool = _option(False, "Switch the progress bar off, and the lines that take its place without a terminal.")
+    verbose: bool = _option(False, "Print a line for every sublayer, the whole report, and what libraries warn of.")
     report_to: list[str] = _option(["none"], "Where metrics go, as in TrainingArguments: tensorboard, wandb, ... or none.")
     run_name: str | None = _option(None, "Name of the run in report_to.")
     use_cpu: bool = _option(False, "Prune on the CPU even if there is an accelerator.")

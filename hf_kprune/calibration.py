@@ -186,6 +186,7 @@ class Calibration:
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype or "float64")
+        self.step: Callable[[float], None] = lambda steps: None
         self.batches: list[Batch] = []
         self.sublayers = find_sublayers(model, args.head_unit)
         self.tokens: dict[str, int] = {}
@@ -469,6 +470,7 @@ class Calibration:
                     with grad, autocast, resumed(sublayers, position, state), probed(targets) as features:
                         reached = run_to_top(student, part.inputs, sublayers) if chunk else None
                         outputs = student(**part.inputs, return_dict=True) if reached is None else None
+                    self.step((3 if loss is not None else 1) * len(targets) * (stop - start) / count)
                     for place, a in features.items():
                         a = by_token(a.detach(), part.valid[targets[place].stack_name].unsqueeze(-1))
                         valid = part.tokens(targets[place], a)
@@ -544,6 +546,7 @@ class Calibration:
                         centred = Centred.of(a, self.dtype)
                         add_products(sums["gram"], centred, centred)
                     states[i] = tap.above
+                    self.step(1)
             self._reduce(list(sums.values()))
             self.check_finite(sublayer, list(sums.values()))
             yield self._statistics(sublayer, float(sums.pop("tokens")), float(count), sums | fisher[position])
@@ -600,6 +603,7 @@ class Calibration:
                             else:
                                 g = g[valid].to(self.dtype)
                                 sums[place]["metric"] += g.T @ g
+                    self.step(3 * len(sublayers) * batch.samples / whole.samples)
         self._reduce([tensor for held in sums for tensor in held.values()])
         for sublayer, held in reversed(list(zip(sublayers, sums, strict=True))):  # what is not finite goes on downwards
             self.check_finite(sublayer, list(held.values()), GRADIENTS)
@@ -664,6 +668,7 @@ class Calibration:
                     made, expected = (in_float32(m(**inputs, return_dict=True)) for m, inputs in both)
                     losses = losses_of(loss, made, expected, batch)
                     sums += torch.stack([losses.double().sum(), torch.tensor(float(len(losses)), device=sums.device).double()])
+                    self.step(2 * len(self.sublayers) * batch.samples / whole.samples)
         self._reduce([sums])
         return float(sums[0] / sums[1])
 
@@ -735,6 +740,7 @@ class Calibration:
                 reference = (told.stream + told.output)[valid]
                 equations.add(tap.features[valid][:, order], reference - tap.stream[valid], reference, self.dtype)
                 teacher_streams[i] = told.above
+                self.step(2)
         self._reduce(equations.tensors())
         self.check_finite(sublayer, equations.tensors())
         return equations
@@ -765,6 +771,7 @@ class Calibration:
                     x, y = (by_token(tensors[path], like) for tensors in (reads, told))
                     valid = batch.tokens(sublayer, x, stack)
                     equations.add(x[valid], y[valid], y[valid], self.dtype)
+                self.step(2)
         self._reduce([tensor for equations in made for tensor in equations.tensors()])
         for equations in made:
             self.check_finite(sublayer, equations.tensors())
@@ -775,6 +782,7 @@ class Calibration:
         with together(self.accelerator):
             for i, batch in enumerate(self.batches):
                 streams[i] = run_sublayer(model, batch.inputs, sublayers, position, streams[i]).above
+                self.step(1)
 
     def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor], what: str = "activations") -> None:
         """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -31,6 +32,15 @@ class KPruneCallback:
     def on_prune_end(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
         """After the model has been pruned."""
 
+    def on_phase_begin(self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any) -> None:
+        """A part of the work begins: prepare, time, measure, search, tune, evaluate or save. They may take turns."""
+
+    def on_progress(self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any) -> None:
+        """The fraction `done`, from 0 to 1, of what `prune()`, `plan()` or `sweep()` does has been done, about."""
+
+    def on_run_end(self, args: KPruneArguments, report: PruningReport | None, **kwargs: Any) -> None:
+        """What was begun by the first `on_phase_begin` is over, well or by an error."""
+
     def on_save(self, args: KPruneArguments, report: PruningReport | None, output_dir: str, **kwargs: Any) -> None:
         """After a checkpoint has been written to `output_dir`. `report` is None if nothing was pruned in this run."""
 
@@ -47,39 +57,43 @@ class CallbackHandler:
 
 
 class PrinterCallback(KPruneCallback):
-    """Prints a line per sublayer: kept/total, FLOPs left, reconstruction error before and after tuning, seconds."""
-
-    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
-        print(sublayer, flush=True)
-
-
-class ProgressCallback(KPruneCallback):
-    """A progress bar with the time left; the lines of `PrinterCallback` above it.
-
-    A sublayer costs about as many steps as there are sublayers above it, which measuring runs through.
-    """
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.left = 0
-
-    def on_prune_begin(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
-        self.left = len(kwargs["sublayers"])
-        self.bar = tqdm(
-            total=self.left * (self.left + 1) // 2,
-            desc="Pruning",
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
-        )
-
-    def on_sublayer_begin(self, args: KPruneArguments, report: PruningReport, name: str, **kwargs: Any) -> None:
-        self.bar.set_postfix_str(name)
+    """Prints a line per sublayer, above the bar: kept/total, FLOPs left, error before and after tuning, seconds."""
 
     def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
         tqdm.write(str(sublayer))
-        self.bar.update(self.left)
-        self.left -= 1
-        if not self.left:  # here and not in on_prune_end, which plan() never comes to
+
+
+class ProgressCallback(KPruneCallback):
+    """One bar for a whole run on the standard error, with phase and time left; a line per phase where that is no terminal."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.phases: list[str] = []
+
+    def on_phase_begin(self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any) -> None:
+        if self.bar is None and shows_bars():
+            form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+            self.bar = tqdm(total=1.0, bar_format=form, smoothing=0, leave=phase == "prepare")
+        if self.bar is not None:
+            self.bar.set_description_str(f"hf_kprune: {phase:8}")
+        elif phase not in self.phases and sys.stderr is not None:
+            print(f"hf_kprune: {phase}", file=sys.stderr, flush=True)
+        self.phases.append(phase)
+
+    def on_progress(self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def on_run_end(self, args: KPruneArguments, report: PruningReport | None, **kwargs: Any) -> None:
+        if self.bar is not None:
             self.bar.close()
+        self.bar, self.phases = None, []
+
+
+def shows_bars() -> bool:
+    """Whether there is something that bars can move on: a terminal or a notebook."""
+    in_notebook = any("notebook" in base.__module__ for base in tqdm.__mro__)
+    return in_notebook or (sys.stderr is not None and sys.stderr.isatty())
 
 
 class ReportingCallback(KPruneCallback):

@@ -38,6 +38,7 @@ from .modeling_kprune import (
     spare_empty,
     unseal,
 )
+from .progress import quiet
 from .remote_code import check_code_is_used, dense_auto_map, is_stock, split, write_auto_map
 from .saving import aside, not_written, put, recover
 
@@ -140,7 +141,7 @@ def save_atomically(
     """
     target = Path(output_dir).resolve()
     try:
-        with aside(target) as new:
+        with quiet(), aside(target) as new:
             model.save_pretrained(new, max_shard_size=max_shard_size)
             add(str(new))
             verify(model, str(new))

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from .arguments import KPruneArguments
 from .checkpoint import save_atomically
@@ -32,13 +32,14 @@ from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArch
 from .families import FAMILIES, REFUSED
 from .hub import check_push
 from .legacy import from_legacy
-from .loading import check_stock, load_model, load_tokenizer, model_class
+from .loading import check_place, check_stock, load_model, load_tokenizer, model_class, reading
 from .metrics import ALIASES, QA_COLUMNS, figures_of, named_metric
 from .modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from .parser import DataArguments, SweepArguments
 from .processes import together
+from .progress import quiet
 from .pruner import KPrunePruner
-from .report import JSON_NAME, PruningReport
+from .report import JSON_NAME, MARKDOWN_NAME, PruningReport
 from .rows import max_positions, needs_targets
 from .sources import text_columns
 from .sublayers import Sublayer, find_sublayers
@@ -73,8 +74,10 @@ def load_model_for(name: str, task: str | None) -> PreTrainedModel:
     except KeyError:
         tasks = sorted({*NO_PIPELINE, *PIPELINE_REGISTRY.get_supported_tasks()})
         raise ArgumentError(f"task is {task!r}, expected one of {', '.join(tasks)}") from None
-    check_stock(AutoConfig.from_pretrained(name), name)
-    model, info = auto.from_pretrained(name, output_loading_info=True)
+    check_place(name)
+    with quiet(), reading(name):
+        check_stock(AutoConfig.from_pretrained(name), name)
+        model, info = auto.from_pretrained(name, output_loading_info=True)
     head = [key for key in info["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
     if head and model.base_model is not model:
         raise ArgumentError(f"{name} was not trained for {task}: it has no weights for {', '.join(sorted(head))}")
@@ -147,9 +150,6 @@ def metric_function(name: str, model: PreTrainedModel) -> Callable[[Any], dict[s
 def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
     """The pruner that the options describe."""
     accelerator, name = Accelerator(cpu=args.use_cpu), data.model_name_or_path
-    if args.disable_tqdm or not accelerator.is_main_process:
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
     with together(accelerator):
         with trying(f"load the model {name!r}"):
             model, tokenizer = load_model_for(name, data.task), load_tokenizer(name)
@@ -209,7 +209,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         check_push(args, path)
     pruner = make_pruner(data, args)
     args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
-    dense = pruner.evaluate() if pruner.eval_dataset is not None else {}
+    dense = evaluate_quietly(pruner) if pruner.eval_dataset is not None else {}
     push = args.push_to_hub
     try:
         report = pruner.prune()
@@ -217,9 +217,9 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         if pruner.report is not None:
             args.push_to_hub = False
             save(pruner, path)
-    say(f"\n{report}")
+    say(report if args.verbose else f"{report.summary()}  every sublayer: {JSON_NAME} and {MARKDOWN_NAME} there\n")
     if dense:
-        pruned = pruner.evaluate()
+        pruned = evaluate_quietly(pruner)
         say("| evaluation | dense | pruned |\n| --- | ---: | ---: |")
         figures = [key for key in dense if isinstance(dense[key], float) and not key.endswith(("_per_second", "time"))]
         say("\n".join(f"| {key} | {dense[key]:.4f} | {pruned[key]:.4f} |" for key in figures) + "\n")
@@ -230,6 +230,12 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     if push:
         with trying("push to the Hub"):
             pruner.push_to_hub()
+
+
+def evaluate_quietly(pruner: KPrunePruner) -> dict[str, float]:
+    """Evaluate as a run of its own, with the bar of all runs in place of the one of `Trainer`."""
+    with pruner._run():
+        return pruner.evaluate()
 
 
 def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -> None:
@@ -290,7 +296,8 @@ def plan(data: DataArguments, args: KPruneArguments) -> None:
 
 
 def inspect(name: str) -> None:
-    with trying(f"load the model {name!r}"):
+    check_place(name)
+    with trying(f"load the model {name!r}"), reading(name):
         folder = read_folder(name)
         name = name if folder is None else folder.transformer
         config = AutoConfig.from_pretrained(name)
@@ -380,4 +387,6 @@ def run(command: str, options: Sequence[Any]) -> None:
         "inspect": inspect,
         "convert": convert,
     }
-    commands[command](*options)
+    verbose = any(getattr(option, "verbose", False) for option in options)
+    with nullcontext() if verbose else quiet():
+        commands[command](*options)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import transformers
@@ -10,6 +16,7 @@ from transformers.utils import cached_file
 
 from .embeddings import read_folder
 from .errors import ArgumentError
+from .progress import quiet
 from .remote_code import brings_code
 
 
@@ -48,17 +55,58 @@ def model_class(config: Any) -> type[PreTrainedModel]:
 
 def load_model(name: str) -> PreTrainedModel:
     """Load a model with the class that its config names; of a sentence-transformers folder what that runs."""
-    folder = read_folder(name)
-    if folder is None:
-        return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
-    config = AutoConfig.from_pretrained(folder.transformer)
-    return (folder.transformer_class(config) or model_class(config)).from_pretrained(folder.transformer)
+    check_place(name)
+    with quiet(), reading(name):
+        folder = read_folder(name)
+        place = name if folder is None else folder.transformer
+        config = AutoConfig.from_pretrained(place)
+        kind = (folder and folder.transformer_class(config)) or model_class(config)
+        model, info = kind.from_pretrained(place, output_loading_info=True)
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        warnings.warn(
+            f"{name} has no weights for {len(names)} tensors of {kind.__name__}, such as {names[0]}, which are random "
+            "now; load it with the class that it was saved by",
+            stacklevel=2,
+        )
+    return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Say of a model that cannot be read whether it is missing or damaged."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.isdir(name):
+            raise ArgumentError(
+                f"cannot load the model in {name!r}: a file of it is missing or damaged; save or download it again"
+            ) from error
+        raise ArgumentError(
+            f"there is no directory {name!r}, and no such model could be fetched from the Hub; check the name, the "
+            "connection, and, if it is private, hf auth login"
+        ) from error
+
+
+def check_place(name: str) -> None:
+    """Raise `ArgumentError` for a path where there is no model, which would be taken for a name on the Hub otherwise."""
+    path = Path(name).expanduser()
+    if os.path.isfile(path):
+        raise ArgumentError(
+            f"{name!r} is a file, expected the directory of a model, with its config.json, or a name on the Hub"
+        )
+    if os.path.isdir(path):
+        if not any((path / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
+            raise ArgumentError(f"the directory {name!r} holds no config.json, expected the directory of a model")
+    elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise ArgumentError(f"there is no directory {name!r}, and a name on the Hub is written as owner/name")
 
 
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
-    folder = read_folder(name)
-    name = name if folder is None else folder.transformer
-    if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
-        return None
-    return AutoTokenizer.from_pretrained(name)
+    with quiet():
+        folder = read_folder(name)
+        name = name if folder is None else folder.transformer
+        if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
+            return None
+        return AutoTokenizer.from_pretrained(name)

@@ -138,7 +138,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "how": ("method", "tune", "measure_dtype", "statistics_dtype", "temperature", "pooling", "use_cpu"),
     "how, with --method obs or kprune": ("ridge", "tune_bias", "tune_inputs"),
     "how, with --method kprune": ("lambda_pred", "lambda_rep", "mu"),
-    "what is told": ("disable_tqdm", "report_to", "run_name"),
+    "what is told": ("verbose", "disable_tqdm", "report_to", "run_name"),
 }
 """The options by the question that they answer, in the order of the help. Those in no group come last."""
 

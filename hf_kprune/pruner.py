@@ -41,6 +41,7 @@ from .loading import load_model, load_tokenizer
 from .methods import METHODS
 from .metrics import evaluate_texts, metrics_of
 from .processes import accompanied, check_alike, together
+from .progress import Work
 from .reach import leaving, towers_left_alone
 from .remote_code import check_code_travels
 from .report import PruningReport, Size
@@ -149,7 +150,9 @@ class KPrunePruner:
         self._saved: str | None = None
         self._seconds = dict[str, float]()
         self._left_alone = dict[str, str]()
-        self.callback_handler = CallbackHandler([PrinterCallback() if self.args.disable_tqdm else ProgressCallback()])
+        self._runs = 0
+        shown = ((ProgressCallback, not self.args.disable_tqdm), (PrinterCallback, self.args.verbose))
+        self.callback_handler = CallbackHandler([kind() for kind, wanted in shown if wanted])
         if self.args.report_to not in ([], ["none"]):
             self.add_callback(ReportingCallback(self.args))
         for callback in callbacks or []:
@@ -189,7 +192,7 @@ class KPrunePruner:
             ArgumentError: If options or inputs contradict each other, or if `output_dir` cannot be saved to.
         """
         self._check_place(calibration_dataset)
-        with self._pruning(calibration_dataset, [self.args]) as pruning:
+        with self._run(), self._pruning(calibration_dataset, [self.args]) as pruning:
             student, report = self._student(pruning, self.args)
         warn_of(report)
         if any(len(entry.kept) < entry.units for entry in report.sublayers):
@@ -212,7 +215,7 @@ class KPrunePruner:
             ArgumentError: As `prune()`.
         """
         self._check_place(calibration_dataset)
-        with self._unreported(), self._pruning(calibration_dataset, [self.args], dry=True) as pruning:
+        with self._unreported(), self._run(), self._pruning(calibration_dataset, [self.args], dry=True) as pruning:
             report = self._student(pruning, self.args)[1]
         warn_of(report)
         return report
@@ -330,7 +333,7 @@ class KPrunePruner:
         key = metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
         dense, found = self.model, list[tuple[SweepPoint, PreTrainedModel, PruningReport]]()
         hold_out = self.eval_dataset is None
-        with self._unreported(), self._pruning(calibration_dataset, each, hold_out) as pruning:
+        with self._unreported(), self._run(), self._pruning(calibration_dataset, each, hold_out) as pruning:
             pruning.calibration.check_held_out()
 
             def judged(options: dict[str, Any], size: Size, sparsity: float) -> SweepPoint:
@@ -420,7 +423,7 @@ class KPrunePruner:
         def objective(trial: Any) -> float:
             (options,) = broadcast_object_list([space(trial)])  # each process has an Optuna of its own
             self.args = replace(args, **options)
-            with self._pruning(calibration_dataset, [self.args], compute_objective is None) as pruning:
+            with self._run(), self._pruning(calibration_dataset, [self.args], compute_objective is None) as pruning:
                 pruning.calibration.check_held_out()
                 student, report = self._student(pruning, self.args)
                 with self._in_place(student, report):
@@ -510,7 +513,9 @@ class KPrunePruner:
         loss = self._knowledge(calibration_dataset)
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        return Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, dry)
+        work = Work(self._progress(), len(budgets))
+        calibration.step = work.step
+        return Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, work, dry)
 
     def _check_loss(self, pruning: Pruning) -> None:
         """Try the knowledge loss on a batch; say what it is made of, and warn of answers that it does not count."""
@@ -601,6 +606,7 @@ class KPrunePruner:
                 if "input_ids" in inputs and "pixel_values" not in inputs:
                     length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
                     inputs = dict(example_inputs(model, self.args.latency_batch_size, length))
+                self._tell("on_phase_begin", "time", model=model)
                 made = LatencyTable.cached(model, inputs, by=self.args.head_unit), inputs
         table, inputs = broadcast_object_list([made])[0]
         return Timed(model, table, inputs)
@@ -626,10 +632,27 @@ class KPrunePruner:
         return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count, few)
 
     @contextmanager
+    def _run(self) -> Iterator[None]:
+        """What is one run for callbacks; a run within a run is a part of it."""
+        self._runs += 1
+        try:
+            yield
+        finally:
+            self._runs -= 1
+            if not self._runs:
+                self._tell("on_run_end", model=self.model)
+
+    @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
+        self._tell("on_phase_begin", name, model=self.model)
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def _progress(self) -> Callable[[float], None]:
+        """Tells callbacks of the fraction that is done; on other processes than the main one it tells nobody."""
+        handler = self.callback_handler if self.accelerator.is_main_process else CallbackHandler([])
+        return lambda done: handler.call("on_progress", self.args, self.report, done, model=self.model)
 
     def _tell(self, event: str, *args: Any, **kwargs: Any) -> None:
         if self.accelerator.is_main_process:
@@ -662,6 +685,8 @@ class KPrunePruner:
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_rows("eval_dataset", dataset)
+        if self._runs:
+            self._tell("on_phase_begin", "evaluate", model=self.model)
         if self.compute_metrics is None and self.data_collator is None:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             with undisturbed(self.model):
@@ -689,6 +714,7 @@ class KPrunePruner:
         with tempfile.TemporaryDirectory() as unused, undisturbed(self.model):
             arguments = self.args.training_arguments(unused)
             arguments.report_to = []
+            arguments.disable_tqdm = arguments.disable_tqdm or bool(self._runs)  # there is one bar
             yield Trainer(
                 model=self.model,
                 args=arguments,
@@ -709,7 +735,8 @@ class KPrunePruner:
                 is as it was, and can be saved elsewhere.
         """
         try:
-            path = self._save(output_dir)
+            with self._run():
+                path = self._save(output_dir)
         except (KPruneError, CheckpointError) as error:
             if self.report is None:
                 raise
@@ -727,6 +754,7 @@ class KPrunePruner:
                 size = model_size(self.model).bytes
                 path = args.check_output_dir(output_dir, self._origins(), size)
                 check_code_travels(self.model)
+                self._tell("on_phase_begin", "save", model=self.model)
                 save_atomically(self.model, path, args.max_shard_size, self._save_beside, args.overwrite_output_dir)
         path = str(path or args.output_dir)
         self._saved = os.path.abspath(path)

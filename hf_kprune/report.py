@@ -211,16 +211,8 @@ class PruningReport:
         if self.before.cache_bytes_per_token:
             caches = self.before.cache_bytes_per_token, self.after.cache_bytes_per_token
             rows.append(("KV-cache bytes per token", *caches, ",.0f"))
-        asked = ", ".join(
-            f"{value:.2%} asked" if name == "sparsity" else f"{name} {value:,.6g} asked, {self.achieved:,.6g} achieved"
-            for name, value in self.asked.items()
-        )
-        subject = f"K-pruned {self.model}" if self.method == "kprune" else f"{self.model} pruned by {self.method}"
-        if self.estimate:
-            subject = f"Plan: {self.model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {self.method}'}"
-        removed = "would be removed" if self.estimate else "removed"
         lines = [
-            f"{subject}: {self.sparsity:.2%} of the prunable FLOPs {removed} ({asked}), {self.seconds.get('total', 0):.0f} s",
+            self.title(),
             "",
             *self.notes(),
             "",
@@ -244,6 +236,46 @@ class PruningReport:
             f"{self.peak_memory / 2**30:.2f} GiB. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",
         ]
         return "\n".join(lines) + "\n"
+
+    def title(self) -> str:
+        """What was pruned by which method, what is gone and what was asked, in one line."""
+        asked = ", ".join(
+            f"{value:.2%} asked" if name == "sparsity" else f"{name} {value:,.6g} asked, {self.achieved:,.6g} achieved"
+            for name, value in self.asked.items()
+        )
+        subject = f"K-pruned {self.model}" if self.method == "kprune" else f"{self.model} pruned by {self.method}"
+        if self.estimate:
+            subject = f"Plan: {self.model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {self.method}'}"
+        removed = "would be removed" if self.estimate else "removed"
+        seconds = self.seconds.get("total", 0)
+        return f"{subject}: {self.sparsity:.2%} of the prunable FLOPs {removed} ({asked}), {seconds:.0f} s"
+
+    def summary(self) -> str:
+        """The report in ten lines at most."""
+        lines = [self.title()]
+        sizes = (
+            ("parameters", self.before.parameters, self.after.parameters, ",.0f"),
+            ("megabytes", self.before.bytes / 1e6, self.after.bytes / 1e6, ",.1f"),
+            (f"prunable GFLOPs at {self.sequence_length:.0f} tokens", self.before.flops / 1e9, self.after.flops / 1e9, ".4g"),
+        )
+        for name, before, after, form in sizes:
+            lines.append(f"  {name}: {before:{form}} -> {after:{form}}" + (f" ({after / before:.1%})" if before else ""))
+        counts = []
+        for kind, (units, places) in KINDS.items():
+            some = [s for s in self.sublayers if s.kind == kind]
+            if some:
+                kept, emptied = sum(len(s.kept) for s in some), sum(not s.kept for s in some)
+                counts.append(f"{kept:,} of {sum(s.units for s in some):,} {units} in {len(some)} {places}, {emptied} emptied")
+        lines.append(f"  kept: {'; '.join(counts)}")
+        errors = sorted((s.error_after, s.name) for s in self.sublayers if s.error_after is not None)
+        if errors:
+            middle, (largest, name) = errors[len(errors) // 2][0], errors[-1]
+            lines.append(f"  error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({name})")
+        rows, tokens = (self.calibration.get(key, 0) for key in ("rows", "tokens"))
+        lines.append(f"  calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {self.knowledge}")
+        spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items() if phase != "total")
+        lines.append(f"  time: {spent}; peak memory {self.peak_memory / 2**30:.2f} GiB")
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks()[:2])]) + "\n"
 
     def notes(self) -> list[str]:
         """Sentences on what the budget is a share of, for which lengths it holds, and what is worth a warning."""

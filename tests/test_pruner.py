@@ -272,23 +272,108 @@ def test_callbacks_are_added_as_instance_or_class_and_removed() -> None:
     assert pruner.callback_handler.callbacks == []
 
 
-def test_progress_bar_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    report = prune(tiny(), sparsity=0.6)
-    captured = capsys.readouterr()
-    assert captured.out.splitlines() == [str(s) for s in report.sublayers]
-    assert "Pruning" not in captured.err
+class Gauge(KPruneCallback):
+    """Notes phases and fractions, and whether the run was ended."""
 
-    bar = ProgressCallback()
-    pruner = make_pruner(tiny(), sparsity=0.6, callbacks=[bar])
-    pruner.remove_callback(PrinterCallback)
-    for run in (pruner.plan, pruner.prune):
-        report = run()
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.fractions: list[float] = []
+        self.ends = 0
+
+    def on_phase_begin(self, args: Any, report: Any, phase: str, **kwargs: Any) -> None:
+        self.phases.append(phase)
+
+    def on_progress(self, args: Any, report: Any, done: float, **kwargs: Any) -> None:
+        self.fractions.append(done)
+
+    def on_run_end(self, args: Any, report: Any, **kwargs: Any) -> None:
+        self.ends += 1
+
+
+@pytest.mark.parametrize("method", ["obs", "kprune", "magnitude"])
+def test_progress_moves_from_the_start_to_the_end_in_every_phase(method: str) -> None:
+    gauge = Gauge()
+    pruner = make_pruner(tiny(), sparsity=0.6, method=method, callbacks=[gauge], per_device_batch_size=8)
+    for run, phases in (
+        (pruner.plan, ["prepare", "measure", "search", "tune"]),
+        (pruner.prune, ["prepare", "measure", "search", "tune"]),
+    ):
+        run()
+        assert list(dict.fromkeys(gauge.phases)) == phases
+        assert gauge.fractions == sorted(gauge.fractions)
+        assert gauge.fractions[0] < 0.5
+        assert gauge.fractions[-1] == pytest.approx(1, abs=1e-3)
+        assert len(gauge.fractions) > LAYERS * 2
+        assert gauge.ends == 1
+        gauge.__init__()  # type: ignore[misc]
+
+
+def test_a_sweep_is_one_run_and_a_failed_run_is_ended() -> None:
+    gauge = Gauge()
+    pruner = make_pruner(tiny(), callbacks=[gauge])
+    pruner.sweep([0.4, 0.6])
+    assert gauge.ends == 1
+    assert gauge.fractions == sorted(gauge.fractions)
+    assert gauge.fractions[-1] == pytest.approx(1, abs=1e-3)
+    with pytest.raises(CalibrationError):
+        pruner.prune([])
+    assert gauge.ends == 2
+
+
+def test_without_a_terminal_there_is_a_line_per_phase(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pruner = make_pruner(tiny(), sparsity=0.6, disable_tqdm=False)
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "out"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [f"hf_kprune: {p}" for p in ("prepare", "measure", "search", "tune", "save")]
+
+
+def test_on_a_terminal_there_is_one_bar_with_its_phase_and_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_kprune.callbacks.shows_bars", lambda: True)
+    pruner = make_pruner(tiny(), sparsity=0.6, disable_tqdm=False)
+    pruner.prune()
+    written = capsys.readouterr().err
+    first, last = written.split("\r")[1], written.rstrip().split("\r")[-1]
+    assert "hf_kprune: prepare" in written
+    assert " 0%|" in first
+    assert "hf_kprune: tune     100%|" in last
+    assert " left" in last
+    (bar,) = [c for c in pruner.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+    assert bar.bar is None
+
+
+def test_verbose_prints_a_line_per_sublayer_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for verbose in (True, False):
+        report = prune(tiny(), sparsity=0.6, verbose=verbose)
         captured = capsys.readouterr()
-        assert captured.out.splitlines() == [str(s) for s in report.sublayers]
-        assert "Pruning: 100%" in captured.err
-        assert bar.bar.n == bar.bar.total == 21
-        assert bar.bar.disable  # which tqdm is once closed
-    assert any(isinstance(c, ProgressCallback) for c in KPrunePruner(tiny()).callback_handler.callbacks)
+        assert captured.out.splitlines() == [str(s) for s in report.sublayers if verbose]
+        assert captured.err == ""
+
+
+def test_a_summary_has_ten_lines_at_most() -> None:
+    report = prune(tiny(), sparsity=0.6)
+    lines = report.summary().splitlines()
+    assert len(lines) <= 10
+    assert lines[0] == report.title()
+    assert f"{report.before.parameters:,} -> {report.after.parameters:,}" in report.summary()
+
+
+def test_loads_and_saves_of_ours_say_nothing_and_leave_what_the_user_chose(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from transformers.utils import logging
+
+    tiny().save_pretrained(tmp_path / "dense")
+    capfd.readouterr()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    pruner = KPrunePruner(str(tmp_path / "dense"), KPruneArguments(sparsity=0.5, disable_tqdm=True), rows(), collate)
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "out"))
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
 
 
 def test_report_to_sends_figures_to_an_integration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
