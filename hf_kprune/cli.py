@@ -45,6 +45,7 @@ from .sources import text_columns
 from .sublayers import Sublayer, find_sublayers
 from .sweep import check_plot
 from .terminal import main, say
+from .text import in_markdown, printable
 
 
 __all__ = ["DataArguments", "SweepArguments", "main", "run"]
@@ -306,12 +307,13 @@ def inspect(name: str) -> None:
         model.to(config.dtype or torch.float32)
         report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
     pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")
-    say(f"{name}: {type(model).__name__} ({config.model_type}), {'K-pruned' if pruned else 'dense'}")
+    kind = printable(config.model_type)
+    say(f"{printable(name)}: {type(model).__name__} ({kind}), {'K-pruned' if pruned else 'dense'}")
     say(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
     say(f"without embeddings: {size.parameters_without_embeddings:,} ({size.bytes_without_embeddings / 1e6:,.1f} MB)")
     try:
         sublayers, source = structure(model)
-        say(f"family: {config.model_type}, can be pruned; its structure is {source}\n")
+        say(f"family: {kind}, can be pruned; its structure is {source}\n")
         say(to_table(sublayers))
     except UnsupportedArchitectureError as error:
         say(f"cannot be pruned{' again' if pruned else ''}: {error}")
@@ -357,7 +359,10 @@ def to_table(sublayers: Sequence[Sublayer]) -> str:
     kinds = list(dict.fromkeys(s.kind for s in sublayers))
     lines = ["| layer | " + " | of | ".join(names[kind] for kind in kinds) + " | of |"]
     lines.append("| --- |" + " ---: | ---: |" * len(kinds))
-    lines += [f"| {layer} | " + " | ".join(counts.get(k, "- | -") for k in kinds) + " |" for layer, counts in rows.items()]
+    lines += [
+        f"| {in_markdown(layer)} | " + " | ".join(counts.get(k, "- | -") for k in kinds) + " |"
+        for layer, counts in rows.items()
+    ]
     for s in {(s.stack_name, s.block.output): s for s in sublayers}.values():
         inputs = ", ".join(path for path in s.block.inputs if has(s.layer, path))
         lines += ["", f"{s.stack_name}, {s.kind}: {inputs} -> {s.block.output}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from .lineage import earlier_cuts
 from .modeling_kprune import HOW_TO_LOAD, is_pruned
 from .report import PruningReport, in_words
 from .saving import is_card
+from .text import in_markdown, printable, public_name
 
 
 def model_card(
@@ -34,17 +37,18 @@ def model_card(
 ) -> str:
     """Text of a model card: how to load the model, and the report of how it was pruned."""
     pruned = is_pruned(model.config) or (report is not None and report.cut_something)
-    base = finetuned_from or model.config.name_or_path
+    base = finetuned_from or model.config.name_or_path or ""
+    on_hub = public_name(base) if not os.path.isdir(base) or "models--" in base else ""
     data = ModelCardData(
         language=language,
         license=license,
         library_name="transformers",
         tags=["hf_kprune", *(["pruned"] if pruned else []), *as_list(tags)],
-        base_model=None if not base or Path(base).exists() else base,
+        base_model=on_hub if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", on_hub) and (on_hub == base or "/" in on_hub) else None,
         pipeline_tag=next(iter(as_list(tasks)), None),
         datasets=as_list(dataset_tags) or as_list(dataset) or None,
     )
-    title = model_name or type(model).__name__ + (", K-pruned" if pruned else "")
+    title = printable(model_name or type(model).__name__ + (", K-pruned" if pruned else ""))
     architecture = type(model).__name__
     loading = ""
     if is_pruned(model.config):
@@ -53,7 +57,7 @@ def model_card(
             f"```python\nimport hf_kprune\nfrom transformers import {architecture}\n\n"
             f"model = {architecture}.from_pretrained(path)\n```\n\n"
         )
-    trained = ", ".join(as_list(dataset) + as_list(dataset_args))
+    trained = ", ".join(map(in_markdown, as_list(dataset) + as_list(dataset_args)))
     loading += f"The dense model was trained on {trained}.\n\n" if trained else ""
     body = ""
     if pruned:

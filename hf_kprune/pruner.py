@@ -49,6 +49,7 @@ from .rows import draw_rows, is_causal, row_tokens
 from .sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
 from .surroundings import plain_modes, undisturbed
 from .sweep import Sweep, SweepPoint, smallest_within
+from .text import public_name
 from .validation import checked, checked_arguments, show
 from .version import versions
 
@@ -538,7 +539,7 @@ class KPrunePruner:
         model, calibration = self.model, pruning.calibration
         sublayers = find_sublayers(model, args.head_unit)
         report = PruningReport(
-            model=f"{model.config.name_or_path or 'a model'} ({type(model).__name__})",
+            model=f"{public_name(model.config.name_or_path or 'a model')} ({type(model).__name__})",
             method=args.method,
             knowledge=pruning.loss.name,
             compared=pruning.compared,
@@ -547,7 +548,7 @@ class KPrunePruner:
             before=model_size(model, sublayers, prunable_flops(sublayers, calibration.flops_lengths)),
             sequence_length=sum(calibration.flops_lengths.values()) / len(calibration.flops_lengths),
             calibration=calibration.rows.fingerprint,
-            arguments=args.to_dict(),
+            arguments={**args.to_dict(), "output_dir": None if args.output_dir is None else public_name(args.output_dir)},
             versions=versions(),
             device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
             lineage=earlier_cuts(model, self.report),

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import ArgumentError
+from .text import in_markdown, printable
+
 
 LITTLE = 0.1
 """Share of the units of a kind under which what is left of them is remarked on."""
@@ -64,8 +67,8 @@ class SublayerReport:
             error += f" | scored with a damping of {self.score_damping:.0e}"
         unit = "neurons" if self.kind == "ffn" else "heads"
         return (
-            f"{self.name}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left{error} | "
-            f"{self.seconds:.1f} s"
+            f"{printable(self.name)}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left"
+            f"{error} | {self.seconds:.1f} s"
         )
 
 
@@ -172,7 +175,7 @@ class PruningReport:
             emptied = [s.name for s in some if not s.kept]
             share = sum(len(s.kept) for s in some) / max(sum(s.units for s in some), 1)
             if emptied:
-                names = ", ".join(emptied[:3]) + (", ..." if len(emptied) > 3 else "")
+                names = ", ".join(map(in_markdown, emptied[:3])) + (", ..." if len(emptied) > 3 else "")
                 found.append(f"{len(emptied)} of {len(some)} {places} {are} left without {units} ({names})")
             if some and share < LITTLE:
                 found.append(f"{share:.1%} of the {units} {are} left, less than {LITTLE:.0%}")
@@ -183,10 +186,19 @@ class PruningReport:
 
     @classmethod
     def from_json(cls, text: str) -> PruningReport:
-        data = json.loads(text)
-        data["sublayers"] = [SublayerReport(**s) for s in data["sublayers"]]
-        data["before"], data["after"] = Size(**data["before"]), Size(**data["after"])
-        return cls(**data)
+        """The report in `text`. Raises `ArgumentError` if that holds none."""
+        try:
+            data = json.loads(text)
+            data["sublayers"] = [SublayerReport(**s) for s in data["sublayers"]]
+            data["before"], data["after"] = Size(**data["before"]), Size(**data["after"])
+            report = cls(**data)
+            report.to_markdown()  # which fails where a field is of another kind
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{JSON_NAME} is damaged or of another version of hf_kprune; take the one that was saved with the model, or "
+                "delete it"
+            ) from error
+        return report
 
     def to_markdown(self) -> str:
         rows = [
@@ -225,27 +237,34 @@ class PruningReport:
         lines += ["", "| sublayer | kept | of | error cut | error tuned | s |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
         for s in self.sublayers:
             errors = ["-" if e is None else f"{e:.4f}" for e in (s.error_before, s.error_after)]
-            lines.append(f"| {s.name} | {len(s.kept)} | {s.units} | {errors[0]} | {errors[1]} | {s.seconds:.1f} |")
+            lines.append(
+                f"| {in_markdown(s.name)} | {len(s.kept)} | {s.units} | {errors[0]} | {errors[1]} | {s.seconds:.1f} |"
+            )
         knowledge = f"{self.knowledge}, of the outputs {', '.join(self.compared)}" if self.compared else self.knowledge
+        knowledge, device, dataset = map(in_markdown, (knowledge, self.device, self.calibration.get("dataset")))
+        versions = ", ".join(f"{in_markdown(name)} {in_markdown(version)}" for name, version in self.versions.items())
         knowledge += f", without {', '.join(self.ignored)}" if self.ignored else ""
         lines += [
             "",
             f"Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: {knowledge}. "
             f"Calibration: {self.calibration.get('rows', 0):,} rows, {self.calibration.get('tokens', 0):,} tokens of "
-            f"{self.calibration.get('dataset')}, seed {self.calibration.get('seed')}. {self.device}, peak memory "
-            f"{self.peak_memory / 2**30:.2f} GiB. " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + ".",
+            f"{dataset}, seed {in_markdown(self.calibration.get('seed'))}. {device}, peak memory "
+            f"{self.peak_memory / 2**30:.2f} GiB. " + versions + ".",
         ]
         return "\n".join(lines) + "\n"
 
     def title(self) -> str:
         """What was pruned by which method, what is gone and what was asked, in one line."""
         asked = ", ".join(
-            f"{value:.2%} asked" if name == "sparsity" else f"{name} {value:,.6g} asked, {self.achieved:,.6g} achieved"
+            f"{value:.2%} asked"
+            if name == "sparsity"
+            else f"{in_markdown(name)} {value:,.6g} asked, {self.achieved:,.6g} achieved"
             for name, value in self.asked.items()
         )
-        subject = f"K-pruned {self.model}" if self.method == "kprune" else f"{self.model} pruned by {self.method}"
+        model, method = in_markdown(self.model), in_markdown(self.method)
+        subject = f"K-pruned {model}" if self.method == "kprune" else f"{model} pruned by {method}"
         if self.estimate:
-            subject = f"Plan: {self.model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {self.method}'}"
+            subject = f"Plan: {model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {method}'}"
         removed = "would be removed" if self.estimate else "removed"
         seconds = self.seconds.get("total", 0)
         return f"{subject}: {self.sparsity:.2%} of the prunable FLOPs {removed} ({asked}), {seconds:.0f} s"
@@ -270,9 +289,9 @@ class PruningReport:
         errors = sorted((s.error_after, s.name) for s in self.sublayers if s.error_after is not None)
         if errors:
             middle, (largest, name) = errors[len(errors) // 2][0], errors[-1]
-            lines.append(f"  error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({name})")
+            lines.append(f"  error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({in_markdown(name)})")
         rows, tokens = (self.calibration.get(key, 0) for key in ("rows", "tokens"))
-        lines.append(f"  calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {self.knowledge}")
+        lines.append(f"  calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {in_markdown(self.knowledge)}")
         spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items() if phase != "total")
         lines.append(f"  time: {spent}; peak memory {self.peak_memory / 2**30:.2f} GiB")
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks()[:2])]) + "\n"
@@ -305,7 +324,7 @@ def in_words(cuts: list[dict[str, Any]]) -> str:
     """The dense model, every cut in it, the oldest first, and what they come to."""
     known = [cut for cut in cuts if cut]
     steps = [
-        f"{cut['sparsity']:.2%} of the prunable FLOPs removed by {cut['method']} "
+        f"{cut['sparsity']:.2%} of the prunable FLOPs removed by {in_markdown(cut['method'])} "
         f"({cut['parameters'][0]:,} to {cut['parameters'][1]:,} parameters)"
         if cut
         else "a cut of which no record is left"
@@ -313,7 +332,7 @@ def in_words(cuts: list[dict[str, Any]]) -> str:
     ]
     if not known:
         return "It was pruned before, by a run of which no record is left."
-    text = f"The dense model is {cuts[0]['model']}: " if cuts[0] else ""
+    text = f"The dense model is {in_markdown(cuts[0]['model'])}: " if cuts[0] else ""
     text += f"{len(cuts)} cuts: " if len(cuts) > 1 else ""
     text += "; then ".join(steps)
     left = 1.0

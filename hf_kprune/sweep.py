@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .errors import ArgumentError
+from .text import in_markdown
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Sweep:
         ]
 
     def to_markdown(self) -> str:
-        name = self.metric or "distance"
+        name = in_markdown(self.metric or "distance")
         lines = [
             f"| removed | {name} | parameters | GFLOPs | speed-up | Pareto | saved |",
             "| ---: | ---: | ---: | ---: | ---: | :---: | --- |",
@@ -78,7 +79,7 @@ class Sweep:
             chosen = " **best**" if place == self.best else ""
             lines.append(
                 f"| {point.sparsity:.1%} | {value:.4f}{chosen} | {point.parameters:,} | {point.flops / 1e9:.4g} | "
-                f"{point.speedup:.2f}x | {'x' if optimal else ''} | {point.path or ''} |"
+                f"{point.speedup:.2f}x | {'x' if optimal else ''} | {in_markdown(point.path or '')} |"
             )
         return "\n".join(lines) + "\n"
 

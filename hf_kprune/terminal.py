@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,25 +11,11 @@ from typing import Any
 
 from .errors import ArgumentError, KPruneError
 from .parser import COMMANDS, as_options, options_of, parse
+from .text import printable
 
 
 INPUT, INTERRUPT, NO_READER = 2, 130, 141
 """Exit codes: something in the input, Ctrl-C, and nobody who reads what is printed."""
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A text without characters that steer a terminal or reorder what it shows: those are written as escapes.
-
-    Args:
-        text: Of any origin.
-        keep: Characters that stay as they are, such as line ends.
-    """
-
-    def shown(character: str) -> str:
-        steers = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-        return character.encode("unicode_escape").decode("ascii") if steers and character not in keep else character
-
-    return "".join(map(shown, text))
 
 
 def is_main_process() -> bool:

@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT, tiny
 
 from hf_kprune import __version__
-from hf_kprune.terminal import NO_READER, main, printable
+from hf_kprune.terminal import NO_READER, main
+from hf_kprune.text import printable
 
 
 COMMAND = [sys.executable, str(ROOT / "hf_kprune_command.py")]

@@ -151,12 +151,10 @@ def imports(module: str, of_types: bool = False) -> set[str]:
     ("modules", "allowed"),
     [
         (("knowledge", "search", "reconstruction"), {"torch"}),
-        (("families", "report"), set()),
-        (("version",), set()),
-        (
-            ("modeling_kprune",),
-            {"safetensors", "torch", "transformers"},
-        ),  # it travels alone
+        (("families",), set()),
+        (("report",), {".errors", ".text"}),
+        (("version", "text"), set()),
+        (("modeling_kprune",), {"safetensors", "torch", "transformers"}),  # it travels alone
         (("hooks",), {"torch", ".sublayers", ".errors", ".modeling_kprune"}),
     ],
 )
