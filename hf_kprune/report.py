@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
-from .text import in_markdown, printable
+from .text import in_markdown, printable, public_name
 
 
 LITTLE = 0.1
@@ -155,7 +155,7 @@ class PruningReport:
         """What the reports of later runs say of this one."""
         name, space, kind = self.model.rpartition(" (")
         return {
-            "model": (Path(name).name if Path(name).is_absolute() else name) + space + kind,
+            "model": public_name(name) + space + kind,
             "method": self.method,
             "asked": self.asked,
             "sparsity": self.sparsity,
