@@ -595,4 +595,4 @@ def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     expected = drawn(tiny(), TEXTS * 4, tokenizer(), packing=True, max_seq_length=8)
     assert calibration["sha256"] == expected.fingerprint["sha256"]
     assert main([str(option) for option in ("plan", *options, "--text_columns", "text,other")]) == 2
-    assert "packing joins the texts of one column, text_columns names 2" in capsys.readouterr().err
+    assert "joins the texts of one column, --text_columns names 2" in capsys.readouterr().err
