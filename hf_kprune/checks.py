@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .errors import UnsupportedModelError
+from .heads import check_problem_type
 from .modeling_kprune import has, inner_models, plan_of
 from .proof import quiet
 from .sublayers import described, find_sublayers, oriented
@@ -160,6 +161,7 @@ def check_described(model: PreTrainedModel, by: str | None = None) -> None:
     """
     for name, projection in _projections(model, by):
         _check_projection(model, name, projection)
+    check_problem_type(model.config)
     _check_built_again(model)
 
 

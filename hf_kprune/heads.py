@@ -141,6 +141,18 @@ class Knowledge:
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
+def check_problem_type(config: Any) -> None:
+    """Raise `ArgumentError` if a config contradicts itself, so that there would be nothing to preserve."""
+    problem = getattr(config, "problem_type", None)
+    if problem is not None and problem not in PROBLEMS:
+        raise ArgumentError(f"config.problem_type is {problem!r}, expected None or one of {', '.join(PROBLEMS)}")
+    if problem == "single_label_classification" and config.num_labels == 1:
+        raise ArgumentError(
+            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every prediction is "
+            "certain; set config.problem_type = 'regression', or 'multi_label_classification' for one yes or no"
+        )
+
+
 def problem_type(config: Any, label: Any = None) -> str:
     """What a sequence head answers: one of `PROBLEMS`.
 
@@ -151,14 +163,8 @@ def problem_type(config: Any, label: Any = None) -> str:
     Raises:
         ArgumentError: If the config contradicts itself, so that there would be nothing to preserve.
     """
+    check_problem_type(config)
     problem, count = config.problem_type, config.num_labels
-    if problem is not None and problem not in PROBLEMS:
-        raise ArgumentError(f"config.problem_type is {problem!r}, expected None or one of {', '.join(PROBLEMS)}")
-    if problem == "single_label_classification" and count == 1:
-        raise ArgumentError(
-            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every prediction is "
-            "certain; set config.problem_type = 'regression', or 'multi_label_classification' for one yes or no"
-        )
     if problem is not None:
         return str(problem)
     if count == 1:
