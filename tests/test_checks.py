@@ -95,6 +95,18 @@ def on_query(change: Callable[[Any], Any]) -> Callable[[PreTrainedModel], None]:
     return lambda model: change(model.bert.encoder.layer[1].attention.self.query) and None
 
 
+class Packed(torch.Tensor):
+    """As quantisers keep weights: a tensor that stands for another."""
+
+
+def packed(module: Any) -> None:
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Packed))
+
+
+def observed(module: Any) -> None:
+    module.__class__ = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.qat.modules.linear"})
+
+
 QUERY = r"bert\.encoder\.layer\.1\.attention\.self\.query"
 
 NO_PROJECTIONS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
@@ -107,6 +119,8 @@ NO_PROJECTIONS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
     "weight norm": (on_query(parametrizations.weight_norm), f"the weight of {QUERY} is computed from other tensors"),
     "spectral norm": (on_query(nn.utils.spectral_norm), f"the weight of {QUERY} is computed from other tensors"),
     "masked": (on_query(lambda m: prune.l1_unstructured(m, "weight", 0.5)), f"the weight of {QUERY} is computed from other"),
+    "packed": (on_query(packed), f"{QUERY}.weight is a .*Packed, expected a plain tensor: quantise or shard"),
+    "observed": (on_query(observed), f"{QUERY} is a torch.ao.nn.qat.* quantised or to be; prune the model before"),
     "forward": (on_query(lambda m: setattr(m, "forward", lambda x: x)), f"the forward of {QUERY} was replaced by"),
     "another dtype": (on_query(lambda m: m.double()), f"{QUERY} is torch.float64 in a model of torch.float32"),
     "half": (on_query(lambda m: m.bfloat16()), f"{QUERY} is torch.bfloat16 in a model of torch.float32"),
