@@ -59,7 +59,7 @@ def check_alike(accelerator: Accelerator, model: nn.Module, options: Mapping[str
     tensors = {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
     first, *others = gather_object([({name: repr(value) for name, value in options.items()}, tensors)])
     for rank, entry in enumerate(others, start=1):
-        for name in first[0].keys() | entry[0].keys():
+        for name in dict.fromkeys([*first[0], *entry[0]]):
             if first[0].get(name) != entry[0].get(name):
                 raise ArgumentError(
                     f"{name} is {first[0].get(name)} on process 0 and {entry[0].get(name)} on process {rank}; give all "
