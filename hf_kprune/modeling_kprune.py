@@ -236,7 +236,11 @@ class SelectHeads:
 
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
     """The list of layers at `path`, seen from `model` or from the base model inside it; None if there is none."""
-    for prefix in ("", getattr(model, "base_model_prefix", "") + "."):
+    prefixes = ["", getattr(model, "base_model_prefix", "") + "."]
+    for name, inner in model.named_children():  # a head that does not name the model it is on: CLIP's in some versions
+        if isinstance(inner, PreTrainedModel) and isinstance(inner.config, type(getattr(model, "config", None))):
+            prefixes.append(name + ".")
+    for prefix in prefixes:
         try:
             found = model.get_submodule(prefix + path)
         except AttributeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import dataclasses
 import inspect
 import re
@@ -165,3 +166,18 @@ def test_modules_import_what_they_say_and_no_more(modules: tuple[str, ...], allo
 
 def test_the_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.?(dev|rc)\d+)?", hf_kprune.__version__)
+
+
+def test_the_lower_bounds_are_versions_that_are_run() -> None:
+    """`.ci/run` installs constraints-lowest.txt, which pins what setup.cfg allows at least; torch is one build."""
+    root = PACKAGE.parent
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    bounds = dict(re.findall(r"^(\w+)>=([\d.]+)", setup["options"]["install_requires"], re.M))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (root / "constraints-lowest.txt").read_text(encoding="utf-8"), re.M))
+    assert {"transformers", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"} <= bounds.keys()
+    for name in bounds.keys() - {"torch"}:
+        assert f"{pins[name]}.".startswith(f"{bounds[name]}."), name
+    commands = (root / ".ci" / "run").read_text(encoding="utf-8")
+    assert "constraints-$end.txt" in commands
+    assert "for end in lowest newest" in commands

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 
 DECODER: dict[str, Any] = {
@@ -520,6 +520,9 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 
+
+for unknown in [name for name in ZOO if name.split(":")[0] not in CONFIG_MAPPING]:
+    del ZOO[unknown]  # a type that came with a later version of transformers than the one at hand
 
 NAMED = (
     "bert roberta xlm-roberta camembert electra distilbert mpnet deberta deberta-v2 deberta-v2:v3 modernbert "
