@@ -144,7 +144,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
 
                 stack.enter_context(_hook(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
             for layer in layers:
-                result = fill(sublayer.stack.returns, stream, {})
+                result = fill(form_of(sublayer), stream, {})
                 stack.enter_context(_forward(layer, lambda *_, result=result, **__: result))
         for below in sublayers[:position]:
             if below.name in state.held:
@@ -192,8 +192,12 @@ def run_sublayer(
         seen["above"] = hidden_states(stack.returns, output)
         raise _Stop
 
+    def on_layer(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        note_form(sublayer, output)
+
     with ExitStack() as hooks, resumed(sublayers, position, state):
         hooks.enter_context(_hook(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
+        hooks.enter_context(_hook(sublayer.layer.register_forward_hook(on_layer)))
         if block.stream is not None:
             for path in block.stream.split("|"):
                 reader = sublayer.layer.get_submodule(path)
@@ -206,7 +210,7 @@ def run_sublayer(
             hooks.enter_context(_hook(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
         for name, later in {s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers}.items():
             for layer in later.layers if name not in state.inputs else ():  # runs first, but nothing here waits for it
-                template = later.stack.returns
+                template = form_of(later)
                 skip = lambda *args, template=template, **kwargs: fill(template, _first(args, kwargs), {})  # noqa: E731
                 hooks.enter_context(_forward(layer, skip))
         _run(model, inputs)
@@ -254,7 +258,27 @@ def run_to_inputs(
 
 def hidden_states(returns: Any, output: Any) -> Tensor:
     """The hidden states in what a layer returned, see `Stack.returns`."""
-    return cast(Tensor, output if returns == "y" else output[list(returns).index("y")])
+    return cast(Tensor, output if isinstance(output, Tensor) else output[list(returns).index("y")])
+
+
+def note_form(sublayer: Sublayer, output: Any) -> None:
+    """Note what a layer of the stack of `sublayer` has returned, where it is not what its family says.
+
+    Releases of transformers differ in whether the hidden states come alone or in a tuple.
+    """
+    declared = sublayer.stack.returns
+    if isinstance(output, Tensor):
+        form: Any = "y"
+    elif isinstance(declared, tuple) and len(output) == len(declared):
+        form = declared
+    else:
+        form = ("y", *[None] * (len(output) - 1))
+    sublayer.layers.__dict__["kprune_form"] = form
+
+
+def form_of(sublayer: Sublayer) -> Any:
+    """What a layer of the stack of `sublayer` returns: as the last one that ran did, or else as its family says."""
+    return sublayer.layers.__dict__.get("kprune_form", sublayer.stack.returns)
 
 
 @torch.no_grad()
@@ -278,6 +302,7 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[
 
     def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            note_form(sublayer, output)
             tops[name] = hidden_states(sublayer.stack.returns, output)
             if len(tops) == len(stacks):
                 raise _Stop

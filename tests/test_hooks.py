@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from conftest import MODEL_TYPES, classes, collate, masked, rows, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from zoo import ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedArchitectureError
+from hf_kprune.families import FAMILIES
 from hf_kprune.hooks import State, probed, resumed, run_sublayer, run_to_top
-from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
+from hf_kprune.sublayers import Sublayer, cut, find_sublayers, with_own_tables, write_plan
 
 
 HEADS = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
@@ -249,3 +252,26 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
         UnsupportedArchitectureError, match="BertForSequenceClassification never reached the sublayer asked for"
     ):
         run_sublayer(model, inputs, sublayers, 4, State())
+
+
+@pytest.mark.parametrize(
+    ("name", "declared"), [("gptj", "y"), ("bert", ("y", None)), ("bart", ("y",)), ("t5", "y"), ("llama", ("y", None, None))]
+)
+def test_layers_return_what_they_return_whatever_the_family_says(
+    name: str, declared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states alone or in a tuple: in that, releases of transformers differ."""
+    kind = ZOO[name][2]
+    model = with_own_tables(make(name))
+    expected, inputs = outputs_of(model, kind), inputs_for(model, kind)
+    monkeypatch.setitem(FAMILIES, name, tuple(replace(stack, returns=declared) for stack in FAMILIES[name]))
+    sublayers, state = find_sublayers(model), State()
+    for position in range(len(sublayers) + 1):
+        with resumed(sublayers, position, state):
+            torch.testing.assert_close(outputs_of(model, kind), expected, rtol=2e-5, atol=2e-5)
+        if position < len(sublayers):
+            state = run_sublayer(model, inputs, sublayers, position, state).above
+    with torch.no_grad():
+        tops = run_to_top(model, inputs, sublayers)
+    for stack, top in tops.inputs.items():
+        torch.testing.assert_close(state.inputs[stack], top, rtol=2e-5, atol=2e-5)
