@@ -31,6 +31,7 @@ from .embeddings import SentenceFolder, folder_of, read_folder
 from .errors import ArgumentError, CheckpointError, KPruneError, UnsupportedArchitectureError
 from .families import FAMILIES, REFUSED
 from .hub import check_push
+from .integrity import verify_weights
 from .legacy import from_legacy
 from .loading import check_place, check_stock, load_model, load_tokenizer, model_class, reading
 from .metrics import ALIASES, QA_COLUMNS, figures_of, named_metric
@@ -296,7 +297,7 @@ def plan(data: DataArguments, args: KPruneArguments) -> None:
     say(f"\nA plan only: nothing was changed or written.\n\n{pruner.plan()}")
 
 
-def inspect(name: str) -> None:
+def inspect(name: str, verify: bool = False) -> None:
     check_place(name)
     with trying(f"load the model {name!r}"), reading(name):
         folder = read_folder(name)
@@ -321,6 +322,9 @@ def inspect(name: str) -> None:
         say(f"\n{HOW_TO_LOAD}")
     if report is not None:
         say("\n" + PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0])
+    if verify:
+        with trying(f"read the weights of {name!r}"):
+            say("\n" + "\n".join(verify_weights(name)))
 
 
 def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:

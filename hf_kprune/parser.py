@@ -331,6 +331,8 @@ def make_parser() -> argparse.ArgumentParser:
             for option in (options[member] for member in members if member in options):
                 add_option(group, option, kinds[option.name])
     commands.choices["inspect"].add_argument("model_name_or_path", help="A directory or a name on the Hub.")
+    verify = "Read the weight files too: whether they are, byte by byte, those that were saved; whether there are NaN or Inf."
+    commands.choices["inspect"].add_argument("--verify", action="store_true", help=verify)
     commands.choices["convert"].add_argument("old", help="The old checkpoint: a directory or a name on the Hub.")
     commands.choices["convert"].add_argument("new", help="Directory to write to.")
     return parser

@@ -1,0 +1,86 @@
+"""Quantisers leave what has no inputs or outputs alone, while a checkpoint is loaded and afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import logits, tiny
+from test_checkpoint import pruned
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from hf_kprune.modeling_kprune import EmptyLinear
+
+
+def torchao_int8(dynamic: bool) -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    return quantization.Int8DynamicActivationInt8WeightConfig() if dynamic else quantization.Int8WeightOnlyConfig()
+
+
+def by_torchao(folder: Path, dynamic: bool = False) -> PreTrainedModel:
+    config = transformers.TorchAoConfig(torchao_int8(dynamic))
+    return AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config)
+
+
+def by_torchao_afterwards(folder: Path) -> PreTrainedModel:
+    config, model = torchao_int8(False), AutoModelForSequenceClassification.from_pretrained(folder)
+    pytest.importorskip("torchao.quantization").quantize_(model, config)
+    return model
+
+
+def by_torch_afterwards(folder: Path) -> PreTrainedModel:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def by_quanto(folder: Path) -> PreTrainedModel:
+    pytest.importorskip("optimum.quanto")
+    config = transformers.QuantoConfig(weights="int8")
+    return AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config)
+
+
+def by_bitsandbytes(folder: Path, bits: int = 8) -> PreTrainedModel:
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    return AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config)
+
+
+WAYS: dict[str, Callable[[Path], PreTrainedModel]] = {
+    "torchao, weights": by_torchao,
+    "torchao, activations too": lambda folder: by_torchao(folder, dynamic=True),
+    "torchao, afterwards": by_torchao_afterwards,
+    "torch, afterwards": by_torch_afterwards,
+    "quanto": by_quanto,
+    "bitsandbytes, 8 bits": by_bitsandbytes,
+    "bitsandbytes, 4 bits": lambda folder: by_bitsandbytes(folder, bits=4),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_with_emptied_sublayers_is_quantised(tmp_path: Path, way: str) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the quantisers about themselves
+        quantised = WAYS[way](tmp_path)
+        close = logits(quantised) - logits(model)
+    assert close.abs().max() < 0.5 * logits(model).abs().max()
+    sizes = ("in_features", "out_features")
+    empty = [module for module in quantised.modules() if 0 in [getattr(module, size, 1) for size in sizes]]
+    assert {type(module) for module in empty} == {EmptyLinear}
+
+
+def test_nothing_is_spared_where_nothing_is_quantised(tmp_path: Path) -> None:
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float16}
+    empty = [module for module in loaded.modules() if isinstance(module, EmptyLinear)]
+    assert len(empty) == 3  # the output of an emptied attention, and both projections of an emptied FFN
+    assert not any(isinstance(module, EmptyLinear) for module in tiny().modules())
