@@ -73,7 +73,8 @@ class ProgressCallback(KPruneCallback):
     def on_phase_begin(self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any) -> None:
         if self.bar is None and shows_bars():
             form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
-            self.bar = tqdm(total=1.0, bar_format=form, smoothing=0, leave=phase == "prepare")
+            desc = f"hf_kprune: {phase:8}"
+            self.bar = tqdm(total=1.0, desc=desc, bar_format=form, smoothing=0, leave=phase == "prepare")
         if self.bar is not None:
             self.bar.set_description_str(f"hf_kprune: {phase:8}")
         elif phase not in self.phases and sys.stderr is not None:

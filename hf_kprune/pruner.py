@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PrinterCallback as PrintsMetrics
 from transformers.trainer_utils import BestRun, PredictionOutput
 from transformers.utils import logging
 
@@ -716,13 +717,15 @@ class KPrunePruner:
             arguments = self.args.training_arguments(unused)
             arguments.report_to = []
             arguments.disable_tqdm = arguments.disable_tqdm or bool(self._runs)  # there is one bar
-            yield Trainer(
+            trainer = Trainer(
                 model=self.model,
                 args=arguments,
                 data_collator=self.data_collator,
                 processing_class=self.processing_class,
                 compute_metrics=self.compute_metrics or metrics_of(self.model),
             )
+            trainer.remove_callback(PrintsMetrics)  # what it prints is what is returned
+            yield trainer
 
     @checked_arguments()
     def save_model(self, output_dir: str | None = None) -> None:
