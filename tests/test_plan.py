@@ -13,7 +13,7 @@ from test_pruner import unchanged
 from transformers import PreTrainedModel
 from zoo import make
 
-from hf_kprune import ArgumentError, BudgetError, CalibrationError, KPruneArguments, KPrunePruner
+from hf_kprune import ArgumentError, BudgetError, CalibrationError, KPruneArguments, KPrunePruner, UnsupportedModelError
 from hf_kprune.cost import model_size
 from hf_kprune.methods import METHODS
 from hf_kprune.pruner import PLAN_TOKENS
@@ -142,5 +142,5 @@ def test_a_plan_refuses_what_prune_refuses(tmp_path: Any) -> None:
         make_pruner(tiny(), rows(3)).plan()
     model = tiny()
     model.base_model.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
-    with pytest.raises(CalibrationError):
+    with pytest.raises(UnsupportedModelError, match=r"output\.dense\.weight"):
         make_pruner(model).plan()

@@ -140,7 +140,8 @@ def test_the_command_line_does_not_replace_the_current_directory(
     arguments = [str(places / "dense"), path] if command == "convert" else [*options, "--output_dir", path]
     with unchanged(places):
         assert main([command, *arguments]) == 2
-    assert capsys.readouterr().err.startswith("hf-kprune: error: output_dir ")
+    named = "output_dir" if command == "convert" else "--output_dir"
+    assert capsys.readouterr().err.startswith(f"hf-kprune: error: {named} ")
 
 
 def test_every_way_to_name_a_directory_refuses_the_empty_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
