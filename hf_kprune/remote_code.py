@@ -9,6 +9,7 @@ Stock classes have theirs in modeling_kprune.py itself. With `import hf_kprune` 
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,23 @@ def check_code_is_used(model: PreTrainedModel, name: Any) -> None:
 
 
 def check_code_travels(model: PreTrainedModel) -> None:
-    """Refuse a model whose class nobody could load a checkpoint with, as its code would not be in it."""
+    """Warn of a model whose class is in no checkpoint: whoever loads it needs that class, as for the dense model.
+
+    Raises `ArgumentError` if its code is meant to travel (`register_for_auto_class`) and is in no file.
+    """
     kind, module = type(model), sys.modules.get(type(model).__module__)
-    if is_stock(model) or (kind.is_remote_code() and getattr(module, "__file__", None) and kind.__module__ != "__main__"):
-        return
     name = kind.__name__
-    raise ArgumentError(
-        f"{name} is a class of {kind.__module__}, not of transformers, so its code has to travel with the checkpoint: define "
-        f"it in a file of its own and call {name}.register_for_auto_class({auto_name(kind)!r}) first"
-    )
+    advice = f"define it in a file of its own and call {name}.register_for_auto_class({auto_name(kind)!r}) first"
+    if is_stock(model):
+        return
+    if not kind.is_remote_code():
+        warnings.warn(
+            f"{name} is a class of {kind.__module__}, not of transformers: the checkpoint loads by {name}.from_pretrained "
+            f"where that class is at hand; to let its code travel with it, {advice}",
+            stacklevel=2,
+        )
+    elif kind.__module__ == "__main__" or not getattr(module, "__file__", None):
+        raise ArgumentError(f"{name} is registered for an auto class, and its code is in no file that can be saved; {advice}")
 
 
 def auto_name(kind: Any) -> str:

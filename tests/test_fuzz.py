@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,7 @@ pytestmark = pytest.mark.slow
 def cases(count: int) -> Callable[..., Any]:
     """So many random cases, the same in every run, without a limit of time for one."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
-    return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks
-    )
+    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
 
 class CallersError(Exception):
@@ -117,8 +114,7 @@ def assert_right(model: PreTrainedModel, dense: PreTrainedModel, report: Pruning
         again = type(model)(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert {name: parameter.shape for name, parameter in again.named_parameters()} == shapes
-    for before, after in ((dense.config, model.config),):
-        assert before.model_type == after.model_type
+    assert model.config.model_type == dense.config.model_type
     batch = pad_right(ROWS[:4])
     with torch.no_grad():
         result = model.eval()(**batch).logits
@@ -361,8 +357,9 @@ def test_plans(checkpoint: Path, data: st.DataObject) -> None:
     except CheckpointError as error:
         assert_own_error_of_loading(error)
         return
-    except RuntimeError as error:  # without a plan it is not ours, and transformers refuses the weights
-        assert config.get("kprune") is None or not isinstance(config["kprune"], dict), error
+    except RuntimeError:  # without a plan it is not ours, and transformers refuses the weights
+        if isinstance(config.get("kprune"), dict):
+            raise
         return
     batch = pad_right(ROWS[:4])
     with torch.no_grad():
@@ -419,6 +416,17 @@ SIZES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "layer_norm_elementwise_affine": st.booleans(),
     },
 }
+STARTS: dict[str, dict[str, Any]] = {
+    "llama": DECODER_CONFIG,
+    "gpt2": {"n_embd": 16, "n_inner": 12, "n_layer": 1, "n_head": 4},
+    "opt": {
+        "hidden_size": 16,
+        "ffn_dim": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 16,
+    },
+}
 FIXED = {"vocab_size": 60, "max_position_embeddings": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
@@ -426,29 +434,24 @@ FIXED = {"vocab_size": 60, "max_position_embeddings": 40, "bos_token_id": 0, "eo
 def configs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     model_type = draw(st.sampled_from(list(SIZES)))
     names = draw(st.lists(st.sampled_from(list(SIZES[model_type])), unique=True, min_size=1))
-    start: dict[str, Any] = {"llama": DECODER_CONFIG, "gpt2": {"n_embd": 16, "n_inner": 12, "n_layer": 1, "n_head": 4}}.get(
-        model_type, {"hidden_size": 16, "ffn_dim": 12, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 16}
-    )
-    return model_type, {**FIXED, **start, **{name: draw(SIZES[model_type][name]) for name in names}}
+    chosen = {name: draw(SIZES[model_type][name]) for name in names}
+    return model_type, {**FIXED, **STARTS[model_type], **chosen}
 
 
 @cases(200)
-@given(made_of=configs(), sparsity=st.floats(0.05, 0.95), by=st.sampled_from(["group", "query"]))
-def test_configs(made_of: tuple[str, dict[str, Any]], sparsity: float, by: str) -> None:
+@given(described=configs(), sparsity=st.floats(0.05, 0.95), by=st.sampled_from(["group", "query"]))
+def test_configs(described: tuple[str, dict[str, Any]], sparsity: float, by: str) -> None:
     """A model of any sizes, heads that do not divide and layers that are not there among them."""
-    model_type, values = made_of
+    model_type, values = described
     try:
         model = random_model(model_type, **values)
         model(**pad_right(ROWS[:2]))
     except Exception:  # transformers itself does not make or run such a model
         return
-    args = KPruneArguments(
-        sparsity=sparsity, head_unit=by, num_tokens=150, tune=sparsity > 0.5, ridge=0.1, disable_tqdm=True
-    )
+    args = KPruneArguments(sparsity=sparsity, head_unit=by, num_tokens=150, tune=sparsity > 0.5, ridge=0.1, disable_tqdm=True)
     run(model, lambda dense: KPrunePruner(dense, args, ROWS, pad_right))
 
 
 def test_targets_are_all_tried() -> None:
     """A budget that is added to the options must be added to the fuzz too; times need a quiet machine."""
     assert {"target_latency", "target_speedup"} == set(TARGETS) - USUAL.keys()
-    assert math.isfinite(len(USUAL))
