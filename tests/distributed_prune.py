@@ -64,6 +64,7 @@ def main() -> None:
         statistics_dtype="float64",
         disable_tqdm=True,
         use_cpu=True,
+        verbose=True,  # a line for each sublayer, which tests count
     )
     options.ridge = args.ridge  # the least squares of so few tokens would magnify rounding
     options.output_dir = str(args.out / "model")
