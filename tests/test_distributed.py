@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,14 @@ def launch(
     command += ["--world_size", count]  # which the script asserts
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port}
     env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), env.get("PYTHONPATH", "")])
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+        try:
+            printed, error = process.communicate(timeout=240)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and all that it has started
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, printed, error)
 
 
 def result(done: subprocess.CompletedProcess[str], out: Path) -> tuple[Any, dict[str, torch.Tensor]]:
