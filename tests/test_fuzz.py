@@ -29,7 +29,7 @@ from hf_kprune.modeling_kprune import digest
 from hf_kprune.sublayers import find_sublayers
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # a warning is no way out
 
 
 def cases(count: int) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-ENCODER = tiny("bert", num_hidden_layers=1, num_labels=3)
+ENCODER = tiny("bert", num_hidden_layers=1, num_labels=3, problem_type="single_label_classification")
 DECODER_CONFIG = {
     "vocab_size": 60,
     "hidden_size": 16,
