@@ -528,9 +528,10 @@ class KPrunePruner:
         logger.info("%s compares the outputs %s of %s", loss.name, ", ".join(pruning.compared), name)
         answers = [output for output in pruning.ignored if output not in BY_PRODUCTS]
         if answers:
+            advice = "pass compute_loss to count them" if self.compute_loss is None else "count them in compute_loss too"
             warnings.warn(
                 f"the knowledge loss ({loss.name}) compares {', '.join(pruning.compared)} of {name} and ignores "
-                f"{', '.join(answers)}, which pruning may change; pass compute_loss to count them",
+                f"{', '.join(answers)}, which pruning may change; {advice}",
                 stacklevel=5,
             )
 
