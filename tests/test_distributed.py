@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("distributed_prune.py")
 
 
 def launch(
-    processes: int, out: Path, *arguments: str, accelerate: bool = False, timeout: float = 240
+    processes: int, out: Path, *arguments: str, accelerate: bool = False, timeout: float = 500
 ) -> subprocess.CompletedProcess[str]:
     out.mkdir()
     count = str(processes)
@@ -36,7 +36,7 @@ def launch(
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
         try:
-            printed, error = process.communicate(timeout=240)
+            printed, error = process.communicate(timeout=timeout)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)  # the launcher and all that it has started
             raise
@@ -138,6 +138,7 @@ def test_rows_shared_out_beforehand_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_one_process_equals_many_on_a_real_model(tmp_path: Path, pack: Path, processes: int) -> None:
     """K-prune: of a thousand neurons, ours finds many as good as others, and rounding chooses among them."""
