@@ -330,7 +330,7 @@ def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
         arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) or kind_of(module) == "conv1d":
-            total += 2 * cast(Tensor, weight).numel() * output.shape[:-1].numel()
+            total += 2 * cast(Tensor, weight).numel() * arguments[0].shape[:-1].numel()  # routers give more than a product
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             total += 2 * module.weight.numel() * output.numel() / module.out_channels
         elif arguments:

@@ -190,7 +190,8 @@ def test_a_pruned_folder_encodes_as_its_parts_do(transformer: str, tmp_path: Pat
     before, after = files(folder), files(tmp_path / "pruned")
     assert "onnx/model.onnx" not in after
     carried = before.keys() - WRITTEN - {"onnx/model.onnx"}
-    assert {"modules.json", "1_Pooling/config.json", "notes/data.txt", "config_sentence_transformers.json"} <= carried
+    assert {"modules.json", "notes/data.txt", "config_sentence_transformers.json"} <= carried
+    assert any(name.endswith("_Pooling/config.json") for name in carried)
     assert {name: after.get(name) for name in carried} == {name: before[name] for name in carried}
     again = prune(str(tmp_path / "pruned"), tmp_path / "again")
     torch.testing.assert_close(encode(tmp_path / "again"), in_place(folder, again.model), rtol=1e-5, atol=1e-6)
