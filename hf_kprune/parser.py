@@ -352,6 +352,12 @@ def parse(argv: Sequence[str]) -> tuple[str, list[Any]]:
         raise ArgumentError(f"no such options: {' '.join(unknown)}{way_out}")
     if command in ("prune", "sweep") and values["output_dir"] is None:
         raise ArgumentError(f"--output_dir is missing: name a directory to write to; see hf-kprune {command} --help")
+    if command == "sweep":
+        evaluated = values["eval_file"] or values["eval_dataset_name"]
+        if values["compare_by"] is not None and not evaluated:
+            raise ArgumentError("--compare_by needs evaluation data: --eval_file or --eval_dataset_name")
+        if values["lower_is_better"] and values["compare_by"] is None:
+            raise ArgumentError("--lower_is_better is said of a metric: name it by --compare_by")
     classes = COMMANDS[command][0]
     if not classes:
         return command, list(values.values())

@@ -406,6 +406,18 @@ def test_budgets_are_separated_by_spaces_or_commas() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--compare_by accuracy", "--compare_by needs evaluation data: --eval_file or --eval_dataset_name"),
+        ("--lower_is_better", "--lower_is_better is said of a metric: name it by --compare_by"),
+    ],
+)
+def test_options_of_a_sweep_that_lack_another_are_refused_at_once(hf_kprune: Any, words: str, message: str) -> None:
+    more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
+    assert hf_kprune("sweep", *more, *words.split()) == (2, "", f"hf-kprune: error: {message}\n")
+
+
+@pytest.mark.parametrize(
     ("message", "rendered"),
     [
         (
