@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .arguments import KPruneArguments
 from .errors import ArgumentError
@@ -106,7 +107,15 @@ class ReportingCallback(KPruneCallback):
         try:
             self.integrations = [make() for make in get_reporting_integration_callbacks(self.arguments.report_to)]
         except (ValueError, RuntimeError, ImportError) as error:  # unknown, or its package is not installed
-            raise ArgumentError(f"report_to is {args.report_to}: {error}") from error
+            unknown = [name for name in args.report_to if name not in {"all", *INTEGRATION_TO_CALLBACK}]
+            if unknown:
+                raise ArgumentError(
+                    f"report_to is {args.report_to}, of which {', '.join(unknown)} is not supported; expected any of "
+                    f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+                ) from error
+            raise ArgumentError(
+                f"report_to is {args.report_to}, and the package of one of them is not installed: install it, or leave it out"
+            ) from error
 
     def _tell(self, event: str, **kwargs: Any) -> None:
         for integration in self.integrations:

@@ -786,7 +786,13 @@ class KPrunePruner:
 
     def _save_beside(self, directory: str) -> None:
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
+            try:
+                self.processing_class.save_pretrained(directory)
+            except Exception as error:  # its own code, of whatever kind
+                raise CheckpointError(
+                    f"processing_class, {show(self.processing_class)}, cannot be saved: its save_pretrained failed with a "
+                    f"{type(error).__name__}; set pruner.processing_class to one that can be saved, or to None"
+                ) from error
         if self.report is not None:
             self.report.save(directory)
         self.create_model_card(output_dir=directory)

@@ -31,6 +31,7 @@ from hf_kprune import (
     ArgumentError,
     BudgetError,
     CalibrationError,
+    CheckpointError,
     KPruneArguments,
     KPruneCallback,
     KPruneError,
@@ -399,8 +400,27 @@ def test_report_to_sends_figures_to_an_integration(monkeypatch: pytest.MonkeyPat
         assert logs.get("prune/error_after") == s.error_after
     assert seen[7][2] == {"prune/sparsity": report.sparsity, "prune/parameters": report.after.parameters}
 
-    with pytest.raises(ArgumentError, match="report_to is .*paper.* is not supported"):
+    with pytest.raises(ArgumentError, match="report_to is .*paper.* is not supported; expected any of .*tensorboard"):
         make_pruner(tiny(), report_to=["paper"])
+    with pytest.raises(ArgumentError, match="the package of one of them is not installed: install it, or leave it out"):
+        make_pruner(tiny(), report_to=["codecarbon"])
+
+
+def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_without_it(tmp_path: Path) -> None:
+    class Unsaved:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def save_pretrained(self, directory: str) -> None:
+            raise NotImplementedError("not yet")
+
+    pruner = make_pruner(tiny(), sparsity=0.6)
+    pruner.prune()
+    pruner.processing_class = Unsaved()
+    with pytest.raises(CheckpointError, match=r"Unsaved.* cannot be saved.*to None.*unharmed.*save_model\('elsewhere'\)"):
+        pruner.save_model(str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    pruner.processing_class = None
+    pruner.save_model(str(tmp_path / "out"))
 
 
 def test_training_arguments_made_in_between_do_no_harm(tmp_path: Path) -> None:
