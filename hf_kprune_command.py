@@ -13,7 +13,7 @@ def main() -> int:
         package, load = module_from_spec(spec), spec.loader.exec_module
         sys.modules["hf_kprune"] = package  # its modules can be imported before what __init__ imports
 
-        from hf_kprune.terminal import main
+        from hf_kprune.cli.terminal import main
 
         return main(load=lambda: load(package))
     except KeyboardInterrupt:  # so early that nothing of ours was there to say it

@@ -21,9 +21,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_kprune import UnsupportedArchitectureError
-from hf_kprune.detect import describe
-from hf_kprune.families import FAMILIES, REFUSED
-from hf_kprune.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.structure.detect import describe
+from hf_kprune.structure.families import FAMILIES, REFUSED
+from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
 
 
 TEXT: dict[str, Any] = {
@@ -152,7 +152,12 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
         (2, 2),
     ),
     "luke": ("LukeModel", {**TEXT, "entity_vocab_size": 20, "entity_emb_size": 8}, "entities", (2, 2)),
-    "canine": ("CanineModel", {**TEXT, "local_transformer_stride": 16, "num_hash_buckets": 64}, "characters", (4, 4)),
+    "canine": (
+        "CanineModel",
+        {**TEXT, "local_transformer_stride": 16, "num_hash_buckets": 64},
+        "characters",
+        (4, 4),
+    ),
     "perceiver": (
         "PerceiverModel",
         {
@@ -252,7 +257,12 @@ HOLDOUT: dict[str, tuple[str, dict[str, Any], str, Counts]] = {
         "clip",
         (4, 4),
     ),
-    "owlvit": ("OwlViTModel", {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 8}, "clip", (4, 4)),
+    "owlvit": (
+        "OwlViTModel",
+        {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+        (4, 4),
+    ),
     "vitdet": (
         "VitDetModel",
         {
@@ -379,7 +389,10 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int, batch: int, longer:
     else:
         made = {"pixel_values": noise(3, 64, 64)}
     takes = inspect.signature(model.forward).parameters
-    return {**{k: v for k, v in made.items() if k in takes}, **({"use_cache": False} if "use_cache" in takes else {})}
+    return {
+        **{k: v for k, v in made.items() if k in takes},
+        **({"use_cache": False} if "use_cache" in takes else {}),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +406,9 @@ def outputs_of(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Tensor]:
     def tensors(value: Any) -> list[Tensor]:
         if isinstance(value, Tensor):
             return [value] if value.is_floating_point() else []
-        parts = value.values() if hasattr(value, "values") else value if isinstance(value, (list, tuple)) else ()
+        parts = (
+            value.values() if hasattr(value, "values") else value if isinstance(value, (list, tuple)) else ()
+        )
         return [tensor for part in parts for tensor in tensors(part)]
 
     torch.manual_seed(7)
@@ -423,7 +438,9 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
                 columns = keep.view(1, -1, 1).expand(s.unit.q // d, -1, d).flatten().float()
             else:
                 columns = keep.repeat_interleave(s.unit.q).float()
-            hooks.append(s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:])))
+            hooks.append(
+                s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:]))
+            )
         masked = outputs_of(model, inputs)
         for hook in hooks:
             hook.remove()
@@ -439,10 +456,14 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
             if [t.shape for t in made] != [t.shape for t in masked]:
                 return f"{what} returns other shapes than masked"
             for one, other in zip(made, masked, strict=True):
-                error = float((one - other).nan_to_num(0).abs().max() / other.nan_to_num(0).abs().max().clamp(min=1e-9))
+                error = float(
+                    (one - other).nan_to_num(0).abs().max() / other.nan_to_num(0).abs().max().clamp(min=1e-9)
+                )
                 if error > 1e-3 or not torch.equal(one.isnan(), other.isnan()):
                     return f"draw {draw}: {what} is {error:.0e} off masked"
-        if all(torch.allclose(one, other) for one, other in zip(masked, dense, strict=True)) and not all(map(all, kept)):
+        if all(torch.allclose(one, other) for one, other in zip(masked, dense, strict=True)) and not all(
+            map(all, kept)
+        ):
             return f"draw {draw}: the masks did nothing"
     return ""
 
@@ -478,7 +499,13 @@ def main() -> None:
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
             result = "**wrong**" if why else result
-            kept = [b.kind for m in model.modules() for s in vars(m).get("kprune_family", ()) for b in s.blocks if b.whole]
+            kept = [
+                b.kind
+                for m in model.modules()
+                for s in vars(m).get("kprune_family", ())
+                for b in s.blocks
+                if b.whole
+            ]
             why += "heads together" if kept else ""
         tally[result] = tally.get(result, 0) + 1
         expected = "-" if counts is None else f"{counts[0]}, {counts[1]}"

@@ -52,7 +52,9 @@ def read(path: Path) -> pd.DataFrame:
     frame["method"] = pd.Categorical(frame["method"].map(LABELS), list(LABELS.values()), ordered=True)
     if "options" in frame:
         frame["options"] = frame["options"].map(str)
-        for (method, *_), group in frame.groupby([name for name in ("method", "task") if name in frame], observed=True):
+        for (method, *_), group in frame.groupby(
+            [name for name in ("method", "task") if name in frame], observed=True
+        ):
             if group["options"].nunique() > 1:
                 raise ValueError(
                     f"{path} has lines of {method} with the options {sorted(set(group['options']))}; keep one file for each"
@@ -107,7 +109,9 @@ def curves(axes: Axes, frame: pd.DataFrame, value: str, title: str) -> None:
 def quality(frame: pd.DataFrame, folder: Path) -> None:
     whole = frame[frame["variant"] == ""]
     tasks = [task for task in TITLES if task in set(whole["task"])]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(tasks), figsize=(4 * len(tasks), 4), squeeze=False, layout="constrained"
+    )
     for task, axes in zip(tasks, panels[0], strict=True):
         some = whole[whole["task"] == task]
         print(f"### {TITLES[task]}\n\n{against_sparsity(some, 'method', 'metric')}")
@@ -119,20 +123,30 @@ def quality(frame: pd.DataFrame, folder: Path) -> None:
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     save(figure, folder / "quality.svg")
 
-    lost = whole.assign(lost=whole["dense"] - whole["metric"]).groupby(["task", "sparsity", "method"], observed=True)["lost"]
+    lost = whole.assign(lost=whole["dense"] - whole["metric"]).groupby(
+        ["task", "sparsity", "method"], observed=True
+    )["lost"]
     points = lost.mean().unstack()
     if {LABELS["obs"], LABELS["kprune"]} <= set(points):
         ours, theirs = points[LABELS["obs"]], points[LABELS["kprune"]]
         rows = [
-            [task, f"{100 * sparsity:.4g} %", *(f"{x:.2f}" for x in (theirs[task, sparsity], ours[task, sparsity], ratio))]
+            [
+                task,
+                f"{100 * sparsity:.4g} %",
+                *(f"{x:.2f}" for x in (theirs[task, sparsity], ours[task, sparsity], ratio)),
+            ]
             for (task, sparsity), ratio in (ours / theirs).dropna().items()
         ]
         print("### Points lost\n\n" + table(["task", "removed", "K-prune", "ours", "ours / K-prune"], rows))
 
     for (method, task), parts in frame[frame["variant"] != ""].groupby(["method", "task"], observed=True):
-        at = frame[(frame["method"] == method) & (frame["task"] == task) & frame["sparsity"].isin(parts["sparsity"])]
+        at = frame[
+            (frame["method"] == method) & (frame["task"] == task) & frame["sparsity"].isin(parts["sparsity"])
+        ]
         rows = pd.Categorical(at["variant"].replace("", "whole"), ["whole", *dict.fromkeys(parts["variant"])])
-        print(f"### Ablation of {method}: {TITLES[task]}\n\n{against_sparsity(at.assign(variant=rows), 'variant', 'metric')}")
+        print(
+            f"### Ablation of {method}: {TITLES[task]}\n\n{against_sparsity(at.assign(variant=rows), 'variant', 'metric')}"
+        )
 
 
 def speedup(frame: pd.DataFrame, folder: Path) -> None:
@@ -142,7 +156,9 @@ def speedup(frame: pd.DataFrame, folder: Path) -> None:
         rows = []
         for label, of in group.groupby("method", observed=True):
             at = of.set_index("task")
-            cells = [f"{at['factor'][t]:.2f}x ({at['sparsity'][t]:.0%})" if t in at.index else "-" for t in tasks]
+            cells = [
+                f"{at['factor'][t]:.2f}x ({at['sparsity'][t]:.0%})" if t in at.index else "-" for t in tasks
+            ]
             mean = "-" if "-" in cells else f"{at['factor'].product() ** (1 / len(tasks)):.2f}x"
             rows.append([label, *cells, mean])
         lengths = group.groupby("task")["length"].first()
@@ -155,7 +171,9 @@ def speedup(frame: pd.DataFrame, folder: Path) -> None:
 def pruning_time(frame: pd.DataFrame, folder: Path) -> None:
     frame["time"] = frame["seconds"].map(lambda phases: phases["total"]) + 60 * frame["minutes"]
     tasks = [task for task in TITLES if task in set(frame["task"])]
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout="constrained"
+    )
     for task, axes in zip(tasks, panels[0], strict=True):
         some = frame[frame["task"] == task]
         title = f"{TITLES[task]}, {some['sparsity'].iloc[0]:.0%} removed"
@@ -165,7 +183,9 @@ def pruning_time(frame: pd.DataFrame, folder: Path) -> None:
             rows.append([label + after, f"{of['time'].mean():.0f}", with_spread(of["metric"])])
         for label, of in some.groupby("method", observed=True):
             means = of.groupby("minutes")[["time", "metric"]].mean()
-            axes.plot(means["time"], means["metric"], label=label, color=COLOURS[label], marker="o", linestyle=":")
+            axes.plot(
+                means["time"], means["metric"], label=label, color=COLOURS[label], marker="o", linestyle=":"
+            )
         axes.axhline(some["dense"].mean(), label="dense", color="black", linestyle="--", linewidth=1)
         axes.set(xscale="log", xlabel="seconds of pruning and fine-tuning")
         axes.set_title(title, fontsize=9)
@@ -180,7 +200,9 @@ def perplexity(frame: pd.DataFrame, folder: Path) -> None:
         print(f"### {model}, perplexity\n\n{against_sparsity(some, 'method', 'perplexity', highest=False)}")
         if "untuned" in some:
             cuts = some.dropna(subset="untuned")
-            print(f"The same cuts, not tuned:\n\n{against_sparsity(cuts, 'method', 'untuned', highest=False)}")
+            print(
+                f"The same cuts, not tuned:\n\n{against_sparsity(cuts, 'method', 'untuned', highest=False)}"
+            )
         curves(axes, some, "perplexity", f"{model}, perplexity")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
@@ -196,13 +218,17 @@ def save(figure: Any, path: Path) -> None:
 
 def main() -> None:
     made = {"quality": quality, "speedup": speedup, "pruning_time": pruning_time, "perplexity": perplexity}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in made:
         parser.add_argument(f"--{name}", type=Path, help=f"What {name}.py wrote.")
     parser.add_argument("--folder", type=Path, default=Path("docs/figures"), help="For the plots.")
     args = parser.parse_args()
     matplotlib.use("svg")
-    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "hf_kprune", "axes.grid": True, "grid.alpha": 0.3})
+    pyplot.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "hf_kprune", "axes.grid": True, "grid.alpha": 0.3}
+    )
     for name, make in made.items():
         if path := getattr(args, name):
             make(read(path), args.folder)

@@ -12,20 +12,26 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_kprune.cost import cache_bytes_per_token
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.budget import cache_bytes_per_token
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 @torch.inference_mode()
 def seconds_of(model: PreTrainedModel, batch: int, prompt: int, new: int) -> float:
-    ids = torch.randint(4, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        4, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)
+    )
     begin = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=False)
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, do_sample=False
+    )
     return time.perf_counter() - begin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dense")
     parser.add_argument("pruned", nargs="+")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
@@ -39,7 +45,9 @@ def main() -> None:
     names = [args.dense, *args.pruned]
     models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in names]
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
-    print("| model | batch | tokens/s | speed-up | KV-cache bytes per token |\n| --- | ---: | ---: | ---: | ---: |")
+    print(
+        "| model | batch | tokens/s | speed-up | KV-cache bytes per token |\n| --- | ---: | ---: | ---: | ---: |"
+    )
     for batch in args.batch:
         taken: list[list[float]] = [[] for _ in models]
         for turn in range(args.repeats + 2):
@@ -51,12 +59,17 @@ def main() -> None:
         for name, model, median in zip(names, models, medians, strict=True):
             cache = cache_bytes_per_token(model, find_sublayers(model))
             rate, speed_up = batch * args.new / median, medians[0] / median
-            print(f"| {name.rstrip('/').split('/')[-1]} | {batch} | {rate:.0f} | {speed_up:.2f}x | {cache} |", flush=True)
+            print(
+                f"| {name.rstrip('/').split('/')[-1]} | {batch} | {rate:.0f} | {speed_up:.2f}x | {cache} |",
+                flush=True,
+            )
     for name, model in zip(names, models, strict=True):
         inputs = tokenizer(args.text, return_tensors="pt", return_token_type_ids=False)
         torch.manual_seed(0)
         written = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20)
-        print(f"\n{name.rstrip('/').split('/')[-1]}: {tokenizer.decode(written[0], skip_special_tokens=True)!r}")
+        print(
+            f"\n{name.rstrip('/').split('/')[-1]}: {tokenizer.decode(written[0], skip_special_tokens=True)!r}"
+        )
 
 
 if __name__ == "__main__":

@@ -12,18 +12,22 @@ import argparse
 import torch
 from transformers import PreTrainedModel
 
-from hf_kprune.latency import compare, example_inputs
-from hf_kprune.loading import load_model
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.checkpoint.loading import load_model
+from hf_kprune.latency.table import compare, example_inputs
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 def prunable_flops(model: PreTrainedModel, length: int) -> float:
     sublayers = find_sublayers(model)
-    return sum(s.unit_flops({other.stack_name: length for other in sublayers}) * s.num_units for s in sublayers)
+    return sum(
+        s.unit_flops({other.stack_name: length for other in sublayers}) * s.num_units for s in sublayers
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dense")
     parser.add_argument("pruned")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 32])
@@ -35,7 +39,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     models = [load_model(name).to(args.device) for name in (args.dense, args.pruned)]
     print(f"{models[0].config.model_type}, {args.device}, {args.threads} threads, median of {args.repeats}\n")
-    print("| batch | tokens | dense ms | pruned ms | speed-up | FLOPs ratio |\n| ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| batch | tokens | dense ms | pruned ms | speed-up | FLOPs ratio |\n| ---: | ---: | ---: | ---: | ---: | ---: |"
+    )
     for batch in args.batch:
         for length in args.length:
             dense, pruned = compare(models, example_inputs(models[0], batch, length), args.repeats)

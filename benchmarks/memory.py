@@ -21,9 +21,9 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.cost import peak_memory
-from hf_kprune.loading import load_model
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.budget import peak_memory
+from hf_kprune.checkpoint.loading import load_model
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 def measure(args: argparse.Namespace, times: int) -> dict[str, float]:
@@ -34,7 +34,10 @@ def measure(args: argparse.Namespace, times: int) -> dict[str, float]:
     model.config.num_hidden_layers = len(layers)
     texts = pd.read_parquet(args.texts)[args.column].tolist()
     options = KPruneArguments(
-        sparsity=args.sparsity, num_tokens=args.num_tokens, num_measure_tokens=args.num_measure_tokens, disable_tqdm=True
+        sparsity=args.sparsity,
+        num_tokens=args.num_tokens,
+        num_measure_tokens=args.num_measure_tokens,
+        disable_tqdm=True,
     )
     pruner = KPrunePruner(model, options, texts, processing_class=AutoTokenizer.from_pretrained(args.model))
     pruner.callback_handler.callbacks.clear()
@@ -54,7 +57,9 @@ def measure(args: argparse.Namespace, times: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("texts")
     parser.add_argument("column")
@@ -67,7 +72,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args, args.one)))
         return
-    print("| layers | tokens | weights MB | peak MB | above MB | above less a copy of the weights MB | seconds |")
+    print(
+        "| layers | tokens | weights MB | peak MB | above MB | above less a copy of the weights MB | seconds |"
+    )
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for times in args.depth:
         command = [sys.executable, *sys.argv, "--one", str(times)]

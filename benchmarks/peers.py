@@ -14,10 +14,10 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from hf_kprune import KPruneArguments
+from hf_kprune.calibration.rows import draw_rows
 from hf_kprune.modeling_kprune import shrink_layer
 from hf_kprune.report import PruningReport, SublayerReport
-from hf_kprune.rows import draw_rows
-from hf_kprune.sublayers import Sublayer, find_sublayers
+from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.version import versions
 
 
@@ -31,12 +31,16 @@ def drawn_loss(outputs: Any, inputs: Any) -> Tensor:
     if "logits" not in outputs:
         return drawn_normal_loss(embedding(outputs, valid))
     if outputs.logits.dim() == 3:
-        return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum")
+        return F.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum"
+        )
     return (drawn_normal_loss if outputs.logits.shape[1] == 1 else drawn_class_loss)(outputs.logits)
 
 
 def drawn_class_loss(logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits, torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1), reduction="sum")
+    return F.cross_entropy(
+        logits, torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1), reduction="sum"
+    )
 
 
 def drawn_normal_loss(values: Tensor) -> Tensor:
@@ -56,7 +60,9 @@ def uniform_counts(sublayers: list[Sublayer], lengths: dict[str, float], sparsit
     return {"attention": heads, "ffn": min(max(1, neurons), units["ffn"])}
 
 
-def prune_by_torch_pruning(model: PreTrainedModel, args: KPruneArguments, texts: list[Any], tokenizer: Any) -> PruningReport:
+def prune_by_torch_pruning(
+    model: PreTrainedModel, args: KPruneArguments, texts: list[Any], tokenizer: Any
+) -> PruningReport:
     """Torch-Pruning (Fang et al., DepGraph, CVPR 2023), in place: whole heads and FFN neurons, the same share in every layer,
     by its first-order Taylor importance, without the fine-tuning that it expects.
 
@@ -111,7 +117,9 @@ def prune_by_torch_pruning(model: PreTrainedModel, args: KPruneArguments, texts:
         group.prune()
     model.requires_grad_(True).zero_grad()
 
-    report = PruningReport(type(model).__name__, TORCH_PRUNING, "loss against drawn targets", dict([args.budget]))
+    report = PruningReport(
+        type(model).__name__, TORCH_PRUNING, "loss against drawn targets", dict([args.budget])
+    )
     for s, of in zip(find_sublayers(model), units, strict=True):
         shrink_layer(s.layer, s.plan, s.index)  # attributes that tell sizes
         kept = sorted(set(range(of)) - {column // s.unit_width for column in gone[s.output]})

@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_kprune import PruningReport
-from hf_kprune.sublayers import cut, find_sublayers
+from hf_kprune.structure.sublayers import cut, find_sublayers
 
 
 KEY = ("model", "method", "sparsity", "seed", "window", "options")
@@ -37,7 +37,9 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
     total, count = 0.0, 0
     starts = range(0, len(ids) - window, window)
     for first in range(0, len(starts), 4):
-        rows = torch.stack([ids[start : start + window + 1] for start in starts[first : first + 4]]).to(model.device)
+        rows = torch.stack([ids[start : start + window + 1] for start in starts[first : first + 4]]).to(
+            model.device
+        )
         with torch.autocast(model.device.type, torch.bfloat16):
             logits = model(rows[:, :-1], use_cache=False).logits.float()
         total += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
@@ -46,15 +48,21 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument("--output", type=Path, required=True, help="File that the JSON lines are appended to.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
+    )
     parser.add_argument("--model", default="opt-wikitext2", help="Model of the pack.")
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.05, 0.1, 0.15, 0.2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--untuned", action="store_true", help="Also the same cuts with the dense model's own weights.")
+    parser.add_argument(
+        "--untuned", action="store_true", help="Also the same cuts with the dense model's own weights."
+    )
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of further KPruneArguments.")
     args = parser.parse_args()
 
@@ -64,16 +72,29 @@ def main() -> None:
     test = [text for text in pd.read_parquet(data / "test.parquet")["text"] if text]
     ids = torch.cat(
         [
-            torch.tensor(tokenizer("".join(test[k : k + 500]), add_special_tokens=False, verbose=False)["input_ids"])
+            torch.tensor(
+                tokenizer("".join(test[k : k + 500]), add_special_tokens=False, verbose=False)["input_ids"]
+            )
             for k in range(0, len(test), 500)
         ]
     )
-    done, dense = {key_of(line, KEY) for line in read_lines(args.output)}, AutoModelForCausalLM.from_pretrained(path)
+    done, dense = (
+        {key_of(line, KEY) for line in read_lines(args.output)},
+        AutoModelForCausalLM.from_pretrained(path),
+    )
     of_dense = perplexity(dense, ids, args.window)
     options = {"packing": True, "max_seq_length": 256, "per_device_batch_size": 8, **args.options}
     for seed, method in itertools.product(args.seeds, args.method):
-        line = {"model": args.model, "method": method, "seed": seed, "window": args.window, "options": args.options}
-        left = [sparsity for sparsity in args.sparsity if key_of(line | {"sparsity": sparsity}, KEY) not in done]
+        line = {
+            "model": args.model,
+            "method": method,
+            "seed": seed,
+            "window": args.window,
+            "options": args.options,
+        }
+        left = [
+            sparsity for sparsity in args.sparsity if key_of(line | {"sparsity": sparsity}, KEY) not in done
+        ]
 
         def record(report: PruningReport, model: PreTrainedModel, line: dict[str, Any] = line) -> None:
             found = line | {"sparsity": report.asked["sparsity"], "dense": of_dense, **facts(report)}
@@ -81,7 +102,12 @@ def main() -> None:
             if args.untuned:
                 untuned = copy.deepcopy(dense)
                 for sublayer, entry in zip(find_sublayers(untuned), report.sublayers, strict=True):
-                    cut(sublayer, torch.zeros(entry.units, dtype=torch.bool).index_fill(0, torch.tensor(entry.kept), True))
+                    cut(
+                        sublayer,
+                        torch.zeros(entry.units, dtype=torch.bool).index_fill(
+                            0, torch.tensor(entry.kept), True
+                        ),
+                    )
                 found["untuned"] = perplexity(untuned, ids, args.window)
             append_line(args.output, found)
             print(

@@ -49,7 +49,9 @@ def loss_of(model: PreTrainedModel, tokenizer: Any, task: str, rows: pd.DataFram
 
     def encoded(*columns: str) -> Any:
         texts = [rows[column].tolist() for column in columns]
-        return tokenizer(*texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt").to(model.device)
+        return tokenizer(
+            *texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        ).to(model.device)
 
     if task == "squad":
         inputs, places = encoded("question", "context"), []
@@ -109,12 +111,18 @@ def fine_tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument("--output", type=Path, required=True, help="File that the JSON lines are appended to.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
+    )
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["sst2", "stsb"])
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
-    parser.add_argument("--start", nargs="*", choices=METHOD_NAMES, default=["magnitude", "obs"], help="What is fine-tuned.")
+    parser.add_argument(
+        "--start", nargs="*", choices=METHOD_NAMES, default=["magnitude", "obs"], help="What is fine-tuned."
+    )
     parser.add_argument("--minutes", nargs="+", type=float, default=[0.25, 1, 4], help="Of fine-tuning.")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -128,7 +136,8 @@ def main() -> None:
         for seed, method in ((seed, method) for seed in args.seeds for method in args.method):
             points = [0.0, *(args.minutes if method in args.start else [])]
             lines = [
-                dict(zip(KEY, (task, method, minutes, args.sparsity, seed, args.options), strict=True)) for minutes in points
+                dict(zip(KEY, (task, method, minutes, args.sparsity, seed, args.options), strict=True))
+                for minutes in points
             ]
             lines = [line for line in lines if key_of(line, KEY) not in done]
             if not lines:
@@ -136,14 +145,23 @@ def main() -> None:
             pruned = load_model(args.pack, task)
             dense = metric(pruned, tokenizer, test) if dense is None else dense
             try:
-                report = prune(pruned, method, texts, tokenizer, sparsity=args.sparsity, seed=seed, **args.options)
+                report = prune(
+                    pruned, method, texts, tokenizer, sparsity=args.sparsity, seed=seed, **args.options
+                )
             except BudgetError as error:  # a method of FFN alone has its limit
                 print(f"{task} {method} {error}", flush=True)
                 continue
             for line in lines:
                 model = copy.deepcopy(pruned)
-                steps = fine_tune(model, tokenizer, task, train, line["minutes"], seed) if line["minutes"] else 0
-                line |= {"metric": metric(model, tokenizer, test), "dense": dense, "steps": steps, **facts(report)}
+                steps = (
+                    fine_tune(model, tokenizer, task, train, line["minutes"], seed) if line["minutes"] else 0
+                )
+                line |= {
+                    "metric": metric(model, tokenizer, test),
+                    "dense": dense,
+                    "steps": steps,
+                    **facts(report),
+                }
                 append_line(args.output, line)
                 print(
                     f"{task} {method} seed {seed}: {line['metric']:.2f} of {dense:.2f}, pruned in "

@@ -53,9 +53,13 @@ class RandomScores(KPrune):
         return torch.rand(len(statistics.energy) // statistics.unit_width, generator=self.generator)
 
 
-def search_alike(method: Any, measured: Sequence[Statistics], scores: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+def search_alike(
+    method: Any, measured: Sequence[Statistics], scores: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
     """Every sublayer keeps the same share of its best units: the budget is spent by their ranks."""
-    return KPrune.search(method, measured, [score.argsort().argsort().add(1) / len(score) for score in scores], *rest)
+    return KPrune.search(
+        method, measured, [score.argsort().argsort().add(1) / len(score) for score in scores], *rest
+    )
 
 
 class KPruneAlike(KPrune):
@@ -86,7 +90,9 @@ class NoMetric(OptimalBrainSurgeon):
         return super().score(replace(statistics, metric=identity.to(statistics.metric.device)))
 
 
-METHODS.update(random_scores=RandomScores, kprune_alike=KPruneAlike, alike=Alike, no_split=NoSplit, no_metric=NoMetric)
+METHODS.update(
+    random_scores=RandomScores, kprune_alike=KPruneAlike, alike=Alike, no_split=NoSplit, no_metric=NoMetric
+)
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "kprune": {
         "without knowledge": {"method": "random_scores"},
@@ -124,43 +130,64 @@ def load(pack: Path, task: str) -> Data:
 
 
 def run(
-    pack: Path, data: Data, line: dict[str, Any], sparsities: Sequence[float], changes: dict[str, Any], output: Path
+    pack: Path,
+    data: Data,
+    line: dict[str, Any],
+    sparsities: Sequence[float],
+    changes: dict[str, Any],
+    output: Path,
 ) -> None:
     """Prune for all of `sparsities`, and append `line` with what came of each to `output`."""
 
     def record(report: PruningReport, model: PreTrainedModel) -> None:
         sparsity = report.asked["sparsity"]
         metric = data.judge(model)
-        append_line(output, line | {"sparsity": sparsity, "metric": metric, "dense": data.dense, **facts(report)})
+        append_line(
+            output, line | {"sparsity": sparsity, "metric": metric, "dense": data.dense, **facts(report)}
+        )
         name = f"{line['task']} {line['method']} {line['variant']}".strip()
         print(f"{name} {sparsity:.0%} seed {line['seed']}: {metric:.2f} of {data.dense:.2f}", flush=True)
 
     options = {"seed": line["seed"], **line["options"], **changes}
     method = options.pop("method", line["method"])
-    prune_each(load_model(pack, line["task"]), method, sparsities, record, data.texts, data.tokenizer, **options)
+    prune_each(
+        load_model(pack, line["task"]), method, sparsities, record, data.texts, data.tokenizer, **options
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument("--output", type=Path, required=True, help="File that the JSON lines are appended to.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
+    )
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.7, 0.75, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--ablation", action="store_true", help="Also without each ingredient of kprune and of obs.")
+    parser.add_argument(
+        "--ablation", action="store_true", help="Also without each ingredient of kprune and of obs."
+    )
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of further KPruneArguments.")
     args = parser.parse_args()
 
     done = {key_of(line, KEY) for line in read_lines(args.output)}
     variants = [(method, "", {}) for method in args.method]
     if args.ablation:
-        variants += [(method, *variant) for method in args.method for variant in ABLATIONS.get(method, {}).items()]
+        variants += [
+            (method, *variant) for method in args.method for variant in ABLATIONS.get(method, {}).items()
+        ]
     for task in args.task:
         data = None
         for seed, (method, variant, changes) in itertools.product(args.seeds, variants):
             line = {"task": task, "method": method, "variant": variant, "seed": seed, "options": args.options}
-            left = [sparsity for sparsity in args.sparsity if key_of(line | {"sparsity": sparsity}, KEY) not in done]
+            left = [
+                sparsity
+                for sparsity in args.sparsity
+                if key_of(line | {"sparsity": sparsity}, KEY) not in done
+            ]
             if left:
                 data = data or load(args.pack, task)
                 run(args.pack, data, line, left, changes, args.output)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tasks import append_line, load_model, read_lines
 
-from hf_kprune.latency import compare, cut_to, example_inputs
+from hf_kprune.latency.table import compare, cut_to, example_inputs
 
 
 Line = dict[str, Any]
@@ -34,13 +34,19 @@ def smallest_within(lines: Sequence[Line], drop: float) -> dict[str, list[Line]]
             points[line["method"]][line["sparsity"]].append(line)
     found = {}
     for method, by_sparsity in points.items():
-        near = [s for s, at in by_sparsity.items() if statistics.mean(line["dense"] - line["metric"] for line in at) <= drop]
+        near = [
+            s
+            for s, at in by_sparsity.items()
+            if statistics.mean(line["dense"] - line["metric"] for line in at) <= drop
+        ]
         found[method] = by_sparsity[max(near)] if near else []
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
     parser.add_argument("--quality", type=Path, required=True, help="File that quality.py wrote.")
     parser.add_argument("--output", type=Path, required=True, help="File for the JSON lines.")

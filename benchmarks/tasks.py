@@ -48,7 +48,11 @@ logging.disable_progress_bar()
 
 @torch.no_grad()
 def outputs(
-    model: PreTrainedModel, tokenizer: Any, encoded: Any, read: Callable[[Any, Tensor], Tensor], size: int = 64
+    model: PreTrainedModel,
+    tokenizer: Any,
+    encoded: Any,
+    read: Callable[[Any, Tensor], Tensor],
+    size: int = 64,
 ) -> list[Tensor]:
     """What `read(outputs, attention_mask)` makes of each row of tokenised inputs, in their order."""
     model.eval()
@@ -59,7 +63,9 @@ def outputs(
         picked = order[start : start + size]
         rows = {name: [encoded[name][i] for i in picked] for name in tokenizer.model_input_names}
         inputs = tokenizer.pad(rows, return_tensors="pt").to(model.device)
-        for i, value in zip(picked, read(model(**inputs), inputs["attention_mask"]).float().cpu(), strict=True):
+        for i, value in zip(
+            picked, read(model(**inputs), inputs["attention_mask"]).float().cpu(), strict=True
+        ):
             made[i] = value
     return made
 
@@ -86,7 +92,9 @@ def rank_correlation(values: Tensor, labels: pd.Series) -> float:
 
 
 def score_spearman(model: PreTrainedModel, tokenizer: Any, rows: pd.DataFrame) -> float:
-    return rank_correlation(logits_of(model, tokenizer, rows["sentence1"], rows["sentence2"]).squeeze(1), rows["label"])
+    return rank_correlation(
+        logits_of(model, tokenizer, rows["sentence1"], rows["sentence2"]).squeeze(1), rows["label"]
+    )
 
 
 def cosine_spearman(model: PreTrainedModel, tokenizer: Any, rows: pd.DataFrame) -> float:
@@ -160,10 +168,16 @@ class Task(NamedTuple):
 
 
 TASKS: dict[str, Task] = {
-    "sst2": Task("minilm-sst2", AutoModelForSequenceClassification, "sst2/train", "sst2/validation", accuracy),
+    "sst2": Task(
+        "minilm-sst2", AutoModelForSequenceClassification, "sst2/train", "sst2/validation", accuracy
+    ),
     "sts": Task("all-MiniLM-L6-v2", AutoModel, "stsb/train", "stsb/test", cosine_spearman),
-    "stsb": Task("minilm-stsb", AutoModelForSequenceClassification, "stsb/train", "stsb/test", score_spearman),
-    "squad": Task("minilm-squad", AutoModelForQuestionAnswering, "squad/validation", "squad/validation_1k", answer_f1),
+    "stsb": Task(
+        "minilm-stsb", AutoModelForSequenceClassification, "stsb/train", "stsb/test", score_spearman
+    ),
+    "squad": Task(
+        "minilm-squad", AutoModelForQuestionAnswering, "squad/validation", "squad/validation_1k", answer_f1
+    ),
 }
 
 
@@ -179,7 +193,9 @@ def load_tokenizer(pack: Path, task: str) -> Any:
 
 def splits(pack: Path, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows for calibration and for evaluation, without a context in common: SQuAD's both come from its validation split."""
-    train, test = (pd.read_parquet(pack / "data" / f"{name}.parquet") for name in (TASKS[task].train, TASKS[task].test))
+    train, test = (
+        pd.read_parquet(pack / "data" / f"{name}.parquet") for name in (TASKS[task].train, TASKS[task].test)
+    )
     if "context" in train:
         train = train[~train["context"].isin(test["context"])]
     return train, test
@@ -243,7 +259,14 @@ def prune_each(
             record(report, pruned)
 
         while left and not made:  # the search of some methods is what finds that a budget is out of reach
-            pruner = Recorded(recorded, copy.deepcopy(model), arguments, texts, eval_dataset=texts, processing_class=tokenizer)
+            pruner = Recorded(
+                recorded,
+                copy.deepcopy(model),
+                arguments,
+                texts,
+                eval_dataset=texts,
+                processing_class=tokenizer,
+            )
             try:
                 pruner.sweep(left)
             except BudgetError as error:
@@ -255,7 +278,9 @@ def prune_each(
         record(prune(pruned, method, texts, tokenizer, sparsity=sparsity, **options), pruned)
 
 
-def prune(model: PreTrainedModel, method: str, texts: list[Any], tokenizer: Any, **options: Any) -> PruningReport:
+def prune(
+    model: PreTrainedModel, method: str, texts: list[Any], tokenizer: Any, **options: Any
+) -> PruningReport:
     """Prune `model` in place.
 
     Args:

@@ -30,13 +30,17 @@ HIDDEN, HEADS, FFN, MAX_LENGTH = 256, 8, 1024, 128
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", required=True, help="folder of the fine-tuned BERT classifier")
     for name in ("--train", "--validation"):
         parser.add_argument(name, required=True, help="parquet file with columns sentence, label")
     parser.add_argument("--output_dir", type=Path, default=Path("examples/sst2-tiny"))
     parser.add_argument("--data_dir", type=Path, default=Path("examples/data"))
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 3, 5], help="teacher layers the student keeps")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[0, 1, 3, 5], help="teacher layers the student keeps"
+    )
     options = {"vocab_size": 7500, "epochs": 1, "batch_size": 64, "learning_rate": 3e-4, "temperature": 2.0}
     options |= {"label_weight": 0.2, "seed": 0}  # the weight is of the cross-entropy with the labels
     for name, default in options.items():
@@ -47,8 +51,12 @@ def parse_args() -> argparse.Namespace:
 def write_data(train: pd.DataFrame, validation: pd.DataFrame, args: argparse.Namespace) -> None:
     """The shipped data: an unlabelled sample of the training sentences, and the validation split."""
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    sentences = train[["sentence"]].drop_duplicates().loc[lambda rows: rows["sentence"].str.split().str.len() >= 4]
-    sentences.sample(2000, random_state=args.seed).to_parquet(args.data_dir / "sst2_calibration.parquet", index=False)
+    sentences = (
+        train[["sentence"]].drop_duplicates().loc[lambda rows: rows["sentence"].str.split().str.len() >= 4]
+    )
+    sentences.sample(2000, random_state=args.seed).to_parquet(
+        args.data_dir / "sst2_calibration.parquet", index=False
+    )
     validation[["sentence", "label"]].to_parquet(args.data_dir / "sst2_validation.parquet", index=False)
 
 
@@ -59,12 +67,16 @@ def trim_vocabulary(tokenizer, sentences: list[str], size: int) -> tuple[BertTok
     characters = {i for piece, i in tokenizer.get_vocab().items() if len(piece.removeprefix("##")) == 1}
     always = characters | set(tokenizer.all_special_ids)
     frequent = [i for i in sorted(counts, key=lambda i: (-counts[i], i)) if i not in always]
-    kept = sorted(always | set(frequent[: size - len(always)]), key=lambda i: (i != tokenizer.pad_token_id, i))
+    kept = sorted(
+        always | set(frequent[: size - len(always)]), key=lambda i: (i != tokenizer.pad_token_id, i)
+    )
     vocab = {piece: i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(kept))}
     return BertTokenizer(vocab, do_lower_case=True, model_max_length=MAX_LENGTH), kept
 
 
-def batches(tokenizer, sentences: list[str], batch_size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+def batches(
+    tokenizer, sentences: list[str], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Batches of sentences of similar length, in random order, each with the positions of its sentences."""
     ids = tokenizer(sentences, truncation=True, max_length=MAX_LENGTH)["input_ids"]
     groups = torch.tensor(sorted(range(len(ids)), key=lambda i: len(ids[i]))).split(batch_size)
@@ -85,7 +97,9 @@ def predict(model, tokenizer, sentences: list[str]) -> torch.Tensor:
 def make_student(teacher, tokenizer, kept: list[int], layers: list[int], sentences: list[str]):
     """A student whose weights are the teacher's, projected on the main directions of its hidden states."""
     names = {m: name for name, m in teacher.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    inputs, outputs = ({name: [] for name in names.values()} for _ in range(2))  # hidden states around LayerNorms
+    inputs, outputs = (
+        {name: [] for name in names.values()} for _ in range(2)
+    )  # hidden states around LayerNorms
 
     def record(module, args, output):
         inputs[names[module]].append(args[0][mask])
@@ -97,7 +111,9 @@ def make_student(teacher, tokenizer, kept: list[int], layers: list[int], sentenc
         mask = batch["attention_mask"].bool().to(teacher.device)
         teacher.eval()(**batch.to(teacher.device))
     inputs, outputs = ({name: torch.cat(v) for name, v in d.items()} for d in (inputs, outputs))
-    pca = torch.linalg.eigh(sum(y.T @ y for y in outputs.values()))[1][:, -HIDDEN:].T  # rows: orthonormal directions
+    pca = torch.linalg.eigh(sum(y.T @ y for y in outputs.values()))[1][
+        :, -HIDDEN:
+    ].T  # rows: orthonormal directions
 
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": len(layers), "num_attention_heads": HEADS}
     sizes |= {"intermediate_size": FFN, "max_position_embeddings": MAX_LENGTH, "vocab_size": len(kept)}
@@ -134,7 +150,9 @@ def make_student(teacher, tokenizer, kept: list[int], layers: list[int], sentenc
     return student
 
 
-def distil(student, tokenizer, sentences: list[str], labels: torch.Tensor, targets: torch.Tensor, args) -> None:
+def distil(
+    student, tokenizer, sentences: list[str], labels: torch.Tensor, targets: torch.Tensor, args
+) -> None:
     """Trains on the KL divergence to the teacher's logits (`targets`), plus cross-entropy with the labels."""
     device, t, lr = student.device, args.temperature, args.learning_rate
     steps = -(-len(sentences) // args.batch_size) * args.epochs
@@ -147,16 +165,23 @@ def distil(student, tokenizer, sentences: list[str], labels: torch.Tensor, targe
             for rows, batch in batches(tokenizer, [sentences[i] for i in chunk], args.batch_size):
                 with torch.autocast(device.type, torch.bfloat16):
                     logits = student(**batch.to(device)).logits.float()
-                soft, target = (functional.log_softmax(x / t, -1) for x in (logits, targets[chunk[rows]].to(device)))
+                soft, target = (
+                    functional.log_softmax(x / t, -1) for x in (logits, targets[chunk[rows]].to(device))
+                )
                 loss = t * t * functional.kl_div(soft, target, log_target=True, reduction="batchmean")
-                loss = loss + args.label_weight * functional.cross_entropy(logits, labels[chunk[rows]].to(device))
+                loss = loss + args.label_weight * functional.cross_entropy(
+                    logits, labels[chunk[rows]].to(device)
+                )
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
                 losses.append(loss.detach())
-        print(f"epoch {epoch + 1}: loss {torch.stack(losses).mean():.4f}, {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}: loss {torch.stack(losses).mean():.4f}, {time.time() - start:.0f} s",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -178,7 +203,9 @@ def main() -> None:
 
     student_tokenizer.save_pretrained(args.output_dir)
     halves = {name: tensor.half() for name, tensor in student.state_dict().items()}
-    student.save_pretrained(args.output_dir, state_dict=halves)  # fp16 on disk, which from_pretrained loads as fp32
+    student.save_pretrained(
+        args.output_dir, state_dict=halves
+    )  # fp16 on disk, which from_pretrained loads as fp32
 
     model = AutoModelForSequenceClassification.from_pretrained(args.output_dir).to(device)
     logits = predict(model, AutoTokenizer.from_pretrained(args.output_dir), validation["sentence"].tolist())

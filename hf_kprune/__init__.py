@@ -4,10 +4,10 @@ Importing this package lets `from_pretrained` load K-pruned checkpoints with the
 """
 
 from .arguments import KPruneArguments
+from .budget import BudgetWarning
 from .callbacks import KPruneCallback
-from .checkpoint import install
-from .cost import BudgetWarning
-from .detect import describe
+from .checkpoint.legacy import from_legacy
+from .checkpoint.saving import install
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -17,10 +17,10 @@ from .errors import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
-from .families import Block, Stack, register_family
-from .legacy import from_legacy
 from .pruner import KPrunePruner
 from .report import PruningReport, SublayerReport
+from .structure.detect import describe
+from .structure.families import Block, Stack, register_family
 from .version import __version__
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .terminal import main
+from .cli.terminal import main
 
 
 if __name__ == "__main__":

@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
-from .calibration import Calibration
-from .cost import BudgetTerms, prunable_flops
+from .budget import BudgetTerms, prunable_flops
+from .calibration.calibration import Calibration
+from .calibration.tasks import Knowledge
 from .errors import BudgetError
-from .heads import Knowledge
-from .hooks import State
-from .interface import Method, Statistics
-from .latency import LatencyTable, compare, cut_to, search_latency
+from .latency.table import LatencyTable, compare, cut_to, search_latency
 from .methods import METHODS
+from .methods.base import Method, Statistics
+from .methods.least_squares import correct_drift
+from .methods.search import TOLERANCE, group_sizes, split, uniform_search
 from .progress import Work, steps_of
-from .reconstruction import correct_drift
 from .report import PruningReport, Size, SublayerReport
-from .search import TOLERANCE, group_sizes, split, uniform_search
-from .sublayers import (
+from .structure.hooks import State
+from .structure.sublayers import (
     Sublayer,
     correct_inputs,
     cut,
@@ -74,8 +74,12 @@ class Timed:
         found: dict[float, list[Tensor]] = {}
         for _ in range(4):
             masks = self.first_masks(worth, terms)
-            whole, taken = compare([self.model, cut_to(self.model, [int(m.sum()) for m in masks], by)], self.inputs)
-            ratio = taken / whole * self.table.dense / terms.seconds  # of both in one run, as the machine may have slowed down
+            whole, taken = compare(
+                [self.model, cut_to(self.model, [int(m.sum()) for m in masks], by)], self.inputs
+            )
+            ratio = (
+                taken / whole * self.table.dense / terms.seconds
+            )  # of both in one run, as the machine may have slowed down
             found[ratio] = masks
             if 0.98 < ratio < 1.01:
                 break
@@ -96,7 +100,8 @@ class Timed:
     def least(self, terms: BudgetTerms) -> float:
         """Seconds of the sublayers with what must stay of them."""
         least = [
-            group_sizes(s.num_units, m, r)[0] for s, m, r in zip(terms.sublayers, terms.minimum, terms.multiple, strict=True)
+            group_sizes(s.num_units, m, r)[0]
+            for s, m, r in zip(terms.sublayers, terms.minimum, terms.multiple, strict=True)
         ]
         return self.table.predict(least) - self.table.rest
 
@@ -156,7 +161,9 @@ class Pruning:
         copied = copy.deepcopy(model) if half or frozen else model
         self.teacher = with_own_tables(copied.float() if half else copied)
         self.references = find_sublayers(self.teacher, args.head_unit)
-        self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation mode
+        self.modes = {
+            name: module.training for name, module in model.named_modules()
+        }  # before evaluation mode
         self.checked = False
         self.compared: list[str] = []  # names of the outputs that the loss reads, and of the others
         self.ignored: list[str] = []
@@ -168,16 +175,28 @@ class Pruning:
     def student(self, args: KPruneArguments, report: PruningReport) -> PreTrainedModel:
         """A pruned copy of the teacher, for the budget in `args`: for each sublayer, bottom to top, decide, cut, tune."""
         method = METHODS[args.method](args)
-        student = frozen(self.teacher, "meta") if self.dry else copy.deepcopy(self.teacher).requires_grad_(False)
+        student = (
+            frozen(self.teacher, "meta") if self.dry else copy.deepcopy(self.teacher).requires_grad_(False)
+        )
         sublayers = find_sublayers(student, args.head_unit)
         terms = BudgetTerms(
-            sublayers, args, self.calibration.flops_lengths, self.before, self.timed.table if self.timed else None
+            sublayers,
+            args,
+            self.calibration.flops_lengths,
+            self.before,
+            self.timed.table if self.timed else None,
         )
         flops, at = prunable_flops(sublayers, self.calibration.flops_lengths), self.flops_at(sublayers)
         about = method, self.calibration, len(sublayers)
         later = steps_of(*about, measured=True, tune=self.args.tune, dry=self.dry)
-        self.work.begin(steps_of(*about, measured=self.costs == terms.costs, tune=self.args.tune, dry=self.dry), later)
-        self.tell("on_prune_begin", model=self.teacher if self.dry else student, sublayers=[s.name for s in sublayers])
+        self.work.begin(
+            steps_of(*about, measured=self.costs == terms.costs, tune=self.args.tune, dry=self.dry), later
+        )
+        self.tell(
+            "on_prune_begin",
+            model=self.teacher if self.dry else student,
+            sublayers=[s.name for s in sublayers],
+        )
         with self.phase("measure"):
             if not self.checked:
                 self.calibration.check(self.teacher, self.references)
@@ -199,7 +218,9 @@ class Pruning:
             write_plan(student, sublayers)
         report.after.flops = prunable_flops(sublayers, self.calibration.flops_lengths)
         report.before.all_flops = self.all_flops
-        report.removed_at = {tokens: 1 - left / at[tokens] for tokens, left in self.flops_at(sublayers).items()}
+        report.removed_at = {
+            tokens: 1 - left / at[tokens] for tokens, left in self.flops_at(sublayers).items()
+        }
         report.sparsity, report.achieved = 1 - report.after.flops / flops, terms.achieved()
         self.work.end_student()
         return student
@@ -207,7 +228,9 @@ class Pruning:
     def flops_at(self, sublayers: list[Sublayer]) -> dict[str, float]:
         """Prunable FLOPs of a text of as many tokens as a report tells of."""
         lengths = TOLD_LENGTHS if self.calibration.texts else ()
-        return {str(length): prunable_flops(sublayers, self.calibration.lengths_at(length)) for length in lengths}
+        return {
+            str(length): prunable_flops(sublayers, self.calibration.lengths_at(length)) for length in lengths
+        }
 
     def bottom_up(
         self,
@@ -241,14 +264,20 @@ class Pruning:
                     teacher_streams = list(streams)
             if report is not None:
                 entry.kept = keep.nonzero().flatten().tolist()
-                entry.scores = None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
-                entry.score_damping = self.measured[i].damping if self.measured and scores is not None else 0.0
+                entry.scores = (
+                    None if scores is None else [float(f"{score:.6g}") for score in scores.tolist()]
+                )
+                entry.score_damping = (
+                    self.measured[i].damping if self.measured and scores is not None else 0.0
+                )
                 entry.flops_left = prunable_flops(sublayers, calibration.flops_lengths)
                 entry.seconds = time.perf_counter() - begin
                 report.sublayers.append(entry)
                 self.tell("on_sublayer_end", entry, model=subject)
 
-    def deciding(self, student: PreTrainedModel, sublayers: list[Sublayer], method: Method, terms: BudgetTerms) -> Decision:
+    def deciding(
+        self, student: PreTrainedModel, sublayers: list[Sublayer], method: Method, terms: BudgetTerms
+    ) -> Decision:
         """K-prune's way: measure every unit from the sublayer up on the student as pruned so far, search a mask for all of
         them (KPMS), and use it for this sublayer only."""
         calibration, args = self.fitted, self.args
@@ -277,7 +306,14 @@ class Pruning:
                 scores = [method.score(s) for s in measured]
                 if args.uniform and not terms.fixed:
                     alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn)[i:]
-                    left = terms.costs[i:], budget, terms.minimum[i:], terms.multiple[i:], alike, terms.allowed[i:]
+                    left = (
+                        terms.costs[i:],
+                        budget,
+                        terms.minimum[i:],
+                        terms.multiple[i:],
+                        alike,
+                        terms.allowed[i:],
+                    )
                     counts = [s.num_units for s in sublayers[:i]] + uniform_search(scores, *left)
                     terms.fix(calibration.agree([torch.tensor(counts)])[0].tolist())
                     budget = terms.remaining(spent, i)
@@ -305,11 +341,15 @@ class Pruning:
                 else:
                     streams: list[State] = self.fitted.bottom()
                     no_tops: list[State | None] = [None for _ in streams]
-                    of_all = iter(self.fitted.measure(dense, sublayers, 0, streams, dense, sublayers, no_tops, None))
+                    of_all = iter(
+                        self.fitted.measure(dense, sublayers, 0, streams, dense, sublayers, no_tops, None)
+                    )
                 for statistics, cost in zip(of_all, terms.costs, strict=True):
                     statistics.cost = cost
                     self.scores.append(method.score(statistics).cpu())
-                    self.calibration.step(2 * sum(batch.measured for batch in self.fitted.batches) if method.needs else 0)
+                    self.calibration.step(
+                        2 * sum(batch.measured for batch in self.fitted.batches) if method.needs else 0
+                    )
                     statistics.gram = statistics.metric = None
                     self.measured.append(statistics)
         exponents, rows = method.exponents, self.calibration.rows
@@ -327,7 +367,9 @@ class Pruning:
             for exponent in exponents:
                 scores = self.scores if exponent is None else split(self.scores, terms.costs, exponent)
                 masks = self.masks(method, scores, terms)
-                plans[exponent] = [mask.bool().cpu() for mask in self.calibration.agree([mask.int() for mask in masks])]
+                plans[exponent] = [
+                    mask.bool().cpu() for mask in self.calibration.agree([mask.int() for mask in masks])
+                ]
         few = self.calibration.trial()
         for exponent, plan in plans.items() if len(plans) > 1 else ():
             student = twin(dense)
@@ -335,7 +377,9 @@ class Pruning:
             self.bottom_up(student, layers, few, method, lambda i, *_, plan=plan: (plan[i], None))
             with self.phase("search"):
                 report.trials[str(exponent)] = self.calibration.distance(student, self.teacher, self.loss)
-        (best,) = broadcast_object_list([min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))])
+        (best,) = broadcast_object_list(
+            [min(plans, key=lambda exponent: report.trials.get(str(exponent), 0.0))]
+        )
         return lambda i, *_: (plans[best][i], self.scores[i])
 
     def masks(self, method: Method, scores: list[Tensor], terms: BudgetTerms) -> list[Tensor]:
@@ -358,7 +402,13 @@ def keep_all(sublayers: list[Sublayer]) -> Decision:
     return lambda i, *_: (torch.ones(sublayers[i].num_units, dtype=torch.bool), None)
 
 
-def tune(sublayer: Sublayer, calibration: Calibration, method: Method, around: tuple[Any, ...], entry: SublayerReport) -> None:
+def tune(
+    sublayer: Sublayer,
+    calibration: Calibration,
+    method: Method,
+    around: tuple[Any, ...],
+    entry: SublayerReport,
+) -> None:
     """Correct what the input projections read for drift, if the method does, and refit the output projection (KPWT)."""
     if method.tune_inputs and sublayer.num_units:
         for paths, equations in calibration.input_equations(*around):

@@ -76,34 +76,44 @@ class KPruneArguments:
         ArgumentError: If a value cannot be.
     """
 
-    output_dir: str | None = _option(None, "Where the pruned checkpoint is written. New, empty, or an old checkpoint.")
-    overwrite_output_dir: bool = _option(False, "Replace the checkpoint that output_dir holds; other files in it stay.")
+    output_dir: str | None = _option(
+        None, "Where the pruned checkpoint is written. New, empty, or an old checkpoint."
+    )
+    overwrite_output_dir: bool = _option(
+        False, "Replace the checkpoint that output_dir holds; other files in it stay."
+    )
     sparsity: float | None = _option(
         Unasked(0.5),
         "Fraction of the prunable FLOPs to REMOVE, in [0, 1): 0.75 leaves a quarter. Prunable are attention heads and FFN "
         "neurons; embeddings, experts and the head of the model are not. The default gives way to a target.",
     )
     target_flops: float | None = _option(
-        None, "Instead of sparsity: FLOPs that the prunable sublayers may keep for a sequence of flops_length tokens."
+        None,
+        "Instead of sparsity: FLOPs that the prunable sublayers may keep for a sequence of flops_length tokens.",
     )
     target_params: float | None = _option(
         None, "Instead of sparsity: parameters that the model may keep, embeddings included."
     )
-    target_bytes: float | None = _option(None, "Instead of sparsity: bytes that its weights may take, in the dtype they have.")
+    target_bytes: float | None = _option(
+        None, "Instead of sparsity: bytes that its weights may take, in the dtype they have."
+    )
     target_latency: float | None = _option(
         None,
         "Instead of sparsity: seconds that a forward pass of the model may take on this device, measured. Methods that decide "
         "all at once: 'obs', 'kwon', 'magnitude', 'taylor'.",
     )
     target_speedup: float | None = _option(
-        None, "Instead of sparsity: how many times as fast as now a forward pass is to be on this device, measured."
+        None,
+        "Instead of sparsity: how many times as fast as now a forward pass is to be on this device, measured.",
     )
     latency_batch_size: int = _option(
         LATENCY_BATCH,
         "Sequences of the batch that target_latency and target_speedup are about; of images and audio it is a batch of the "
         "calibration data.",
     )
-    latency_length: int | None = _option(None, "Tokens of its sequences. None: the mean of the calibration rows.")
+    latency_length: int | None = _option(
+        None, "Tokens of its sequences. None: the mean of the calibration rows."
+    )
     flops_length: int | None = _option(
         None,
         "Tokens of a sequence for which FLOPs are counted and a budget of them holds: those of the texts that the model will "
@@ -130,7 +140,9 @@ class KPruneArguments:
     )
     min_heads: int = _option(0, "Heads that every attention sublayer keeps at least; 0 may empty a sublayer.")
     min_neurons: int = _option(0, "Neurons that every FFN sublayer keeps at least; 0 may empty a sublayer.")
-    round_to: int = _option(1, "FFN widths are multiples of this (or the full width): 8 or 64 suit some hardware.")
+    round_to: int = _option(
+        1, "FFN widths are multiples of this (or the full width): 8 or 64 suit some hardware."
+    )
 
     text_columns: list[str] | None = _option(
         None,
@@ -139,15 +151,19 @@ class KPruneArguments:
     )
     num_tokens: int = _option(100_000, "Calibration tokens used for tuning weights, padding not counted.")
     num_measure_tokens: int | None = _option(
-        None, "Of these, tokens used for measuring, the costlier part. None: 10,000 for 'obs', all of them for others."
+        None,
+        "Of these, tokens used for measuring, the costlier part. None: 10,000 for 'obs', all of them for others.",
     )
     max_seq_length: int | None = _option(
         None, "Tokens after which texts are truncated when tokenised here. None: what the model can take."
     )
     packing: bool = _option(
-        False, "Join all texts and cut them into calibration rows of max_seq_length tokens (None: the model's, at most 1024)."
+        False,
+        "Join all texts and cut them into calibration rows of max_seq_length tokens (None: the model's, at most 1024).",
     )
-    per_device_batch_size: int = _option(32, "Calibration sequences per batch and device. Does not change the result.")
+    per_device_batch_size: int = _option(
+        32, "Calibration sequences per batch and device. Does not change the result."
+    )
     remove_unused_columns: bool = _option(
         True,
         "Drop the columns of the calibration dataset that the model does not take; if False they are an error.",
@@ -162,7 +178,9 @@ class KPruneArguments:
     temperature: float = _option(2.0, "Softmax temperature of the predictive knowledge (gamma in the paper).")
     lambda_pred: float = _option(1.0, "Weight of the predictive knowledge.")
     lambda_rep: float = _option(2.5e-4, "Weight of the representational knowledge. Must be over 0.")
-    mu: float | None = _option(None, "Weight of head scores against neuron scores. None: the head size, as in the paper.")
+    mu: float | None = _option(
+        None, "Weight of head scores against neuron scores. None: the head size, as in the paper."
+    )
     pooling: str | None = _option(
         None,
         "Embedding of a base model without a task head, which the predictive knowledge compares. None: what the modules of a "
@@ -175,7 +193,8 @@ class KPruneArguments:
         "Whether the output weights of what is kept are tuned (KPWT).",
     )
     tune_bias: bool | None = _option(
-        None, "Whether tuning fits the output bias too. None: as the method does; the paper keeps it. For 'obs' and 'kprune'."
+        None,
+        "Whether tuning fits the output bias too. None: as the method does; the paper keeps it. For 'obs' and 'kprune'.",
     )
     ridge: float | None = _option(
         None,
@@ -194,17 +213,27 @@ class KPruneArguments:
     )
 
     max_shard_size: str = _option("50GB", "Largest weight file of the saved checkpoint.")
-    per_device_eval_batch_size: int = _option(32, "Sequences per batch and device in evaluation and prediction.")
-    disable_tqdm: bool = _option(False, "Switch the progress bar off, and the lines that take its place without a terminal.")
-    verbose: bool = _option(False, "Print a line for every sublayer, the whole report, and what libraries warn of.")
-    report_to: list[str] = _option(["none"], "Where metrics go, as in TrainingArguments: tensorboard, wandb, ... or none.")
+    per_device_eval_batch_size: int = _option(
+        32, "Sequences per batch and device in evaluation and prediction."
+    )
+    disable_tqdm: bool = _option(
+        False, "Switch the progress bar off, and the lines that take its place without a terminal."
+    )
+    verbose: bool = _option(
+        False, "Print a line for every sublayer, the whole report, and what libraries warn of."
+    )
+    report_to: list[str] = _option(
+        ["none"], "Where metrics go, as in TrainingArguments: tensorboard, wandb, ... or none."
+    )
     run_name: str | None = _option(None, "Name of the run in report_to.")
     use_cpu: bool = _option(False, "Prune on the CPU even if there is an accelerator.")
 
     push_to_hub: bool = _option(False, "Push the checkpoint to the Hub as well when it is saved.")
     hub_model_id: str | None = _option(None, "Repository on the Hub. None: the name of output_dir.")
     hub_token: str | None = _option(None, "Token for the Hub. None: the one that `hf auth login` stored.")
-    hub_private_repo: bool | None = _option(None, "Whether the repository is made private. None: as the account has it.")
+    hub_private_repo: bool | None = _option(
+        None, "Whether the repository is made private. None: as the account has it."
+    )
     hub_revision: str | None = _option(None, "Branch of the repository to push to.")
 
     def __post_init__(self) -> None:
@@ -216,7 +245,7 @@ class KPruneArguments:
         """Raise `ArgumentError` if a value cannot be, also one that was assigned later: a pruner calls this when it starts."""
         from huggingface_hub import split_torch_state_dict_into_shards
 
-        from .destination import as_text
+        from .files.destination import as_text
         from .methods import METHODS
 
         check_fields(self)
@@ -233,27 +262,43 @@ class KPruneArguments:
         budgets = targets if self.sparsity is None else ["sparsity", *targets]
         if len(budgets) > 1:
             values = ", ".join(f"{name}={getattr(self, name)}" for name in budgets)
-            raise ArgumentError(f"{' and '.join(budgets)} are given, expected one of them ({values}); leave the other at None")
+            raise ArgumentError(
+                f"{' and '.join(budgets)} are given, expected one of them ({values}); leave the other at None"
+            )
         for name in targets:
             check(name, getattr(self, name) > 0, "over 0")
         sparse = self.sparsity is None or 0 <= self.sparsity < 1
         check("sparsity", sparse, "the fraction of prunable FLOPs to remove, in [0, 1)")
-        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}{suggestion(self.method, METHODS)}")
+        check(
+            "method", self.method in METHODS, f"one of {', '.join(METHODS)}{suggestion(self.method, METHODS)}"
+        )
         check("head_unit", self.head_unit in ("group", "query"), "group or query")
         for name in ("min_heads", "min_neurons"):
             check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("round_to", "num_tokens", "latency_batch_size", "per_device_batch_size", "per_device_eval_batch_size"):
+        for name in (
+            "round_to",
+            "num_tokens",
+            "latency_batch_size",
+            "per_device_batch_size",
+            "per_device_eval_batch_size",
+        ):
             check(name, getattr(self, name) >= 1, "at least 1")
         check("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1")
         measured = self.num_measure_tokens
-        check("num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens")
+        check(
+            "num_measure_tokens", measured is None or 1 <= measured <= self.num_tokens, "from 1 to num_tokens"
+        )
         check("flops_length", self.flops_length is None or self.flops_length >= 1, "at least 1")
         check("max_seq_length", self.max_seq_length is None or self.max_seq_length >= 1, "at least 1")
         named = self.text_columns is None or bool(self.text_columns and all(self.text_columns))
         check("text_columns", named, 'a list of names of columns, such as ["premise", "hypothesis"]')
         check("temperature", self.temperature > 0, "over 0")
         check("lambda_pred", self.lambda_pred >= 0, "at least 0")
-        check("lambda_rep", self.lambda_rep > 0, "over 0: the first sublayer, below which nothing differs, has no other score")
+        check(
+            "lambda_rep",
+            self.lambda_rep > 0,
+            "over 0: the first sublayer, below which nothing differs, has no other score",
+        )
         check("mu", self.mu is None or self.mu > 0, "over 0, or None for the head size")
         check("pooling", self.pooling in (None, "mean", "cls", "pooler", "none"), "mean, cls, pooler or none")
         check("measure_dtype", self.measure_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
@@ -270,9 +315,17 @@ class KPruneArguments:
             some = False
         check("max_shard_size", some, "a number over 0 with TB, GB, MB or KB, such as 5GB")
         none = self.budget == ("sparsity", 0)
-        check("prune_heads", self.prune_heads or self.prune_ffn or none, "True, or prune_ffn=True, or sparsity=0")
+        check(
+            "prune_heads",
+            self.prune_heads or self.prune_ffn or none,
+            "True, or prune_ffn=True, or sparsity=0",
+        )
         for name in ("tune_bias", "tune_inputs"):
-            check(name, self.tune or not getattr(self, name), "False or None with tune=False, which tunes nothing")
+            check(
+                name,
+                self.tune or not getattr(self, name),
+                "False or None with tune=False, which tunes nothing",
+            )
 
     def unused_options(self) -> dict[str, str]:
         """Options that differ from their defaults and that the others leave without effect, and why."""
@@ -310,7 +363,7 @@ class KPruneArguments:
             read_from: Files and directories that must not be replaced, as the model and the data are read from them.
             size: Bytes that the checkpoint will take; 0 if that is not known.
         """
-        from .destination import check_destination
+        from .files.destination import check_destination
 
         path = self.output_dir if output_dir is None else output_dir
         if path is None:

@@ -24,25 +24,35 @@ class KPruneCallback:
     def on_prune_begin(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
         """Before anything is measured. `kwargs["sublayers"]` names the sublayers to come."""
 
-    def on_sublayer_begin(self, args: KPruneArguments, report: PruningReport, name: str, **kwargs: Any) -> None:
+    def on_sublayer_begin(
+        self, args: KPruneArguments, report: PruningReport, name: str, **kwargs: Any
+    ) -> None:
         """Before a sublayer is measured."""
 
-    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
+    def on_sublayer_end(
+        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
+    ) -> None:
         """After a sublayer has been cut and tuned."""
 
     def on_prune_end(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
         """After the model has been pruned."""
 
-    def on_phase_begin(self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any) -> None:
+    def on_phase_begin(
+        self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any
+    ) -> None:
         """A part of the work begins: prepare, time, measure, search, tune, evaluate or save. They may take turns."""
 
-    def on_progress(self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any) -> None:
+    def on_progress(
+        self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any
+    ) -> None:
         """The fraction `done`, from 0 to 1, of what `prune()`, `plan()` or `sweep()` does has been done, about."""
 
     def on_run_end(self, args: KPruneArguments, report: PruningReport | None, **kwargs: Any) -> None:
         """What was begun by the first `on_phase_begin` is over, well or by an error."""
 
-    def on_save(self, args: KPruneArguments, report: PruningReport | None, output_dir: str, **kwargs: Any) -> None:
+    def on_save(
+        self, args: KPruneArguments, report: PruningReport | None, output_dir: str, **kwargs: Any
+    ) -> None:
         """After a checkpoint has been written to `output_dir`. `report` is None if nothing was pruned in this run."""
 
 
@@ -60,7 +70,9 @@ class CallbackHandler:
 class PrinterCallback(KPruneCallback):
     """Prints a line per sublayer, above the bar: kept/total, FLOPs left, error before and after tuning, seconds."""
 
-    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
+    def on_sublayer_end(
+        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
+    ) -> None:
         tqdm.write(str(sublayer))
 
 
@@ -71,7 +83,9 @@ class ProgressCallback(KPruneCallback):
         self.bar: Any = None
         self.phases: list[str] = []
 
-    def on_phase_begin(self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any) -> None:
+    def on_phase_begin(
+        self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any
+    ) -> None:
         if self.bar is None and shows_bars():
             form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
             desc = f"hf_kprune: {phase:8}"
@@ -82,7 +96,9 @@ class ProgressCallback(KPruneCallback):
             print(f"hf_kprune: {phase}", file=sys.stderr, flush=True)
         self.phases.append(phase)
 
-    def on_progress(self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any) -> None:
+    def on_progress(
+        self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any
+    ) -> None:
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
 
@@ -105,7 +121,9 @@ class ReportingCallback(KPruneCallback):
         self.arguments = args.training_arguments("kprune_runs")  # not output_dir, which must be empty
         self.state, self.control = TrainerState(is_world_process_zero=True), TrainerControl()
         try:
-            self.integrations = [make() for make in get_reporting_integration_callbacks(self.arguments.report_to)]
+            self.integrations = [
+                make() for make in get_reporting_integration_callbacks(self.arguments.report_to)
+            ]
         except (ValueError, RuntimeError, ImportError) as error:  # unknown, or its package is not installed
             unknown = [name for name in args.report_to if name not in {"all", *INTEGRATION_TO_CALLBACK}]
             if unknown:
@@ -124,7 +142,9 @@ class ReportingCallback(KPruneCallback):
     def on_prune_begin(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:
         self._tell("on_train_begin", model=kwargs["model"])
 
-    def on_sublayer_end(self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any) -> None:
+    def on_sublayer_end(
+        self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
+    ) -> None:
         self.state.global_step += 1
         figures = {
             "kept": len(sublayer.kept) / max(sublayer.units, 1),

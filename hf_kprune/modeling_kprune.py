@@ -93,15 +93,23 @@ class EmptyAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, block: dict[str, Any], output: str | None):
         nn.Module.__init__(self)
-        for name, value in vars(attention).items():  # flags that the layer around it reads, such as is_sliding
+        for name, value in vars(
+            attention
+        ).items():  # flags that the layer around it reads, such as is_sliding
             if isinstance(value, (bool, int, float, str)) and name != "training":
                 setattr(self, name, value)
-        self.kind, self.returns, self.has_weights = block["kind"], block["returns"], block.get("weights", True)
+        self.kind, self.returns, self.has_weights = (
+            block["kind"],
+            block["returns"],
+            block.get("weights", True),
+        )
         self.output, self.parameter_names = output, parameter_names(attention)
         self.config = vars(attention).get("config")
         self.dispatches = hasattr(sys.modules.get(type(attention).__module__), "ALL_ATTENTION_FUNCTIONS")
         for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-            getattr(self, hooks).update(getattr(attention, hooks))  # transformers hooks what it collects from only once
+            getattr(self, hooks).update(
+                getattr(attention, hooks)
+            )  # transformers hooks what it collects from only once
         self._is_hf_initialized = True  # the initialisation of its class would look for projections
         if output is not None:  # the projection keeps its name, so its bias keeps its key in the state dict
             self.add_module(output, attention.get_submodule(output))
@@ -171,7 +179,9 @@ class EmptyProjection(nn.Module):
     def __init__(self, projection: Any):
         super().__init__()
         self.nx, self.nf = 0, projection.nf
-        self.weight = nn.Parameter(projection.weight[:0].detach().clone(), requires_grad=projection.weight.requires_grad)
+        self.weight = nn.Parameter(
+            projection.weight[:0].detach().clone(), requires_grad=projection.weight.requires_grad
+        )
         self.bias = projection.bias
 
     def forward(self, hidden: Any) -> Any:
@@ -217,7 +227,9 @@ class SelectHeads:
     def __init__(self, argument: str, where: str, of: int, heads: list[int]):
         self.argument, self.where, self.of, self.heads = argument, where, of, heads
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         value = bound.arguments.get(self.argument)
         if value is not None:
@@ -237,8 +249,13 @@ class SelectHeads:
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
     """The list of layers at `path`, seen from `model` or from the base model inside it; None if there is none."""
     prefixes = ["", getattr(model, "base_model_prefix", "") + "."]
-    for name, inner in model.named_children():  # a head that does not name the model it is on: CLIP's in some versions
-        if isinstance(inner, PreTrainedModel) and isinstance(inner.config, type(getattr(model, "config", None))):
+    for (
+        name,
+        inner,
+    ) in model.named_children():  # a head that does not name the model it is on: CLIP's in some versions
+        if isinstance(inner, PreTrainedModel) and isinstance(
+            inner.config, type(getattr(model, "config", None))
+        ):
             prefixes.append(name + ".")
     for prefix in prefixes:
         try:
@@ -273,11 +290,17 @@ def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | 
         layer.set_submodule(path, EmptyProjection(module))
 
 
-SIZES = {"linear": ("out_features", "in_features"), "conv1d": ("nf", "nx"), "embedding": ("embedding_dim", "num_embeddings")}
+SIZES = {
+    "linear": ("out_features", "in_features"),
+    "conv1d": ("nf", "nx"),
+    "embedding": ("embedding_dim", "num_embeddings"),
+}
 
 
 def kind_of(module: nn.Module) -> str:
-    return "conv1d" if hasattr(module, "nf") else "embedding" if hasattr(module, "embedding_dim") else "linear"
+    return (
+        "conv1d" if hasattr(module, "nf") else "embedding" if hasattr(module, "embedding_dim") else "linear"
+    )
 
 
 def own_tables(layers: nn.ModuleList, block: dict[str, Any]) -> None:
@@ -388,7 +411,11 @@ def check_plan(stack: dict[str, Any], layers: nn.ModuleList) -> None:
                 (f"{path}.{SIZES[kind_of(layer.get_submodule(path))][1]}", width, 0)
                 for path, width in block["columns"].items()
             ]
-            sizes += [(path, factor, 0) for path, factor in block["sizes"].items() if get_size(layer, path) is not None]
+            sizes += [
+                (path, factor, 0)
+                for path, factor in block["sizes"].items()
+                if get_size(layer, path) is not None
+            ]
             found = [(path, get_size(layer, path), width, fixed) for path, width, fixed in sizes]
             found += [
                 (path, parameter.shape[dim], width, 0)
@@ -419,7 +446,9 @@ def shrink(model: nn.Module) -> nn.Module:
         return model
     try:
         if plan["format"] != FORMAT:
-            raise CheckpointError(f"config.json: kprune format is {plan['format']!r}, expected {FORMAT}; upgrade hf_kprune")
+            raise CheckpointError(
+                f"config.json: kprune format is {plan['format']!r}, expected {FORMAT}; upgrade hf_kprune"
+            )
         todo = []
         for stack in plan["stacks"]:
             layers = find_layers(model, stack["layers"])
@@ -439,7 +468,9 @@ def shrink(model: nn.Module) -> nn.Module:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"config.json: the kprune plan cannot be followed: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"config.json: the kprune plan cannot be followed: {type(error).__name__}: {error}"
+        ) from error
     return model
 
 
@@ -452,7 +483,9 @@ def plan_of(config: Any) -> dict[str, Any] | None:
 def is_pruned(config: Any) -> bool:
     """Whether a config, or one inside it (a tower of CLIP's), has a plan; of a config or its dictionary."""
     values = config if isinstance(config, dict) else config.to_dict()
-    return plan_of(values) is not None or any(is_pruned(value) for value in values.values() if isinstance(value, dict))
+    return plan_of(values) is not None or any(
+        is_pruned(value) for value in values.values() if isinstance(value, dict)
+    )
 
 
 def unseal(config: Any) -> Any:
@@ -472,7 +505,11 @@ def edit_config(directory: str | os.PathLike[str], **entries: Any) -> None:
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if is_pruned(config):
-        config = {name: value for name, value in {**config, **entries}.items() if value is not None or name not in entries}
+        config = {
+            name: value
+            for name, value in {**config, **entries}.items()
+            if value is not None or name not in entries
+        }
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -502,7 +539,9 @@ def record_weights(directory: str | os.PathLike[str]) -> None:
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if RECORD not in config and is_pruned(config):
-        files = sorted(file for file in path.parent.glob("*.safetensors") if not file.name.startswith("adapter_"))
+        files = sorted(
+            file for file in path.parent.glob("*.safetensors") if not file.name.startswith("adapter_")
+        )
         record = {file.name: {"sha256": sha256_of(file), "tensors": tensors_of(file)} for file in files}
         edit_config(directory, **{RECORD: record or None})
 
@@ -517,7 +556,9 @@ def check_record(name: Any, record: dict[str, Any], **options: Any) -> None:
         record: Of its config, see `record_weights`.
         options: Of `from_pretrained`, to find the files by.
     """
-    options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None} | {"local_files_only": True}
+    options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None} | {
+        "local_files_only": True
+    }
     for file, entry in record.items():
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
         if path is None:  # of another variant, which was not asked for
@@ -563,11 +604,15 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
         stacks += told
         if inner is model and told and not any(find_layers(model, stack["layers"]) for stack in told):
             lacked = ", ".join(stack["layers"] for stack in told)
-            raise CheckpointError(f"config.json: {type(model).__name__} lacks {lacked}, which the kprune plan names")
+            raise CheckpointError(
+                f"config.json: {type(model).__name__} lacks {lacked}, which the kprune plan names"
+            )
     random = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     lost = [key for key in random if any(f"{stack['layers']}." in key for stack in stacks)]
     if lost:
-        raise CheckpointError(f"{name}: {MISFIT}: {len(lost)} tensors are missing or of another size, such as {min(lost)}")
+        raise CheckpointError(
+            f"{name}: {MISFIT}: {len(lost)} tensors are missing or of another size, such as {min(lost)}"
+        )
     record = model.config.__dict__.pop(RECORD, None) or {}
     if name is not None and kwargs.get("state_dict") is None:
         check_record(name, record, **kwargs)
@@ -592,12 +637,18 @@ class KPruneMixin(PreTrainedModel):
         if not isinstance(config, PreTrainedConfig):
             hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
             source = config or name
-            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub_options, **kwargs)
+            config, kwargs = cls.config_class.from_pretrained(
+                source, return_unused_kwargs=True, **hub_options, **kwargs
+            )
             kwargs.update(hub_options)
         return load_checked(super().from_pretrained, name, *args, config=unseal(config), **kwargs)
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        auto_map = getattr(self.config, "auto_map", None) or {}  # of a Hub model: "repository--modeling_kprune.BertModel"
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        auto_map = (
+            getattr(self.config, "auto_map", None) or {}
+        )  # of a Hub model: "repository--modeling_kprune.BertModel"
         self.config.auto_map = {auto: target.split("--")[-1] for auto, target in auto_map.items()}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
@@ -616,11 +667,15 @@ class KPruneMixin(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        return bool(cls.dense_class().is_custom_code())  # the conversions of weight names of a stock class apply
+        return bool(
+            cls.dense_class().is_custom_code()
+        )  # the conversions of weight names of a stock class apply
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return bool(cls.dense_class()._can_set_attn_implementation())  # reads the source file of the class it is asked of
+        return bool(
+            cls.dense_class()._can_set_attn_implementation()
+        )  # reads the source file of the class it is asked of
 
 
 def narrowed(dense: Any, module: str) -> Any:

@@ -65,7 +65,9 @@ def check_alike(accelerator: Accelerator, model: nn.Module, options: Mapping[str
                     f"{name} is {first[0].get(name)} on process 0 and {entry[0].get(name)} on process {rank}; give all "
                     "processes the same options"
                 )
-        differing = sorted(name for name in first[1].keys() | entry[1].keys() if first[1].get(name) != entry[1].get(name))
+        differing = sorted(
+            name for name in first[1].keys() | entry[1].keys() if first[1].get(name) != entry[1].get(name)
+        )
         if differing:
             raise ArgumentError(
                 f"processes 0 and {rank} hold different models ({len(differing)} tensors, such as {differing[0]}); load one "

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .interface import Method
+    from .calibration.calibration import Calibration
+    from .methods.base import Method
 
 
 class Work:
@@ -48,7 +48,9 @@ class Work:
             self.tell(fraction)
 
 
-def steps_of(method: Method, calibration: Calibration, sublayers: int, measured: bool, tune: bool, dry: bool) -> float:
+def steps_of(
+    method: Method, calibration: Calibration, sublayers: int, measured: bool, tune: bool, dry: bool
+) -> float:
     """About how many steps a student takes.
 
     Args:
@@ -70,7 +72,11 @@ def steps_of(method: Method, calibration: Calibration, sublayers: int, measured:
     if dry:
         return measuring
     trials = len(method.exponents) if len(method.exponents) > 1 and compared else 0
-    return measuring + (trials * tried + len(batches)) * sublayers * (1 + correct) + trials * 2 * compared * sublayers
+    return (
+        measuring
+        + (trials * tried + len(batches)) * sublayers * (1 + correct)
+        + trials * 2 * compared * sublayers
+    )
 
 
 @contextmanager

@@ -23,32 +23,32 @@ from transformers.utils import logging
 
 from .algorithm import Pruning, Timed
 from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
-from .calibration import Calibration, in_eval_mode, tokens_of
+from .budget import BudgetTerms, BudgetWarning, expected_bytes, model_size, peak_memory, prunable_flops
+from .calibration.calibration import Calibration, in_eval_mode, tokens_of
+from .calibration.collate import collate
+from .calibration.embeddings import folder_of, refuse_wrapper
+from .calibration.metrics import evaluate_texts, metrics_of
+from .calibration.rows import draw_rows, is_causal, row_tokens
+from .calibration.tasks import BY_PRODUCTS, Knowledge, KnowledgeLoss, knowledge_loss
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
-from .checkpoint import save_atomically
-from .checks import check_described, check_model, unwrapped
-from .collate import collate
-from .cost import BudgetTerms, BudgetWarning, expected_bytes, model_size, peak_memory, prunable_flops
-from .destination import as_text, origins
-from .detect import describe
-from .embeddings import folder_of, refuse_wrapper
+from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
+from .checkpoint.lineage import earlier_cuts, write_cuts
+from .checkpoint.loading import load_model, load_tokenizer
+from .checkpoint.remote_code import check_code_travels
+from .checkpoint.saving import save_atomically
 from .errors import ArgumentError, CheckpointError, KPruneError
-from .heads import BY_PRODUCTS, Knowledge, KnowledgeLoss, knowledge_loss
-from .hub import check_card_place, check_push, model_card, push_folder
-from .interface import Method
-from .latency import LatencyTable, compare, example_inputs
-from .lineage import earlier_cuts, write_cuts
-from .loading import load_model, load_tokenizer
+from .files.destination import as_text, origins
+from .latency.table import LatencyTable, compare, example_inputs
 from .methods import METHODS
-from .metrics import evaluate_texts, metrics_of
+from .methods.base import Method
 from .processes import accompanied, check_alike, together
 from .progress import Work
-from .reach import leaving, towers_left_alone
-from .remote_code import check_code_travels
 from .report import PruningReport, Size
-from .rows import draw_rows, is_causal, row_tokens
-from .sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
-from .surroundings import plain_modes, undisturbed
+from .structure.checks import check_described, check_model, unwrapped
+from .structure.detect import describe
+from .structure.reach import leaving, towers_left_alone
+from .structure.sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
+from .structure.surroundings import plain_modes, undisturbed
 from .sweep import Sweep, SweepPoint, smallest_within
 from .text import public_name
 from .validation import checked, checked_arguments, show
@@ -217,7 +217,11 @@ class KPrunePruner:
             ArgumentError: As `prune()`.
         """
         self._check_place(calibration_dataset)
-        with self._unreported(), self._run(), self._pruning(calibration_dataset, [self.args], dry=True) as pruning:
+        with (
+            self._unreported(),
+            self._run(),
+            self._pruning(calibration_dataset, [self.args], dry=True) as pruning,
+        ):
             report = self._student(pruning, self.args)[1]
         warn_of(report)
         return report
@@ -286,16 +290,24 @@ class KPrunePruner:
         """
         self.args.check()
         if metric is not None and self.eval_dataset is None:
-            raise ArgumentError(f"metric is {metric!r}, but there is no eval_dataset: pass it to KPrunePruner")
+            raise ArgumentError(
+                f"metric is {metric!r}, but there is no eval_dataset: pass it to KPrunePruner"
+            )
         if metric is None and not greater_is_better:
-            raise ArgumentError("greater_is_better is False, but there is no metric that it is said of; pass metric")
+            raise ArgumentError(
+                "greater_is_better is False, but there is no metric that it is said of; pass metric"
+            )
         if refine < 0:
             raise ArgumentError(f"refine is {refine}, expected at least 0")
         asked: list[dict[str, Any]] = [
             budget if isinstance(budget, dict) else {"sparsity": float(budget)} for budget in budgets
         ]
-        if not asked or any(len(options) != 1 or not options.keys() <= {"sparsity", *TARGETS} for options in asked):
-            raise ArgumentError(f"budgets are {list(budgets)}, expected at least one, each a fraction or a dict of one budget")
+        if not asked or any(
+            len(options) != 1 or not options.keys() <= {"sparsity", *TARGETS} for options in asked
+        ):
+            raise ArgumentError(
+                f"budgets are {list(budgets)}, expected at least one, each a fraction or a dict of one budget"
+            )
         if max_drop is not None and (max_drop < 0 or any("sparsity" not in options for options in asked)):
             raise ArgumentError(
                 f"max_drop is {max_drop} and budgets are {list(budgets)}, expected at least 0, and fractions to remove"
@@ -310,7 +322,9 @@ class KPrunePruner:
                 stacklevel=2,
             )
         if output_dir is not None and self.args.push_to_hub:
-            raise ArgumentError("push_to_hub is True, but a sweep makes many models: push the one that you choose")
+            raise ArgumentError(
+                "push_to_hub is True, but a sweep makes many models: push the one that you choose"
+            )
 
         def within(options: dict[str, Any]) -> KPruneArguments:
             return replace(self.args, **{**dict.fromkeys(("sparsity", *TARGETS)), **options})
@@ -357,13 +371,17 @@ class KPrunePruner:
                     point.path = place(options)
                     if point.path is not None:
                         self._tell_of_the_save(self._save(point.path))
-                good = max_drop is not None and swept.quality(point) >= swept.quality(swept.points[0]) - max_drop
+                good = (
+                    max_drop is not None and swept.quality(point) >= swept.quality(swept.points[0]) - max_drop
+                )
                 if good and (not found or point.flops <= found[-1][0].flops):
                     found[:] = [(point, student, report)]
                 return point
 
             whole = model_size(
-                dense, pruning.references, prunable_flops(pruning.references, pruning.calibration.flops_lengths)
+                dense,
+                pruning.references,
+                prunable_flops(pruning.references, pruning.calibration.flops_lengths),
             )
             swept = Sweep([judged({}, whole, 0.0)], key, greater_is_better)
             if max_drop is None:
@@ -409,7 +427,9 @@ class KPrunePruner:
         try:
             import optuna
         except ImportError as error:
-            raise ArgumentError('hyperparameter_search takes Optuna: pip install "hf_kprune[sweep]"') from error
+            raise ArgumentError(
+                'hyperparameter_search takes Optuna: pip install "hf_kprune[sweep]"'
+            ) from error
         self.args.check()
         if n_trials < 1:
             raise ArgumentError(f"n_trials is {n_trials}, expected at least 1")
@@ -420,12 +440,17 @@ class KPrunePruner:
         def space(trial: Any) -> dict[str, Any]:
             if hp_space is not None:
                 return dict(checked("what hp_space gives", hp_space(trial), dict[str, Any]))
-            return {name: trial.suggest_float(name, *ends, log=True) for name, ends in RANGES[args.method].items()}
+            return {
+                name: trial.suggest_float(name, *ends, log=True) for name, ends in RANGES[args.method].items()
+            }
 
         def objective(trial: Any) -> float:
             (options,) = broadcast_object_list([space(trial)])  # each process has an Optuna of its own
             self.args = replace(args, **options)
-            with self._run(), self._pruning(calibration_dataset, [self.args], compute_objective is None) as pruning:
+            with (
+                self._run(),
+                self._pruning(calibration_dataset, [self.args], compute_objective is None) as pruning,
+            ):
                 pruning.calibration.check_held_out()
                 student, report = self._student(pruning, self.args)
                 with self._in_place(student, report):
@@ -468,21 +493,30 @@ class KPrunePruner:
 
     @contextmanager
     def _pruning(
-        self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool = False, dry: bool = False
+        self,
+        calibration_dataset: Any,
+        budgets: Sequence[KPruneArguments],
+        hold_out: bool = False,
+        dry: bool = False,
     ) -> Iterator[Pruning]:
         """What students for these budgets are made of. What can be refused is refused here, before anything runs."""
         self._seconds = {}
         with self._phase("prepare"), together(self.accelerator):
             self.args.check()
             self.model = self._unspoilt(self.model)
-        with accompanied(self.accelerator), leaving(self.model, ()):  # until it is known which of its towers run
+        with (
+            accompanied(self.accelerator),
+            leaving(self.model, ()),
+        ):  # until it is known which of its towers run
             with self._phase("prepare"):
                 pruning = self._prepared(calibration_dataset, budgets, hold_out, dry)
             with in_eval_mode(pruning.teacher):
                 self._check_loss(pruning)
                 yield pruning
 
-    def _prepared(self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool, dry: bool) -> Pruning:
+    def _prepared(
+        self, calibration_dataset: Any, budgets: Sequence[KPruneArguments], hold_out: bool, dry: bool
+    ) -> Pruning:
         """The rows drawn, the budgets and all else checked."""
         args, model = self.args, self.model
         with together(self.accelerator):
@@ -494,20 +528,31 @@ class KPrunePruner:
             calibration = self._calibration(model, calibration_dataset, PLAN_TOKENS if dry else None)
         calibration.check_same_rows()
         calibration.check_flops_length(model)
-        lengths = calibration.flops_lengths  # summed over processes, so what follows is the same on all of them
+        lengths = (
+            calibration.flops_lengths
+        )  # summed over processes, so what follows is the same on all of them
         calibration.check_enough_tokens()
         sublayers = calibration.sublayers
         own = with_own_tables(model)
         before = model_size(own, find_sublayers(own), prunable_flops(sublayers, lengths))
-        timed = self._timed(own, calibration) if any(budget.budget[0] in TIMES for budget in budgets) else None
-        remarks = [f"{path} is left alone, as {why}; the budget is of the rest" for path, why in self._left_alone.items()]
+        timed = (
+            self._timed(own, calibration) if any(budget.budget[0] in TIMES for budget in budgets) else None
+        )
+        remarks = [
+            f"{path} is left alone, as {why}; the budget is of the rest"
+            for path, why in self._left_alone.items()
+        ]
         remarks += [
             remark
             for budget in budgets
-            for remark in BudgetTerms(sublayers, budget, lengths, before, timed.table if timed else None).remarks()
+            for remark in BudgetTerms(
+                sublayers, budget, lengths, before, timed.table if timed else None
+            ).remarks()
         ]
         if timed is None and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
-            remarks.append("latency_batch_size and latency_length have no effect without target_latency or target_speedup")
+            remarks.append(
+                "latency_batch_size and latency_length have no effect without target_latency or target_speedup"
+            )
         for remark in dict.fromkeys(remarks):
             warnings.warn(remark, BudgetWarning, stacklevel=6)
         if args.uniform:
@@ -517,7 +562,9 @@ class KPrunePruner:
             torch.cuda.reset_peak_memory_stats()
         work = Work(self._progress(), len(budgets))
         calibration.step = work.step
-        return Pruning(model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, work, dry)
+        return Pruning(
+            model, calibration, loss, before, timed, args, hold_out, self._phase, self._tell, work, dry
+        )
 
     def _check_loss(self, pruning: Pruning) -> None:
         """Try the knowledge loss on a batch; say what it is made of, and warn of answers that it does not count."""
@@ -528,7 +575,11 @@ class KPrunePruner:
         logger.info("%s compares the outputs %s of %s", loss.name, ", ".join(pruning.compared), name)
         answers = [output for output in pruning.ignored if output not in BY_PRODUCTS]
         if answers:
-            advice = "pass compute_loss to count them" if self.compute_loss is None else "count them in compute_loss too"
+            advice = (
+                "pass compute_loss to count them"
+                if self.compute_loss is None
+                else "count them in compute_loss too"
+            )
             warnings.warn(
                 f"the knowledge loss ({loss.name}) compares {', '.join(pruning.compared)} of {name} and ignores "
                 f"{', '.join(answers)}, which pruning may change; {advice}",
@@ -550,7 +601,10 @@ class KPrunePruner:
             before=model_size(model, sublayers, prunable_flops(sublayers, calibration.flops_lengths)),
             sequence_length=sum(calibration.flops_lengths.values()) / len(calibration.flops_lengths),
             calibration=calibration.rows.fingerprint,
-            arguments={**args.to_dict(), "output_dir": None if args.output_dir is None else public_name(args.output_dir)},
+            arguments={
+                **args.to_dict(),
+                "output_dir": None if args.output_dir is None else public_name(args.output_dir),
+            },
             versions=versions(),
             device=f"{self.accelerator.device}, {self.accelerator.num_processes} process(es)",
             lineage=earlier_cuts(model, self.report),
@@ -579,7 +633,10 @@ class KPrunePruner:
                 report.achieved = pruning.timed.foreseen(counts, args.budget[0])
             else:
                 report.achieved = pruning.timed.achieved(student, args.budget[0])
-        report.seconds = {**self._seconds, "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin}
+        report.seconds = {
+            **self._seconds,
+            "total": self._seconds.get("prepare", 0.0) + time.perf_counter() - begin,
+        }
         self._seconds = {}
         report.peak_memory = peak_memory(self.accelerator.device)
         write_cuts(student, [*report.lineage, report.cut()])
@@ -619,7 +676,11 @@ class KPrunePruner:
         if dataset is None:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         count = tokens_of(model, self.data_collator, self.processing_class)
-        args, method, processing_class = copy.copy(self.args), METHODS[self.args.method](self.args), self.processing_class
+        args, method, processing_class = (
+            copy.copy(self.args),
+            METHODS[self.args.method](self.args),
+            self.processing_class,
+        )
         if self.sentence_folder is not None:
             args.max_seq_length = self.sentence_folder.longest(args.max_seq_length, processing_class)
             processing_class = self.sentence_folder.reader(processing_class)
@@ -632,7 +693,9 @@ class KPrunePruner:
             left_alone = towers_left_alone(model, inputs, args.head_unit)
         model.__dict__[LEFT_ALONE] = frozenset(left_alone)  # until `leaving` ends
         self._left_alone = {path.rstrip("."): reason for path, reason in left_alone.items()}
-        return Calibration(self.accelerator, rows, self.data_collator, self.processing_class, model, args, count, few)
+        return Calibration(
+            self.accelerator, rows, self.data_collator, self.processing_class, model, args, count, few
+        )
 
     @contextmanager
     def _run(self) -> Iterator[None]:
@@ -745,7 +808,9 @@ class KPrunePruner:
         except (KPruneError, CheckpointError) as error:
             if self.report is None:
                 raise
-            advice = "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
+            advice = (
+                "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
+            )
             raise type(error)(f"{error}; {advice}") from error
         self._tell_of_the_save(path)
         if self.args.push_to_hub:
@@ -760,7 +825,9 @@ class KPrunePruner:
                 path = args.check_output_dir(output_dir, self._origins(), size)
                 check_code_travels(self.model)
                 self._tell("on_phase_begin", "save", model=self.model)
-                save_atomically(self.model, path, args.max_shard_size, self._save_beside, args.overwrite_output_dir)
+                save_atomically(
+                    self.model, path, args.max_shard_size, self._save_beside, args.overwrite_output_dir
+                )
         path = str(path or args.output_dir)
         self._saved = os.path.abspath(path)
         return path
@@ -872,7 +939,11 @@ class KPrunePruner:
         return self._push(commit_message, token, revision, run_as_future=not blocking, **kwargs)
 
     def _push(
-        self, commit_message: str = "K-pruned model", token: str | None = None, revision: str | None = None, **kwargs: Any
+        self,
+        commit_message: str = "K-pruned model",
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         with together(self.accelerator):
             if not self.accelerator.is_main_process:
@@ -892,7 +963,9 @@ def check_is_model(model: Any) -> None:
         way_out = f": {model.__name__}.from_pretrained() loads one"
     elif isinstance(getattr(model, "model", None), PreTrainedModel):
         way_out = ": pass its .model"
-    raise ArgumentError(f"model is {show(model)}, expected a transformers PreTrainedModel or the name or path of one{way_out}")
+    raise ArgumentError(
+        f"model is {show(model)}, expected a transformers PreTrainedModel or the name or path of one{way_out}"
+    )
 
 
 def check_processing_class(processing_class: Any) -> None:
@@ -912,7 +985,9 @@ def check_rows(name: str, dataset: Any) -> None:
     """Raise `ArgumentError` for what is no dataset of rows."""
     able = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
     if not able or isinstance(dataset, (str, bytes, os.PathLike)):
-        raise ArgumentError(f"{name} is {show(dataset)}, expected a dataset of tokenised rows: pass one as {name}")
+        raise ArgumentError(
+            f"{name} is {show(dataset)}, expected a dataset of tokenised rows: pass one as {name}"
+        )
 
 
 def warn_of(report: PruningReport) -> None:

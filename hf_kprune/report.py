@@ -165,7 +165,9 @@ class PruningReport:
     def shares(self) -> tuple[float, float]:
         """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not counted."""
         size = self.before
-        return size.prunable_parameters / max(size.parameters, 1), size.flops / size.all_flops if size.all_flops else 0.0
+        return size.prunable_parameters / max(
+            size.parameters, 1
+        ), size.flops / size.all_flops if size.all_flops else 0.0
 
     def remarks(self) -> list[str]:
         """Which sublayers are emptied, and of which kind of unit less than `LITTLE` is left."""
@@ -216,7 +218,12 @@ class PruningReport:
                 self.after.bytes_without_embeddings / 1e6,
                 ".1f",
             ),
-            (f"prunable GFLOPs at {self.sequence_length:.1f} tokens", self.before.flops / 1e9, self.after.flops / 1e9, ".4g"),
+            (
+                f"prunable GFLOPs at {self.sequence_length:.1f} tokens",
+                self.before.flops / 1e9,
+                self.after.flops / 1e9,
+                ".4g",
+            ),
         ]
         if self.before.all_flops:
             rows.append(("all GFLOPs", self.before.all_flops / 1e9, self.after.all_flops / 1e9, ".4g"))
@@ -234,15 +241,27 @@ class PruningReport:
         for name, before, after, form in rows:
             share = f"{after / before:.1%}" if before else "-"
             lines.append(f"| {name} | {before:{form}} | {after:{form}} | {share} |")
-        lines += ["", "| sublayer | kept | of | error cut | error tuned | s |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+        lines += [
+            "",
+            "| sublayer | kept | of | error cut | error tuned | s |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
         for s in self.sublayers:
             errors = ["-" if e is None else f"{e:.4f}" for e in (s.error_before, s.error_after)]
             lines.append(
                 f"| {in_markdown(s.name)} | {len(s.kept)} | {s.units} | {errors[0]} | {errors[1]} | {s.seconds:.1f} |"
             )
-        knowledge = f"{self.knowledge}, of the outputs {', '.join(self.compared)}" if self.compared else self.knowledge
-        knowledge, device, dataset = map(in_markdown, (knowledge, self.device, self.calibration.get("dataset")))
-        versions = ", ".join(f"{in_markdown(name)} {in_markdown(version)}" for name, version in self.versions.items())
+        knowledge = (
+            f"{self.knowledge}, of the outputs {', '.join(self.compared)}"
+            if self.compared
+            else self.knowledge
+        )
+        knowledge, device, dataset = map(
+            in_markdown, (knowledge, self.device, self.calibration.get("dataset"))
+        )
+        versions = ", ".join(
+            f"{in_markdown(name)} {in_markdown(version)}" for name, version in self.versions.items()
+        )
         knowledge += f", without {', '.join(self.ignored)}" if self.ignored else ""
         lines += [
             "",
@@ -264,7 +283,9 @@ class PruningReport:
         model, method = in_markdown(self.model), in_markdown(self.method)
         subject = f"K-pruned {model}" if self.method == "kprune" else f"{model} pruned by {method}"
         if self.estimate:
-            subject = f"Plan: {model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {method}'}"
+            subject = (
+                f"Plan: {model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {method}'}"
+            )
         removed = "would be removed" if self.estimate else "removed"
         seconds = self.seconds.get("total", 0)
         return f"{subject}: {self.sparsity:.2%} of the prunable FLOPs {removed} ({asked}), {seconds:.0f} s"
@@ -275,24 +296,40 @@ class PruningReport:
         sizes = (
             ("parameters", self.before.parameters, self.after.parameters, ",.0f"),
             ("megabytes", self.before.bytes / 1e6, self.after.bytes / 1e6, ",.1f"),
-            (f"prunable GFLOPs at {self.sequence_length:.0f} tokens", self.before.flops / 1e9, self.after.flops / 1e9, ".4g"),
+            (
+                f"prunable GFLOPs at {self.sequence_length:.0f} tokens",
+                self.before.flops / 1e9,
+                self.after.flops / 1e9,
+                ".4g",
+            ),
         )
         for name, before, after, form in sizes:
-            lines.append(f"  {name}: {before:{form}} -> {after:{form}}" + (f" ({after / before:.1%})" if before else ""))
+            lines.append(
+                f"  {name}: {before:{form}} -> {after:{form}}"
+                + (f" ({after / before:.1%})" if before else "")
+            )
         counts = []
         for kind, (units, places) in KINDS.items():
             some = [s for s in self.sublayers if s.kind == kind]
             if some:
                 kept, emptied = sum(len(s.kept) for s in some), sum(not s.kept for s in some)
-                counts.append(f"{kept:,} of {sum(s.units for s in some):,} {units} in {len(some)} {places}, {emptied} emptied")
+                counts.append(
+                    f"{kept:,} of {sum(s.units for s in some):,} {units} in {len(some)} {places}, {emptied} emptied"
+                )
         lines.append(f"  kept: {'; '.join(counts)}")
         errors = sorted((s.error_after, s.name) for s in self.sublayers if s.error_after is not None)
         if errors:
             middle, (largest, name) = errors[len(errors) // 2][0], errors[-1]
-            lines.append(f"  error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({in_markdown(name)})")
+            lines.append(
+                f"  error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({in_markdown(name)})"
+            )
         rows, tokens = (self.calibration.get(key, 0) for key in ("rows", "tokens"))
-        lines.append(f"  calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {in_markdown(self.knowledge)}")
-        spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items() if phase != "total")
+        lines.append(
+            f"  calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {in_markdown(self.knowledge)}"
+        )
+        spent = ", ".join(
+            f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items() if phase != "total"
+        )
         lines.append(f"  time: {spent}; peak memory {self.peak_memory / 2**30:.2f} GiB")
         return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks()[:2])]) + "\n"
 

@@ -64,7 +64,9 @@ class Sweep:
     def pareto(self) -> list[bool]:
         """For each point, whether no other is both at least as small, in FLOPs, and better."""
         return [
-            not any(p.flops <= q.flops and self.quality(p) > self.quality(q) for p in self.points if p is not q)
+            not any(
+                p.flops <= q.flops and self.quality(p) > self.quality(q) for p in self.points if p is not q
+            )
             for q in self.points
         ]
 
@@ -126,11 +128,17 @@ def check_plot(path: str) -> None:
             raise
         wrong = str(error)
     if wrong:
-        raise ArgumentError(f"plot is {path!r}, expected a file that can be written, such as sweep.svg: {wrong}")
+        raise ArgumentError(
+            f"plot is {path!r}, expected a file that can be written, such as sweep.svg: {wrong}"
+        )
 
 
 def smallest_within(
-    evaluate: Callable[[float], SweepPoint], sweep: Sweep, sparsities: list[float], max_drop: float, refine: int
+    evaluate: Callable[[float], SweepPoint],
+    sweep: Sweep,
+    sparsities: list[float],
+    max_drop: float,
+    refine: int,
 ) -> None:
     """Evaluate at `sparsities`, then `refine` times between the sparsest good enough and the next, and set `sweep.best`.
 

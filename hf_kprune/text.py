@@ -17,7 +17,11 @@ def printable(text: str, keep: str = "") -> str:
 
     def shown(character: str) -> str:
         steers = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-        return character.encode("unicode_escape").decode("ascii") if steers and character not in keep else character
+        return (
+            character.encode("unicode_escape").decode("ascii")
+            if steers and character not in keep
+            else character
+        )
 
     return "".join(map(shown, text))
 

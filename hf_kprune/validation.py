@@ -64,7 +64,9 @@ show = Line().repr
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The known word that an unknown one may stand for, as the end of a sentence; nothing if none is near."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, 1) or [name for name in known if word and name.startswith(word)]
+    near = difflib.get_close_matches(word, known, 1) or [
+        name for name in known if word and name.startswith(word)
+    ]
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -205,7 +207,9 @@ def check_names(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise ArgumentError(f"{owner} has no option {name}{suggestion(name, known) or f'; see help({owner})'}")
+            raise ArgumentError(
+                f"{owner} has no option {name}{suggestion(name, known) or f'; see help({owner})'}"
+            )
 
 
 def known_keywords(cls: type[Class]) -> type[Class]:
@@ -232,7 +236,9 @@ def checked_arguments(*but: str, **ways_out: str) -> Callable[[Function], Functi
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         named = [
-            p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY
+            p.name
+            for p in signature.parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY
         ]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         title = function.__qualname__.removesuffix(".__init__")

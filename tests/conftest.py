@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from zoo import ENCODER, make
 
 from hf_kprune.modeling_kprune import has
-from hf_kprune.sublayers import Sublayer, cut, find_sublayers, write_plan
+from hf_kprune.structure.sublayers import Sublayer, cut, find_sublayers, write_plan
 
 
 torch.set_num_threads(1)
@@ -67,7 +67,9 @@ def classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
     return {head: getattr(transformers, name) for head, name in names.items() if name}
 
 
-def tiny(model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", seed: int = 0, **config: Any) -> PreTrainedModel:
+def tiny(
+    model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", seed: int = 0, **config: Any
+) -> PreTrainedModel:
     """A tiny random model whose every parameter, biases and norms too, is away from its initial value."""
     settings = {**CONFIGS[model_type], **({"is_decoder": True} if head == "CAUSAL_LM" else {}), **config}
     torch.manual_seed(seed)
@@ -96,7 +98,9 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     def padded(key: str, value: int) -> torch.Tensor:
         tensors = [torch.tensor(row[key]) for row in batch]
-        return torch.stack([torch.nn.functional.pad(t, (0, longest - t.shape[-1]), value=value) for t in tensors])
+        return torch.stack(
+            [torch.nn.functional.pad(t, (0, longest - t.shape[-1]), value=value) for t in tensors]
+        )
 
     return {"input_ids": padded("input_ids", 1), "attention_mask": padded("attention_mask", 0)}
 
@@ -142,7 +146,9 @@ def masked(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> Iter
     with ExitStack() as stack:
         for sublayer, mask in zip(sublayers, masks, strict=True):
 
-            def scale(_: torch.nn.Module, args: tuple[Any, ...], mask: torch.Tensor = mask) -> tuple[Any, ...]:
+            def scale(
+                _: torch.nn.Module, args: tuple[Any, ...], mask: torch.Tensor = mask
+            ) -> tuple[Any, ...]:
                 return (args[0] * mask, *args[1:])
 
             stack.callback(sublayer.output.register_forward_pre_hook(scale).remove)
@@ -167,7 +173,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", action="store_true", help="Write docs/supported_models.md from the results of test_zoo.py.")
+    parser.addoption(
+        "--table", action="store_true", help="Write docs/supported_models.md from the results of test_zoo.py."
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -184,12 +192,21 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 elif key == "refused":
                     refused[value[0]] = value[1]
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = ["| model type | " + " | ".join([*columns, "never cut"]) + " |", "| --- |" + " :---: |" * len(columns) + " --- |"]
+    lines = [
+        "| model type | " + " | ".join([*columns, "never cut"]) + " |",
+        "| --- |" + " :---: |" * len(columns) + " --- |",
+    ]
     for name, row in sorted(cells.items()):
-        lines.append(f"| {name} | " + " | ".join([*(row.get(c, "-") for c in columns), untouched(name)]) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join([*(row.get(c, "-") for c in columns), untouched(name)]) + " |"
+        )
     green = sum("**no**" not in row.values() for row in cells.values())
     lines += ["", f"{green} of {len(cells)} green, {len({n.split(':')[0] for n in cells})} model types.", ""]
-    lines += ["| refused | because |", "| --- | --- |", *(f"| {name} | {why} |" for name, why in sorted(refused.items()))]
+    lines += [
+        "| refused | because |",
+        "| --- | --- |",
+        *(f"| {name} | {why} |" for name, why in sorted(refused.items())),
+    ]
     command = 'pytest -m "slow or not slow" tests/test_zoo.py tests/test_generation.py tests/test_uniform.py --table'
     head = f"# Supported models\n\nWritten by `{command}`; `type:variant` is another config of a type. {NEVER_CUT}\n\n"
     (ROOT / "docs" / "supported_models.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")

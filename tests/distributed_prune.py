@@ -52,8 +52,12 @@ def main() -> None:
     parser.add_argument("--world_size", type=int, required=True, help="Processes that there must be.")
     parser.add_argument("--seeds", action="store_true", help="Each process makes a head of its own.")
     parser.add_argument("--sparsities", action="store_true", help="Each process has a sparsity of its own.")
-    parser.add_argument("--raise_before", action="store_true", help="The last process raises before the first collective.")
-    parser.add_argument("--die", action="store_true", help="The last process ends without a word, in the middle.")
+    parser.add_argument(
+        "--raise_before", action="store_true", help="The last process raises before the first collective."
+    )
+    parser.add_argument(
+        "--die", action="store_true", help="The last process ends without a word, in the middle."
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
-from hf_kprune.saving import aside, workplaces
+from hf_kprune.files.exchange import aside, workplaces
 
 
 NOT_REACHED, FAILED, BROKEN = 3, 4, 5
@@ -98,7 +98,10 @@ def at_every_operation(folder: Path, pruner: KPrunePruner, old: dict[str, bytes]
     assert in_a_child(lambda: pruner.save_model(str(folder / "reference"))) == 0
     new = files(folder / "reference")
     found: dict[str, Counter[str]] = {}
-    for mode, start in [("kill", start) for start in STARTS] + [("error", "a checkpoint"), ("error", "a checkpoint and more")]:
+    for mode, start in [("kill", start) for start in STARTS] + [
+        ("error", "a checkpoint"),
+        ("error", "a checkpoint and more"),
+    ]:
         outcomes = found[f"{mode}, {start}"] = Counter()
         more = STARTS[start]
         before = {} if start == "absent" else {**old, **more}
@@ -121,7 +124,10 @@ def at_every_operation(folder: Path, pruner: KPrunePruner, old: dict[str, bytes]
                 assert not left, (start, moment, left)
             elif now not in (before, after):
                 assert start == "a checkpoint and more", (start, moment, sorted(now))
-                assert "config.json" not in now, (moment, sorted(now))  # so that nobody takes it for a checkpoint
+                assert "config.json" not in now, (
+                    moment,
+                    sorted(now),
+                )  # so that nobody takes it for a checkpoint
                 assert {name: now.get(name) for name in more} == more, (moment, sorted(now))
                 assert AutoConfig.from_pretrained(out).model_type == "bert"
                 assert content(out) == after, (moment, sorted(content(out)))
@@ -131,7 +137,11 @@ def at_every_operation(folder: Path, pruner: KPrunePruner, old: dict[str, bytes]
                 with suppress(InterruptedError), aside(out):
                     raise InterruptedError  # of the next save this is all that concerns the last one
                 assert files(out) in (before, after), (start, moment, sorted(files(out)))
-                assert os.listdir(out.parent) == ["out"] or not files(out), (start, moment, os.listdir(out.parent))
+                assert os.listdir(out.parent) == ["out"] or not files(out), (
+                    start,
+                    moment,
+                    os.listdir(out.parent),
+                )
             if code == NOT_REACHED:
                 break
     return found
@@ -146,7 +156,9 @@ def at_random(folder: Path, pruner: KPrunePruner, count: int) -> Counter[str]:
     """Kill a process that prunes and saves so many times, in turn at any moment and while it saves."""
     out = folder / "work" / "out"
     draw, found = random.Random(0), Counter[str]()
-    args = KPruneArguments(output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True, num_tokens=200, use_cpu=True)
+    args = KPruneArguments(
+        output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True, num_tokens=200, use_cpu=True
+    )
 
     def run() -> None:
         student = KPrunePruner(tiny(), args, rows(), data_collator=collate)
@@ -204,7 +216,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    arguments = KPruneArguments(output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True)
+    arguments = KPruneArguments(
+        output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True
+    )
     pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
     pruner.report = report()
     if len(sys.argv) > 2:

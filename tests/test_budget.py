@@ -17,9 +17,9 @@ from zoo import ZOO, inputs_for, make
 
 from hf_kprune import ArgumentError, BudgetWarning, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.arguments import TARGETS
-from hf_kprune.cost import model_size
-from hf_kprune.hooks import matrix_flops, run_to_bottom
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.budget import model_size
+from hf_kprune.structure.hooks import matrix_flops, run_to_bottom
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 def make_pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPrunePruner:
@@ -73,7 +73,7 @@ def asks_for_nothing() -> list[dict[str, float]]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr("hf_kprune.latency.cached_assets_path", lambda *_: tmp_path)
+    monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
     for module in ("algorithm", "latency", "pruner"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", lambda models, *_, **__: [1.0] * len(models))
 
@@ -102,7 +102,10 @@ def test_sparsity_zero_says_itself_that_nothing_is_cut() -> None:
         ({"min_heads": 4}, "min_heads is 4, and no attention has more than 4 heads"),
         ({"min_heads": 99}, "min_heads is 99, and no attention"),
         ({"min_neurons": 12}, "min_neurons is 12, and no FFN has more than 12 neurons"),
-        ({"round_to": 64}, "round_to is 64, and encoder.layer.0.ffn has 12 neurons: it is kept whole or goes whole"),
+        (
+            {"round_to": 64},
+            "round_to is 64, and encoder.layer.0.ffn has 12 neurons: it is kept whole or goes whole",
+        ),
         ({"latency_length": 128}, "latency_length have no effect without target_latency or target_speedup"),
         ({"latency_batch_size": 1}, "latency_batch_size and .* have no effect"),
     ],
@@ -118,11 +121,17 @@ def test_limits_without_effect_warn(options: dict[str, Any], message: str) -> No
         ({"lambda_rep": 1.0}, "lambda_rep is 1.0, but method 'obs' does not use it; 'kprune' does"),
         ({"lambda_pred": 0.0}, "lambda_pred is 0.0, but method 'obs'"),
         ({"mu": 3.0}, "mu is 3.0, but method 'obs'"),
-        ({"ridge": 0.1, "method": "flap"}, "ridge is 0.1, but method 'flap' does not use it; 'obs', 'kprune' does"),
+        (
+            {"ridge": 0.1, "method": "flap"},
+            "ridge is 0.1, but method 'flap' does not use it; 'obs', 'kprune' does",
+        ),
         ({"tune_bias": True, "method": "kwon"}, "tune_bias is True, but method 'kwon'"),
         ({"tune_inputs": True, "method": "random"}, "tune_inputs is True, but method 'random'"),
         ({"measure_dtype": "bfloat16", "method": "magnitude"}, "method 'magnitude' measures no knowledge"),
-        ({"statistics_dtype": "float32", "method": "taylor"}, "statistics_dtype is 'float32', but nothing is tuned"),
+        (
+            {"statistics_dtype": "float32", "method": "taylor"},
+            "statistics_dtype is 'float32', but nothing is tuned",
+        ),
         ({"statistics_dtype": "float32", "tune": False}, "nothing is tuned, as tune is False"),
         ({"ridge": 0.1, "method": "kprune", "tune": False}, "ridge is 0.1, but nothing is tuned"),
         ({"min_heads": 1, "prune_heads": False}, "min_heads is 1, but prune_heads is False"),
@@ -182,7 +191,12 @@ def test_all_flops_are_those_that_torch_counts(name: str) -> None:
         model(**inputs)
     batch = len(next(iter(inputs.values())))
     counted = matrix_flops(model, inputs) + batch * products
-    routers = sum(p.numel() for n, p in model.named_parameters() if "gate.weight" in n) * 2 * batch * max(lengths.values())
+    routers = (
+        sum(p.numel() for n, p in model.named_parameters() if "gate.weight" in n)
+        * 2
+        * batch
+        * max(lengths.values())
+    )
     assert counter.get_total_flops() == pytest.approx(counted + routers, rel=1e-9)
 
 
@@ -198,7 +212,9 @@ def test_the_report_says_what_share_of_the_model_is_prunable() -> None:
     parameters, flops = report.shares()
     assert parameters == attention / before
     assert flops == report.before.flops / report.before.all_flops < 0.6
-    assert report.after.all_flops == pytest.approx(report.before.all_flops - report.before.flops + report.after.flops)
+    assert report.after.all_flops == pytest.approx(
+        report.before.all_flops - report.before.flops + report.after.flops
+    )
     assert f"Prunable are {parameters:.1%} of all parameters and {flops:.1%} of all FLOPs." in str(report)
 
 
@@ -223,7 +239,9 @@ NEW = ["prunable_parameters", "all_flops"]
 def test_a_plan_that_empties_sublayers_or_leaves_little_warns(name: str, sparsity: float) -> None:
     model = tiny() if name == "bert" else make(name)
     data = rows() if name != "bart" else [{**row, "labels": row["input_ids"]} for row in rows()]
-    with pytest.warns(BudgetWarning, match="attentions are left without heads .* If that is too much: ask for less"):
+    with pytest.warns(
+        BudgetWarning, match="attentions are left without heads .* If that is too much: ask for less"
+    ):
         report = make_pruner(model, data, sparsity=sparsity).prune()
     assert any(remark.endswith("less than 10%") for remark in report.remarks())
     assert all(f"Note: {remark}." in str(report) for remark in report.remarks())
@@ -238,7 +256,9 @@ def test_a_speed_up_that_takes_everything_warns(monkeypatch: pytest.MonkeyPatch)
 
     for module in ("algorithm", "latency", "pruner"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
-    with pytest.warns(BudgetWarning, match="3 of 3 attentions are left without heads .*; 0.0% of the heads .*; 3 of 3 FFNs"):
+    with pytest.warns(
+        BudgetWarning, match="3 of 3 attentions are left without heads .*; 0.0% of the heads .*; 3 of 3 FFNs"
+    ):
         assert make_pruner(tiny(), target_speedup=2.0).prune().sparsity == 1
 
 
@@ -267,12 +287,17 @@ def test_the_budget_holds_at_the_length_asked_for(method: str) -> None:
     report = make_pruner(model, method=method, sparsity=0.6, flops_length=512).prune()
     assert report.sequence_length == 512
     assert 0.6 <= report.sparsity == pytest.approx(removed(report, model, 512))
-    assert report.removed_at == {"128": pytest.approx(removed(report, model, 128)), "512": pytest.approx(report.sparsity)}
+    assert report.removed_at == {
+        "128": pytest.approx(removed(report, model, 128)),
+        "512": pytest.approx(report.sparsity),
+    }
     assert f"{report.removed_at['128']:.2%} at 128 tokens, {report.sparsity:.2%} at 512 tokens" in str(report)
     short = make_pruner(tiny(), method=method, sparsity=0.6).prune()
     assert short.sequence_length < 12
     assert short.sparsity == pytest.approx(removed(short, model, short.sequence_length))
-    assert short.removed_at == {length: pytest.approx(removed(short, model, int(length))) for length in ("128", "512")}
+    assert short.removed_at == {
+        length: pytest.approx(removed(short, model, int(length))) for length in ("128", "512")
+    }
 
 
 def test_encoder_decoders_count_on_both_sides() -> None:
@@ -286,12 +311,16 @@ def test_a_length_means_nothing_to_images_and_sound(name: str) -> None:
     model = make(name)
     key = model.main_input_name
     value = inputs_for(model, ZOO[name][2])[key]
-    data = [{key: torch.randn(value.shape[1:], generator=torch.Generator().manual_seed(i))} for i in range(12)]
+    data = [
+        {key: torch.randn(value.shape[1:], generator=torch.Generator().manual_seed(i))} for i in range(12)
+    ]
 
     def stacked(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {key: torch.stack([row[key] for row in batch])}
 
-    pruner = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True, flops_length=128), data, stacked)
+    pruner = KPrunePruner(
+        model, KPruneArguments(disable_tqdm=True, use_cpu=True, flops_length=128), data, stacked
+    )
     with pytest.raises(ArgumentError, match="flops_length is 128, but .* reads no token ids"):
         pruner.plan()
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=2_000)
@@ -299,7 +328,9 @@ def test_a_length_means_nothing_to_images_and_sound(name: str) -> None:
 
 
 def test_a_length_that_the_model_cannot_take_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="flops_length is 41, BertForSequenceClassification takes at most 40 tokens"):
+    with pytest.raises(
+        ArgumentError, match="flops_length is 41, BertForSequenceClassification takes at most 40 tokens"
+    ):
         make_pruner(tiny(), flops_length=41).plan()
 
 
@@ -315,7 +346,9 @@ def test_only_what_k_prune_made_is_called_k_pruned(method: str, words: str) -> N
     assert ("K-pruned" in first) == (method == "kprune")
 
 
-@pytest.mark.parametrize(("name", "parts"), [("bert", "-"), ("mixtral", "experts, gate"), ("gpt_oss", "experts, router")])
+@pytest.mark.parametrize(
+    ("name", "parts"), [("bert", "-"), ("mixtral", "experts, gate"), ("gpt_oss", "experts, router")]
+)
 def test_the_table_of_models_says_what_is_never_cut(name: str, parts: str) -> None:
     table = (ROOT / "docs" / "supported_models.md").read_text(encoding="utf-8")
     assert untouched(name) == parts

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import hf_kprune.calibration
+import hf_kprune.calibration.calibration
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
-from hf_kprune.calibration import Calibration
-from hf_kprune.heads import Knowledge, knowledge_loss
-from hf_kprune.interface import Statistics
-from hf_kprune.reconstruction import NormalEquations
-from hf_kprune.rows import Rows, draw_rows, row_length, row_tokens
-from hf_kprune.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.calibration.calibration import Calibration
+from hf_kprune.calibration.rows import Rows, draw_rows, row_length, row_tokens
+from hf_kprune.calibration.tasks import Knowledge, knowledge_loss
+from hf_kprune.methods.base import Statistics
+from hf_kprune.methods.least_squares import NormalEquations
+from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
 
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -35,7 +35,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 60)}}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(single="$A", pair="$A w2 $B:1", special_tokens=[("w2", 2)])
+    made.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A w2 $B:1", special_tokens=[("w2", 2)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
 
 
@@ -174,7 +176,9 @@ def test_measured_rows_are_the_first_ones() -> None:
 
 def test_empty_rows_are_passed_over_and_nothing_else_is_an_error() -> None:
     assert ids(drawn([{"input_ids": []}, {"input_ids": [5, 6]}])) == [[5, 6]]
-    assert ids(drawn([{"input_ids": [5], "attention_mask": [0]}, {"input_ids": [6], "attention_mask": [1]}])) == [[6]]
+    assert ids(
+        drawn([{"input_ids": [5], "attention_mask": [0]}, {"input_ids": [6], "attention_mask": [1]}])
+    ) == [[6]]
     for nothing in ([], [{"input_ids": []}], Stream([])):
         with pytest.raises(CalibrationError, match="the calibration dataset is empty"):
             drawn(nothing)
@@ -182,8 +186,16 @@ def test_empty_rows_are_passed_over_and_nothing_else_is_an_error() -> None:
 
 def test_a_text_and_a_dict_of_splits_are_no_datasets() -> None:
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(3))})
-    for dataset, name in (("w5 w6", "str"), (splits, "DatasetDict"), (dict(splits), "dict"), (5, "int"), (None, "NoneType")):
-        with pytest.raises(CalibrationError, match=f"is a {name}, expected a dataset of rows or a list of texts"):
+    for dataset, name in (
+        ("w5 w6", "str"),
+        (splits, "DatasetDict"),
+        (dict(splits), "dict"),
+        (5, "int"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(
+            CalibrationError, match=f"is a {name}, expected a dataset of rows or a list of texts"
+        ):
             drawn(dataset, tokenizer())
 
 
@@ -200,12 +212,18 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [5] * 41}, "has 41 tokens, BertForSequenceClassification takes at most 40.*max_length=40"),
+        (
+            {"input_ids": [5] * 41},
+            "has 41 tokens, BertForSequenceClassification takes at most 40.*max_length=40",
+        ),
         ({"input_ids": [5, 60]}, "token ids 5 to 60, the model's vocabulary has 60"),
         ({"input_ids": [5, -1]}, "token ids -1 to 5, the model's vocabulary has 60"),
         ({"phrase": "w5"}, r"has the columns \['phrase'\].*tokenise the texts"),
         (5 * ("w5",), r"expected a string or a pair of strings"),
-        ((3, "w5", "w6", "w7"), r"a calibration text is \['w5', 'w6', 'w7'\], expected a string or a pair of strings"),
+        (
+            (3, "w5", "w6", "w7"),
+            r"a calibration text is \['w5', 'w6', 'w7'\], expected a string or a pair of strings",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(row: Any, message: str) -> None:
@@ -218,7 +236,9 @@ def test_texts_without_a_tokenizer_and_surplus_columns_are_refused() -> None:
         drawn(["w5 w6"])
     surplus = [{**row, "idx": 3} for row in rows(4)]
     assert ids(drawn(surplus)) == ids(drawn(rows(4)))
-    with pytest.raises(CalibrationError, match=r"'idx'.*drop the other columns or set remove_unused_columns=True"):
+    with pytest.raises(
+        CalibrationError, match=r"'idx'.*drop the other columns or set remove_unused_columns=True"
+    ):
         drawn(surplus, remove_unused_columns=False)
 
 
@@ -235,7 +255,11 @@ def test_labels_are_dropped_or_left_to_the_caller_s_collator() -> None:
 
 
 def calibration(
-    model: PreTrainedModel, data: list[dict[str, Any]], collator: Collator | None = collate, measured: int = -1, **options: Any
+    model: PreTrainedModel,
+    data: list[dict[str, Any]],
+    collator: Collator | None = collate,
+    measured: int = -1,
+    **options: Any,
 ) -> Calibration:
     """Of all rows in order, whatever their number of tokens."""
     tokens = sum(map(row_tokens, data))
@@ -249,20 +273,26 @@ def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
     sublayers = find_sublayers(student)
     torch.manual_seed(1)
     for i, sublayer in enumerate(sublayers[:below]):
-        cut(sublayer, torch.arange(sublayer.num_units) % 2 == (i % 2 if i != 1 else 2))  # the first FFN is emptied
+        cut(
+            sublayer, torch.arange(sublayer.num_units) % 2 == (i % 2 if i != 1 else 2)
+        )  # the first FFN is emptied
         with torch.no_grad():
             sublayer.output.weight += 0.1 * torch.randn_like(sublayer.output.weight)
     write_plan(student, sublayers)
     return student.requires_grad_(False)
 
 
-def measure(made: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int) -> list[Statistics]:
+def measure(
+    made: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int
+) -> list[Statistics]:
     ours, theirs = find_sublayers(student), find_sublayers(teacher)
     streams = made.bottom()
     top = made.top(teacher, theirs)
     for below in range(position):
         made.advance(student, ours, below, streams)
-    return made.measure(student, ours, position, streams, teacher, theirs, top, knowledge_loss(student, 2.0, "mean"))
+    return made.measure(
+        student, ours, position, streams, teacher, theirs, top, knowledge_loss(student, 2.0, "mean")
+    )
 
 
 def naively(
@@ -272,7 +302,9 @@ def naively(
     sublayers = find_sublayers(student)[position:]
     loss = knowledge_loss(student, 2.0, "mean")
     masks = [torch.ones(s.weight.shape[1], requires_grad=True) for s in sublayers]
-    sums = [{k: torch.zeros(len(m), dtype=torch.float64) for k in ("energy", "total", "square")} for m in masks]
+    sums = [
+        {k: torch.zeros(len(m), dtype=torch.float64) for k in ("energy", "total", "square")} for m in masks
+    ]
     for row in data:
         inputs = collate([row])
         valid = inputs["attention_mask"].flatten(0, -2).bool()
@@ -327,7 +359,9 @@ def test_measured_sums_are_those_of_real_masks_row_by_row(model_type: str, head:
     assert {s.samples for s in made} == {9}
     assert {s.tokens for s in made} == {sum(map(row_tokens, data))}
     sublayers = find_sublayers(student)[position:]
-    mean = sum(map(row_tokens, data)) / (27 if head == "MULTIPLE_CHOICE" else 9)  # FLOPs are those of one sequence
+    mean = sum(map(row_tokens, data)) / (
+        27 if head == "MULTIPLE_CHOICE" else 9
+    )  # FLOPs are those of one sequence
     assert [(s.kind, s.unit_width, s.cost) for s in made] == [
         (s.kind, s.unit_width, s.unit_flops({s.stack_name: mean})) for s in sublayers
     ]
@@ -360,7 +394,9 @@ def test_batch_size_row_order_padding_and_slices_do_not_change_what_is_measured(
     def compare(made: list[dict[str, Tensor]]) -> None:
         for a, b in zip(made, expected, strict=True):
             for name in a:
-                torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5 * float(b[name].abs().max()))
+                torch.testing.assert_close(
+                    a[name], b[name], rtol=1e-4, atol=1e-5 * float(b[name].abs().max())
+                )
 
     expected = summed(data, per_device_batch_size=9)
     for batch in (1, 2, 4, 32):
@@ -368,7 +404,7 @@ def test_batch_size_row_order_padding_and_slices_do_not_change_what_is_measured(
     compare(summed(data[::-1], per_device_batch_size=4))
     compare(summed(data, wide(11), per_device_batch_size=4))
     for layers in (1, 2):  # 3 slices and 2 of a batch of 9
-        monkeypatch.setattr(hf_kprune.calibration, "GRAPH_LAYERS", layers)
+        monkeypatch.setattr(hf_kprune.calibration.calibration, "GRAPH_LAYERS", layers)
         compare(summed(data, per_device_batch_size=9))
 
 
@@ -397,7 +433,8 @@ def test_bfloat16_measures_about_the_same() -> None:
     data, teacher = rows(9), tiny()
     student = pruned(teacher, 2)
     exact, rounded = (
-        measure(calibration(student, data, measure_dtype=dtype), student, teacher, 2) for dtype in ("float32", "bfloat16")
+        measure(calibration(student, data, measure_dtype=dtype), student, teacher, 2)
+        for dtype in ("float32", "bfloat16")
     )
     for a, b in zip(exact, rounded, strict=True):
         for one, other in ((a.energy, b.energy), (a.gradient_square, b.gradient_square)):
@@ -423,7 +460,9 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
 @pytest.mark.parametrize("position", [0, 1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"per_device_batch_size": 2}, {"collator": wide(5)}])
-def test_normal_equations_are_those_of_the_stacked_features(model_type: str, position: int, options: dict[str, Any]) -> None:
+def test_normal_equations_are_those_of_the_stacked_features(
+    model_type: str, position: int, options: dict[str, Any]
+) -> None:
     """A, Y and the reference row by row from whole forward passes, without padding."""
     data, teacher = rows(9), tiny(model_type)
     student = pruned(teacher, position)
@@ -433,7 +472,9 @@ def test_normal_equations_are_those_of_the_stacked_features(model_type: str, pos
     streams, teacher_streams = made.bottom(), made.bottom()
     for below in range(position):
         made.advance(student, ours, below, streams)
-        made.normal_equations(student, ours, streams, teacher, theirs, teacher_streams, below)  # carries the teacher's
+        made.normal_equations(
+            student, ours, streams, teacher, theirs, teacher_streams, below
+        )  # carries the teacher's
     equations = made.normal_equations(student, ours, streams, teacher, theirs, teacher_streams, position)
 
     def seen(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -442,7 +483,8 @@ def test_normal_equations_are_those_of_the_stacked_features(model_type: str, pos
         reader = sublayer.layer.get_submodule(sublayer.block.stream)
         hooks = [
             reader.register_forward_pre_hook(
-                lambda _, args, kwargs: found.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                lambda _, args, kwargs: found.update(x=args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
             ),
             sublayer.output.register_forward_hook(lambda _, args, output: found.update(a=args[0], y=output)),
         ]
@@ -472,7 +514,9 @@ def test_nan_in_activations_names_the_sublayer() -> None:
     student = copy.deepcopy(teacher).requires_grad_(False)
     with torch.no_grad():
         find_sublayers(student)[2].layer.attention.self.value.weight[0] = float("nan")
-    with pytest.raises(CalibrationError, match=r"NaN or Inf in the activations of encoder\.layer\.1\.attention"):
+    with pytest.raises(
+        CalibrationError, match=r"NaN or Inf in the activations of encoder\.layer\.1\.attention"
+    ):
         measure(calibration(student, rows(5)), student, teacher, 0)
 
 
@@ -511,7 +555,9 @@ def test_labels_do_not_matter(collated: bool) -> None:
     expected = prune(data, **how)
     assert any(len(kept) < 12 for kept in expected[0])
     for answers in (labels, labels[::-1], [-100 + i for i in range(24)]):
-        check_same(expected, prune([{**row, "labels": y} for row, y in zip(data, answers, strict=True)], **how))
+        check_same(
+            expected, prune([{**row, "labels": y} for row, y in zip(data, answers, strict=True)], **how)
+        )
     assert any(seen) == collated
 
 
@@ -540,16 +586,20 @@ def test_rows_of_different_length_need_something_that_pads() -> None:
 
 
 def test_what_a_collator_makes_up_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"made \['texts'\], expected tensors that BertForSequenceClassification takes"):
+    with pytest.raises(
+        CalibrationError, match=r"made \['texts'\], expected tensors that BertForSequenceClassification takes"
+    ):
         prune(rows(24), data_collator=lambda batch: {**collate(batch), "texts": ["?"] * len(batch)})
 
 
-def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Cutting is right in any order, carrying is not."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from hf_kprune import Block, Stack, UnsupportedArchitectureError
-    from hf_kprune.families import FAMILIES
+    from hf_kprune.structure.families import FAMILIES
 
     blocks = (
         Block(
@@ -559,9 +609,20 @@ def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_a
             stream="input_layernorm",
             core="attention",
         ),
-        Block("ffn", inputs={"mlp.dense_h_to_4h": "f"}, output="mlp.dense_4h_to_h", stream="post_attention_layernorm"),
+        Block(
+            "ffn",
+            inputs={"mlp.dense_h_to_4h": "f"},
+            output="mlp.dense_4h_to_h",
+            stream="post_attention_layernorm",
+        ),
     )
-    sizes = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "num_hidden_layers": 2}
+    sizes = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+    }
     for wrong in (False, True):
         monkeypatch.setitem(FAMILIES, "gpt_neox", (Stack("layers", blocks[::-1] if wrong else blocks),))
         torch.manual_seed(0)
@@ -572,22 +633,28 @@ def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_a
         if not wrong:
             assert pruner.prune().sparsity >= 0.3
             continue
-        with pytest.raises(UnsupportedArchitectureError, match="runs .*layers.0.attention, layers.0.ffn.* in this order"):
+        with pytest.raises(
+            UnsupportedArchitectureError, match="runs .*layers.0.attention, layers.0.ffn.* in this order"
+        ):
             pruner.prune()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("head", ["CAUSAL_LM", "MASKED_LM"])
 @pytest.mark.parametrize("logits", [1, 60 * 9 * 2, 60 * 9 * 5])
-def test_the_vocabulary_in_parts_is_the_vocabulary(monkeypatch: pytest.MonkeyPatch, head: str, logits: int) -> None:
+def test_the_vocabulary_in_parts_is_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, head: str, logits: int
+) -> None:
     """No more logits exist at once than asked (one token's at least), and the sums are the same."""
     data, teacher = rows(9), tiny("bert", head)
     student = pruned(teacher, 2)
     expected = measure(calibration(student, data), student, teacher, 2)
     most: list[int] = []
     for model in (student, teacher):
-        model.get_output_embeddings().register_forward_hook(lambda _, args, output: most.append(output.numel()))
-    monkeypatch.setattr("hf_kprune.calibration.LOGITS", logits)
+        model.get_output_embeddings().register_forward_hook(
+            lambda _, args, output: most.append(output.numel())
+        )
+    monkeypatch.setattr("hf_kprune.calibration.calibration.LOGITS", logits)
     made = measure(calibration(student, data), student, teacher, 2)
     assert max(most) <= max(logits, 60 * 9)
     for a, b in zip(made, expected, strict=True):

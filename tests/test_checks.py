@@ -114,15 +114,39 @@ NO_PROJECTIONS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
         replace("intermediate.dense", Scaled),
         r"layer\.1\.intermediate\.dense, a .*Scaled, does not compute x W'",
     ),
-    "scaled output": (replace("output.dense", Scaled), r"layer\.1\.output\.dense, a .*Scaled, does not compute x W'"),
-    "adapted": (replace("attention.self.value", Adapted), r"self\.value, a .*Adapted, does not compute x W' \+ b"),
-    "weight norm": (on_query(parametrizations.weight_norm), f"the weight of {QUERY} is computed from other tensors"),
-    "spectral norm": (on_query(nn.utils.spectral_norm), f"the weight of {QUERY} is computed from other tensors"),
-    "masked": (on_query(lambda m: prune.l1_unstructured(m, "weight", 0.5)), f"the weight of {QUERY} is computed from other"),
+    "scaled output": (
+        replace("output.dense", Scaled),
+        r"layer\.1\.output\.dense, a .*Scaled, does not compute x W'",
+    ),
+    "adapted": (
+        replace("attention.self.value", Adapted),
+        r"self\.value, a .*Adapted, does not compute x W' \+ b",
+    ),
+    "weight norm": (
+        on_query(parametrizations.weight_norm),
+        f"the weight of {QUERY} is computed from other tensors",
+    ),
+    "spectral norm": (
+        on_query(nn.utils.spectral_norm),
+        f"the weight of {QUERY} is computed from other tensors",
+    ),
+    "masked": (
+        on_query(lambda m: prune.l1_unstructured(m, "weight", 0.5)),
+        f"the weight of {QUERY} is computed from other",
+    ),
     "packed": (on_query(packed), f"{QUERY}.weight is a .*Packed, expected a plain tensor: quantise or shard"),
-    "observed": (on_query(observed), f"{QUERY} is a torch.ao.nn.qat.* quantised or to be; prune the model before"),
-    "forward": (on_query(lambda m: setattr(m, "forward", lambda x: x)), f"the forward of {QUERY} was replaced by"),
-    "another dtype": (on_query(lambda m: m.double()), f"{QUERY} is torch.float64 in a model of torch.float32"),
+    "observed": (
+        on_query(observed),
+        f"{QUERY} is a torch.ao.nn.qat.* quantised or to be; prune the model before",
+    ),
+    "forward": (
+        on_query(lambda m: setattr(m, "forward", lambda x: x)),
+        f"the forward of {QUERY} was replaced by",
+    ),
+    "another dtype": (
+        on_query(lambda m: m.double()),
+        f"{QUERY} is torch.float64 in a model of torch.float32",
+    ),
     "half": (on_query(lambda m: m.bfloat16()), f"{QUERY} is torch.bfloat16 in a model of torch.float32"),
 }
 
@@ -144,7 +168,10 @@ def clipped(model: PreTrainedModel) -> None:
 
 ON_REAL_INPUTS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
     "large inputs": (clipped, r"layer\.1\.output\.dense, a .*Clipped, does not compute x W' \+ b"),
-    "hook": (on_query(lambda m: m.register_forward_hook(lambda *a: 2 * a[2])), f"{QUERY}, .* with hooks, does not compute"),
+    "hook": (
+        on_query(lambda m: m.register_forward_hook(lambda *a: 2 * a[2])),
+        f"{QUERY}, .* with hooks, does not compute",
+    ),
 }
 
 
@@ -236,11 +263,17 @@ def dispatched(model: PreTrainedModel) -> None:
 
 
 REPLACED: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
-    "compiled in place": (compiled_in_place, "BertForSequenceClassification is compiled.* prune the model before"),
+    "compiled in place": (
+        compiled_in_place,
+        "BertForSequenceClassification is compiled.* prune the model before",
+    ),
     "compiled layer": (compiled_layer, r"bert\.encoder\.layer\.1 is compiled"),
     "optimised layer": (optimised_layer, r"bert\.encoder\.layer\.1 is compiled"),
     "compiled forward": (compiled_forward, r"the forward of bert\.encoder\.layer\.1 was replaced by"),
-    "autocast": (autocast, r"the forward of BertForSequenceClassification was replaced by 'BertForSequenceClass"),
+    "autocast": (
+        autocast,
+        r"the forward of BertForSequenceClassification was replaced by 'BertForSequenceClass",
+    ),
     "moved about": (dispatched, r"bert\.encoder\.layer\.1 carries a hook of accelerate.* without device_map"),
 }
 
@@ -262,7 +295,9 @@ def test_what_cannot_be_unwrapped_is_refused_at_once(case: str, late: bool) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["classifier.weight", "bert.pooler.dense.bias", "bert.encoder.layer.1.output.dense.weight"])
+@pytest.mark.parametrize(
+    "name", ["classifier.weight", "bert.pooler.dense.bias", "bert.encoder.layer.1.output.dense.weight"]
+)
 def test_weights_that_are_not_finite_are_named_at_once(name: str, value: float) -> None:
     model = tiny()
     model.get_parameter(name).data.view(-1)[3] = value
@@ -337,7 +372,10 @@ def registered(model: PreTrainedModel) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
-    "head": (head_of_three, r"classifier\.\w+ is \(3,.* the config of BertFor.* makes it \(2,.*config\.num_labels"),
+    "head": (
+        head_of_three,
+        r"classifier\.\w+ is \(3,.* the config of BertFor.* makes it \(2,.*config\.num_labels",
+    ),
     "bias": (head_without_bias, "lacks classifier.bias, which the config"),
     "deeper": (deeper_head, r"holds classifier\.0\.bias, which the config of .* does not make"),
     "words": (more_words, r"word_embeddings\.weight is \(70, 16\).* config\.vocab_size"),
@@ -359,7 +397,9 @@ def test_what_could_not_be_loaded_after_saving_is_refused_before_anything_runs(c
 
 def test_weights_that_the_config_ties_and_the_model_does_not_are_refused() -> None:
     model = tiny(head="MASKED_LM")
-    model.cls.predictions.decoder.weight = nn.Parameter(torch.randn_like(model.cls.predictions.decoder.weight))
+    model.cls.predictions.decoder.weight = nn.Parameter(
+        torch.randn_like(model.cls.predictions.decoder.weight)
+    )
     with pytest.raises(UnsupportedModelError, match="differ, but the config of BertForMaskedLM ties them"):
         pruner(model)
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__, parser
 from hf_kprune.arguments import METHOD_NAMES
-from hf_kprune.cli import main
+from hf_kprune.cli.commands import main
 from hf_kprune.methods import METHODS
 
 
@@ -58,7 +58,9 @@ def texts(count: int, seed: int) -> list[str]:
 
 def save(model: Any, path: Path) -> str:
     model.save_pretrained(path)
-    BertTokenizer({w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}).save_pretrained(path)
+    BertTokenizer(
+        {w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    ).save_pretrained(path)
     return str(path)
 
 
@@ -76,7 +78,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame.to_json(path / "train.json", orient="records")
     frame.to_json(path / "train.jsonl", orient="records", lines=True)
     (path / "train.txt").write_text("\n".join(frame["text"]) + "\n")
-    frame.assign(label=["LABEL_1" if i % 3 else "LABEL_0" for i in range(30)]).to_csv(path / "named.csv", index=False)
+    frame.assign(label=["LABEL_1" if i % 3 else "LABEL_0" for i in range(30)]).to_csv(
+        path / "named.csv", index=False
+    )
     frame.assign(label=[i % 3 for i in range(30)]).to_csv(path / "three.csv", index=False)
     (path / "broken.parquet").write_bytes(b"no parquet at all")
     (path / "data.xml").write_text("<a/>")
@@ -104,7 +108,12 @@ def hf_kprune(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def options(dense: str, data: Path, **more: Any) -> list[Any]:
-    chosen = {"model_name_or_path": dense, "dataset_file": data / "train.parquet", "sparsity": 0.6, "disable_tqdm": True}
+    chosen = {
+        "model_name_or_path": dense,
+        "dataset_file": data / "train.parquet",
+        "sparsity": 0.6,
+        "disable_tqdm": True,
+    }
     chosen |= more
     return [x for key, value in chosen.items() if value is not None for x in (f"--{key}", value)]
 
@@ -123,7 +132,9 @@ def test_prune_reads_every_kind_of_file_and_gives_one_result(
     hf_kprune: Any, dense: str, data: Path, tmp_path: Path, ending: str
 ) -> None:
     out = tmp_path / "out"
-    code, stdout, _ = hf_kprune("prune", *options(dense, data, dataset_file=data / f"train.{ending}", output_dir=out))
+    code, stdout, _ = hf_kprune(
+        "prune", *options(dense, data, dataset_file=data / f"train.{ending}", output_dir=out)
+    )
     assert code == 0
     report = PruningReport.from_json((out / "kprune_report.json").read_text())
     assert report.summary() in stdout
@@ -141,18 +152,32 @@ def test_prune_reads_every_kind_of_file_and_gives_one_result(
     assert AutoTokenizer.from_pretrained(out)("w1 w2")["input_ids"] == [2, 6, 7, 3]
 
 
-def test_prune_reads_a_dataset_by_name_and_split(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+def test_prune_reads_a_dataset_by_name_and_split(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     shutil.copy(data / "train.parquet", folder / "train.parquet")
     pd.DataFrame({"text": texts(9, 8)}).to_parquet(folder / "validation.parquet")
     for split, rows in (("train", 30), ("validation", 9)):
-        chosen = options(dense, data, dataset_file=None, dataset_name=folder, dataset_split=split, output_dir=tmp_path / split)
+        chosen = options(
+            dense,
+            data,
+            dataset_file=None,
+            dataset_name=folder,
+            dataset_split=split,
+            output_dir=tmp_path / split,
+        )
         assert hf_kprune("prune", *chosen)[0] == 0
-        assert PruningReport.from_json((tmp_path / split / "kprune_report.json").read_text()).calibration["rows"] == rows
+        assert (
+            PruningReport.from_json((tmp_path / split / "kprune_report.json").read_text()).calibration["rows"]
+            == rows
+        )
 
 
-def test_pairs_of_texts_are_read_and_truncated(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
+def test_pairs_of_texts_are_read_and_truncated(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path
+) -> None:
     frame = pd.read_parquet(data / "train.parquet")
     tokenizer = AutoTokenizer.from_pretrained(dense)
     tokens = {}
@@ -160,7 +185,9 @@ def test_pairs_of_texts_are_read_and_truncated(hf_kprune: Any, dense: str, data:
         out = tmp_path / str(limit)
         chosen = options(dense, data, text_columns="text, other", max_seq_length=limit, output_dir=out)
         assert hf_kprune("prune", *chosen)[0] == 0
-        tokens[limit] = PruningReport.from_json((out / "kprune_report.json").read_text()).calibration["tokens"]
+        tokens[limit] = PruningReport.from_json((out / "kprune_report.json").read_text()).calibration[
+            "tokens"
+        ]
     pairs = [tokenizer(a, b)["input_ids"] for a, b in zip(frame["text"], frame["other"], strict=True)]
     assert tokens[None] == sum(map(len, pairs))
     assert tokens[7] == sum(min(7, len(p)) for p in pairs) < tokens[None]
@@ -169,9 +196,14 @@ def test_pairs_of_texts_are_read_and_truncated(hf_kprune: Any, dense: str, data:
 def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
     """At sparsity 0 dense and pruned agree, and with what a loop over the file gives; named labels are numbers."""
     evaluation = {"eval_file": data / "train.csv", "metric": data / "share.py"}
-    code, stdout, _ = hf_kprune("prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "a", **evaluation))
+    code, stdout, _ = hf_kprune(
+        "prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "a", **evaluation)
+    )
     assert code == 0
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(dense),
+        AutoTokenizer.from_pretrained(dense),
+    )
     frame = pd.read_csv(data / "train.csv")
     with torch.no_grad():
         answers = [int(model(**tokenizer(t, return_tensors="pt")).logits.argmax()) for t in frame["text"]]
@@ -182,7 +214,9 @@ def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp
     assert "| eval_runtime" not in stdout
 
     evaluation["eval_file"] = data / "named.csv"
-    code, stdout, _ = hf_kprune("prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "b", **evaluation))
+    code, stdout, _ = hf_kprune(
+        "prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "b", **evaluation)
+    )
     share = sum(a == bool(i % 3) for i, a in enumerate(answers)) / len(answers)
     assert f"| eval_share | {share:.4f} | {share:.4f} |" in stdout
 
@@ -211,7 +245,9 @@ def test_regression_is_evaluated_without_classes(hf_kprune: Any, data: Path, tmp
         ("multiple-choice", "MULTIPLE_CHOICE", {"text_columns": "text,other,text,other"}),
     ],
 )
-def test_task_picks_the_class(hf_kprune: Any, data: Path, tmp_path: Path, task: str, head: str, more: Any) -> None:
+def test_task_picks_the_class(
+    hf_kprune: Any, data: Path, tmp_path: Path, task: str, head: str, more: Any
+) -> None:
     """The same class as the config names, so the same plan with and without `--task`."""
     path, plans = save(tiny(head=head), tmp_path / "dense"), []
     for number, chosen_task in enumerate((None, task)):
@@ -226,7 +262,11 @@ def test_task_picks_the_class(hf_kprune: Any, data: Path, tmp_path: Path, task: 
 
 def test_multiple_choice_is_evaluated(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
     path = save(tiny(head="MULTIPLE_CHOICE"), tmp_path / "dense")
-    evaluation = {"eval_file": data / "train.csv", "metric": data / "share.py", "text_columns": "text,other,text"}
+    evaluation = {
+        "eval_file": data / "train.csv",
+        "metric": data / "share.py",
+        "text_columns": "text,other,text",
+    }
     code, stdout, stderr = hf_kprune("prune", *options(path, data, output_dir=tmp_path / "out", **evaluation))
     assert code == 0, stderr
     assert "| eval_share |" in stdout
@@ -263,7 +303,11 @@ def test_plan_touches_nothing_and_foretells_prune(
     assert code == 0
 
     def table(text: str) -> list[list[str]]:  # without the last column, seconds
-        rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| encoder.layer", "| parameters"))]
+        rows = [
+            line.split("|")[1:-1]
+            for line in text.splitlines()
+            if line.startswith(("| encoder.layer", "| parameters"))
+        ]
         return [row[:-1] for row in rows]
 
     assert len(table(planned)) == len(table(pruned)) == 1 + 6
@@ -304,7 +348,9 @@ def test_inspect(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None
 
 def test_inspect_allocates_no_weights(hf_kprune: Any, tmp_path: Path) -> None:
     """A config of a model of 10 TB, without any weights, can be inspected."""
-    config = BertConfig(hidden_size=2**16, num_attention_heads=64, intermediate_size=2**18, num_hidden_layers=48)
+    config = BertConfig(
+        hidden_size=2**16, num_attention_heads=64, intermediate_size=2**18, num_hidden_layers=48
+    )
     config.architectures, config.dtype = ["BertModel"], torch.float16
     config.save_pretrained(tmp_path)
     code, stdout, _ = hf_kprune("inspect", tmp_path)
@@ -361,7 +407,9 @@ def test_help_is_grouped_by_question_and_marks_what_single_methods_read(hf_kprun
     titles = re.findall(r"^(\w.*):$", stdout, re.MULTILINE)
     assert titles == ["options", *parser.QUESTIONS]  # no option is in no group
     args = KPruneArguments()
-    readers = {name: {key for key, make in METHODS.items() if name in make(args).options} for name in vars(args)}
+    readers = {
+        name: {key for key, make in METHODS.items() if name in make(args).options} for name in vars(args)
+    }
     assert tuple(METHODS) == METHOD_NAMES
     for title, members in parser.QUESTIONS.items():
         for name in members:
@@ -412,7 +460,9 @@ def test_budgets_are_separated_by_spaces_or_commas() -> None:
         ("--lower_is_better", "--lower_is_better is said of a metric: name it by --compare_by"),
     ],
 )
-def test_options_of_a_sweep_that_lack_another_are_refused_at_once(hf_kprune: Any, words: str, message: str) -> None:
+def test_options_of_a_sweep_that_lack_another_are_refused_at_once(
+    hf_kprune: Any, words: str, message: str
+) -> None:
     more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
     assert hf_kprune("sweep", *more, *words.split()) == (2, "", f"hf-kprune: error: {message}\n")
 
@@ -425,7 +475,10 @@ def test_options_of_a_sweep_that_lack_another_are_refused_at_once(hf_kprune: Any
             "--output_dir 'a/num_tokens' is not empty; set --overwrite_output_dir",
         ),
         ("sparsity is 1.5, expected the fraction", "--sparsity is 1.5, expected the fraction"),
-        ("columns of x.num_tokens; raise num_tokens (now 5)", "columns of x.num_tokens; raise --num_tokens (now 5)"),
+        (
+            "columns of x.num_tokens; raise num_tokens (now 5)",
+            "columns of x.num_tokens; raise --num_tokens (now 5)",
+        ),
         ("prune_ffn=False, min_heads=0 and round_to=1", "--no_prune_ffn, --min_heads 0 and --round_to 1"),
         ('take method="kprune"', "take --method kprune"),
         ("the method and the metric of the model's task", "the method and the metric of the model's task"),
@@ -458,12 +511,21 @@ def test_no_command_or_an_unknown_one_gives_usage(hf_kprune: Any, arguments: tup
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "unparsable": ({"sparsity": "half"}, "--sparsity is 'half', expected a number"),
-    "unparsable whole number": ({"num_tokens": "1e4"}, "--num_tokens is '1e4', expected a whole number: 10000"),
-    "unparsable list": ({"report_to": None, "sparsity": "0.5,0.6"}, "--sparsity is '0.5,0.6', expected a number"),
+    "unparsable whole number": (
+        {"num_tokens": "1e4"},
+        "--num_tokens is '1e4', expected a whole number: 10000",
+    ),
+    "unparsable list": (
+        {"report_to": None, "sparsity": "0.5,0.6"},
+        "--sparsity is '0.5,0.6', expected a number",
+    ),
     "unparsable switch": ({"tune": "perhaps"}, "--tune is 'perhaps', expected true or false"),
     "choice": ({"pooling": "max"}, "--pooling: invalid choice: 'max'"),
     "unknown option": ({"sparsty": 0.5}, "no such options: --sparsty 0.5; did you mean --sparsity?"),
-    "unknown option with dashes": ({"out-put-dir": "x"}, "no such options: --out_put_dir x; did you mean --output_dir?"),
+    "unknown option with dashes": (
+        {"out-put-dir": "x"},
+        "no such options: --out_put_dir x; did you mean --output_dir?",
+    ),
     "no model": ({"model_name_or_path": None}, "required: --model_name_or_path"),
     "option value": ({"sparsity": 1.5}, "error: --sparsity is 1.5"),
     "method": ({"method": "magic"}, "invalid choice: 'magic' (choose from"),
@@ -471,25 +533,49 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no output_dir": ({"output_dir": None}, "--output_dir is missing: name a directory"),
     "full output_dir": ({"output_dir": "{data}"}, "is not empty"),
     "file as output_dir": ({"output_dir": "{data}/train.csv"}, "is a file"),
-    "output_dir in a file": ({"output_dir": "{data}/train.csv/out"}, "cannot write to '{data}/train.csv/out'"),
+    "output_dir in a file": (
+        {"output_dir": "{data}/train.csv/out"},
+        "cannot write to '{data}/train.csv/out'",
+    ),
     "no data": ({"dataset_file": None}, "either --dataset_name or --dataset_file"),
     "data twice": ({"dataset_name": "glue"}, "either --dataset_name or --dataset_file"),
-    "eval data twice": ({"eval_dataset_name": "glue", "eval_file": "{data}/train.csv"}, "either --eval_dataset_name or"),
+    "eval data twice": (
+        {"eval_dataset_name": "glue", "eval_file": "{data}/train.csv"},
+        "either --eval_dataset_name or",
+    ),
     "metric alone": ({"metric": "{data}/share.py"}, "--metric needs evaluation data"),
     "missing model": ({"model_name_or_path": "{data}/nothing"}, "there is no directory '{data}/nothing'"),
     "missing model by a short name": (
         {"model_name_or_path": "no-such-model"},
         "there is no directory 'no-such-model', and no such model",
     ),
-    "file as a model": ({"model_name_or_path": "{data}/train.csv"}, "'{data}/train.csv' is a file, expected the directory"),
-    "directory without a model": ({"model_name_or_path": "{data}"}, "the directory '{data}' holds no config.json"),
+    "file as a model": (
+        {"model_name_or_path": "{data}/train.csv"},
+        "'{data}/train.csv' is a file, expected the directory",
+    ),
+    "directory without a model": (
+        {"model_name_or_path": "{data}"},
+        "the directory '{data}' holds no config.json",
+    ),
     "missing file": ({"dataset_file": "{data}/nothing.csv"}, "there is no file '{data}/nothing.csv'"),
     "missing eval file": ({"eval_file": "{data}/nothing.csv"}, "there is no file '{data}/nothing.csv'"),
     "strange file": ({"dataset_file": "{data}/data.xml"}, "ends with '.xml', expected one of .parquet, .csv"),
-    "broken file": ({"dataset_file": "{data}/broken.parquet"}, "cannot load the file '{data}/broken.parquet'"),
-    "unknown dataset": ({"dataset_file": None, "dataset_name": "{data}/nothing"}, "cannot load the dataset '{data}/nothing'"),
-    "unknown column": ({"text_columns": "text,sentence"}, "no column sentence in the data, which has: text, other, label"),
-    "three columns": ({"text_columns": "text,other,text"}, "names 3 columns, BertForSequenceClassification takes one or two"),
+    "broken file": (
+        {"dataset_file": "{data}/broken.parquet"},
+        "cannot load the file '{data}/broken.parquet'",
+    ),
+    "unknown dataset": (
+        {"dataset_file": None, "dataset_name": "{data}/nothing"},
+        "cannot load the dataset '{data}/nothing'",
+    ),
+    "unknown column": (
+        {"text_columns": "text,sentence"},
+        "no column sentence in the data, which has: text, other, label",
+    ),
+    "three columns": (
+        {"text_columns": "text,other,text"},
+        "names 3 columns, BertForSequenceClassification takes one or two",
+    ),
     "numbers as texts": ({"text_columns": "label"}, ", expected texts or lists of words"),
     "unknown task": ({"task": "divination"}, "task is 'divination', expected one of "),
     "other task": (
@@ -504,7 +590,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"eval_file": "{data}/three.csv"},
         "have the labels ['2'], the model LABEL_0, LABEL_1, or their numbers",
     ),
-    "no label column": ({"eval_file": "{data}/train.csv", "label_column": "gold"}, "no column gold in the data"),
+    "no label column": (
+        {"eval_file": "{data}/train.csv", "label_column": "gold"},
+        "no column gold in the data",
+    ),
     "evaluation of tokens": (
         {"eval_file": "{data}/train.csv", "model_name_or_path": "{tokens}"},
         "BertForTokenClassification cannot be evaluated here",
@@ -523,7 +612,9 @@ def test_errors_are_one_clear_line(hf_kprune: Any, dense: str, data: Path, tmp_p
     if case == "evaluation of tokens":
         places["tokens"] = save(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "tokens")
     changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
-    code, stdout, stderr = hf_kprune("prune", *options(dense, data, **{"output_dir": tmp_path / "out", **changes}))
+    code, stdout, stderr = hf_kprune(
+        "prune", *options(dense, data, **{"output_dir": tmp_path / "out", **changes})
+    )
     assert code == 2
     assert stdout == ""
     (line,) = [line for line in stderr.splitlines() if "hf-kprune" in line]
@@ -537,11 +628,15 @@ def test_missing_tokenizer_is_an_error(hf_kprune: Any, dense: str, data: Path, t
     tiny().save_pretrained(tmp_path / "bare")
     code, _, stderr = hf_kprune("prune", *options(str(tmp_path / "bare"), data, output_dir=tmp_path / "out"))
     assert code == 2
-    assert stderr.splitlines()[-1].startswith(f"hf-kprune: error: there is no tokenizer with the model '{tmp_path / 'bare'}'")
+    assert stderr.splitlines()[-1].startswith(
+        f"hf-kprune: error: there is no tokenizer with the model '{tmp_path / 'bare'}'"
+    )
 
 
 @pytest.mark.parametrize("name", ["nothing", "damaged"])
-def test_inspect_of_what_is_no_model_is_an_error(hf_kprune: Any, dense: str, tmp_path: Path, name: str) -> None:
+def test_inspect_of_what_is_no_model_is_an_error(
+    hf_kprune: Any, dense: str, tmp_path: Path, name: str
+) -> None:
     shutil.copytree(dense, tmp_path / "damaged")
     (tmp_path / "damaged" / "config.json").write_text('{"model_type": "ber')
     code, stdout, stderr = hf_kprune("inspect", tmp_path / name)
@@ -550,7 +645,9 @@ def test_inspect_of_what_is_no_model_is_an_error(hf_kprune: Any, dense: str, tmp
     assert stderr.splitlines()[-1].startswith(f"hf-kprune: error: {told}")
 
 
-def test_ctrl_c_ends_with_130(hf_kprune: Any, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_with_130(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
@@ -561,7 +658,9 @@ def test_ctrl_c_ends_with_130(hf_kprune: Any, dense: str, data: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bug_keeps_its_traceback(dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(
+    dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def bug(*_: Any, **__: Any) -> None:
         raise ValueError("a bug, not the user's doing")
 
@@ -570,7 +669,9 @@ def test_a_bug_keeps_its_traceback(dense: str, data: Path, tmp_path: Path, monke
         main([str(a) for a in ("prune", *options(dense, data, output_dir=tmp_path / "out"))])
 
 
-def test_processes_but_the_first_are_quiet_about_errors(hf_kprune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_but_the_first_are_quiet_about_errors(
+    hf_kprune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     assert hf_kprune("inspect") == (2, "", "")
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, tiny
 
 from hf_kprune import __version__
-from hf_kprune.terminal import NO_READER, main
+from hf_kprune.cli.terminal import NO_READER, main
 from hf_kprune.text import printable
 
 
@@ -23,7 +23,9 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], **{"env": ENV, "capture_output": True, "text": True, **options}, timeout=300)
+    return subprocess.run(
+        [*COMMAND, *arguments], **{"env": ENV, "capture_output": True, "text": True, **options}, timeout=300
+    )
 
 
 def loads_nothing(*arguments: str) -> str:
@@ -33,7 +35,9 @@ def loads_nothing(*arguments: str) -> str:
         "try: hf_kprune_command.main()\n"
         "finally: assert not {'torch', 'transformers', 'numpy', 'datasets'} & sys.modules.keys()"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=ENV, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENV, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -50,7 +54,7 @@ def test_the_version_is_given_without_importing_any_library() -> None:
 def test_the_program_has_the_package_whole_when_a_command_runs(tmp_path: Path) -> None:
     """Code that a command imports, such as a metric, finds all of hf_kprune, and `from_pretrained` is wrapped."""
     code = (
-        "import sys, hf_kprune_command, hf_kprune.terminal as t\n"
+        "import sys, hf_kprune_command, hf_kprune.cli.terminal as t\n"
         "def parse(words):\n"
         "    return 'inspect', ['nothing']\n"
         "t.parse = parse\n"
@@ -60,7 +64,9 @@ def test_the_program_has_the_package_whole_when_a_command_runs(tmp_path: Path) -
         "from transformers import PreTrainedModel\n"
         "assert PreTrainedModel.post_init.is_kprune"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -100,7 +106,9 @@ def test_a_directory_that_is_gone_is_an_error_in_a_line(tmp_path: Path) -> None:
         ("inspect model", 2, "hf-kprune: error: the current directory is gone; change to one that exists\n"),
         ("--version", 0, ""),
     ):
-        done = subprocess.run(["bash", "-c", f"{shell} {arguments}"], env=ENV, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ["bash", "-c", f"{shell} {arguments}"], env=ENV, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == code
         assert done.stderr.endswith(message)
         assert "Traceback" not in done.stderr
@@ -128,8 +136,12 @@ def test_ctrl_c_while_it_starts_is_one_line(seconds: float) -> None:
         assert (process.returncode, stderr) == (130, "hf-kprune: interrupted\n")
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J", "\x1b]0;title\x07", "\r", "\x9b31m", "\u202etxt", "\u200b", "\x7f", "\ud800"])
-def test_no_character_that_steers_a_terminal_is_printed(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J", "\x1b]0;title\x07", "\r", "\x9b31m", "\u202etxt", "\u200b", "\x7f", "\ud800"]
+)
+def test_no_character_that_steers_a_terminal_is_printed(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert printable(text).isprintable()
     assert main(["inspect", f"/nothing/{text}"]) == 2
     out, err = capsys.readouterr()

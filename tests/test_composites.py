@@ -21,7 +21,7 @@ from hf_kprune import (
     PruningReport,
     UnsupportedModelError,
 )
-from hf_kprune.sublayers import LEFT_ALONE, find_sublayers
+from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers
 
 
 IMAGE_TOKEN = 70
@@ -60,7 +60,9 @@ def seeing(model_type: str, **config: Any) -> PreTrainedModel:
     """A tiny language model that sees images, each as four tokens."""
     name, settings = SEEING[model_type]
     torch.manual_seed(0)
-    return getattr(transformers, name)(AutoConfig.for_model(model_type, **{**settings, **TOKENS, **config})).eval()
+    return getattr(transformers, name)(
+        AutoConfig.for_model(model_type, **{**settings, **TOKENS, **config})
+    ).eval()
 
 
 def rows(images: bool, count: int = 30) -> list[dict[str, Any]]:
@@ -70,7 +72,8 @@ def rows(images: bool, count: int = 30) -> list[dict[str, Any]]:
         return [{"input_ids": ids} for ids in texts]
     pixels = torch.randn(count, 3, 8, 8, generator=generator)
     return [
-        {"input_ids": [5, *[IMAGE_TOKEN] * 4, *ids], "pixel_values": image} for ids, image in zip(texts, pixels, strict=True)
+        {"input_ids": [5, *[IMAGE_TOKEN] * 4, *ids], "pixel_values": image}
+        for ids, image in zip(texts, pixels, strict=True)
     ]
 
 
@@ -92,7 +95,9 @@ def test_with_texts_alone_the_tower_of_images_is_left_alone(model_type: str, tmp
     model = seeing(model_type)
     before = copy.deepcopy(model.state_dict())
     texts = pruner(model, rows(images=False))
-    with pytest.warns(BudgetWarning, match="model.vision_tower is left alone, as it does not run on the calibration rows"):
+    with pytest.warns(
+        BudgetWarning, match="model.vision_tower is left alone, as it does not run on the calibration rows"
+    ):
         report = texts.prune()
     assert report.left_alone == {"model.vision_tower": "it does not run on the calibration rows"}
     assert "Left alone: model.vision_tower, as it does not run on the calibration rows." in str(report)
@@ -148,10 +153,16 @@ def test_a_failure_leaves_no_note_on_the_model(call: str) -> None:
             [{**row, "input_ids": [5, 6]} for row in rows(images=True)],
             "does not run on the first .* which have .*the ValueError shown above",
         ),
-        (lambda: seeing("llava"), [{"pixel_values": torch.zeros(3, 8, 8)}], r"has the columns \['pixel_values'\]"),
+        (
+            lambda: seeing("llava"),
+            [{"pixel_values": torch.zeros(3, 8, 8)}],
+            r"has the columns \['pixel_values'\]",
+        ),
     ],
 )
-def test_rows_that_a_model_does_not_run_on_are_refused_before_any_work(model: Any, data: list[Any], message: str) -> None:
+def test_rows_that_a_model_does_not_run_on_are_refused_before_any_work(
+    model: Any, data: list[Any], message: str
+) -> None:
     with pytest.raises(CalibrationError, match=message):
         pruner(model(), data).prune()
 

@@ -12,8 +12,8 @@ import pytest
 from zoo import make
 
 from hf_kprune import ArgumentError
-from hf_kprune.cli import main
-from hf_kprune.data_files import FORMATS, load_data
+from hf_kprune.cli.commands import main
+from hf_kprune.cli.data_files import FORMATS, load_data
 
 
 FRAME = pd.DataFrame({"text": ["a b", "None", "", "NA", "für"], "label": [0, 1, 0, 1, 0]})
@@ -66,7 +66,10 @@ def test_json_may_be_a_list_of_texts(tmp_path: Path) -> None:
 BROKEN = {
     "empty.csv": (b"", "has no rows or is damaged; expected a line of column names"),
     "header.csv": (b"text,label\n", "has no rows or is damaged"),
-    "ragged.csv": (b"text,label\na,1\nb,c,2\n", "expected a line of column names, then a line with as many values"),
+    "ragged.csv": (
+        b"text,label\na,1\nb,c,2\n",
+        "expected a line of column names, then a line with as many values",
+    ),
     "latin.csv": ("text\nfür\n".encode("latin1"), "expected a line of column names.* in UTF-8"),
     "latin.txt": ("für\n".encode("latin1"), "expected a text a line, in UTF-8"),
     "empty.txt": (b"", "has no rows or is damaged; expected a text a line"),
@@ -77,7 +80,10 @@ BROKEN = {
     "broken.parquet": (b"no parquet at all", "expected a Parquet table"),
     "broken.parquet.gz": (b"no gzip at all", "expected a Parquet table, compressed by gzip"),
     "broken.csv.gz": (b"no gzip at all", "compressed by gzip"),
-    "data.xml": (b"<a/>", r"ends with '.xml', expected one of .parquet, .csv, .tsv, .json, .jsonl, .txt, or these with .gz"),
+    "data.xml": (
+        b"<a/>",
+        r"ends with '.xml', expected one of .parquet, .csv, .tsv, .json, .jsonl, .txt, or these with .gz",
+    ),
     "data.gz": (gzip.compress(b"a"), "ends with '.gz', expected one of"),
     "data": (b"a", "ends with '', expected one of"),
 }
@@ -117,7 +123,9 @@ def test_directories_of_data(tmp_path: Path) -> None:
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
     for name in ("one", "splits"):
-        assert list(load_data(str(tmp_path / name), None, "train", None, ["text"])["text"]) == list(FRAME["text"])
+        assert list(load_data(str(tmp_path / name), None, "train", None, ["text"])["text"]) == list(
+            FRAME["text"]
+        )
     with pytest.raises(ArgumentError, match="it has the splits train; name one of them"):
         load_data(str(tmp_path / "splits"), None, "test", None, [])
 

@@ -23,13 +23,20 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from zoo import DECODER, ENCODER, IMAGE, ZOO, inputs_for, make
 
-import hf_kprune.families
-from hf_kprune import Block, KPruneArguments, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
-from hf_kprune.detect import as_code, describe, detect, example_inputs, keep
-from hf_kprune.hooks import State, run_sublayer
+import hf_kprune.structure.families
+from hf_kprune import (
+    Block,
+    KPruneArguments,
+    KPrunePruner,
+    Stack,
+    UnsupportedArchitectureError,
+    register_family,
+)
 from hf_kprune.modeling_kprune import get_size
-from hf_kprune.proof import prove, step, twin
-from hf_kprune.sublayers import find_sublayers, read
+from hf_kprune.structure.detect import as_code, describe, detect, example_inputs, keep
+from hf_kprune.structure.hooks import State, run_sublayer
+from hf_kprune.structure.proof import prove, step, twin
+from hf_kprune.structure.sublayers import find_sublayers, read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,11 +69,18 @@ def facts(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]
             {
                 "name": (s.name, s.reads),
                 "kind": (s.kind, s.unit, s.stack.mask),
-                "inputs": {p: layout for p, layout in s.block.inputs.items() if p in s.plan["rows"] or s.unit.strided},
+                "inputs": {
+                    p: layout for p, layout in s.block.inputs.items() if p in s.plan["rows"] or s.unit.strided
+                },
                 "returns": s.plan["returns"],
                 "stream": (s.block.stream is None, tap.stream),
-                "heads": {p: n for p, n in sizes.items() if "head" in p.rpartition(".")[2] and "size" not in p},
-                **{key: s.plan[key] for key in ("rows", "columns", "core", "select", "slices", "table", "of", "kept")},
+                "heads": {
+                    p: n for p, n in sizes.items() if "head" in p.rpartition(".")[2] and "size" not in p
+                },
+                **{
+                    key: s.plan[key]
+                    for key in ("rows", "columns", "core", "select", "slices", "table", "of", "kept")
+                },
             }
         )
     return told
@@ -86,7 +100,9 @@ def test_detected_equals_listed(name: str) -> None:
         if "inputs" not in APART.get(name, set()):
             assert ours["inputs"].items() <= theirs["inputs"].items()
         assert ours["stream"][0] == theirs["stream"][0], ours["name"]
-        torch.testing.assert_close(ours["stream"][1], theirs["stream"][1], msg=lambda m, ours=ours: f"{ours['name']}: {m}")
+        torch.testing.assert_close(
+            ours["stream"][1], theirs["stream"][1], msg=lambda m, ours=ours: f"{ours['name']}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["olmo2", "stablelm:qk-norm", "longformer"])
@@ -95,7 +111,11 @@ def test_heads_that_cannot_be_told_apart_stay_together(name: str) -> None:
     inputs = inputs_for(model, ZOO[name][2], batch=3)
     keep(model, detect(model, inputs))
     assert {s.num_units for s in find_sublayers(model) if s.kind == "attention"} == {1}
-    assert all(s.block.whole == "cutting one of its heads changes others" for s in find_sublayers(model) if s.kind != "ffn")
+    assert all(
+        s.block.whole == "cutting one of its heads changes others"
+        for s in find_sublayers(model)
+        if s.kind != "ffn"
+    )
 
 
 REFUSALS = {
@@ -137,7 +157,12 @@ class ToyConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = "toy"
 
     def __init__(self, oddity: str = "", **kwargs: Any):
-        self.hidden_size, self.num_attention_heads, self.intermediate_size, self.num_hidden_layers = 16, 4, 12, 3
+        self.hidden_size, self.num_attention_heads, self.intermediate_size, self.num_hidden_layers = (
+            16,
+            4,
+            12,
+            3,
+        )
         self.vocab_size, self.oddity = 60, oddity
         super().__init__(**kwargs)
 
@@ -205,7 +230,9 @@ class ToyModel(PreTrainedModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         pass
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True) -> BaseModelOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True
+    ) -> BaseModelOutput:
         states = self.words(input_ids)
         for layer in list(self.layers) * (3 if self.config.oddity == "shared layers" else 1):
             states = layer(states)
@@ -240,7 +267,9 @@ def test_a_model_of_no_known_type_is_described_proved_and_pruned(tmp_path: Path)
         return {"input_ids": torch.tensor([row["input_ids"][:3] for row in batch])}
 
     args = KPruneArguments(sparsity=0.5, num_tokens=400, seed=0)
-    pruner = KPrunePruner(model, args, rows(200), collate, compute_loss=lambda s, t, _: (s[0] - t[0]).square().sum((1, 2)))
+    pruner = KPrunePruner(
+        model, args, rows(200), collate, compute_loss=lambda s, t, _: (s[0] - t[0]).square().sum((1, 2))
+    )
     pruner.prune()
     with pytest.warns(UserWarning, match="ToyModel is a class of test_detect, not of transformers"):
         pruner.save_model(tmp_path)
@@ -298,11 +327,11 @@ def test_a_refusal_prints_what_was_found() -> None:
 
 def test_nothing_leaks() -> None:
     """Neither into other models of the type, nor into the model, but for the note that its copies share."""
-    model, before = toy().train(), dict(hf_kprune.families.FAMILIES)
+    model, before = toy().train(), dict(hf_kprune.structure.families.FAMILIES)
     state, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     ids, generator = [id(p) for p in model.parameters()], torch.get_rng_state()
     describe(model)
-    assert hf_kprune.families.FAMILIES == before
+    assert hf_kprune.structure.families.FAMILIES == before
     assert model.config.to_dict() == config
     assert [id(p) for p in model.parameters()] == ids
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -327,17 +356,32 @@ def test_what_is_known_not_to_work_is_not_tried() -> None:
 
 
 def test_what_a_user_registers_is_proved_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_kprune.families.FAMILIES", hf_kprune.families.FAMILIES | {})
-    monkeypatch.setattr("hf_kprune.sublayers.FAMILIES", hf_kprune.families.FAMILIES)
+    monkeypatch.setattr("hf_kprune.structure.families.FAMILIES", hf_kprune.structure.families.FAMILIES | {})
+    monkeypatch.setattr("hf_kprune.structure.sublayers.FAMILIES", hf_kprune.structure.families.FAMILIES)
     right = Block(
-        "attention", {"mix.to_qkv": "qkv:perhead"}, "mix.to_out", core="mix", returns="y", sizes={"mix.heads": "heads"}
+        "attention",
+        {"mix.to_qkv": "qkv:perhead"},
+        "mix.to_out",
+        core="mix",
+        returns="y",
+        sizes={"mix.heads": "heads"},
     )
-    wrong = Block("attention", {"mix.to_qkv": "qkv"}, "mix.to_out", core="mix", returns="y", sizes={"mix.heads": "heads"})
+    wrong = Block(
+        "attention",
+        {"mix.to_qkv": "qkv"},
+        "mix.to_out",
+        core="mix",
+        returns="y",
+        sizes={"mix.heads": "heads"},
+    )
     ffn = Block("ffn", {"up": "f"}, "down", stream="two")
     model = toy()
     register_family("toy", Stack("layers", (right, ffn)))
     prove(model, example_inputs(model))
-    for blocks, why in (((wrong, ffn), "odd units cut: layers.0.attention is"), ((ffn, right), "in the order described")):
+    for blocks, why in (
+        ((wrong, ffn), "odd units cut: layers.0.attention is"),
+        ((ffn, right), "in the order described"),
+    ):
         register_family("toy", Stack("layers", blocks))
         with pytest.raises(UnsupportedArchitectureError, match=why):
             prove(model, example_inputs(model))
@@ -348,7 +392,9 @@ def test_a_size_that_differs_from_layer_to_layer_is_named() -> None:
     layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
     config = {**DECODER, **layers, "head_dim": 4, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
     model = Gemma4ForCausalLM(Gemma4TextConfig(**config, vocab_size_per_layer_input=60))
-    with pytest.raises(UnsupportedArchitectureError, match="detection: the layers differ in head_dim, for which Gemma4Text"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="detection: the layers differ in head_dim, for which Gemma4Text"
+    ):
         describe(model, inputs_for(model, "text", batch=3))
 
 
@@ -362,25 +408,32 @@ class Unreadable(PreTrainedConfig):
 
 def test_an_attribute_that_cannot_be_read_is_named() -> None:
     assert read(Unreadable(), "missing") is None
-    with pytest.raises(UnsupportedArchitectureError, match="the layers differ in head_dim, for which Unreadable has no one"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="the layers differ in head_dim, for which Unreadable has no one"
+    ):
         read(Unreadable(), "head_dim")
 
 
 def test_sizes_that_a_config_tells_wrongly_are_named() -> None:
     model = make("llama")
     model.config.num_attention_heads = 0
-    with pytest.raises(UnsupportedArchitectureError, match="num_attention_heads of 0 and a head size .* expected both over 0"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="num_attention_heads of 0 and a head size .* expected both over 0"
+    ):
         find_sublayers(model)
     model = make("llama")
     model.config.head_dim = 3
-    with pytest.raises(UnsupportedArchitectureError, match="o_proj reads 16 features, which heads of 6 do not make"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="o_proj reads 16 features, which heads of 6 do not make"
+    ):
         find_sublayers(model)
 
 
 def test_errors_of_others_are_chained_and_never_the_reason() -> None:
     for raised in (RuntimeError("size mismatch"), KeyError("a.b"), StopIteration()):
         with pytest.raises(
-            UnsupportedArchitectureError, match="^odd units cut: it does not run then, as the error above shows$"
+            UnsupportedArchitectureError,
+            match="^odd units cut: it does not run then, as the error above shows$",
         ) as e:
             with step("odd units cut"):
                 raise raised
@@ -389,7 +442,9 @@ def test_errors_of_others_are_chained_and_never_the_reason() -> None:
         raise torch.OutOfMemoryError("full")
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "bart", "t5", "vit", "clip", "hubert", "whisper", "videomae"])
+@pytest.mark.parametrize(
+    "name", ["bert", "llama", "bart", "t5", "vit", "clip", "hubert", "whisper", "videomae"]
+)
 def test_example_inputs_run(name: str) -> None:
     model = make(name)
     with torch.no_grad():
@@ -402,5 +457,6 @@ def test_half_precision_is_proved_in_float32() -> None:
     before = copy.deepcopy(model.state_dict())
     prove(keep(twin(model), detect(model, inputs)), inputs)
     assert all(
-        torch.equal(value, before[key]) and value.dtype == before[key].dtype for key, value in model.state_dict().items()
+        torch.equal(value, before[key]) and value.dtype == before[key].dtype
+        for key, value in model.state_dict().items()
     )

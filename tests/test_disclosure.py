@@ -13,8 +13,8 @@ from conftest import collate, rows, tiny
 from transformers import BertTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
-from hf_kprune.cli import main
-from hf_kprune.hub import model_card
+from hf_kprune.checkpoint.hub import model_card
+from hf_kprune.cli.commands import main
 from hf_kprune.report import JSON_NAME, SublayerReport
 from hf_kprune.sweep import Sweep, SweepPoint
 from hf_kprune.text import in_markdown, public_name
@@ -24,21 +24,31 @@ EVIL = "a|b`c`\n| x | <img src=x> [y](http://z) **d**\x1b[2J\x1b]0;t\x07\u202e"
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_no_path_and_no_person_reaches_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
+def test_no_path_and_no_person_reaches_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
     home = tmp_path / "home-of-jane"
     (home / "secret-client").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home)
     place = Path("secret-client/model") if relative else home / "secret-client" / "model"
     tiny().save_pretrained(place)
-    BertTokenizer({w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"])}).save_pretrained(place)
+    BertTokenizer(
+        {w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"])}
+    ).save_pretrained(place)
     out = home / "secret-client" / "out"
     args = KPruneArguments(sparsity=0.5, output_dir=str(out), use_cpu=True, disable_tqdm=True)
     pruner = KPrunePruner(str(place), args, rows(), collate)
     pruner.prune()
     pruner.save_model()
-    KPrunePruner(str(out), KPruneArguments(sparsity=0.5, use_cpu=True, disable_tqdm=True), rows(), collate).prune()
-    written = {file: file.read_text("utf-8", "replace") for file in out.rglob("*") if file.suffix in (".json", ".md", ".txt")}
+    KPrunePruner(
+        str(out), KPruneArguments(sparsity=0.5, use_cpu=True, disable_tqdm=True), rows(), collate
+    ).prune()
+    written = {
+        file: file.read_text("utf-8", "replace")
+        for file in out.rglob("*")
+        if file.suffix in (".json", ".md", ".txt")
+    }
     assert {"README.md", JSON_NAME, "config.json", "tokenizer_config.json"} <= {file.name for file in written}
     for file, text in written.items():
         for secret in (str(home), "home-of-jane", "secret-client", str(tmp_path)):
@@ -89,7 +99,14 @@ def test_the_card_names_no_local_model_as_its_base(base: str) -> None:
 def evil_report() -> PruningReport:
     sublayers = [SublayerReport(EVIL, "ffn", 4, [0], error_before=0.5, error_after=0.1)]
     return PruningReport(
-        EVIL, EVIL, EVIL, {EVIL: 0.5}, sublayers=sublayers, calibration={"dataset": EVIL}, versions={EVIL: EVIL}, device=EVIL
+        EVIL,
+        EVIL,
+        EVIL,
+        {EVIL: 0.5},
+        sublayers=sublayers,
+        calibration={"dataset": EVIL},
+        versions={EVIL: EVIL},
+        device=EVIL,
     )
 
 
@@ -108,7 +125,9 @@ def test_foreign_names_break_no_table_and_steer_no_terminal(capsys: pytest.Captu
     assert in_markdown("encoder.layer_1.ffn") == "encoder.layer_1.ffn"
 
 
-def test_inspect_of_a_foreign_folder_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_a_foreign_folder_steers_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny().save_pretrained(tmp_path)
     evil_report().save(tmp_path)
     capsys.readouterr()
@@ -132,7 +151,9 @@ def test_inspect_of_a_foreign_folder_steers_no_terminal(tmp_path: Path, capsys: 
         lambda data: {**data, "asked": []},
     ],
 )
-def test_a_report_that_is_none_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any) -> None:
+def test_a_report_that_is_none_is_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any
+) -> None:
     tiny().save_pretrained(tmp_path)
     changed = change(json.loads(evil_report().to_json()))
     text = changed if isinstance(changed, str) else json.dumps(changed)

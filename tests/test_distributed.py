@@ -24,11 +24,24 @@ def launch(
     out.mkdir()
     count = str(processes)
     launcher = (
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", count, "--num_machines", "1"]  # --cpu starts one
+        [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            count,
+            "--num_machines",
+            "1",
+        ]  # --cpu starts one
         if accelerate
         else ["torch.distributed.run", "--nproc_per_node", count]
     )
-    command = [sys.executable, *(["-m", *launcher] if processes > 1 else []), str(SCRIPT), str(out), *arguments]
+    command = [
+        sys.executable,
+        *(["-m", *launcher] if processes > 1 else []),
+        str(SCRIPT),
+        str(out),
+        *arguments,
+    ]
     port = str(29500 + os.getpid() % 1000)
     command += ["--world_size", count]  # which the script asserts
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port}
@@ -114,11 +127,19 @@ def test_a_process_without_a_launcher_says_that_the_other_one_is_gone(tmp_path: 
     """Nothing watches over them: the connection alone tells."""
     port, out = str(29500 + os.getpid() % 1000), tmp_path / "2"
     out.mkdir()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port, "MASTER_ADDR": "localhost"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "localhost",
+    }
     env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(SCRIPT.parents[1])}
     command = [sys.executable, str(SCRIPT), str(out), "bert", "--die", "--world_size", "2"]
     processes = [
-        subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
         for rank in ("0", "1")
     ]
     try:

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, UnsupportedModelError
-from hf_kprune.cli import main
-from hf_kprune.embeddings import folder_of, pool, read_folder
-from hf_kprune.heads import Draws
+from hf_kprune.calibration.embeddings import folder_of, pool, read_folder
+from hf_kprune.calibration.tasks import Draws
+from hf_kprune.cli.commands import main
 
 
 with warnings.catch_warnings():
@@ -47,7 +47,10 @@ CHAIN = {
     "lasttoken": lambda: [Pooling(16, "lasttoken")],
     "cls and mean and max": lambda: [Pooling(16, ("cls", "mean", "max"))],
     "mean, dense 16 to 5, normalised": lambda: [Pooling(16), Dense(16, 5), Normalize()],
-    "mean, dense 16 to 16": lambda: [Pooling(16), Dense(16, 16, activation_function=torch.nn.GELU(), use_residual=True)],
+    "mean, dense 16 to 16": lambda: [
+        Pooling(16),
+        Dense(16, 16, activation_function=torch.nn.GELU(), use_residual=True),
+    ],
     "dense 16 to 6, mean": lambda: [Dense(16, 6, module_input_name="token_embeddings"), Pooling(6)],
     "normalised, mean": lambda: [Normalize(module_input_name="token_embeddings"), Pooling(16)],
     "mean, dropout, layer norm": lambda: [Pooling(16), Dropout(0.5), LayerNorm(16)],
@@ -67,7 +70,9 @@ def transformer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tiny("bert", ""), tmp_path_factory.mktemp("transformer"))
 
 
-def build(transformer: str, path: Path, modules: Sequence[Any], max_seq_length: int = 9, **options: Any) -> str:
+def build(
+    transformer: str, path: Path, modules: Sequence[Any], max_seq_length: int = 9, **options: Any
+) -> str:
     """A folder that the library saves, with weights of its modules away from zero."""
     torch.manual_seed(3)
     for module in modules:
@@ -85,7 +90,9 @@ def encode(folder: Any) -> Tensor:
 
 def prune(model: Any, out: Path | None = None, method: str = "magnitude", **options: Any) -> KPrunePruner:
     """By the quickest method where what it decides does not matter."""
-    pruner = KPrunePruner(model, KPruneArguments(sparsity=0.5, method=method, disable_tqdm=True), texts(30, 0), **options)
+    pruner = KPrunePruner(
+        model, KPruneArguments(sparsity=0.5, method=method, disable_tqdm=True), texts(30, 0), **options
+    )
     pruner.prune()
     if out is not None:
         pruner.save_model(str(out))
@@ -108,21 +115,33 @@ WRITTEN = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "t
 
 
 @pytest.mark.parametrize(
-    ("summary", "prompted"), [*((summary, False) for summary in CHAIN), ("cls and mean and max", True), ("lasttoken", True)]
+    ("summary", "prompted"),
+    [*((summary, False) for summary in CHAIN), ("cls and mean and max", True), ("lasttoken", True)],
 )
-def test_the_knowledge_is_what_encode_gives(transformer: str, tmp_path: Path, summary: str, prompted: bool) -> None:
+def test_the_knowledge_is_what_encode_gives(
+    transformer: str, tmp_path: Path, summary: str, prompted: bool
+) -> None:
     """To rounding, on batches with padding, whichever the poolings and what follows them, with and without the prompt."""
     modules = CHAIN[summary]()
     if prompted:
         next(module for module in modules if isinstance(module, Pooling)).include_prompt = False
-    folder = build(transformer, tmp_path / "dense", modules, max_seq_length=12, **(PROMPTS if prompted else {}))
+    folder = build(
+        transformer, tmp_path / "dense", modules, max_seq_length=12, **(PROMPTS if prompted else {})
+    )
     read = read_folder(folder)
     assert read is not None
     assert not read.unknown
-    words = read.summary.removeprefix("sentence embedding (").removesuffix(")").replace(" without the prompt", "")
+    words = (
+        read.summary.removeprefix("sentence embedding (").removesuffix(")").replace(" without the prompt", "")
+    )
     assert words == summary
-    tokenizer, model = read.reader(AutoTokenizer.from_pretrained(folder)), AutoModel.from_pretrained(folder).eval()
-    batch = tokenizer(texts(12, 5), padding=True, truncation=True, max_length=read.max_length, return_tensors="pt")
+    tokenizer, model = (
+        read.reader(AutoTokenizer.from_pretrained(folder)),
+        AutoModel.from_pretrained(folder).eval(),
+    )
+    batch = tokenizer(
+        texts(12, 5), padding=True, truncation=True, max_length=read.max_length, return_tensors="pt"
+    )
     with torch.no_grad():
         outputs = model(**batch)
         embeddings = read.embed(outputs, batch["attention_mask"].bool())
@@ -133,7 +152,9 @@ def test_the_knowledge_is_what_encode_gives(transformer: str, tmp_path: Path, su
     other = BertModel(model.config).eval()
     with torch.no_grad():
         distance = loss(other(**batch), outputs, batch["attention_mask"].bool())
-    torch.testing.assert_close(distance, (in_place(folder, other) - expected).square().sum(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        distance, (in_place(folder, other) - expected).square().sum(1), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("mode", ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"])
@@ -148,18 +169,25 @@ def test_pooling_is_that_of_the_library_on_whichever_side_the_padding_is(mode: A
 
 
 @pytest.mark.parametrize("summary", ["mean", "cls, normalised", "mean, dense 16 to 5, normalised"])
-def test_gradients_against_draws_have_the_distance_for_a_curvature(transformer: str, tmp_path: Path, summary: str) -> None:
+def test_gradients_against_draws_have_the_distance_for_a_curvature(
+    transformer: str, tmp_path: Path, summary: str
+) -> None:
     """Exactly so: what is drawn is the embedding itself, whatever modules make it."""
     read = read_folder(build(transformer, tmp_path / "dense", CHAIN[summary]()))
     assert read is not None
     loss = read.knowledge(2.0)
     assert loss is not None
-    valid, point = torch.ones(1, 3, dtype=torch.bool), torch.randn(48, generator=torch.Generator().manual_seed(0))
+    valid, point = (
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.randn(48, generator=torch.Generator().manual_seed(0)),
+    )
 
     def outputs(flat: Tensor) -> dict[str, Tensor]:
         return {"last_hidden_state": flat.view(1, 3, 16)}
 
-    curvature = torch.autograd.functional.hessian(lambda x: loss(outputs(x), outputs(point), valid).sum(), point)
+    curvature = torch.autograd.functional.hessian(
+        lambda x: loss(outputs(x), outputs(point), valid).sum(), point
+    )
     count = 2000
     variable, valid = point.expand(count, -1).clone().requires_grad_(), valid.expand(count, -1)
     many = {"last_hidden_state": variable.view(count, 3, 16)}
@@ -194,7 +222,9 @@ def test_a_pruned_folder_encodes_as_its_parts_do(transformer: str, tmp_path: Pat
     assert any(name.endswith("_Pooling/config.json") for name in carried)
     assert {name: after.get(name) for name in carried} == {name: before[name] for name in carried}
     again = prune(str(tmp_path / "pruned"), tmp_path / "again")
-    torch.testing.assert_close(encode(tmp_path / "again"), in_place(folder, again.model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        encode(tmp_path / "again"), in_place(folder, again.model), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_older_result_is_replaced_by_a_newer_one(transformer: str, tmp_path: Path) -> None:
@@ -205,16 +235,28 @@ def test_an_older_result_is_replaced_by_a_newer_one(transformer: str, tmp_path: 
     pruner.args.overwrite_output_dir = True
     pruner.save_model(str(tmp_path / "pruned"))
     before, after = files(folder), files(tmp_path / "pruned")
-    assert {name: after.get(name) for name in before.keys() - WRITTEN} == {n: before[n] for n in before.keys() - WRITTEN}
-    torch.testing.assert_close(encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6)
+    assert {name: after.get(name) for name in before.keys() - WRITTEN} == {
+        n: before[n] for n in before.keys() - WRITTEN
+    }
+    torch.testing.assert_close(
+        encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_card_keeps_what_the_folder_says(transformer: str, tmp_path: Path) -> None:
     folder = build(transformer, tmp_path / "dense", CHAIN["mean"]())
-    (tmp_path / "dense" / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# About it\n\nAll of it.\n")
+    (tmp_path / "dense" / "README.md").write_text(
+        "---\nlicense: mit\ntags:\n- mine\n---\n\n# About it\n\nAll of it.\n"
+    )
     prune(folder, tmp_path / "pruned")
     card = (tmp_path / "pruned" / "README.md").read_text()
-    for part in ("license: mit", "- mine", "- sentence-transformers", "- hf_kprune", "library_name: sentence-transformers"):
+    for part in (
+        "license: mit",
+        "- mine",
+        "- sentence-transformers",
+        "- hf_kprune",
+        "library_name: sentence-transformers",
+    ):
         assert part in card.split("---")[1]
     assert "SentenceTransformer(path)" in card
     assert card.rstrip().endswith("# About it\n\nAll of it.")
@@ -225,12 +267,16 @@ def test_a_bare_model_of_such_a_folder_is_recognised(transformer: str, tmp_path:
     folder = build(transformer, tmp_path / "dense", CHAIN["cls, normalised"]())
     by_path = prune(folder, method="obs")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    bare = prune(BertModel.from_pretrained(folder), tmp_path / "pruned", method="obs", processing_class=tokenizer)
+    bare = prune(
+        BertModel.from_pretrained(folder), tmp_path / "pruned", method="obs", processing_class=tokenizer
+    )
     assert bare.report is not None
     assert by_path.report is not None
     assert bare.report.knowledge == "sentence embedding (cls, normalised)"
     assert [s.kept for s in bare.report.sublayers] == [s.kept for s in by_path.report.sublayers]
-    torch.testing.assert_close(encode(tmp_path / "pruned"), in_place(folder, bare.model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        encode(tmp_path / "pruned"), in_place(folder, bare.model), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_another_head_on_such_a_folder_is_no_embedding(transformer: str, tmp_path: Path) -> None:
@@ -241,11 +287,15 @@ def test_another_head_on_such_a_folder_is_no_embedding(transformer: str, tmp_pat
         assert folder_of(model) is None
 
 
-def test_a_config_that_names_another_class_is_loaded_as_the_library_does(transformer: str, tmp_path: Path) -> None:
+def test_a_config_that_names_another_class_is_loaded_as_the_library_does(
+    transformer: str, tmp_path: Path
+) -> None:
     """Many folders on the Hub name a masked language model, whose head is not in their weights."""
     folder = build(transformer, tmp_path / "dense", CHAIN["mean"]())
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
-    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    (tmp_path / "dense" / "config.json").write_text(
+        json.dumps({**config, "architectures": ["BertForMaskedLM"]})
+    )
     assert type(KPrunePruner(folder).model) is BertModel
 
 
@@ -263,14 +313,18 @@ def test_a_transformer_in_a_folder_of_its_own(transformer: str, tmp_path: Path) 
     (old / "config.json").write_text('{"__version__": "0.2.0"}')
     torch.testing.assert_close(encode(old), encode(folder))
     pruner = prune(str(old), tmp_path / "pruned")
-    torch.testing.assert_close(encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6
+    )
     assert folder_of(BertModel.from_pretrained(old / "0_Transformer")) is not None
     assert isinstance(BertModel.from_pretrained(tmp_path / "pruned"), BertModel)
 
 
 def test_older_configurations_are_read(transformer: str, tmp_path: Path) -> None:
     """Pooling flags, limits in sentence_bert_config.json, no folder for Normalize, .bin weights."""
-    folder = build(transformer, tmp_path / "dense", [Pooling(16), Dense(16, 5), Normalize()], max_seq_length=30)
+    folder = build(
+        transformer, tmp_path / "dense", [Pooling(16), Dense(16, 5), Normalize()], max_seq_length=30
+    )
     path = Path(folder)
     flags = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
     (path / "1_Pooling" / "config.json").write_text(json.dumps(flags))
@@ -285,15 +339,25 @@ def test_older_configurations_are_read(transformer: str, tmp_path: Path) -> None
     assert read is not None
     assert (read.max_length, read.lower_case) == (6, True)
     pruner = prune(folder, tmp_path / "pruned")
-    torch.testing.assert_close(encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6)
-    assert files(tmp_path / "pruned")["2_Dense/pytorch_model.bin"] == files(folder)["2_Dense/pytorch_model.bin"]
+    torch.testing.assert_close(
+        encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6
+    )
+    assert (
+        files(tmp_path / "pruned")["2_Dense/pytorch_model.bin"] == files(folder)["2_Dense/pytorch_model.bin"]
+    )
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "folder"])
-def test_calibration_texts_are_read_as_encode_reads_them(transformer: str, tmp_path: Path, where: str) -> None:
+def test_calibration_texts_are_read_as_encode_reads_them(
+    transformer: str, tmp_path: Path, where: str
+) -> None:
     """Truncated where it truncates, after the default prompt; in Python and on the command line."""
     folder = build(
-        transformer, tmp_path / "dense", CHAIN["mean"](), max_seq_length=6 if where == "tokenizer" else 40, **PROMPTS
+        transformer,
+        tmp_path / "dense",
+        CHAIN["mean"](),
+        max_seq_length=6 if where == "tokenizer" else 40,
+        **PROMPTS,
     )
     if where == "folder":
         (tmp_path / "dense" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 6}))
@@ -307,7 +371,14 @@ def test_calibration_texts_are_read_as_encode_reads_them(transformer: str, tmp_p
     assert report.calibration["sha256"] == plain.prune().calibration["sha256"]
 
     (tmp_path / "texts.txt").write_text("\n".join(texts(30, 0)) + "\n")
-    files_and_sizes = ["--dataset_file", tmp_path / "texts.txt", "--method", "magnitude", "--output_dir", tmp_path / "out"]
+    files_and_sizes = [
+        "--dataset_file",
+        tmp_path / "texts.txt",
+        "--method",
+        "magnitude",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     assert main(["prune", "--model_name_or_path", folder, "--disable_tqdm", *map(str, files_and_sizes)]) == 0
     written = json.loads((tmp_path / "out" / "kprune_report.json").read_text())
     assert written["knowledge"] == "sentence embedding (mean)"
@@ -339,7 +410,9 @@ def test_an_explicit_pooling_is_obeyed_and_said(transformer: str, tmp_path: Path
 
 
 def test_a_cross_encoder_keeps_its_files(transformer: str, tmp_path: Path) -> None:
-    CrossEncoder(transformer, num_labels=1, device="cpu", max_length=15).save_pretrained(str(tmp_path / "dense"))
+    CrossEncoder(transformer, num_labels=1, device="cpu", max_length=15).save_pretrained(
+        str(tmp_path / "dense")
+    )
     dense = str(tmp_path / "dense")
     rows = list(zip(texts(30, 0), texts(30, 1), strict=True))
     pruner = KPrunePruner(dense, KPruneArguments(sparsity=0.5, disable_tqdm=True), rows)
@@ -349,7 +422,9 @@ def test_a_cross_encoder_keeps_its_files(transformer: str, tmp_path: Path) -> No
     library = CrossEncoder(dense, device="cpu")
     library[0].model = pruner.model.eval()
     scores = CrossEncoder(str(tmp_path / "pruned"), device="cpu").predict(pairs, show_progress_bar=False)
-    torch.testing.assert_close(torch.tensor(scores), torch.tensor(library.predict(pairs, show_progress_bar=False)))
+    torch.testing.assert_close(
+        torch.tensor(scores), torch.tensor(library.predict(pairs, show_progress_bar=False))
+    )
     assert files(tmp_path / "pruned")["modules.json"] == files(dense)["modules.json"]
     assert "CrossEncoder(path)" in (tmp_path / "pruned" / "README.md").read_text()
 
@@ -411,11 +486,15 @@ def test_objects_of_the_library_are_refused_with_the_way_out(transformer: str, t
     folder = build(transformer, tmp_path / "dense", CHAIN["mean"]())
     model = SentenceTransformer(folder, device="cpu")
     for wrapper in (model, model[0]):
-        with pytest.raises(ArgumentError, match=r"of sentence-transformers, expected .* save_pretrained\('folder'\)"):
+        with pytest.raises(
+            ArgumentError, match=r"of sentence-transformers, expected .* save_pretrained\('folder'\)"
+        ):
             KPrunePruner(wrapper)  # type: ignore[arg-type]
 
 
-def test_a_name_on_the_hub_is_a_folder_in_the_cache(transformer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub_is_a_folder_in_the_cache(
+    transformer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = build(transformer, tmp_path / "dense", CHAIN["mean, dense 16 to 5, normalised"]())
     revision = "0123456789" * 4
     repository = tmp_path / "cache" / "models--me--embedder"
@@ -424,7 +503,9 @@ def test_a_name_on_the_hub_is_a_folder_in_the_cache(transformer: str, tmp_path: 
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     pruner = prune("me/embedder", tmp_path / "pruned")
-    torch.testing.assert_close(encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        encode(tmp_path / "pruned"), in_place(folder, pruner.model), rtol=1e-5, atol=1e-6
+    )
     assert "base_model: me/embedder" in (tmp_path / "pruned" / "README.md").read_text()
 
 
@@ -456,7 +537,9 @@ def test_all_minilm_as_a_folder_of_the_library(pack: Path, tmp_path: Path) -> No
     first = Transformer(str(pack / "models" / "all-MiniLM-L6-v2"), max_seq_length=128)
     for mode in ("mean", "cls"):
         folder = str(tmp_path / mode)
-        SentenceTransformer(modules=[first, Pooling(384, mode), Normalize()], device="cpu").save_pretrained(folder)
+        SentenceTransformer(modules=[first, Pooling(384, mode), Normalize()], device="cpu").save_pretrained(
+            folder
+        )
         data = load_dataset("parquet", data_files=str(pack / "data" / "stsb" / "train.parquet"))["train"]
         args = KPruneArguments(sparsity=0.4, num_tokens=4_000, disable_tqdm=True)
         pruner = KPrunePruner(folder, args, list(data["sentence1"][:400]))
@@ -467,5 +550,7 @@ def test_all_minilm_as_a_folder_of_the_library(pack: Path, tmp_path: Path) -> No
         pruned = SentenceTransformer(str(tmp_path / f"{mode}-pruned"), device="cpu").encode(sentences)
         library = SentenceTransformer(folder, device="cpu")
         library[0].model = pruner.model.eval()
-        torch.testing.assert_close(torch.tensor(pruned), torch.tensor(library.encode(sentences)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(pruned), torch.tensor(library.encode(sentences)), rtol=1e-4, atol=1e-5
+        )
         assert float((dense * pruned).sum(1).mean()) > 0.9

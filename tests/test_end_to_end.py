@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 FIRST = (
@@ -54,7 +54,9 @@ def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tens
     return torch.stack([(student[key] - teacher[key]).square().mean((1, 2)) for key in keys]).sum(0)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in ZOO], ids=list(ZOO))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in ZOO], ids=list(ZOO)
+)
 def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     model, kind = make(name), ZOO[name][2]
     dense = outputs_of(model, kind)
@@ -73,7 +75,9 @@ def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     outputs = outputs_of(pruner.model, kind)
     assert torch.isfinite(outputs).all()
     assert (outputs - dense).abs().max() > 1e-6
-    assert [len(entry.kept) for entry in report.sublayers] == [s.num_units for s in find_sublayers(pruner.model)]
+    assert [len(entry.kept) for entry in report.sublayers] == [
+        s.num_units for s in find_sublayers(pruner.model)
+    ]
     pruner.save_model(str(tmp_path / "pruned"))
     again = type(model).from_pretrained(tmp_path / "pruned").eval()
     torch.testing.assert_close(outputs_of(again, kind), outputs, rtol=1e-5, atol=1e-5)

@@ -28,7 +28,12 @@ def test_readme_snippet_prints_what_the_readme_shows(tmp_path: Path) -> None:
     assert len(snippet.strip().replace("\n\n", "\n").splitlines()) <= 13  # twelve lines and the imports' own
     (tmp_path / "examples").symlink_to(EXAMPLES)
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == printed.strip()
@@ -58,7 +63,9 @@ def test_demo_prunes_the_bundled_model_and_keeps_its_accuracy(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -72,7 +79,13 @@ def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(tmp_path: Path
 
     def printed(notebook: nbformat.NotebookNode) -> list[str]:
         """Printed lines without those that hold times."""
-        texts = [o["text"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout"]
+        texts = [
+            o["text"]
+            for c in notebook.cells
+            if c.cell_type == "code"
+            for o in c.outputs
+            if o.get("name") == "stdout"
+        ]
         return [line for line in "".join(texts).splitlines() if not line.endswith(" s")]
 
     def without_figures(lines: list[str]) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
-from hf_kprune.families import FAMILIES
-from hf_kprune.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices
+from hf_kprune.structure.families import FAMILIES
+from hf_kprune.structure.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices
 
 
 CLASSES = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
@@ -31,7 +31,9 @@ def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
         "nothing": [units < 0 for units in every],
     }
     for i, sublayer in enumerate(sublayers):
-        made[f"without {sublayer.name}"] = [units < 0 if k == i else units % 2 == k % 2 for k, units in enumerate(every)]
+        made[f"without {sublayer.name}"] = [
+            units < 0 if k == i else units % 2 == k % 2 for k, units in enumerate(every)
+        ]
     return made
 
 
@@ -47,7 +49,9 @@ def check_cut_equals_masked(model: PreTrainedModel, head: str) -> None:
         student = cut_all(model, masks)
         made = logits(student, head)
         expected = masked_logits(model, masks, head)
-        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            made, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert (made - dense).abs().max() > 1e-3, f"{name}: cutting did nothing"
         assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
 
@@ -58,7 +62,9 @@ def test_cut_equals_masked_for_every_head(model_type: str, head: str) -> None:
     check_cut_equals_masked(tiny(model_type, head, **{layers: 2}), head)
 
 
-@pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if m != "mpnet"])  # which has eager attention only
+@pytest.mark.parametrize(
+    "model_type", [m for m in MODEL_TYPES if m != "mpnet"]
+)  # which has eager attention only
 def test_cut_equals_masked_in_sdpa_and_in_eager(model_type: str) -> None:
     model = tiny(model_type, "SEQUENCE_CLASSIFICATION")
     for attention in ("eager", "sdpa"):
@@ -91,7 +97,9 @@ def test_cutting_twice_equals_cutting_once(model_type: str) -> None:
         halfway = cut_all(model, first)
         before = copy.deepcopy(halfway.config.kprune)
         twice, once = cut_all(halfway, second), cut_all(model, both)
-        assert halfway.config.kprune == before, "cutting a copy changed the plan of the model it was copied from"
+        assert halfway.config.kprune == before, (
+            "cutting a copy changed the plan of the model it was copied from"
+        )
         assert twice.config.kprune == once.config.kprune
         torch.testing.assert_close(logits(twice), logits(once), rtol=0, atol=0)
         torch.testing.assert_close(logits(twice), masked_logits(model, both, ""), rtol=1e-5, atol=1e-5)
@@ -131,7 +139,9 @@ def test_the_plan_is_data_that_survives_json(model_type: str) -> None:
     model = tiny(model_type)
     student = cut_all(model, plans(find_sublayers(model))["without " + find_sublayers(model)[2].name])
     again = type(model)(AutoConfig.for_model(**student.config.to_dict())).eval()
-    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in student.named_parameters()}
+    assert {n: p.shape for n, p in again.named_parameters()} == {
+        n: p.shape for n, p in student.named_parameters()
+    }
     again.load_state_dict(student.state_dict())
     assert torch.equal(logits(again), logits(student))
 
@@ -144,7 +154,9 @@ def test_flops_of_a_unit_are_the_papers(model_type: str, tokens: float) -> None:
     d, d_h = 16, 4
     student = cut_all(model, plans(find_sublayers(model))["odd units"])
     for sublayer in find_sublayers(model) + find_sublayers(student):
-        expected = 8 * tokens * d * d_h + 4 * tokens**2 * d_h if sublayer.kind == "attention" else 4 * tokens * d
+        expected = (
+            8 * tokens * d * d_h + 4 * tokens**2 * d_h if sublayer.kind == "attention" else 4 * tokens * d
+        )
         assert sublayer.unit_flops({sublayer.stack_name: tokens}) == pytest.approx(expected, rel=1e-12)
 
 
@@ -156,7 +168,9 @@ def test_flops_are_those_that_torch_counts() -> None:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model.encoder(torch.randn(1, 11, 16))
-    assert counter.get_total_flops() == sum(s.num_units * s.unit_flops({s.stack_name: 11}) for s in find_sublayers(model))
+    assert counter.get_total_flops() == sum(
+        s.num_units * s.unit_flops({s.stack_name: 11}) for s in find_sublayers(model)
+    )
 
 
 HEADS, HEAD_DIM, GROUP = 3, 2, 2
@@ -165,7 +179,10 @@ HEADS, HEAD_DIM, GROUP = 3, 2, 2
 
 def hand_built(layout: str) -> list[list[int]]:
     """Label every row of a projection with its unit, as the layout says, and read off the rows of each unit."""
-    q, kv = [u for u in range(HEADS) for _ in range(GROUP * HEAD_DIM)], [u for u in range(HEADS) for _ in range(HEAD_DIM)]
+    q, kv = (
+        [u for u in range(HEADS) for _ in range(GROUP * HEAD_DIM)],
+        [u for u in range(HEADS) for _ in range(HEAD_DIM)],
+    )
     neurons = list(range(HEADS))
     owners = {
         "q": q,
@@ -198,7 +215,9 @@ def test_an_unknown_layout_is_an_error() -> None:
 def test_an_unknown_architecture_is_refused_and_told_the_way_out() -> None:
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
     model = transformers.CanineModel(AutoConfig.for_model("canine", **sizes))
-    with pytest.raises(UnsupportedArchitectureError, match=r"(?s)'canine' \(CanineModel\); known: .*bert, .*register_family"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"(?s)'canine' \(CanineModel\); known: .*bert, .*register_family"
+    ):
         find_sublayers(model)
     with pytest.raises(UnsupportedArchitectureError, match=r"docs/add_a_family\.md"):
         KPrunePruner(model)
@@ -206,7 +225,9 @@ def test_an_unknown_architecture_is_refused_and_told_the_way_out() -> None:
 
 def test_projections_that_the_family_does_not_describe_are_refused() -> None:
     model = tiny("bert", "CAUSAL_LM", add_cross_attention=True)
-    with pytest.raises(UnsupportedArchitectureError, match=r"(?s)crossattention\.self\.query.*describes.*register_family"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"(?s)crossattention\.self\.query.*describes.*register_family"
+    ):
         find_sublayers(model)
 
 
@@ -222,7 +243,9 @@ def families() -> Iterator[None]:
 @pytest.mark.usefixtures("families")
 def test_layers_that_are_not_where_the_family_says_are_refused() -> None:
     register_family("bert", Stack("encoder.layers", FAMILIES["bert"][0].blocks))
-    with pytest.raises(UnsupportedArchitectureError, match=r"no list of layers at 'encoder\.layers'.*register_family"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"no list of layers at 'encoder\.layers'.*register_family"
+    ):
         find_sublayers(tiny())
 
 
@@ -308,7 +331,13 @@ OTHERS: dict[str, tuple[str, dict[str, Any], Stack]] = {
         Stack(
             "layers",
             (
-                Block("attention", inputs={"attn.Wqkv": "qkv"}, output="attn.Wo", core="attn", stream="attn_norm"),
+                Block(
+                    "attention",
+                    inputs={"attn.Wqkv": "qkv"},
+                    output="attn.Wo",
+                    core="attn",
+                    stream="attn_norm",
+                ),
                 Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
             ),
         ),

@@ -26,7 +26,7 @@ from hf_kprune import CheckpointError, KPruneArguments, KPruneError, KPrunePrune
 from hf_kprune.arguments import TARGETS
 from hf_kprune.methods import METHODS
 from hf_kprune.modeling_kprune import digest
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # a warning is no way out
@@ -35,7 +35,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # a warni
 def cases(count: int) -> Callable[..., Any]:
     """So many random cases, the same in every run, without a limit of time for one."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks
+    )
 
 
 class CallersError(Exception):
@@ -96,11 +98,20 @@ def assert_own_error(error: Exception) -> None:
     """It says something, and not in the words of a library."""
     text = str(error)
     assert len(text) > 20, text
-    for foreign in ("TypeError", "KeyError", "IndexError", "AttributeError", "RuntimeError", "object has no attribute"):
+    for foreign in (
+        "TypeError",
+        "KeyError",
+        "IndexError",
+        "AttributeError",
+        "RuntimeError",
+        "object has no attribute",
+    ):
         assert foreign not in text, text
 
 
-def assert_right(model: PreTrainedModel, dense: PreTrainedModel, report: PruningReport, args: KPruneArguments) -> None:
+def assert_right(
+    model: PreTrainedModel, dense: PreTrainedModel, report: PruningReport, args: KPruneArguments
+) -> None:
     """The budget holds; the config makes a model of these sizes; and where nothing was tuned, cut is masked."""
     asked = report.asked
     if "sparsity" in asked:
@@ -235,7 +246,17 @@ ODD_IDS = st.one_of(
     IDS.map(lambda ids: torch.tensor(ids).float()),
     st.lists(st.none(), min_size=1, max_size=3),
 )
-COLUMNS = ["input_ids", "attention_mask", "token_type_ids", "labels", "label", "text", "position_ids", "idx", "inputs_embeds"]
+COLUMNS = [
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "labels",
+    "label",
+    "text",
+    "position_ids",
+    "idx",
+    "inputs_embeds",
+]
 
 
 @st.composite
@@ -269,7 +290,9 @@ DATASETS = st.one_of(
     ),
     st.lists(ODD_ROW, max_size=6),
     st.dictionaries(st.sampled_from(COLUMNS), st.lists(st.one_of(IDS, ODD_IDS), max_size=4), max_size=3),
-    st.sampled_from([None, 7, "text", b"text", object(), torch.zeros(3), torch.ones(4, 5).long(), {}, (), set()]),
+    st.sampled_from(
+        [None, 7, "text", b"text", object(), torch.zeros(3), torch.ones(4, 5).long(), {}, (), set()]
+    ),
     st.just("raises"),
     st.lists(usual_row(), max_size=12).map(iter),
 )
@@ -286,7 +309,9 @@ DATASETS = st.one_of(
 def test_rows(which: str, dataset: Any, collated: bool, method: str, tokens: int) -> None:
     """Any calibration data give an error that names what is wrong, the caller's own exception, or a right result."""
     data = raising_stream() if isinstance(dataset, str) and dataset == "raises" else dataset
-    args = KPruneArguments(method=method, num_tokens=tokens, ridge=0.1 if method == "obs" else None, disable_tqdm=True)
+    args = KPruneArguments(
+        method=method, num_tokens=tokens, ridge=0.1 if method == "obs" else None, disable_tqdm=True
+    )
 
     def make(model: PreTrainedModel) -> KPrunePruner:
         return KPrunePruner(model, args, data, pad_right if collated else None)
@@ -322,7 +347,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of all values in nested lists and dictionaries."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     return [path, *(place for key, entry in entries for place in places(entry, (*path, key)))]
 
 
@@ -345,7 +372,11 @@ def test_plans(checkpoint: Path, data: st.DataObject) -> None:
             holder[key] = replacement
         if not isinstance(config.get("kprune"), dict):
             break
-    if isinstance(config.get("kprune"), dict) and data.draw(st.booleans()) and jsonable(config["kprune"].get("stacks")):
+    if (
+        isinstance(config.get("kprune"), dict)
+        and data.draw(st.booleans())
+        and jsonable(config["kprune"].get("stacks"))
+    ):
         config["kprune"]["sha256"] = digest(config["kprune"].get("stacks"))
     expected = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     sizes = AutoConfig.for_model("bert").to_dict() | config
@@ -427,7 +458,13 @@ STARTS: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 16,
     },
 }
-FIXED = {"vocab_size": 60, "max_position_embeddings": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+FIXED = {
+    "vocab_size": 60,
+    "max_position_embeddings": 40,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
 @st.composite
@@ -448,7 +485,9 @@ def test_configs(described: tuple[str, dict[str, Any]], sparsity: float, by: str
         model(**pad_right(ROWS[:2]))
     except Exception:  # transformers itself does not make or run such a model
         return
-    args = KPruneArguments(sparsity=sparsity, head_unit=by, num_tokens=150, tune=sparsity > 0.5, ridge=0.1, disable_tqdm=True)
+    args = KPruneArguments(
+        sparsity=sparsity, head_unit=by, num_tokens=150, tune=sparsity > 0.5, ridge=0.1, disable_tqdm=True
+    )
     run(model, lambda dense: KPrunePruner(dense, args, ROWS, pad_right))
 
 

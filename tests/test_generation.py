@@ -15,12 +15,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from zoo import ZOO, inputs_for, make
 
-from hf_kprune.cost import cache_bytes_per_token
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.budget import cache_bytes_per_token
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 Record = Callable[[str, object], None]
-DECODERS = [n for n, (c, _, kind) in ZOO.items() if kind in ("text", "unpadded") and ("CausalLM" in c or "LMHead" in c)]
+DECODERS = [
+    n
+    for n, (c, _, kind) in ZOO.items()
+    if kind in ("text", "unpadded") and ("CausalLM" in c or "LMHead" in c)
+]
 SEQ2SEQ = [n for n, (c, _, kind) in ZOO.items() if kind == "seq2seq" and "ForConditionalGeneration" in c]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -127,7 +131,9 @@ def test_the_cache_is_as_large_as_told(name: str) -> None:
     for plan in ("even", "without 0"):
         student = cut_all(model, columns(model, plan)[0])
         cache = student(ids, use_cache=True).past_key_values
-        if not isinstance(cache, transformers.DynamicCache) or not all(hasattr(slot, "keys") for slot in cache.layers):
+        if not isinstance(cache, transformers.DynamicCache) or not all(
+            hasattr(slot, "keys") for slot in cache.layers
+        ):
             pytest.skip("keeps its own kind of state")
         if any(getattr(slot, "is_sliding", False) for slot in cache.layers):
             pytest.skip("a sliding window does not grow")

@@ -10,11 +10,16 @@ import torch
 from conftest import MODEL_TYPES, classes, collate, rows, tiny
 from torch import Tensor
 from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
-from hf_kprune.heads import Draws, KnowledgeLoss, embedding_loss, knowledge_loss
-from hf_kprune.knowledge import bernoulli_kl_divergence, kl_divergence, squared_error
+from hf_kprune.calibration.tasks import Draws, KnowledgeLoss, embedding_loss, knowledge_loss
+from hf_kprune.methods.knowledge import bernoulli_kl_divergence, kl_divergence, squared_error
 
 
 QUICK: dict[str, Any] = {"sparsity": 0.5, "method": "magnitude", "tune": False, "disable_tqdm": True}
@@ -53,7 +58,9 @@ def collate_without_labels(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return collate([{key: value for key, value in row.items() if key != "labels"} for row in rows])
 
 
-def losses(loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def losses(
+    loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]
+) -> Tensor:
     valid = inputs["attention_mask"].flatten(0, -2).bool()
     return loss(student(**inputs), teacher(**inputs), valid)
 
@@ -63,7 +70,9 @@ def students(model_type: str, head: str, **config: Any) -> tuple[PreTrainedModel
     return tiny(model_type, head, seed=1, **config).double(), tiny(model_type, head, **config).double()
 
 
-def gradient_norm(loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+def gradient_norm(
+    loss: KnowledgeLoss, student: PreTrainedModel, teacher: PreTrainedModel, inputs: dict[str, Tensor]
+) -> float:
     weights = [p for name, p in student.named_parameters() if "layer.0." in name]
     student.requires_grad_(True)
     gradients = torch.autograd.grad(losses(loss, student, teacher, inputs).sum(), weights, allow_unused=True)
@@ -90,7 +99,12 @@ def test_every_head_of_every_family_has_its_loss(model_type: str, head: str) -> 
 
     same = losses(loss, teacher, teacher, inputs).detach()
     assert float(same.abs().max()) < 1e-12
-    assert gradient_norm(loss, teacher, teacher, inputs) < 1e-6 < 1e-4 < gradient_norm(loss, student, teacher, inputs)
+    assert (
+        gradient_norm(loss, teacher, teacher, inputs)
+        < 1e-6
+        < 1e-4
+        < gradient_norm(loss, student, teacher, inputs)
+    )
 
 
 @pytest.mark.parametrize(("expected", "config"), PROBLEMS)
@@ -107,7 +121,9 @@ def test_a_sequence_head_is_told_by_problem_type_and_labels(expected: str, confi
         "multi-label classification": lambda: bernoulli_kl_divergence(s, t, 2.0),
     }[expected]()
     torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
-    assert gradient_norm(loss, teacher, teacher, inputs) < 1e-6 < gradient_norm(loss, student, teacher, inputs)
+    assert (
+        gradient_norm(loss, teacher, teacher, inputs) < 1e-6 < gradient_norm(loss, student, teacher, inputs)
+    )
 
 
 def test_regression_is_per_sample_and_has_no_gradient_at_the_teacher_unlike_a_broadcast_one() -> None:
@@ -117,7 +133,9 @@ def test_regression_is_per_sample_and_has_no_gradient_at_the_teacher_unlike_a_br
     z = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
     outputs = SequenceClassifierOutput(logits=z)
     valid = torch.ones(3, 1).bool()
-    (gradient,) = torch.autograd.grad(loss(outputs, SequenceClassifierOutput(logits=z.detach()), valid).sum(), [z])
+    (gradient,) = torch.autograd.grad(
+        loss(outputs, SequenceClassifierOutput(logits=z.detach()), valid).sum(), [z]
+    )
     assert torch.equal(gradient, torch.zeros_like(z))
     (broadcast,) = torch.autograd.grad((z - z.detach().squeeze(1)).square().mean(), [z])
     assert broadcast.abs().max() > 0.1
@@ -133,7 +151,9 @@ def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_pad
     """METHOD 1.13, B8: the published softmax goes over padding too."""
     loss = knowledge_loss(tiny("bert", "QUESTION_ANSWERING"), temperature, "mean")
     generator = torch.Generator().manual_seed(0)
-    starts, ends, other_starts, other_ends = (torch.randn(2, 6, generator=generator).to(dtype) for _ in range(4))
+    starts, ends, other_starts, other_ends = (
+        torch.randn(2, 6, generator=generator).to(dtype) for _ in range(4)
+    )
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
 
     def outputs(filler: float, start: Tensor, end: Tensor) -> QuestionAnsweringModelOutput:
@@ -211,13 +231,23 @@ def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
             self.bert = BertModel(config)
             self.post_init()
 
-    with pytest.raises(UnsupportedModelError, match=r"head of Odd; pass compute_loss=\(student_outputs, teacher_outputs"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"head of Odd; pass compute_loss=\(student_outputs, teacher_outputs"
+    ):
         knowledge_loss(Odd(tiny().config), 2.0, "mean")
 
 
 DRAWN = [
-    ("SEQUENCE_CLASSIFICATION", {"num_labels": 3, "problem_type": "single_label_classification"}, {"logits": (1, 3)}),
-    ("SEQUENCE_CLASSIFICATION", {"num_labels": 3, "problem_type": "multi_label_classification"}, {"logits": (1, 3)}),
+    (
+        "SEQUENCE_CLASSIFICATION",
+        {"num_labels": 3, "problem_type": "single_label_classification"},
+        {"logits": (1, 3)},
+    ),
+    (
+        "SEQUENCE_CLASSIFICATION",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        {"logits": (1, 3)},
+    ),
     ("SEQUENCE_CLASSIFICATION", {"num_labels": 2, "problem_type": "regression"}, {"logits": (1, 2)}),
     ("TOKEN_CLASSIFICATION", {}, {"logits": (1, 4, 3)}),
     ("QUESTION_ANSWERING", {}, {"start_logits": (1, 4), "end_logits": (1, 4)}),
@@ -232,14 +262,18 @@ def test_gradients_against_draws_have_the_loss_for_a_curvature(
     """The Fisher information: the mean of g g^T is, but for a factor, the Hessian of the loss where both are the same."""
     loss = knowledge_loss(tiny("bert", head, **config), 2.0, "mean")
     generator = torch.Generator().manual_seed(0)
-    point = torch.cat([torch.randn(math.prod(s), generator=generator, dtype=torch.float64) for s in shapes.values()])
+    point = torch.cat(
+        [torch.randn(math.prod(s), generator=generator, dtype=torch.float64) for s in shapes.values()]
+    )
     valid = torch.tensor([[True, True, True, False]])
 
     def outputs(flat: Tensor) -> ModelOutput:
         parts = flat.split([math.prod(s) for s in shapes.values()])
         return ModelOutput({key: part.view(s) for (key, s), part in zip(shapes.items(), parts, strict=True)})
 
-    curvature = torch.autograd.functional.hessian(lambda x: loss(outputs(x), outputs(point), valid).sum(), point)
+    curvature = torch.autograd.functional.hessian(
+        lambda x: loss(outputs(x), outputs(point), valid).sum(), point
+    )
     information, mean = torch.zeros_like(curvature), torch.zeros_like(point)
     for row in range(2000):
         variable = point.clone().requires_grad_()
@@ -279,7 +313,9 @@ LABELS = [
 
 
 @pytest.mark.parametrize(("label", "count", "expected", "warning"), LABELS)
-def test_a_missing_problem_type_is_read_from_the_labels_and_said(label: Any, count: int, expected: str, warning: str) -> None:
+def test_a_missing_problem_type_is_read_from_the_labels_and_said(
+    label: Any, count: int, expected: str, warning: str
+) -> None:
     data = [{**row, **({} if label is None else {"labels": label})} for row in rows(30)]
     model = tiny(num_labels=count)
     with pytest.warns(UserWarning, match=warning) as caught:
@@ -317,7 +353,9 @@ def test_what_is_known_of_labels_needs_no_warning(label: Any, config: dict[str, 
         ("TOKEN_CLASSIFICATION", {"num_labels": 1}, "does not depend on the outputs .logits."),
     ],
 )
-def test_heads_with_nothing_to_preserve_are_refused_before_any_work(head: str, config: dict[str, Any], message: str) -> None:
+def test_heads_with_nothing_to_preserve_are_refused_before_any_work(
+    head: str, config: dict[str, Any], message: str
+) -> None:
     model = tiny("bert", head, num_labels=config["num_labels"])
     model.config.problem_type = config.get("problem_type")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -331,7 +369,10 @@ def squares(student: Any, teacher: Any) -> Tensor:
 
 
 LOSSES = [
-    (lambda s, t, v: squares(s, t).detach(), r"compute_loss returned numbers without a graph, .*leave out torch.no_grad\(\)"),
+    (
+        lambda s, t, v: squares(s, t).detach(),
+        r"compute_loss returned numbers without a graph, .*leave out torch.no_grad\(\)",
+    ),
     (torch.no_grad()(lambda s, t, v: squares(s, t)), "without a graph"),
     (lambda s, t, v: torch.from_numpy(squares(s, t).detach().numpy()), "without a graph"),
     (lambda s, t, v: squares(s, t).long(), "returned numbers of torch.int64"),
@@ -348,7 +389,9 @@ LOSSES = [
 
 
 @pytest.mark.parametrize(("compute_loss", "message"), LOSSES)
-def test_a_loss_of_the_callers_that_cannot_be_used_is_refused_before_any_work(compute_loss: Any, message: str) -> None:
+def test_a_loss_of_the_callers_that_cannot_be_used_is_refused_before_any_work(
+    compute_loss: Any, message: str
+) -> None:
     model = tiny()
     pruner = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=compute_loss)
     with pytest.raises(ArgumentError, match=message):
@@ -364,7 +407,9 @@ class TwoHeads(BertPreTrainedModel):  # type: ignore[misc]
         self.first, self.second = (torch.nn.Linear(config.hidden_size, 3) for _ in range(2))
         self.post_init()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True) -> ModelOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True
+    ) -> ModelOutput:
         pooled = self.bert(input_ids, attention_mask).pooler_output
         return ModelOutput(logits=self.first(pooled), mood_logits=self.second(pooled))
 
@@ -377,8 +422,12 @@ def test_a_second_head_that_the_loss_does_not_read_is_named() -> None:
     def both(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         return squares(student, teacher) + (student.mood_logits - teacher.mood_logits).square().sum(1)
 
-    one = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=lambda s, t, v: squares(s, t))
-    with pytest.warns(UserWarning, match=r"\(custom\) compares logits of TwoHeads and ignores mood_logits.*count them in"):
+    one = KPrunePruner(
+        model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=lambda s, t, v: squares(s, t)
+    )
+    with pytest.warns(
+        UserWarning, match=r"\(custom\) compares logits of TwoHeads and ignores mood_logits.*count them in"
+    ):
         report = one.plan()
     assert (report.compared, report.ignored) == (["logits"], ["mood_logits"])
     report = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=both).plan()

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedArchitectureError
-from hf_kprune.families import FAMILIES
-from hf_kprune.hooks import State, probed, resumed, run_sublayer, run_to_top
-from hf_kprune.sublayers import Sublayer, cut, find_sublayers, with_own_tables, write_plan
+from hf_kprune.structure.families import FAMILIES
+from hf_kprune.structure.hooks import State, probed, resumed, run_sublayer, run_to_top
+from hf_kprune.structure.sublayers import Sublayer, cut, find_sublayers, with_own_tables, write_plan
 
 
 HEADS = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
@@ -110,7 +110,9 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
             stack.callback(hook.remove)
             reader = s.layer.get_submodule(s.block.stream)
             hook = reader.register_forward_pre_hook(
-                lambda _, args, kwargs, i=i: streams.__setitem__(i, args[0] if args else kwargs["hidden_states"]),
+                lambda _, args, kwargs, i=i: streams.__setitem__(
+                    i, args[0] if args else kwargs["hidden_states"]
+                ),
                 with_kwargs=True,
             )
             stack.callback(hook.remove)
@@ -134,7 +136,9 @@ def test_nothing_below_is_computed_again(model_type: str) -> None:
         with counted(sum(insides, [])) as called:
             above = run_sublayer(model, inputs, sublayers, position, stream).above
             assert called, "the counter sees nothing"
-            assert {id(m) for m in called} == {id(m) for m in insides[position]}, f"{sublayer.name} is not all that ran"
+            assert {id(m) for m in called} == {id(m) for m in insides[position]}, (
+                f"{sublayer.name} is not all that ran"
+            )
             called.clear()
             with resumed(sublayers, position, stream), torch.no_grad():
                 model(**inputs)
@@ -182,7 +186,9 @@ def test_probing_without_gradients_builds_no_graph() -> None:
 
 def below(sublayers: list[Sublayer]) -> State:
     """Some state below the second FFN."""
-    return State({sublayers[3].stack_name: torch.zeros(5, 12, 16)}, {sublayers[2].name: torch.zeros(5, 12, 16)})
+    return State(
+        {sublayers[3].stack_name: torch.zeros(5, 12, 16)}, {sublayers[2].name: torch.zeros(5, 12, 16)}
+    )
 
 
 Use = Callable[[PreTrainedModel, list[Sublayer], dict[str, Tensor]], Any]
@@ -204,7 +210,9 @@ def use_masked(model: PreTrainedModel, sublayers: list[Sublayer], inputs: dict[s
 
 
 USES: dict[str, Use] = {
-    "run_sublayer": lambda model, sublayers, inputs: run_sublayer(model, inputs, sublayers, 3, below(sublayers)),
+    "run_sublayer": lambda model, sublayers, inputs: run_sublayer(
+        model, inputs, sublayers, 3, below(sublayers)
+    ),
     "run_to_top": lambda model, sublayers, inputs: run_to_top(model, inputs, sublayers),
     "resumed": use_resumed,
     "probed": use_probed,
@@ -249,13 +257,15 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
     sublayers = find_sublayers(model)
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
     with pytest.raises(
-        UnsupportedArchitectureError, match="BertForSequenceClassification never reached the sublayer asked for"
+        UnsupportedArchitectureError,
+        match="BertForSequenceClassification never reached the sublayer asked for",
     ):
         run_sublayer(model, inputs, sublayers, 4, State())
 
 
 @pytest.mark.parametrize(
-    ("name", "declared"), [("gptj", "y"), ("bert", ("y", None)), ("bart", ("y",)), ("t5", "y"), ("llama", ("y", None, None))]
+    ("name", "declared"),
+    [("gptj", "y"), ("bert", ("y", None)), ("bart", ("y",)), ("t5", "y"), ("llama", ("y", None, None))],
 )
 def test_layers_return_what_they_return_whatever_the_family_says(
     name: str, declared: Any, monkeypatch: pytest.MonkeyPatch

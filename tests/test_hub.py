@@ -18,12 +18,17 @@ from test_checkpoint import assert_same, files, pruned, report, tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner
-from hf_kprune.hub import model_card
+from hf_kprune.checkpoint.hub import model_card
 from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
 
 
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "modeling_kprune.py"}
-ALL_FILES = MODEL_FILES | {"kprune_report.json", "kprune_report.md", "tokenizer.json", "tokenizer_config.json"}
+ALL_FILES = MODEL_FILES | {
+    "kprune_report.json",
+    "kprune_report.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 class FakeHub:
@@ -73,10 +78,17 @@ class FakeHub:
         if address == "/api/repos/create":
             (asked,) = lines
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            self.repositories.append({"name": name, "visibility": asked.get("visibility"), "authorization": authorization})
+            self.repositories.append(
+                {"name": name, "visibility": asked.get("visibility"), "authorization": authorization}
+            )
             return {"url": f"{self.url}/{name}", "name": name}
         if "/preupload/" in address:
-            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]}
+            return {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in lines[0]["files"]
+                ]
+            }
         if "/branch/" in address:
             self.branches.append(address.removeprefix("/api/models/"))
         if "/commit/" in address:
@@ -116,7 +128,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", fake.url)
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        fake.url + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=fake.url))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
@@ -150,7 +163,12 @@ def test_push_to_hub_saves_and_pushes_the_whole_checkpoint(tmp_path: Path, hub: 
 def test_save_model_pushes_once_if_asked(tmp_path: Path, hub: FakeHub) -> None:
     make_pruner(tmp_path / "quiet").save_model()
     assert not hub.commits
-    options = {"hub_model_id": "team/small", "hub_token": "hf_secret", "hub_private_repo": True, "hub_revision": "pruned"}
+    options = {
+        "hub_model_id": "team/small",
+        "hub_token": "hf_secret",
+        "hub_private_repo": True,
+        "hub_revision": "pruned",
+    }
     make_pruner(tmp_path / "out", push_to_hub=True, **options).save_model()
     (repository,), (branch,), (commit,) = hub.repositories, hub.branches, hub.commits
     assert repository == {"name": "team/small", "visibility": "private", "authorization": "Bearer hf_secret"}
@@ -172,11 +190,16 @@ def test_push_to_hub_takes_another_token_and_options_of_upload_folder(tmp_path: 
 
 def test_push_to_hub_after_pruning_again_pushes_the_model_as_it_is_now(tmp_path: Path, hub: FakeHub) -> None:
     options = {"overwrite_output_dir": True, "num_tokens": 200, "sparsity": 0.6, "disable_tqdm": True}
-    pruner = KPrunePruner(tiny(), KPruneArguments(output_dir=str(tmp_path / "out"), **options), rows(), data_collator=collate)
+    pruner = KPrunePruner(
+        tiny(), KPruneArguments(output_dir=str(tmp_path / "out"), **options), rows(), data_collator=collate
+    )
     pruner.save_model()
     pruner.prune()
     pruner.push_to_hub()
-    assert_same(AutoModelForSequenceClassification.from_pretrained(hub.download(tmp_path / "downloaded")), pruner.model)
+    assert_same(
+        AutoModelForSequenceClassification.from_pretrained(hub.download(tmp_path / "downloaded")),
+        pruner.model,
+    )
 
 
 def test_a_failed_push_leaves_the_checkpoint(tmp_path: Path, hub: FakeHub) -> None:
@@ -201,7 +224,9 @@ def test_the_model_itself_pushes_all_that_loading_needs(tmp_path: Path, hub: Fak
     assert commit["repository"] == "me/small"
     assert commit["files"].keys() == MODEL_FILES
     assert json.loads(commit["files"]["config.json"])["transformers_weights"] == NOTICE
-    assert_same(AutoModelForSequenceClassification.from_pretrained(hub.download(tmp_path / "downloaded")), model)
+    assert_same(
+        AutoModelForSequenceClassification.from_pretrained(hub.download(tmp_path / "downloaded")), model
+    )
 
 
 def test_the_config_alone_is_pushed_with_its_notice(hub: FakeHub) -> None:
@@ -257,7 +282,9 @@ def test_model_card(tmp_path: Path) -> None:
 def test_model_card_of_a_model_from_a_folder_and_of_a_dense_one(tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert "base_model" not in ModelCard(model_card(loaded, None)).data.to_dict()  # a path of this machine is nobody's model
+    assert (
+        "base_model" not in ModelCard(model_card(loaded, None)).data.to_dict()
+    )  # a path of this machine is nobody's model
     dense = model_card(tiny(), None)
     assert HOW_TO_LOAD[1:] not in dense
     assert "How it was pruned" not in dense

@@ -14,12 +14,12 @@ from transformers import AutoConfig, PreTrainedModel
 from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
-from hf_kprune.calibration import Batch, Calibration, tokens_of
-from hf_kprune.collate import shifted_right
-from hf_kprune.heads import knowledge_loss
-from hf_kprune.hooks import State, run_sublayer
-from hf_kprune.rows import draw_rows
-from hf_kprune.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.calibration.calibration import Batch, Calibration, tokens_of
+from hf_kprune.calibration.collate import shifted_right
+from hf_kprune.calibration.rows import draw_rows
+from hf_kprune.calibration.tasks import knowledge_loss
+from hf_kprune.structure.hooks import State, run_sublayer
+from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
 
 
 def text_rows(count: int = 40, **more: Any) -> list[dict[str, Any]]:
@@ -34,7 +34,13 @@ def text_rows(count: int = 40, **more: Any) -> list[dict[str, Any]]:
 
 
 def options(**more: Any) -> KPruneArguments:
-    settings = {"sparsity": 0.4, "per_device_batch_size": 8, "disable_tqdm": True, "use_cpu": True, "num_tokens": 300}
+    settings = {
+        "sparsity": 0.4,
+        "per_device_batch_size": 8,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "num_tokens": 300,
+    }
     return KPruneArguments(**{**settings, **more})
 
 
@@ -55,7 +61,9 @@ def bert(name: str, **config: Any) -> PreTrainedModel:
 
 def llama(heads: int, kv_heads: int, hidden: int, **config: Any) -> PreTrainedModel:
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": hidden}
-    return transformers.LlamaForCausalLM(AutoConfig.for_model("llama", **{**DECODER, **sizes, **config})).eval()
+    return transformers.LlamaForCausalLM(
+        AutoConfig.for_model("llama", **{**DECODER, **sizes, **config})
+    ).eval()
 
 
 def test_labels_that_a_collator_makes_count_for_causal_language_models_alone() -> None:
@@ -72,7 +80,10 @@ def test_labels_that_a_collator_makes_count_for_causal_language_models_alone() -
 
 def test_labels_of_several_yes_or_no_questions_are_no_tokens() -> None:
     def collator(rows: list[Any]) -> dict[str, Tensor]:
-        return {**Padding().pad([{"input_ids": r["input_ids"]} for r in rows]), "labels": torch.zeros(len(rows), 3)}
+        return {
+            **Padding().pad([{"input_ids": r["input_ids"]} for r in rows]),
+            "labels": torch.zeros(len(rows), 3),
+        }
 
     model = bert("BertForSequenceClassification", num_labels=3, problem_type="multi_label_classification")
     batches(model, text_rows(labels=lambda i, length: [0.0, 1.0, 0.0]), collator)
@@ -100,7 +111,9 @@ def test_padding_of_the_decoder_never_counts(key: str, collated: bool) -> None:
 def test_the_decoder_reads_targets_as_the_model_itself_shifts_them() -> None:
     labels = torch.tensor([[5, 6, 7, 3, 50]])
     for name in ("mbart", "t5", "bart"):
-        assert torch.equal(shifted_right(make(name), labels), make(name).prepare_decoder_input_ids_from_labels(labels))
+        assert torch.equal(
+            shifted_right(make(name), labels), make(name).prepare_decoder_input_ids_from_labels(labels)
+        )
 
 
 def test_a_head_that_reads_lower_layers_is_refused() -> None:
@@ -126,7 +139,10 @@ def test_query_heads_of_every_group_can_be_pruned_again_and_not_by_groups() -> N
 
 
 def test_cross_attention_to_another_model_is_refused() -> None:
-    encoder, decoder = AutoConfig.for_model("vit", **IMAGE), {**SEQ2SEQ, "add_cross_attention": True, "is_decoder": True}
+    encoder, decoder = (
+        AutoConfig.for_model("vit", **IMAGE),
+        {**SEQ2SEQ, "add_cross_attention": True, "is_decoder": True},
+    )
     parts = (encoder, AutoConfig.for_model("mbart", **decoder))
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
     with pytest.raises(UnsupportedModelError, match="cross-attention"):
@@ -137,7 +153,12 @@ def test_cross_attention_to_another_model_is_refused() -> None:
 def test_half_precision_models_of_images_and_audio(name: str) -> None:
     model = make(name, dtype=torch.bfloat16)
     inputs = inputs_for(model, ZOO[name][2], batch=12)
-    prune(model, [{key: value[i] for key, value in inputs.items()} for i in range(12)], num_tokens=200, ridge=1e-3)
+    prune(
+        model,
+        [{key: value[i] for key, value in inputs.items()} for i in range(12)],
+        num_tokens=200,
+        ridge=1e-3,
+    )
     assert model.dtype == torch.bfloat16
 
 
@@ -146,10 +167,15 @@ def test_padded_patches_never_count() -> None:
     inputs = inputs_for(model, "patches")
     rows = [{key: value[i] for key, value in inputs.items()} for i in range(4)]
     made = batches(model, rows, lambda rs: {key: torch.stack([row[key] for row in rs]) for key in rs[0]})
-    assert sum(b.valid["vision_model.encoder.layers"].sum() for b in made) == inputs["pixel_attention_mask"].sum()
+    assert (
+        sum(b.valid["vision_model.encoder.layers"].sum() for b in made)
+        == inputs["pixel_attention_mask"].sum()
+    )
 
 
-def test_a_uniform_budget_out_of_reach_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uniform_budget_out_of_reach_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The config takes 1, 2, 3, 4 or 6 of 6 heads, so at least 5 means 6."""
     monkeypatch.setattr(Calibration, "check", lambda *_, **__: pytest.fail("ran"))
     model = llama(6, 6, 48, head_dim=8)
@@ -177,14 +203,18 @@ def test_counting_tokens_runs_no_layers() -> None:
 
 def test_a_language_model_that_sees_images_is_one() -> None:
     text, vision = {**DECODER, "model_type": "llama"}, {**IMAGE, "model_type": "clip_vision_model"}
-    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision)
+    )
     assert knowledge_loss(model, 2.0, "mean").per_token
     assert {s.stack_name.split(".")[1] for s in find_sublayers(model)} == {"vision_tower", "language_model"}
 
 
 def test_options_that_a_family_does_not_describe_are_refused() -> None:
     config = {**ZOO["bloom"][1], "apply_residual_connection_post_layernorm": True}
-    with pytest.raises(UnsupportedModelError, match="apply_residual_connection_post_layernorm=True cannot be pruned"):
+    with pytest.raises(
+        UnsupportedModelError, match="apply_residual_connection_post_layernorm=True cannot be pruned"
+    ):
         find_sublayers(transformers.BloomForCausalLM(AutoConfig.for_model("bloom", **config)))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from hf_kprune import CheckpointError
-from hf_kprune.cli import main
-from hf_kprune.integrity import verify_weights
+from hf_kprune.checkpoint.integrity import verify_weights
+from hf_kprune.cli.commands import main
 
 
 OTHER = KEY.replace("query", "key")
@@ -41,8 +41,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "two tensors exchanged": (edit_weights(exchange), "model.safetensors is not the file that was saved"),
     "NaN": (edit_weights(spoil(float("nan"))), f"{NORM} in model.safetensors holds NaN or Inf"),
     "Inf": (edit_weights(spoil(float("inf"))), f"{NORM} in model.safetensors holds NaN or Inf"),
-    "integers": (edit_weights(lambda t: t.update({NORM: t[NORM].long()})), f"{NORM} in model.safetensors is int64"),
-    "a tensor less": (edit_weights(lambda t: t.pop(EMBEDDING)), "model.safetensors is not the file that was saved"),
+    "integers": (
+        edit_weights(lambda t: t.update({NORM: t[NORM].long()})),
+        f"{NORM} in model.safetensors is int64",
+    ),
+    "a tensor less": (
+        edit_weights(lambda t: t.pop(EMBEDDING)),
+        "model.safetensors is not the file that was saved",
+    ),
     "no file": (Path.unlink, "model.safetensors is missing"),
 }
 
@@ -52,7 +58,9 @@ def test_a_damaged_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
     pruned().save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--verify"]) == 0
     tensors = len(load_file(tmp_path / "model.safetensors"))
-    assert f"model.safetensors: sha256 and {tensors} tensors are as they were saved" in capsys.readouterr().out
+    assert (
+        f"model.safetensors: sha256 and {tensors} tensors are as they were saved" in capsys.readouterr().out
+    )
     DAMAGES[damage][0](tmp_path / "model.safetensors")
     assert main(["inspect", str(tmp_path), "--verify"]) == 2
     error = capsys.readouterr().err
@@ -79,6 +87,8 @@ def test_what_was_saved_with_inf_is_no_damage(tmp_path: Path) -> None:
         model.get_parameter(NORM)[3] = float("inf")
     model.save_pretrained(tmp_path, max_shard_size="2KB")
     lines = verify_weights(str(tmp_path))
-    assert len([line for line in lines if "are as they were saved" in line]) == len(list(tmp_path.glob("*.safetensors")))
+    assert len([line for line in lines if "are as they were saved" in line]) == len(
+        list(tmp_path.glob("*.safetensors"))
+    )
     assert any(line.startswith(f"note: {NORM}") for line in lines)
     assert not logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)).isfinite().all()

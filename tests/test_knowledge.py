@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 from torch.distributions import kl_divergence as torch_kl
 
-from hf_kprune.knowledge import (
+from hf_kprune.methods.knowledge import (
     bernoulli_kl_divergence,
     kl_divergence,
     mean_over_tokens,
@@ -71,14 +71,21 @@ def test_squared_error_is_the_mean_over_outputs_and_does_not_broadcast() -> None
     expected = torch.nn.functional.mse_loss(student, teacher, reduction="none").mean(-1)
     torch.testing.assert_close(squared_error(student, teacher), expected)
     wide = normal(4, 3), normal(4, 3, seed=1)
-    torch.testing.assert_close(squared_error(*wide), torch.nn.functional.mse_loss(*wide, reduction="none").mean(-1))
+    torch.testing.assert_close(
+        squared_error(*wide), torch.nn.functional.mse_loss(*wide, reduction="none").mean(-1)
+    )
     with pytest.raises(ValueError, match=r"student \(4, 1\) and teacher \(4,\) must have one shape"):
         squared_error(student, teacher.squeeze(-1))
 
 
 @pytest.mark.parametrize("trailing", [(), (3,)])
-def test_mean_over_tokens_is_the_mean_of_each_sequence_and_nothing_leaks_from_padding(trailing: tuple[int, ...]) -> None:
-    values, valid = normal(3, 5, *trailing), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0]]).bool()
+def test_mean_over_tokens_is_the_mean_of_each_sequence_and_nothing_leaks_from_padding(
+    trailing: tuple[int, ...],
+) -> None:
+    values, valid = (
+        normal(3, 5, *trailing),
+        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0]]).bool(),
+    )
     expected = torch.stack([v[m].mean(0) for v, m in zip(values, valid, strict=True)])
     for filler in (0.0, 1e30, float("nan"), float("inf")):
         padded = torch.where(valid.view(3, 5, *[1] * len(trailing)), values, filler).requires_grad_()
@@ -90,13 +97,19 @@ def test_mean_over_tokens_is_the_mean_of_each_sequence_and_nothing_leaks_from_pa
 
 
 def test_mean_over_no_tokens_is_zero() -> None:
-    assert torch.equal(mean_over_tokens(normal(1, 4), torch.zeros(1, 4).bool()), torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(
+        mean_over_tokens(normal(1, 4), torch.zeros(1, 4).bool()), torch.zeros(1, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(4, 1), (4, 2), (6, 2), (6, 3), (5, 5), (1, 1)])
-def test_mean_squared_gradient_is_the_programs_statistic_averaged_over_all_batchings(samples: int, batch: int) -> None:
+def test_mean_squared_gradient_is_the_programs_statistic_averaged_over_all_batchings(
+    samples: int, batch: int
+) -> None:
     gradients = normal(samples, 7) + 0.5
-    batchings = torch.stack([gradients[list(order)].view(-1, batch, 7) for order in permutations(range(samples))])
+    batchings = torch.stack(
+        [gradients[list(order)].view(-1, batch, 7) for order in permutations(range(samples))]
+    )
     program = batchings.mean(2).square().sum(1) / (2 * samples)  # squared gradients of batch means, over N
     made = mean_squared_gradient(gradients.sum(0), gradients.square().sum(0), samples, batch)
     torch.testing.assert_close(made, program.mean(0))

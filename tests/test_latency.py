@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import ZOO, make
 
-from hf_kprune import latency
 from hf_kprune.errors import ArgumentError, BudgetError
-from hf_kprune.latency import (
+from hf_kprune.latency import table as latency
+from hf_kprune.latency.table import (
     FAINT,
     STEPS,
     Curve,
@@ -30,8 +30,8 @@ from hf_kprune.latency import (
     search_latency,
     time_model,
 )
-from hf_kprune.search import group_sizes, threshold_search
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.methods.search import group_sizes, threshold_search
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 settings.register_profile("latency", deadline=None, database=None, derandomize=True, max_examples=40)
@@ -48,7 +48,9 @@ def seconds(curves: Sequence[Curve], counts: Sequence[int]) -> float:
 class Clock:
     """Time that passes only while a model runs, as much as `cost` says, and `slowdown` times that in each round."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, costs: dict[PreTrainedModel, float], slowdown: Sequence[float]):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, costs: dict[PreTrainedModel, float], slowdown: Sequence[float]
+    ):
         self.now, self.order, self.turns = 0.0, [], dict.fromkeys(costs, 0)
         for model, cost in costs.items():
             model.register_forward_pre_hook(lambda m, _, cost=cost: self.tick(m, cost, slowdown))
@@ -62,7 +64,9 @@ class Clock:
         self.order.append(model)
 
 
-def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     models = [tiny(seed=seed).train() for seed in range(3)]
     models[1].eval()
     costs, slowdown = [2 / 1024, 1 / 1024, 6 / 1024], [9, 7, 1, 1, 5, 1, 8]
@@ -79,8 +83,14 @@ def test_the_median_of_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time_model(model, example_inputs(model, 2, 5), repeats=3) == 4 / 1024
 
 
-def test_where_nobody_says_how_many_passes_are_as_many_as_there_is_patience_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost, passes in ((latency.PATIENCE, 1 + 3), (latency.PATIENCE / 8, 1 + 8), (latency.SHORT / 8, 2 * (1 + 20))):
+def test_where_nobody_says_how_many_passes_are_as_many_as_there_is_patience_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cost, passes in (
+        (latency.PATIENCE, 1 + 3),
+        (latency.PATIENCE / 8, 1 + 8),
+        (latency.SHORT / 8, 2 * (1 + 20)),
+    ):
         model = tiny()
         clock = Clock(monkeypatch, {model: cost}, [1] * 30)
         assert time_model(model, example_inputs(model, 2, 5)) == pytest.approx(cost)
@@ -194,10 +204,19 @@ def test_fit_of_sublayers_of_different_width() -> None:
 
 @pytest.mark.parametrize(
     ("times", "level"),
-    [([2.0] * 6, 2.0), ([7.0], 7.0), ([0.0] * 4, 0.0), ([2.0, 1.0], 1.2), ([6.0, 3.0, 2.0], 18 / 7), ([-1.0, -2.0], 0.0)],
+    [
+        ([2.0] * 6, 2.0),
+        ([7.0], 7.0),
+        ([0.0] * 4, 0.0),
+        ([2.0, 1.0], 1.2),
+        ([6.0, 3.0, 2.0], 18 / 7),
+        ([-1.0, -2.0], 0.0),
+    ],
 )
 def test_without_a_slope_all_units_are_free(times: list[float], level: float) -> None:
-    assert Curve.fit(torch.arange(1, len(times) + 1), torch.tensor(times)) == Curve(pytest.approx(level), 0.0, len(times))
+    assert Curve.fit(torch.arange(1, len(times) + 1), torch.tensor(times)) == Curve(
+        pytest.approx(level), 0.0, len(times)
+    )
 
 
 def test_a_line_through_zero_or_below_has_no_negative_times() -> None:
@@ -221,7 +240,11 @@ def test_no_curve_fits_better(times: list[float], random: Any) -> None:
     assert fit.a >= 0
     for near in (0.0, 1e-3, 0.1, 1.0, 5.0):
         for theta in range(len(times) + 1):
-            other = Curve(max(fit.c + random.uniform(-near, near), 0), max(fit.a + random.uniform(-near, near), 0), theta)
+            other = Curve(
+                max(fit.c + random.uniform(-near, near), 0),
+                max(fit.a + random.uniform(-near, near), 0),
+                theta,
+            )
             assert error <= error_of(other) * (1 + 1e-6) + 1e-7
 
 
@@ -286,7 +309,9 @@ def test_table_predicts_every_plan(name: str, machine: list[int]) -> None:
     table = LatencyTable.measure(model, example_inputs(model, 2, 5))
     sublayers = find_sublayers(model)
     assert table.units == [s.num_units for s in sublayers]
-    assert len(set(table.kinds)) == len({(s.stack_name, s.block.output) for s in sublayers}) == len(table.points)
+    assert (
+        len(set(table.kinds)) == len({(s.stack_name, s.block.output) for s in sublayers}) == len(table.points)
+    )
     for counts in plans(table.units):
         [expected] = by_law([cut_to(model, counts)])
         assert table.predict(counts) == pytest.approx(expected)
@@ -344,19 +369,25 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[LatencyTable]:
     tables: list[LatencyTable] = []
 
     def measure(*_: Any) -> LatencyTable:
-        tables.append(LatencyTable(1.0 + len(tables), 0.5, [4], ["a kind"], {"a kind": [(1, 0.1), (4, 0.25)]}))
+        tables.append(
+            LatencyTable(1.0 + len(tables), 0.5, [4], ["a kind"], {"a kind": [(1, 0.1), (4, 0.25)]})
+        )
         return tables[-1]
 
     monkeypatch.setattr(LatencyTable, "measure", measure)
     return tables
 
 
-def test_a_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[LatencyTable]) -> None:
+def test_a_table_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[LatencyTable]
+) -> None:
     model, other = tiny(seed=0), tiny(seed=1)
     inputs = example_inputs(model, 2, 5)
     first = LatencyTable.cached(model, inputs, tmp_path)
     assert LatencyTable.cached(model, inputs, tmp_path) == first
-    assert LatencyTable.cached(other, example_inputs(other, 2, 5), tmp_path) == first  # other weights of the same shapes
+    assert (
+        LatencyTable.cached(other, example_inputs(other, 2, 5), tmp_path) == first
+    )  # other weights of the same shapes
     assert measured == [first]
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -397,10 +428,16 @@ def worth(scores: Sequence[Tensor], counts: Sequence[int]) -> float:
 
 
 def brute_force(
-    scores: Sequence[Tensor], curves: Sequence[Curve], budget: float, minimum: Sequence[int], multiple: Sequence[int]
+    scores: Sequence[Tensor],
+    curves: Sequence[Curve],
+    budget: float,
+    minimum: Sequence[int],
+    multiple: Sequence[int],
 ) -> float:
     """The most importance there is within the budget, -1 if there is no plan."""
-    every = itertools.product(*(options(len(s), low, m) for s, low, m in zip(scores, minimum, multiple, strict=True)))
+    every = itertools.product(
+        *(options(len(s), low, m) for s, low, m in zip(scores, minimum, multiple, strict=True))
+    )
     return max((worth(scores, n) for n in every if seconds(curves, n) <= budget * (1 + 1e-9)), default=-1.0)
 
 
@@ -412,10 +449,14 @@ def problems(draw: st.DrawFn, whole: bool = False, one_slope: bool = False) -> d
     scores = list(torch.tensor(values, dtype=torch.float64).split(sizes))
     number = st.integers(0, 6) if whole else st.integers(0, 600).map(lambda n: n / 97)
     slope = draw(number)
-    curves = [Curve(draw(number), slope if one_slope else draw(number), draw(st.integers(0, 4))) for _ in sizes]
+    curves = [
+        Curve(draw(number), slope if one_slope else draw(number), draw(st.integers(0, 4))) for _ in sizes
+    ]
     minimum = [1 if one_slope else draw(st.integers(0, 2)) for _ in sizes]
     multiple = [1 if one_slope else draw(st.integers(1, 3)) for _ in sizes]
-    least = seconds(curves, [group_sizes(*sizes_of)[0] for sizes_of in zip(sizes, minimum, multiple, strict=True)])
+    least = seconds(
+        curves, [group_sizes(*sizes_of)[0] for sizes_of in zip(sizes, minimum, multiple, strict=True)]
+    )
     if whole:
         budget = float(draw(st.sampled_from([b for b in (5, 8, 10, 20, 25, 40, 50, 100) if b >= least])))
     else:

@@ -34,11 +34,14 @@ from hf_kprune import (
     UnsupportedModelError,
     from_legacy,
 )
-from hf_kprune.cli import main
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.cli.commands import main
+from hf_kprune.structure.sublayers import find_sublayers
 
 
-HEADS = {"0": [1, 1], "2": [3, 0]}  # gone, as config.json has it; a head may be named twice and a layer not at all
+HEADS = {
+    "0": [1, 1],
+    "2": [3, 0],
+}  # gone, as config.json has it; a head may be named twice and a layer not at all
 FFN = {0: [1, 2, 5, 7], 1: [0, 11], 2: list(range(12))}  # neurons left
 
 BERT = {
@@ -71,7 +74,15 @@ GPT2 = {  # the weights lie the other way round
     r"mlp\.c_fc": "neuron columns",
     r"mlp\.c_proj": "neuron rows",
 }
-PATHS = {"bert": BERT, "roberta": BERT, "electra": BERT, "distilbert": DISTILBERT, "mpnet": MPNET, "vit": VIT, "gpt2": GPT2}
+PATHS = {
+    "bert": BERT,
+    "roberta": BERT,
+    "electra": BERT,
+    "distilbert": DISTILBERT,
+    "mpnet": MPNET,
+    "vit": VIT,
+    "gpt2": GPT2,
+}
 
 
 def prune_file(
@@ -83,7 +94,9 @@ def prune_file(
         part = value
         for path, what in PATHS[name].items():
             found = re.search(rf"(?:layer|h)\.(\d+)\.{path}\.(weight|bias)$", key)
-            if found is None or (found[found.lastindex or 0] == "bias" and what.endswith("rows") is (name == "gpt2")):
+            if found is None or (
+                found[found.lastindex or 0] == "bias" and what.endswith("rows") is (name == "gpt2")
+            ):
                 continue
             index = int(found[1])
             left = [head for head in range(4) if head not in heads.get(str(index), [])]
@@ -92,7 +105,9 @@ def prune_file(
                 features = ffn.get(index, list(range(12)))
             if what.endswith("fused"):
                 features = [start + f for start in (0, 16, 32) for f in features]
-            part = value.index_select(0 if what.endswith("rows") or value.dim() == 1 else 1, torch.tensor(features).long())
+            part = value.index_select(
+                0 if what.endswith("rows") or value.dim() == 1 else 1, torch.tensor(features).long()
+            )
         pruned[key] = part.contiguous()
     return pruned
 
@@ -132,12 +147,16 @@ def edit_weights(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def masked_outputs(dense: PreTrainedModel, kind: str, heads: dict[str, list[int]] = HEADS, ffn: Any = FFN) -> Tensor:
+def masked_outputs(
+    dense: PreTrainedModel, kind: str, heads: dict[str, list[int]] = HEADS, ffn: Any = FFN
+) -> Tensor:
     sublayers = find_sublayers(dense)
     masks = []
     for s in sublayers:
         mask = torch.ones(4, 4) if s.kind == "attention" else torch.zeros(12)
-        mask[heads.get(str(s.index), []) if s.kind == "attention" else ffn.get(s.index, list(range(12)))] = s.kind == "ffn"
+        mask[heads.get(str(s.index), []) if s.kind == "attention" else ffn.get(s.index, list(range(12)))] = (
+            s.kind == "ffn"
+        )
         masks.append(mask.flatten())
     with masked(sublayers, masks):
         return outputs_of(dense, kind)
@@ -145,7 +164,9 @@ def masked_outputs(dense: PreTrainedModel, kind: str, heads: dict[str, list[int]
 
 def assert_legacy(dense: PreTrainedModel, model: PreTrainedModel, kind: str = "text", **gone: Any) -> None:
     assert type(model) is type(dense)
-    torch.testing.assert_close(outputs_of(model, kind), masked_outputs(dense, kind, **gone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs_of(model, kind), masked_outputs(dense, kind, **gone), rtol=1e-4, atol=1e-5
+    )
 
 
 def units(model: PreTrainedModel) -> list[int]:
@@ -158,7 +179,9 @@ def units(model: PreTrainedModel) -> list[int]:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_computes_what_the_masked_dense_model_does_and_is_saved_in_todays_format(tmp_path: Path, name: str) -> None:
+def test_computes_what_the_masked_dense_model_does_and_is_saved_in_todays_format(
+    tmp_path: Path, name: str
+) -> None:
     dense, kind = save_legacy(name, tmp_path / "old"), ZOO[name][2]
     model = from_legacy(tmp_path / "old")
     assert units(model) == [3, 4, 4, 2, 2, 12]
@@ -177,7 +200,9 @@ def gamma_and_beta(key: str) -> str:
 
 def test_weights_of_early_versions(tmp_path: Path) -> None:
     """pytorch_model.bin, gamma and beta, a config that names neither the class nor its own kind."""
-    dense = save_legacy("bert", tmp_path, rename=gamma_and_beta, old_file=True, architectures=None, model_type=None)
+    dense = save_legacy(
+        "bert", tmp_path, rename=gamma_and_beta, old_file=True, architectures=None, model_type=None
+    )
     assert_legacy(dense, from_legacy(tmp_path, BertForSequenceClassification))
     with pytest.raises(ValueError, match="model_type"):
         from_legacy(tmp_path)
@@ -190,13 +215,19 @@ def test_shards(tmp_path: Path) -> None:
     halves = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     where = {key: halves[i % 2] for i, key in enumerate(tensors)}
     for half in halves:
-        save_file({k: tensors[k] for k, file in where.items() if file == half}, tmp_path / half, metadata={"format": "pt"})
+        save_file(
+            {k: tensors[k] for k, file in where.items() if file == half},
+            tmp_path / half,
+            metadata={"format": "pt"},
+        )
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     assert_legacy(dense, from_legacy(tmp_path))
 
 
 @pytest.mark.parametrize("prefixed", [True, False])
-def test_a_base_model_and_a_model_with_a_head_read_each_others_weights(tmp_path: Path, prefixed: bool) -> None:
+def test_a_base_model_and_a_model_with_a_head_read_each_others_weights(
+    tmp_path: Path, prefixed: bool
+) -> None:
     def without_prefix(key: str) -> str:
         return key if prefixed else key.removeprefix("bert.")
 
@@ -329,12 +360,32 @@ def widen(tensors: dict[str, Tensor]) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
-    "a head more": ({"pruned_heads": {"0": [1, 2], "2": [3, 0]}}, len, r"leaves 2 heads in .*layer.0 .*files hold 3"),
-    "a layer more": ({"pruned_heads": {**HEADS, "1": [0]}}, len, r"leaves 3 heads in .*layer.1 .*files hold 4"),
+    "a head more": (
+        {"pruned_heads": {"0": [1, 2], "2": [3, 0]}},
+        len,
+        r"leaves 2 heads in .*layer.0 .*files hold 3",
+    ),
+    "a layer more": (
+        {"pruned_heads": {**HEADS, "1": [0]}},
+        len,
+        r"leaves 3 heads in .*layer.1 .*files hold 4",
+    ),
     "no pruned_heads": ({"pruned_heads": None}, len, r"leaves 4 heads in .*layer.0 .*files hold 3"),
-    "no such head": ({"pruned_heads": {"0": [4]}}, len, "names head 4 of layer 0; there are 3 layers of 4 heads"),
-    "no such layer": ({"pruned_heads": {"3": [1]}}, len, "names head 1 of layer 3; there are 3 layers of 4 heads"),
-    "a list": ({"pruned_heads": [1, 2]}, len, r"pruned_heads is \[1, 2\], expected a list of heads for each layer"),
+    "no such head": (
+        {"pruned_heads": {"0": [4]}},
+        len,
+        "names head 4 of layer 0; there are 3 layers of 4 heads",
+    ),
+    "no such layer": (
+        {"pruned_heads": {"3": [1]}},
+        len,
+        "names head 1 of layer 3; there are 3 layers of 4 heads",
+    ),
+    "a list": (
+        {"pruned_heads": [1, 2]},
+        len,
+        r"pruned_heads is \[1, 2\], expected a list of heads for each layer",
+    ),
     "a word": ({"pruned_heads": {"0": "all"}}, len, "expected a list of heads for each layer"),
     "part of a head": (
         {},
@@ -342,11 +393,27 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str
         "has 14 columns .* a multiple of 4 and at most 16",
     ),
     "wider": ({}, widen, "has 13 columns .* at most 12"),
-    "inputs without outputs": ({}, shorten("intermediate.dense.weight", 1), r"is \[1, 16\] in the weight files, \[2, 16\] by"),
-    "outputs without inputs": ({}, shorten("output.dense.weight", 1, 1), r"is \[2\] in the weight files, \[1\] by"),
-    "another hidden size": ({}, shorten("output.LayerNorm.weight", 8), r"is \[8\] in the weight files, \[16\] by"),
+    "inputs without outputs": (
+        {},
+        shorten("intermediate.dense.weight", 1),
+        r"is \[1, 16\] in the weight files, \[2, 16\] by",
+    ),
+    "outputs without inputs": (
+        {},
+        shorten("output.dense.weight", 1, 1),
+        r"is \[2\] in the weight files, \[1\] by",
+    ),
+    "another hidden size": (
+        {},
+        shorten("output.LayerNorm.weight", 8),
+        r"is \[8\] in the weight files, \[16\] by",
+    ),
     "another vocabulary": ({"vocab_size": 61}, len, r"is \[60, 16\] in the weight files, \[61, 16\] by"),
-    "no bias": ({}, lambda t: t.pop(f"{LAYER}.attention.self.query.bias"), "1 tensors of the layers are not in .*query.bias"),
+    "no bias": (
+        {},
+        lambda t: t.pop(f"{LAYER}.attention.self.query.bias"),
+        "1 tensors of the layers are not in .*query.bias",
+    ),
 }
 
 
@@ -390,6 +457,9 @@ def test_todays_format_is_refused(tmp_path: Path) -> None:
 
 def test_plain_from_pretrained_says_the_way_out(tmp_path: Path) -> None:
     save_legacy("bert", tmp_path)
-    for load in (AutoModelForSequenceClassification.from_pretrained, BertForSequenceClassification.from_pretrained):
+    for load in (
+        AutoModelForSequenceClassification.from_pretrained,
+        BertForSequenceClassification.from_pretrained,
+    ):
         with pytest.raises(CheckpointError, match=r"pruned_heads.* load it with hf_kprune\.from_legacy"):
             load(tmp_path)

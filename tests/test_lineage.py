@@ -14,9 +14,9 @@ from test_checkpoint import pruned
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
-from hf_kprune.cli import main
-from hf_kprune.hub import model_card
-from hf_kprune.lineage import earlier_cuts
+from hf_kprune.checkpoint.hub import model_card
+from hf_kprune.checkpoint.lineage import earlier_cuts
+from hf_kprune.cli.commands import main
 
 
 ARGUMENTS = KPruneArguments(sparsity=0.4, num_tokens=200, disable_tqdm=True, method="magnitude")
@@ -36,7 +36,10 @@ def check(report: PruningReport, once: PruningReport, dense: PreTrainedModel | N
     assert f"({report.before.parameters:,} to {report.after.parameters:,} parameters)" in text
     removed = 1 - (1 - once.sparsity) * (1 - report.sparsity)
     parameters = 1 - report.after.parameters / once.before.parameters
-    assert f"In total {removed:.2%} of the prunable FLOPs and {parameters:.2%} of the parameters are removed" in text
+    assert (
+        f"In total {removed:.2%} of the prunable FLOPs and {parameters:.2%} of the parameters are removed"
+        in text
+    )
     assert PruningReport.from_json(report.to_json()) == report
 
 
@@ -59,9 +62,9 @@ def test_a_second_cut_knows_the_first(tmp_path: Path) -> None:
     assert [cut["sparsity"] for cut in earlier_cuts(again)] == [once.sparsity, second.report.sparsity]
     assert str(tmp_path) not in json.dumps(again.config.kprune)
     again.save_pretrained(tmp_path / "saved by itself")
-    assert earlier_cuts(AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved by itself")) == earlier_cuts(
-        again
-    )
+    assert earlier_cuts(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved by itself")
+    ) == earlier_cuts(again)
     assert "2 cuts: " in model_card(again, None)
     pruner.args = replace(ARGUMENTS, sparsity=0.3)
     check(pruner.prune(), once)
@@ -107,7 +110,9 @@ def test_the_card_of_a_dense_model_does_not_call_it_pruned(tmp_path: Path) -> No
         assert not re.search("pruned", card, re.IGNORECASE), card
 
 
-def test_there_is_nothing_to_convert_in_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_nothing_to_convert_in_a_dense_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny().save_pretrained(tmp_path / "dense")
     assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "new")]) == 2
     output = capsys.readouterr()

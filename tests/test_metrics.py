@@ -23,14 +23,24 @@ from transformers import (
 )
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner
-from hf_kprune.cli import main
-from hf_kprune.metrics import answer_figures, best_span, evaluate_texts, figures_of, metrics_of, named_metric, perplexity
+from hf_kprune.calibration.metrics import (
+    answer_figures,
+    best_span,
+    evaluate_texts,
+    figures_of,
+    metrics_of,
+    named_metric,
+    perplexity,
+)
+from hf_kprune.cli.commands import main
 
 
 def figures(model: Any, scores: Any, labels: Any) -> dict[str, float]:
     compute = metrics_of(model)
     assert compute is not None
-    return compute(EvalPrediction(predictions=torch.tensor(scores).numpy(), label_ids=torch.tensor(labels).numpy()))
+    return compute(
+        EvalPrediction(predictions=torch.tensor(scores).numpy(), label_ids=torch.tensor(labels).numpy())
+    )
 
 
 def test_two_classes() -> None:
@@ -85,9 +95,16 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    sizes: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 12, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 12,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
-    config = OPTConfig(vocab_size=60, num_hidden_layers=2, max_position_embeddings=20, pad_token_id=1, **sizes)
+    config = OPTConfig(
+        vocab_size=60, num_hidden_layers=2, max_position_embeddings=20, pad_token_id=1, **sizes
+    )
     return save(OPTForCausalLM(config), tmp_path_factory.mktemp("lm"))
 
 
@@ -97,7 +114,9 @@ def test_the_best_span_is_inside_the_context_in_order_and_short() -> None:
     first, last = torch.tensor([9.0, 0, 3, 0, 5, 9]), torch.tensor([9.0, 6, 0, 4, 0, 9])
     assert best_span(first, last, characters, context) == (7.0, "bb ccc")
     many = [(i, i + 1) for i in range(40)]
-    score, text = best_span(torch.eye(40)[0] * 5, torch.eye(40)[35] * 5, many, "x" * 40)  # 36 tokens are too many
+    score, text = best_span(
+        torch.eye(40)[0] * 5, torch.eye(40)[35] * 5, many, "x" * 40
+    )  # 36 tokens are too many
     assert score == 5.0
     assert len(text) <= 30
 
@@ -115,10 +134,16 @@ def test_long_contexts_are_read_in_windows_whose_best_answer_counts(reader: str)
     model.forward = pointing
     rows = [
         {"question": " w1 w2", "context": "w3 w50 w4", "answers": {"text": ["w50"], "answer_start": [3]}},
-        {"question": "w1", "context": " ".join(["w5"] * 40 + ["W50", "w6"]), "answers": {"text": ["W50 w6", "the w50!"]}},
+        {
+            "question": "w1",
+            "context": " ".join(["w5"] * 40 + ["W50", "w6"]),
+            "answers": {"text": ["W50 w6", "the w50!"]},
+        },
         {"question": "w1", "context": "w9 w50", "answers": {"text": ["w9 w50"], "answer_start": [0]}},
     ]
-    made = answer_figures(model, rows, tokenizer, KPruneArguments(max_seq_length=16, per_device_eval_batch_size=2))
+    made = answer_figures(
+        model, rows, tokenizer, KPruneArguments(max_seq_length=16, per_device_eval_batch_size=2)
+    )
     assert made["exact_match"] == pytest.approx(100 * 2 / 3)
     assert made["f1"] == pytest.approx(100 * (1 + 1 + 2 / 3) / 3)
     without = [*rows[:1], {"question": "w1", "context": "w9 w8", "answers": {"text": [], "answer_start": []}}]
@@ -128,7 +153,10 @@ def test_long_contexts_are_read_in_windows_whose_best_answer_counts(reader: str)
 
 
 def test_perplexity_is_of_all_tokens_in_windows(writer: str) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(writer).eval(), AutoTokenizer.from_pretrained(writer)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(writer).eval(),
+        AutoTokenizer.from_pretrained(writer),
+    )
     lines = texts(12, 4)
     ids = torch.tensor(tokenizer("\n\n".join(lines), add_special_tokens=False)["input_ids"])
     total = 0.0
@@ -145,7 +173,10 @@ def test_perplexity_is_of_all_tokens_in_windows(writer: str) -> None:
 
 def test_evaluate_takes_texts_or_rows(writer: str, reader: str) -> None:
     """In Python: strings and columns alike; labelled tokens go to `Trainer`; modes and settings of the model stay."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(writer).train(), AutoTokenizer.from_pretrained(writer)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(writer).train(),
+        AutoTokenizer.from_pretrained(writer),
+    )
     pruner = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True), processing_class=tokenizer)
     made = pruner.evaluate(texts(9, 3))
     assert made == pruner.evaluate([{"text": text, "label": 0} for text in texts(9, 3)])
@@ -193,10 +224,26 @@ def test_the_command_line_reports_the_figures_of_the_task(
         evaluation = pd.DataFrame({"question": texts(12, 2), "context": texts(12, 3), "answers": answers})
     frame.to_parquet(tmp_path / "train.parquet")
     evaluation.to_parquet(tmp_path / "eval.parquet")
-    options = ["--model_name_or_path", models[kind], "--dataset_file", tmp_path / "train.parquet", "--method", "magnitude"]
+    options = [
+        "--model_name_or_path",
+        models[kind],
+        "--dataset_file",
+        tmp_path / "train.parquet",
+        "--method",
+        "magnitude",
+    ]
     options += ["--disable_tqdm", "--no_tune"]
     assert (
-        main(["prune", *map(str, options), "--output_dir", str(tmp_path / "a"), "--eval_file", str(tmp_path / "eval.parquet")])
+        main(
+            [
+                "prune",
+                *map(str, options),
+                "--output_dir",
+                str(tmp_path / "a"),
+                "--eval_file",
+                str(tmp_path / "eval.parquet"),
+            ]
+        )
         == 0
     )
     printed = capsys.readouterr().out
@@ -207,16 +254,36 @@ def test_the_command_line_reports_the_figures_of_the_task(
     assert "calibration rows too" not in printed
     assert main(["prune", *map(str, options), "--output_dir", str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
-    assert f"--eval_file FILE shows {', '.join(name.removeprefix('eval_') for name in names)} of the dense" in printed
+    assert (
+        f"--eval_file FILE shows {', '.join(name.removeprefix('eval_') for name in names)} of the dense"
+        in printed
+    )
 
 
-def test_evaluation_rows_among_the_calibration_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_rows_among_the_calibration_rows_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save(tiny(), tmp_path / "dense")
     pd.DataFrame({"text": texts(30, 0), "label": [0, 1] * 15}).to_csv(tmp_path / "all.csv", index=False)
     some = pd.DataFrame({"text": [*texts(30, 0)[:4], "w1 w1 w1", "w2 w2 w2"], "label": [0, 1] * 3})
     some.to_csv(tmp_path / "some.csv", index=False)
-    options = ["--model_name_or_path", model, "--dataset_file", tmp_path / "all.csv", "--eval_file", tmp_path / "some.csv"]
-    options += ["--method", "magnitude", "--disable_tqdm", "--metric", "accuracy", "--output_dir", tmp_path / "out"]
+    options = [
+        "--model_name_or_path",
+        model,
+        "--dataset_file",
+        tmp_path / "all.csv",
+        "--eval_file",
+        tmp_path / "some.csv",
+    ]
+    options += [
+        "--method",
+        "magnitude",
+        "--disable_tqdm",
+        "--metric",
+        "accuracy",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     assert main(["prune", *map(str, options)]) == 0
     printed = capsys.readouterr().out
     assert "4 of 6 evaluation rows are calibration rows too" in printed
@@ -259,7 +326,10 @@ def test_the_figures_of_the_pack(pack: Path, name: str) -> None:
     rows = frame.to_dict("records")
     if columns:
         rows = [
-            {**tokenizer(*(row[column] for column in columns), truncation=True, max_length=128), "label": row["label"]}
+            {
+                **tokenizer(*(row[column] for column in columns), truncation=True, max_length=128),
+                "label": row["label"],
+            }
             for row in rows
         ]
     length = 256 if name == "minilm-squad" else None

@@ -12,8 +12,8 @@ from test_calibration import check_same, prune, text, tokenizer
 from torch import Tensor
 from zoo import make
 
-from hf_kprune.collate import collate as batch_of
-from hf_kprune.collate import real_first
+from hf_kprune.calibration.collate import collate as batch_of
+from hf_kprune.calibration.collate import real_first
 
 
 def on_the_left(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -28,7 +28,10 @@ def on_the_left(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def padded_before(row: dict[str, Any]) -> dict[str, Any]:
     """A row that its owner has padded to 14 tokens, on the left."""
-    return {key: [value] * (14 - len(row[key])) + row[key] for key, value in (("input_ids", 1), ("attention_mask", 0))}
+    return {
+        key: [value] * (14 - len(row[key])) + row[key]
+        for key, value in (("input_ids", 1), ("attention_mask", 0))
+    }
 
 
 PADDED: dict[str, tuple[Callable[[list[dict[str, Any]]], list[dict[str, Any]]], Any]] = {

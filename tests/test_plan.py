@@ -13,24 +13,38 @@ from test_pruner import unchanged
 from transformers import PreTrainedModel
 from zoo import make
 
-from hf_kprune import ArgumentError, BudgetError, CalibrationError, KPruneArguments, KPrunePruner, UnsupportedModelError
-from hf_kprune.cost import model_size
+from hf_kprune import (
+    ArgumentError,
+    BudgetError,
+    CalibrationError,
+    KPruneArguments,
+    KPrunePruner,
+    UnsupportedModelError,
+)
+from hf_kprune.budget import model_size
 from hf_kprune.methods import METHODS
 from hf_kprune.pruner import PLAN_TOKENS
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 def make_pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPrunePruner:
     args = KPruneArguments(**{"disable_tqdm": True, "use_cpu": True, **options})
     return KPrunePruner(
-        model, args, rows() if data is None else data, both_sides if model.config.is_encoder_decoder else collate
+        model,
+        args,
+        rows() if data is None else data,
+        both_sides if model.config.is_encoder_decoder else collate,
     )
 
 
 def both_sides(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Of an encoder-decoder, whose decoder reads the same."""
     inputs = collate(batch)
-    return {**inputs, "decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": inputs["attention_mask"]}
+    return {
+        **inputs,
+        "decoder_input_ids": inputs["input_ids"],
+        "decoder_attention_mask": inputs["attention_mask"],
+    }
 
 
 @contextmanager
@@ -77,7 +91,9 @@ def test_sizes_of_a_plan_are_those_of_such_a_model(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("options", [{"sparsity": 0.2}, {"target_params": 0.95}, {"target_flops": 0.85}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.2}, {"target_params": 0.95}, {"target_flops": 0.85}], ids=str
+)
 def test_totals_of_a_plan_are_as_asked(method: str, options: dict[str, float]) -> None:
     (name,) = options
     model = tiny()
@@ -98,12 +114,14 @@ def test_uniform_plans_are_uniform(method: str) -> None:
         assert len({len(s.kept) for s in report.sublayers if s.kind == kind}) == 1
 
 
-def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
     def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
         return [10.0 + sum(s.num_units for s in find_sublayers(model)) for model in models]
 
-    monkeypatch.setattr("hf_kprune.latency.cached_assets_path", lambda *_: tmp_path)
-    monkeypatch.setattr("hf_kprune.latency.compare", compare)
+    monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
+    monkeypatch.setattr("hf_kprune.latency.table.compare", compare)
     monkeypatch.setattr("hf_kprune.algorithm.compare", None)
     report = make_pruner(tiny(), target_speedup=1.5).plan()
     assert report.achieved == pytest.approx(1.5, rel=0.1)

@@ -40,11 +40,11 @@ from hf_kprune import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
+from hf_kprune.budget import BudgetTerms
 from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
-from hf_kprune.cost import BudgetTerms
+from hf_kprune.methods.search import threshold_search
 from hf_kprune.report import Size
-from hf_kprune.search import threshold_search
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 LAYERS, HEADS, NEURONS, WIDTH, HEAD_SIZE = 3, 4, 12, 16, 4
@@ -84,7 +84,9 @@ def cost(report: PruningReport) -> float:
 def state(model: torch.nn.Module) -> dict[str, Any]:
     """Everything about a model that must stay when it is refused: bits, flags, hooks, config, overridden forwards."""
     return {
-        "tensors": {k: v.detach().contiguous().view(torch.uint8).clone() for k, v in model.state_dict().items()},
+        "tensors": {
+            k: v.detach().contiguous().view(torch.uint8).clone() for k, v in model.state_dict().items()
+        },
         "training": {name: module.training for name, module in model.named_modules()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
@@ -162,7 +164,9 @@ def test_sizes_are_what_can_be_counted(dtype: torch.dtype, size: int) -> None:
         assert sizes.bytes == size * sizes.parameters
         assert sizes.bytes_without_embeddings == size * sizes.parameters_without_embeddings
     costs = unit_costs(report)
-    assert report.before.flops == pytest.approx(LAYERS * (HEADS * costs["attention"] + NEURONS * costs["ffn"]))
+    assert report.before.flops == pytest.approx(
+        LAYERS * (HEADS * costs["attention"] + NEURONS * costs["ffn"])
+    )
     assert report.after.flops == pytest.approx(cost(report))
     assert report.sublayers[-1].flops_left == pytest.approx(report.after.flops)
     assert report.sparsity == pytest.approx(1 - report.after.flops / report.before.flops)
@@ -213,9 +217,17 @@ def test_all_kinds_of_datasets_are_the_same_rows() -> None:
             return rows()[index]
 
     table = datasets.Dataset.from_list(rows())
-    kinds = {"list": rows(), "map style": MapStyle(), "Dataset": table, "IterableDataset": table.to_iterable_dataset()}
+    kinds = {
+        "list": rows(),
+        "map style": MapStyle(),
+        "Dataset": table,
+        "IterableDataset": table.to_iterable_dataset(),
+    }
     # a stream is read in its own order, which K-prune, which holds no rows out, does not see
-    plans = {kind: kept(make_pruner(tiny(), data, sparsity=0.6, method="kprune").plan()) for kind, data in kinds.items()}
+    plans = {
+        kind: kept(make_pruner(tiny(), data, sparsity=0.6, method="kprune").plan())
+        for kind, data in kinds.items()
+    }
     for kind, found in plans.items():
         assert found == plans["list"], kind
 
@@ -321,13 +333,17 @@ def test_a_sweep_is_one_run_and_a_failed_run_is_ended() -> None:
     assert gauge.ends == 2
 
 
-def test_without_a_terminal_there_is_a_line_per_phase(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_a_terminal_there_is_a_line_per_phase(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pruner = make_pruner(tiny(), sparsity=0.6, disable_tqdm=False)
     pruner.prune()
     pruner.save_model(str(tmp_path / "out"))
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == [f"hf_kprune: {p}" for p in ("prepare", "measure", "search", "tune", "save")]
+    assert captured.err.splitlines() == [
+        f"hf_kprune: {p}" for p in ("prepare", "measure", "search", "tune", "save")
+    ]
 
 
 def test_on_a_terminal_there_is_one_bar_with_its_phase_and_the_time_left(
@@ -370,7 +386,9 @@ def test_loads_and_saves_of_ours_say_nothing_and_leave_what_the_user_chose(
     tiny().save_pretrained(tmp_path / "dense")
     capfd.readouterr()
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    pruner = KPrunePruner(str(tmp_path / "dense"), KPruneArguments(sparsity=0.5, disable_tqdm=True), rows(), collate)
+    pruner = KPrunePruner(
+        str(tmp_path / "dense"), KPruneArguments(sparsity=0.5, disable_tqdm=True), rows(), collate
+    )
     pruner.prune()
     pruner.save_model(str(tmp_path / "out"))
     assert capfd.readouterr() == ("", "")
@@ -392,7 +410,9 @@ def test_report_to_sends_figures_to_an_integration(monkeypatch: pytest.MonkeyPat
             seen.append(("end", state.global_step, {}))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stub", Stub)
-    report = prune(tiny(), sparsity=0.6, report_to=["stub"], run_name="mine", output_dir=str(tmp_path / "out"))
+    report = prune(
+        tiny(), sparsity=0.6, report_to=["stub"], run_name="mine", output_dir=str(tmp_path / "out")
+    )
     assert [event for event, _, _ in seen] == ["begin", *["log"] * 7, "end"]
     for (_, step, logs), (number, s) in zip(seen[1:7], enumerate(report.sublayers), strict=True):
         assert step == number + 1
@@ -400,13 +420,19 @@ def test_report_to_sends_figures_to_an_integration(monkeypatch: pytest.MonkeyPat
         assert logs.get("prune/error_after") == s.error_after
     assert seen[7][2] == {"prune/sparsity": report.sparsity, "prune/parameters": report.after.parameters}
 
-    with pytest.raises(ArgumentError, match="report_to is .*paper.* is not supported; expected any of .*tensorboard"):
+    with pytest.raises(
+        ArgumentError, match="report_to is .*paper.* is not supported; expected any of .*tensorboard"
+    ):
         make_pruner(tiny(), report_to=["paper"])
-    with pytest.raises(ArgumentError, match="the package of one of them is not installed: install it, or leave it out"):
+    with pytest.raises(
+        ArgumentError, match="the package of one of them is not installed: install it, or leave it out"
+    ):
         make_pruner(tiny(), report_to=["codecarbon"])
 
 
-def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_without_it(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_without_it(
+    tmp_path: Path,
+) -> None:
     class Unsaved:
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -416,7 +442,9 @@ def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_wi
     pruner = make_pruner(tiny(), sparsity=0.6)
     pruner.prune()
     pruner.processing_class = Unsaved()
-    with pytest.raises(CheckpointError, match=r"Unsaved.* cannot be saved.*to None.*unharmed.*save_model\('elsewhere'\)"):
+    with pytest.raises(
+        CheckpointError, match=r"Unsaved.* cannot be saved.*to None.*unharmed.*save_model\('elsewhere'\)"
+    ):
         pruner.save_model(str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
     pruner.processing_class = None
@@ -445,12 +473,18 @@ def test_evaluate_and_predict_are_those_of_trainer(tmp_path: Path) -> None:
     timings = ("runtime", "second", "time")
     for _ in ("dense", "pruned"):
         arguments = TrainingArguments(
-            str(tmp_path), per_device_eval_batch_size=4, report_to=[], use_cpu=True, dataloader_pin_memory=False
+            str(tmp_path),
+            per_device_eval_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            dataloader_pin_memory=False,
         )
         trainer = Trainer(copy.deepcopy(model), arguments, eval_dataset=labelled, **own)
 
         def figures(metrics: dict[str, float]) -> dict[str, float]:
-            return {key: value for key, value in metrics.items() if not key.endswith(timings) and key != "epoch"}
+            return {
+                key: value for key, value in metrics.items() if not key.endswith(timings) and key != "epoch"
+            }
 
         expected = figures(trainer.evaluate())
         assert figures(pruner.evaluate()) == expected
@@ -552,12 +586,17 @@ def test_switches_spare_heads_or_neurons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "kind", "least", "sparsity"), [("min_heads", "attention", 1, 0.8), ("min_neurons", "ffn", 2, 0.9)]
+    ("option", "kind", "least", "sparsity"),
+    [("min_heads", "attention", 1, 0.8), ("min_neurons", "ffn", 2, 0.9)],
 )
 def test_minimum_is_kept(option: str, kind: str, least: int, sparsity: float) -> None:
     """At a sparsity at which some sublayer would keep less otherwise."""
     fewest = [
-        min(len(s.kept) for s in prune(tiny(), sparsity=sparsity, method="kprune", **{option: n}).sublayers if s.kind == kind)
+        min(
+            len(s.kept)
+            for s in prune(tiny(), sparsity=sparsity, method="kprune", **{option: n}).sublayers
+            if s.kind == kind
+        )
         for n in (0, least)
     ]
     assert fewest[0] < least <= fewest[1]
@@ -589,7 +628,9 @@ def test_infeasible_budget_is_refused_before_anything_runs() -> None:
         hook.remove()
     printed = float(re.findall(r"reach 0 to (\S+)", str(caught.value))[0])
     costs = unit_costs(make_pruner(model, sparsity=0).plan())
-    exact = 1 - (costs["attention"] + NEURONS * costs["ffn"]) / (HEADS * costs["attention"] + NEURONS * costs["ffn"])
+    exact = 1 - (costs["attention"] + NEURONS * costs["ffn"]) / (
+        HEADS * costs["attention"] + NEURONS * costs["ffn"]
+    )
     assert exact - 1e-4 < printed <= exact
     for sparsity in (printed, exact):
         report = make_pruner(model, sparsity=sparsity, **options).plan()
@@ -692,7 +733,10 @@ def test_compute_loss_replaces_the_predictive_knowledge() -> None:
         return student.logits.sum()
 
     model = tiny()
-    with unchanged(model), pytest.raises(ArgumentError, match=r"loss gave \(\) for 12 samples, expected one number each"):
+    with (
+        unchanged(model),
+        pytest.raises(ArgumentError, match=r"loss gave \(\) for 12 samples, expected one number each"),
+    ):
         prune(model, sparsity=0.6, method="kprune", compute_loss=too_short)
 
 
@@ -718,11 +762,31 @@ def with_row(**row: Any) -> list[dict[str, Any]]:
 BAD_DATA: dict[str, tuple[Any, dict[str, Any], type[KPruneError], str]] = {
     "none": (False, {}, ArgumentError, "no calibration_dataset: pass it"),
     "empty": ([], {}, CalibrationError, "the calibration dataset is empty"),
-    "padding only": ([{"input_ids": [1, 1], "attention_mask": [0, 0]}], {}, CalibrationError, "dataset is empty"),
-    "too small": (rows(1), {}, CalibrationError, r"tokens \(in 1 rows\) are fewer than the 16 columns .* give more rows"),
+    "padding only": (
+        [{"input_ids": [1, 1], "attention_mask": [0, 0]}],
+        {},
+        CalibrationError,
+        "dataset is empty",
+    ),
+    "too small": (
+        rows(1),
+        {},
+        CalibrationError,
+        r"tokens \(in 1 rows\) are fewer than the 16 columns .* give more rows",
+    ),
     "few tokens": (rows(), {"num_tokens": 8}, CalibrationError, r"raise num_tokens \(now 8\)"),
-    "too long": (with_row(input_ids=[2] * 41), {}, CalibrationError, "has 41 tokens, .* takes at most 40; .* max_length=40"),
-    "id too large": (with_row(input_ids=[2, 60]), {}, CalibrationError, "token ids 2 to 60, the model's vocabulary has 60"),
+    "too long": (
+        with_row(input_ids=[2] * 41),
+        {},
+        CalibrationError,
+        "has 41 tokens, .* takes at most 40; .* max_length=40",
+    ),
+    "id too large": (
+        with_row(input_ids=[2, 60]),
+        {},
+        CalibrationError,
+        "token ids 2 to 60, the model's vocabulary has 60",
+    ),
     "id negative": (with_row(input_ids=[-1, 5]), {}, CalibrationError, "token ids -1 to 5"),
     "texts only": (
         datasets.Dataset.from_dict({"text": ["a", "b"]}),
@@ -737,7 +801,12 @@ BAD_DATA: dict[str, tuple[Any, dict[str, Any], type[KPruneError], str]] = {
         r"\['attention_mask', 'input_ids', 'odd'\].* drop the other columns or set remove_unused_columns=True",
     ),
     "no tokenizer": (["a text"] * 9, {}, ArgumentError, "holds texts: pass processing_class"),
-    "no collator": (rows(), {"data_collator": None}, ArgumentError, "nothing to pad them with; pass processing_class"),
+    "no collator": (
+        rows(),
+        {"data_collator": None},
+        ArgumentError,
+        "nothing to pad them with; pass processing_class",
+    ),
     "not texts": (
         [("a", "b", "c")],
         {"processing_class": BertTokenizer({"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})},
@@ -767,7 +836,9 @@ def test_bad_calibration_data(case: str) -> None:
 def test_models_that_number_positions_from_padding_take_fewer() -> None:
     model = tiny("roberta")
     for length, fits in ((38, True), (39, False)):  # 40 - padding_idx - 1
-        pruner = make_pruner(model, with_row(input_ids=[2] * length, attention_mask=[1] * length), sparsity=0.5)
+        pruner = make_pruner(
+            model, with_row(input_ids=[2] * length, attention_mask=[1] * length), sparsity=0.5
+        )
         if fits:
             pruner.plan()
             continue
@@ -829,11 +900,23 @@ def chunked(model: PreTrainedModel) -> Any:
 BAD_MODELS: dict[str, tuple[Callable[[PreTrainedModel], Any], type[KPruneError], str]] = {
     "quantised": (fake_bitsandbytes, UnsupportedModelError, "is quantised; prune it in float32"),
     "quantiser": (fake_quantizer, UnsupportedModelError, "is quantised; prune it in float32"),
-    "PEFT": (lora, UnsupportedModelError, r"PEFT adapters.* merge them first: model = model.merge_and_unload\(\)"),
+    "PEFT": (
+        lora,
+        UnsupportedModelError,
+        r"PEFT adapters.* merge them first: model = model.merge_and_unload\(\)",
+    ),
     "adapters": (injected, UnsupportedModelError, "PEFT adapters"),
-    "integers": (integers, UnsupportedModelError, "layer.1.output.dense.weight is torch.int8, .* dtype=torch.float32"),
+    "integers": (
+        integers,
+        UnsupportedModelError,
+        "layer.1.output.dense.weight is torch.int8, .* dtype=torch.float32",
+    ),
     "chunked": (chunked, UnsupportedModelError, "chunk_size_feed_forward is 2"),
-    "no transformers model": (lambda m: m.classifier, UnsupportedModelError, "is a Linear, expected a .*PreTrainedModel"),
+    "no transformers model": (
+        lambda m: m.classifier,
+        UnsupportedModelError,
+        "is a Linear, expected a .*PreTrainedModel",
+    ),
 }
 
 
@@ -867,7 +950,10 @@ def test_full_output_directory_is_refused_before_pruning(tmp_path: Path) -> None
     (tmp_path / "thesis.txt").write_text("precious")
     model, recorder = tiny(), Recorder()
     pruner = make_pruner(model, output_dir=str(tmp_path), callbacks=[recorder])
-    with unchanged(model), pytest.raises(ArgumentError, match="is not empty; name another or set overwrite_output_dir=True"):
+    with (
+        unchanged(model),
+        pytest.raises(ArgumentError, match="is not empty; name another or set overwrite_output_dir=True"),
+    ):
         pruner.prune()
     assert not recorder.events
     with pytest.raises(ArgumentError, match="is a file, expected a directory"):
@@ -903,15 +989,23 @@ def test_a_sparsity_that_the_switches_reach_exactly_is_reached() -> None:
     """All of the FFN and none of the heads: what rounding leaves of the budget must not count as too little."""
     model = tiny("bert", hidden_size=64, intermediate_size=640)
     for neurons in (0, 3):
-        terms = BudgetTerms(find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), LENGTHS, Size())
-        ffn = sum(c * (s.num_units - neurons) for c, s in zip(terms.costs, terms.sublayers, strict=True) if s.kind == "ffn")
+        terms = BudgetTerms(
+            find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), LENGTHS, Size()
+        )
+        ffn = sum(
+            c * (s.num_units - neurons)
+            for c, s in zip(terms.costs, terms.sublayers, strict=True)
+            if s.kind == "ffn"
+        )
         args = KPruneArguments(sparsity=ffn / terms.total, prune_heads=False, min_neurons=neurons, tune=False)
         reached = BudgetTerms(find_sublayers(model), args, LENGTHS, Size())
         spent = 0.0
         for i, cost in enumerate(reached.costs):
             left = reached.remaining(spent, i)
             scores = [torch.rand(s.num_units) for s in reached.sublayers[i:]]
-            keep = threshold_search(scores, reached.costs[i:], left, reached.minimum[i:], reached.multiple[i:])[0]
+            keep = threshold_search(
+                scores, reached.costs[i:], left, reached.minimum[i:], reached.multiple[i:]
+            )[0]
             assert int(keep.sum()) == reached.minimum[i]
             spent += cost * int(keep.sum())
 
@@ -928,7 +1022,9 @@ def test_plan_writes_nothing_and_reports_to_nobody(tmp_path: Path, monkeypatch: 
             told.append(event)
 
     options = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True, "output_dir": str(tmp_path / "out")}
-    pruner = KPrunePruner(tiny(), KPruneArguments(**options), rows(20), data_collator=collate, callbacks=[Listening()])
+    pruner = KPrunePruner(
+        tiny(), KPruneArguments(**options), rows(20), data_collator=collate, callbacks=[Listening()]
+    )
     pruner.plan()
     assert not told
     assert not list(tmp_path.iterdir())

@@ -30,7 +30,9 @@ def two_threads() -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "sts", "stsb"])
-def test_half_the_flops_keep_the_quality_and_tuning_earns_its_place(pack: Path, tmp_path: Path, task: str) -> None:
+def test_half_the_flops_keep_the_quality_and_tuning_earns_its_place(
+    pack: Path, tmp_path: Path, task: str
+) -> None:
     name, model_class, train, _, metric = TASKS[task]
     path = pack / "models" / name
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -40,7 +42,9 @@ def test_half_the_flops_keep_the_quality_and_tuning_earns_its_place(pack: Path, 
 
     figures = {}
     for tune in (True, False):
-        args = KPruneArguments(sparsity=0.5, num_tokens=6000, num_measure_tokens=3000, tune=tune, disable_tqdm=True)
+        args = KPruneArguments(
+            sparsity=0.5, num_tokens=6000, num_measure_tokens=3000, tune=tune, disable_tqdm=True
+        )
         pruner = KPrunePruner(model_class.from_pretrained(path), args, texts, processing_class=tokenizer)
         report = pruner.prune()
         assert report.after.flops <= 0.5 * report.before.flops * (1 + 1e-9)

@@ -20,7 +20,11 @@ from hf_kprune.modeling_kprune import EmptyLinear
 
 def torchao_int8(dynamic: bool) -> Any:
     quantization = pytest.importorskip("torchao.quantization")
-    return quantization.Int8DynamicActivationInt8WeightConfig() if dynamic else quantization.Int8WeightOnlyConfig()
+    return (
+        quantization.Int8DynamicActivationInt8WeightConfig()
+        if dynamic
+        else quantization.Int8WeightOnlyConfig()
+    )
 
 
 def by_torchao(folder: Path, dynamic: bool = False) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_kprune.reconstruction import NormalEquations, relative_error, tune_weight
+from hf_kprune.methods.least_squares import NormalEquations, relative_error, tune_weight
 
 
 TOKENS, COLUMNS, WIDTH = 120, 7, 5
@@ -24,7 +24,9 @@ def problem(columns: int = COLUMNS, tokens: int = TOKENS) -> tuple[Tensor, Tenso
     return a, y, y + normal(tokens, WIDTH, seed=5), w0, b0
 
 
-def sums(a: Tensor, y: Tensor, reference: Tensor, sizes: list[int] | None = None, **kwargs: torch.dtype) -> NormalEquations:
+def sums(
+    a: Tensor, y: Tensor, reference: Tensor, sizes: list[int] | None = None, **kwargs: torch.dtype
+) -> NormalEquations:
     equations = NormalEquations.zeros(a.shape[1], y.shape[1], a.device)
     for parts in zip(*(t.split(sizes or [len(a)]) for t in (a, y, reference)), strict=True):
         equations.add(*parts, **kwargs)
@@ -72,12 +74,16 @@ def test_equals_lstsq_with_a_ridge_towards_the_present_weights(ridge: float, int
     torch.testing.assert_close(fit.weight, solution, rtol=1e-7, atol=1e-8)
     expected = y.mean(0) - fit.weight @ a.mean(0) if intercept else b0
     torch.testing.assert_close(fit.bias, expected, rtol=1e-7, atol=1e-8)
-    assert (fit.weight - w0).norm() < (tune_weight(sums(a, y, reference), w0, b0, 0.0, intercept).weight - w0).norm()
+    assert (fit.weight - w0).norm() < (
+        tune_weight(sums(a, y, reference), w0, b0, 0.0, intercept).weight - w0
+    ).norm()
 
 
 def test_a_huge_ridge_changes_nothing() -> None:
     a, y, reference, w0, b0 = problem()
-    torch.testing.assert_close(tune_weight(sums(a, y, reference), w0, b0, ridge=1e9).weight, w0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        tune_weight(sums(a, y, reference), w0, b0, ridge=1e9).weight, w0, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_order_and_batching_do_not_matter() -> None:
@@ -92,7 +98,15 @@ def test_order_and_batching_do_not_matter() -> None:
 
 def test_sums_are_what_they_are_called() -> None:
     a, y, reference, _, _ = problem()
-    expected = (a.T @ a, a.T @ y, a.sum(0), y.sum(0), y.norm() ** 2, reference.norm() ** 2, torch.tensor(120.0).double())
+    expected = (
+        a.T @ a,
+        a.T @ y,
+        a.sum(0),
+        y.sum(0),
+        y.norm() ** 2,
+        reference.norm() ** 2,
+        torch.tensor(120.0).double(),
+    )
     made = sums(a, y, reference, [40, 80]).tensors()
     assert len(made) == len(expected)
     for value, wanted in zip(made, expected, strict=True):
@@ -103,17 +117,23 @@ def test_sums_are_what_they_are_called() -> None:
 def test_relative_error_is_the_explicit_one(has_bias: bool) -> None:
     a, y, reference, w0, b0 = problem()
     bias, equations = b0 if has_bias else None, sums(a, y, reference)
-    assert relative_error(equations, w0, bias) == pytest.approx(explicit_error(a, y, reference, w0, bias), rel=1e-10)
+    assert relative_error(equations, w0, bias) == pytest.approx(
+        explicit_error(a, y, reference, w0, bias), rel=1e-10
+    )
     for tune_bias in (False, True):
         fit = tune_weight(equations, w0, bias, tune_bias=tune_bias)
         assert fit.error_before == pytest.approx(explicit_error(a, y, reference, w0, bias), rel=1e-10)
-        assert fit.error_after == pytest.approx(explicit_error(a, y, reference, fit.weight, fit.bias), rel=1e-10)
+        assert fit.error_after == pytest.approx(
+            explicit_error(a, y, reference, fit.weight, fit.bias), rel=1e-10
+        )
 
 
 def test_tuning_never_raises_the_error_and_freedom_lowers_it() -> None:
     a, y, reference, w0, b0 = problem()
     equations = sums(a, y, reference)
-    ridged, plain, free = (tune_weight(equations, w0, b0, r, b) for r, b in ((0.5, False), (0.0, False), (0.0, True)))
+    ridged, plain, free = (
+        tune_weight(equations, w0, b0, r, b) for r, b in ((0.5, False), (0.0, False), (0.0, True))
+    )
     assert free.error_after < plain.error_after < ridged.error_after < ridged.error_before
     again = tune_weight(equations, plain.weight, plain.bias)
     torch.testing.assert_close(again.weight, plain.weight, rtol=1e-9, atol=1e-9)
@@ -164,7 +184,9 @@ def test_many_nearly_dependent_columns_stay_finite_and_fit_as_well_as_lstsq() ->
     assert bool(torch.isfinite(fit.weight).all())
     assert fit.undetermined == 57
     assert (fit.weight - w0).norm() < 10 * w0.norm()  # lstsq follows the noise of 1e-9 and does not stay near
-    rank_3 = explicit_error(a, y, reference, w0 + torch.linalg.pinv(a, rtol=1e-6).matmul(y - b0 - a @ w0.T).T, b0)
+    rank_3 = explicit_error(
+        a, y, reference, w0 + torch.linalg.pinv(a, rtol=1e-6).matmul(y - b0 - a @ w0.T).T, b0
+    )
     assert explicit_error(a, y, reference, best, b0) <= fit.error_after <= rank_3 * (1 + 1e-6)
 
 
@@ -182,7 +204,9 @@ def test_without_columns_a_free_bias_becomes_the_mean_of_the_target() -> None:
     fit = tune_weight(equations, w0[:, :0], b0, tune_bias=True)
     torch.testing.assert_close(fit.bias, y.mean(0))
     assert fit.weight.shape == (WIDTH, 0)
-    assert fit.error_after == pytest.approx(explicit_error(a[:, :0], y, reference, fit.weight, y.mean(0)), rel=1e-10)
+    assert fit.error_after == pytest.approx(
+        explicit_error(a[:, :0], y, reference, fit.weight, y.mean(0)), rel=1e-10
+    )
     kept = tune_weight(equations, w0[:, :0], b0)
     assert torch.equal(kept.bias, b0)
     assert kept.error_after == kept.error_before
@@ -220,7 +244,8 @@ def test_float32_products_fit_what_varies_about_a_large_mean() -> None:
     a, y, reference, w0, b0 = problem()
     a = a + torch.tensor([0.0, 1e3, 0.0, -1e4, 0.0, 10.0, 0.0])
     exact, close = (
-        tune_weight(sums(a, y, reference, dtype=d), w0, b0, tune_bias=True) for d in (torch.float64, torch.float32)
+        tune_weight(sums(a, y, reference, dtype=d), w0, b0, tune_bias=True)
+        for d in (torch.float64, torch.float32)
     )
     torch.testing.assert_close(close.weight, exact.weight, rtol=1e-3, atol=1e-4)
     assert close.error_after == pytest.approx(exact.error_after, rel=1e-2)

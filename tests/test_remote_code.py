@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
-from hf_kprune.remote_code import dense_auto_map
+from hf_kprune.checkpoint.remote_code import dense_auto_map
 
 
 TESTS = Path(__file__).parent
@@ -80,7 +80,10 @@ def write_repository(folder: Path, module: str, name: str, own_config: bool) -> 
     (folder / "pooling.py").write_text(POOLING)
     (folder / f"{module}.py").write_text(MODEL.format(imports=imports, name=name, config=config_class))
     (folder / "configuration_own.py").write_text(CONFIG)
-    auto_map = {AUTO: f"{module}.{name}", **({"AutoConfig": "configuration_own.OwnConfig"} if own_config else {})}
+    auto_map = {
+        AUTO: f"{module}.{name}",
+        **({"AutoConfig": "configuration_own.OwnConfig"} if own_config else {}),
+    }
     config = {**BertConfig(**CONFIGS["bert"]).to_dict(), "auto_map": auto_map, "architectures": [name]}
     config["model_type"] = "own_bert" if own_config else "bert"
     (folder / "config.json").write_text(json.dumps(config))
@@ -111,19 +114,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True)
         assert type(model).__name__ == name
         options = {**OPTIONS, "output_dir": str(folder / kind)}
-        pruner = KPrunePruner(model, KPruneArguments(**options), rows(), data_collator=collate, compute_loss=distance)
+        pruner = KPrunePruner(
+            model, KPruneArguments(**options), rows(), data_collator=collate, compute_loss=distance
+        )
         pruner.prune()
         pruner.save_model()
         with torch.no_grad():
             expected[kind] = (name, model.eval()(**batch)[-1])
     torch.save(dict.fromkeys(KINDS, AUTO), folder / "tasks.pt")
     torch.save(batch, folder / "batch.pt")
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     environment["PYTHONPATH"] = str(TESTS.parent)
     results = {}
     for way in ("with", "without"):
         command = [sys.executable, str(TESTS / "remote_code_elsewhere.py"), str(folder), way]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         results[way] = torch.load(folder / f"{way}.pt")
     yield {"folder": folder, "expected": expected, "results": results}
@@ -145,7 +157,9 @@ def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: 
 
 @pytest.mark.parametrize("way", ["with", "without"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_trust_it_is_refused_and_not_computed_otherwise(saved: dict[str, Any], kind: str, way: str) -> None:
+def test_without_trust_it_is_refused_and_not_computed_otherwise(
+    saved: dict[str, Any], kind: str, way: str
+) -> None:
     found = saved["results"][way][kind]["untrusted"]
     assert isinstance(found, str), found
     assert "trust_remote_code" in found
@@ -161,7 +175,8 @@ def test_the_metadata_of_the_repository_are_kept(saved: dict[str, Any], kind: st
     names = {"modeling_kprune.py", f"kprune_{module}.py", f"{module}.py", "pooling.py"}
     assert names | ({"configuration_own.py"} if own_config else set()) <= files(saved["folder"] / kind).keys()
     assert (
-        dense_auto_map(AutoConfig.from_pretrained(saved["folder"] / kind, trust_remote_code=True))[AUTO] == f"{module}.{name}"
+        dense_auto_map(AutoConfig.from_pretrained(saved["folder"] / kind, trust_remote_code=True))[AUTO]
+        == f"{module}.{name}"
     )
 
 
@@ -191,7 +206,9 @@ def test_a_class_of_a_script_is_saved_for_that_class_with_a_word_before_it_is_pr
         rows(),
         data_collator=collate,
     )
-    with pytest.warns(UserWarning, match="MyBert.register_for_auto_class..AutoModelForSequenceClassification.. first"):
+    with pytest.warns(
+        UserWarning, match="MyBert.register_for_auto_class..AutoModelForSequenceClassification.. first"
+    ):
         pruner.prune()
     with pytest.warns(UserWarning, match="MyBert is a class of .*test_remote_code, not of transformers"):
         pruner.save_model()
@@ -222,7 +239,10 @@ def test_a_way_in_that_is_broken_is_found_before_the_checkpoint_counts(
 
 def test_entries_of_others_stay(tmp_path: Path) -> None:
     model: PreTrainedModel = pruned()
-    model.config.auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None], "AutoProcessor": "processing_own.Own"}
+    model.config.auto_map = {
+        "AutoTokenizer": ["tokenization_own.OwnTokenizer", None],
+        "AutoProcessor": "processing_own.Own",
+    }
     model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoTokenizer"] == ["tokenization_own.OwnTokenizer", None]

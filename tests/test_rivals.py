@@ -13,10 +13,20 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner
-from hf_kprune.interface import Method, Statistics
-from hf_kprune.reconstruction import NormalEquations
-from hf_kprune.rivals import FIRST, FLAP, KCM, RIVALS, Kwon, count_search, rearrange, representative, scale_units
-from hf_kprune.search import TOLERANCE, group_sizes, threshold_search
+from hf_kprune.methods.base import Method, Statistics
+from hf_kprune.methods.baselines import (
+    FIRST,
+    FLAP,
+    KCM,
+    RIVALS,
+    Kwon,
+    count_search,
+    rearrange,
+    representative,
+    scale_units,
+)
+from hf_kprune.methods.least_squares import NormalEquations
+from hf_kprune.methods.search import TOLERANCE, group_sizes, threshold_search
 
 
 TOKENS, WIDTH = 90, 5
@@ -30,7 +40,9 @@ def make(name: str, **options: Any) -> Method:
     return RIVALS[name](KPruneArguments(**options))
 
 
-def statistics(kind: str = "ffn", units: int = 8, width: int = 1, cost: float = 1.0, seed: int = 0) -> Statistics:
+def statistics(
+    kind: str = "ffn", units: int = 8, width: int = 1, cost: float = 1.0, seed: int = 0
+) -> Statistics:
     """What would be measured of random features and random gradients."""
     a, g = normal(TOKENS, units * width, seed=seed) + 0.3, normal(12, units, seed=seed + 1)
     weight = normal(WIDTH, units * width, seed=seed + 2)
@@ -48,7 +60,12 @@ def encoder(seed: int = 0) -> list[Statistics]:
 
 def uneven(seed: int = 0) -> list[Statistics]:
     """An encoder and a decoder whose units cost different amounts."""
-    kinds = [("attention", 4, 3, 7.0), ("ffn", 9, 1, 1.1), ("attention", 5, 3, 6.1), ("cross_attention", 5, 3, 4.3)]
+    kinds = [
+        ("attention", 4, 3, 7.0),
+        ("ffn", 9, 1, 1.1),
+        ("attention", 5, 3, 6.1),
+        ("cross_attention", 5, 3, 4.3),
+    ]
     kinds.append(("ffn", 7, 1, 0.7))
     return [statistics(*kind, seed=seed + 10 * i) for i, kind in enumerate(kinds)]
 
@@ -69,7 +86,10 @@ def test_budget_minimum_and_multiple_hold(name: str, share: float, make_model: A
     if name == "kcm":  # attention alone is most of these models
         share = 0.9 + share / 10
     budget = share * total_cost(measured)
-    minimum, multiple = [1 + i % 2 for i in range(len(measured))], [1 if s.kind != "ffn" else 3 for s in measured]
+    minimum, multiple = (
+        [1 + i % 2 for i in range(len(measured))],
+        [1 if s.kind != "ffn" else 3 for s in measured],
+    )
     masks = method.search(measured, [method.score(s) for s in measured], budget, minimum, multiple)
     assert spent(masks, measured) <= budget * (1 + TOLERANCE)
     for mask, s, low, m in zip(masks, measured, minimum, multiple, strict=True):
@@ -108,10 +128,18 @@ def test_scores_follow_their_units(name: str, kind: str, width: int) -> None:
     s, moved = statistics(kind, 7, width), statistics(kind, 7, width)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
     columns = (order[:, None] * width + torch.arange(width)).flatten()
-    moved.weight, moved.energy, moved.feature_sum = s.weight[:, columns], s.energy[columns], s.feature_sum[columns]
+    moved.weight, moved.energy, moved.feature_sum = (
+        s.weight[:, columns],
+        s.energy[columns],
+        s.feature_sum[columns],
+    )
     assert s.fisher is not None
     assert s.absolute is not None
-    moved.magnitude, moved.absolute, moved.fisher = s.magnitude[order], s.absolute[order], s.fisher[order][:, order]
+    moved.magnitude, moved.absolute, moved.fisher = (
+        s.magnitude[order],
+        s.absolute[order],
+        s.fisher[order][:, order],
+    )
     torch.testing.assert_close(make(name).score(moved), make(name).score(s)[order], rtol=1e-4, atol=1e-6)
 
 
@@ -137,7 +165,9 @@ def test_kwon_finds_the_best_set_of_all(seed: int, budget: float) -> None:
     method = Kwon(KPruneArguments())
     scores = [method.score(s) for s in measured]
     masks = method.search(measured, scores, budget, [0] * 4, [1] * 4)
-    found = sum(s.cost * float(score[mask].sum()) for s, score, mask in zip(measured, scores, masks, strict=True))
+    found = sum(
+        s.cost * float(score[mask].sum()) for s, score, mask in zip(measured, scores, masks, strict=True)
+    )
     assert found == pytest.approx(best_by_enumeration(scores, [s.cost for s in measured], budget))
 
 
@@ -152,20 +182,27 @@ def test_kwon_holds_more_than_any_threshold_where_costs_differ(seed: int) -> Non
     for threshold in torch.cat(scores):
         above = [score >= threshold for score in scores]
         if spent(above, measured) <= budget:
-            assert sum(float(w[mask].sum()) for w, mask in zip(worth, above, strict=True)) <= found * (1 + 1e-12)
+            assert sum(float(w[mask].sum()) for w, mask in zip(worth, above, strict=True)) <= found * (
+                1 + 1e-12
+            )
 
 
 def test_kwon_tries_no_heads_and_does_not_overspend_on_them() -> None:
     neurons = torch.arange(6, dtype=torch.float64) + 1
     for heads, expected in ((torch.full((3,), 0.1), [0, 6]), (torch.full((3,), 1e6), [1, 2])):
-        assert count_search([heads.double(), neurons], [4.0, 1.0], 6.0, [0, 0], [1, 1], [False, True]) == expected
+        assert (
+            count_search([heads.double(), neurons], [4.0, 1.0], 6.0, [0, 0], [1, 1], [False, True])
+            == expected
+        )
 
 
 def test_kwon_with_one_kind_only_is_the_threshold() -> None:
     scores, costs = [normal(7, seed=i).square() for i in range(3)], [2.0] * 3
     for neurons in (True, False):
         counts = count_search(scores, costs, 21.0, [0, 1, 0], [2, 1, 1], [neurons] * 3)
-        assert counts == [int(mask.sum()) for mask in threshold_search(scores, costs, 21.0, [0, 1, 0], [2, 1, 1])]
+        assert counts == [
+            int(mask.sum()) for mask in threshold_search(scores, costs, 21.0, [0, 1, 0], [2, 1, 1])
+        ]
 
 
 def rearrange_by_vectors(mask: list[bool], gradients: Tensor) -> list[bool]:
@@ -216,14 +253,18 @@ def problem(units: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Nor
 @pytest.mark.parametrize(("units", "width"), [(6, 1), (4, 3), (1, 3)])
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("damp", [1e-6, 1.0, 1e3])
-def test_factors_are_those_of_least_squares_over_features(units: int, width: int, intercept: bool, damp: float) -> None:
+def test_factors_are_those_of_least_squares_over_features(
+    units: int, width: int, intercept: bool, damp: float
+) -> None:
     a, w, b, y, equations = problem(units, width)
     fit = scale_units(equations, w, b, width, damp=damp, intercept=intercept)
     parts = [a[:, u * width : (u + 1) * width] @ w[:, u * width : (u + 1) * width].T for u in range(units)]
     columns = torch.stack([p.flatten() for p in [*parts, *[torch.ones_like(y)] * intercept]], 1)
     g, r = columns.T @ columns, columns.T @ (y - b).flatten()
     stacked = torch.cat([g, damp * torch.eye(len(g), dtype=g.dtype)])
-    change = torch.linalg.lstsq(stacked, torch.cat([r - g.sum(1), torch.zeros_like(r)])[:, None]).solution[:, 0]
+    change = torch.linalg.lstsq(stacked, torch.cat([r - g.sum(1), torch.zeros_like(r)])[:, None]).solution[
+        :, 0
+    ]
     x = 1 + change[:units]
     torch.testing.assert_close(fit.weight, w * x.repeat_interleave(width), rtol=1e-7, atol=1e-7)
     if damp < 1e-3:
@@ -244,7 +285,9 @@ def test_factors_beyond_the_limit_leave_all_at_one() -> None:
     equations = NormalEquations.zeros(8, WIDTH, a.device)
     equations.add(a, y, y)
     assert torch.equal(scale_units(equations, w, None, 2).weight, w)
-    torch.testing.assert_close(scale_units(equations, w, None, 2, limit=31.0).weight, w * far, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        scale_units(equations, w, None, 2, limit=31.0).weight, w * far, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -286,7 +329,9 @@ def test_kcm_keeps_all_heads_and_says_how_far_it_goes() -> None:
     method, measured = KCM(KPruneArguments()), encoder()
     scores = [method.score(s) for s in measured]
     heads = sum(s.cost * len(s.magnitude) for s in measured if s.kind != "ffn")
-    assert min(float(score.min()) for score, s in zip(scores, measured, strict=True) if s.kind != "ffn") == FIRST
+    assert (
+        min(float(score.min()) for score, s in zip(scores, measured, strict=True) if s.kind != "ffn") == FIRST
+    )
     masks = method.search(measured, scores, heads + 5, [0] * 4, [1] * 4)
     assert [int(mask.sum()) for mask in masks[::2]] == [3, 3]
     assert sum(int(mask.sum()) for mask in masks[1::2]) == 5
@@ -373,7 +418,9 @@ def test_wanda_sp_keeps_the_best_of_each_sublayer_in_equal_shares(share: float) 
 def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp_path: Path) -> None:
     model = tiny(intermediate_size=64)
     options = {"method": name, "sparsity": 0.4, "uniform": uniform, "prune_heads": not uniform}
-    pruner = KPrunePruner(model, KPruneArguments(**options, disable_tqdm=True, use_cpu=True), rows(24), collate)
+    pruner = KPrunePruner(
+        model, KPruneArguments(**options, disable_tqdm=True, use_cpu=True), rows(24), collate
+    )
     report = pruner.prune()
     assert 0.4 * (1 - 1e-9) <= report.sparsity < (0.7 if uniform else 0.45)
     tuned = [s for s in report.sublayers if s.error_after is not None]
@@ -381,7 +428,10 @@ def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp
     heads = [len(s.kept) for s in report.sublayers if s.kind == "attention"]
     assert heads == [4, 4, 4] or name != "kcm"
     if uniform:
-        assert all(len({len(s.kept) for s in report.sublayers if s.kind == kind}) == 1 for kind in ("attention", "ffn"))
+        assert all(
+            len({len(s.kept) for s in report.sublayers if s.kind == kind}) == 1
+            for kind in ("attention", "ffn")
+        )
     pruner.save_model(str(tmp_path))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))

@@ -14,11 +14,24 @@ import torch
 import transformers
 from conftest import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+)
 
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, PruningReport
-from hf_kprune.cli import main
-from hf_kprune.rows import Rows, draw_rows, has_choices, max_positions, needs_targets, row_length, row_tokens
+from hf_kprune.calibration.rows import (
+    Rows,
+    draw_rows,
+    has_choices,
+    max_positions,
+    needs_targets,
+    row_length,
+    row_tokens,
+)
+from hf_kprune.cli.commands import main
 
 
 VOCABULARY = 60
@@ -78,9 +91,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "T5": T5,
     "ViT": VISION,
     "CLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
-    "Wav2Vec2": {**TEXT, "conv_dim": [8], "conv_kernel": [4], "conv_stride": [2], "num_conv_pos_embeddings": 4}
+    "Wav2Vec2": {
+        **TEXT,
+        "conv_dim": [8],
+        "conv_kernel": [4],
+        "conv_stride": [2],
+        "num_conv_pos_embeddings": 4,
+    }
     | {"num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "num_feat_extract_layers": 1},
-    "GPT2": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 20, "vocab_size": VOCABULARY, "bos_token_id": 3}
+    "GPT2": {
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 20,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 3,
+    }
     | {"eos_token_id": 3},
 }
 
@@ -94,10 +120,18 @@ def made(name: str) -> PreTrainedModel:
 
 def tokenizer(end: bool = True) -> PreTrainedTokenizerFast:
     """Words w4 ... w59 with their numbers as ids, padded with 1; nothing is added to a text, a pair gets w4 between."""
-    vocabulary = {"[UNK]": 0, "[PAD]": 1, "[BOS]": 2, "[EOS]": 3, **{f"w{i}": i for i in range(4, VOCABULARY)}}
+    vocabulary = {
+        "[UNK]": 0,
+        "[PAD]": 1,
+        "[BOS]": 2,
+        "[EOS]": 3,
+        **{f"w{i}": i for i in range(4, VOCABULARY)},
+    }
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="$A", pair="$A w4 $B:1", special_tokens=[("w4", 4)])
+    words.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A w4 $B:1", special_tokens=[("w4", 4)]
+    )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", **({"eos_token": "[EOS]"} if end else {})}
     return PreTrainedTokenizerFast(tokenizer_object=words, return_token_type_ids=False, **special)
 
@@ -111,7 +145,9 @@ def drawn(
     **options: Any,
 ) -> Rows:
     model = made(model) if isinstance(model, str) else model
-    return draw_rows(model, dataset, processing_class, KPruneArguments(**options), keep_labels, tokens_per_row)
+    return draw_rows(
+        model, dataset, processing_class, KPruneArguments(**options), keep_labels, tokens_per_row
+    )
 
 
 def one(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -161,7 +197,9 @@ class Image:
 
 def test_rows_of_pixels_in_every_kind_of_dataset_are_the_same() -> None:
     data = images()
-    expected = drawn("ViTModel", [{"pixel_values": image} for image in data], tokens_per_row=patches, num_tokens=12)
+    expected = drawn(
+        "ViTModel", [{"pixel_values": image} for image in data], tokens_per_row=patches, num_tokens=12
+    )
     assert (expected.tokens, len(expected.rows), expected.sequences) == (15, 3, 3)
     assert {row["pixel_values"].dtype for row in expected.rows} == {torch.float32}
     lists = datasets.Dataset.from_list([{"pixel_values": image.tolist()} for image in data])
@@ -181,13 +219,21 @@ def test_rows_of_pixels_in_every_kind_of_dataset_are_the_same() -> None:
             torch.testing.assert_close(row["pixel_values"], wanted["pixel_values"], rtol=0, atol=0)
         assert rows.fingerprint["sha256"] == expected.fingerprint["sha256"], kind
         assert rows.tokens == expected.tokens, kind
-    other = drawn("ViTModel", images(seed=1), lambda x, return_tensors: {"pixel_values": x[None]}, patches, num_tokens=12)
+    other = drawn(
+        "ViTModel",
+        images(seed=1),
+        lambda x, return_tensors: {"pixel_values": x[None]},
+        patches,
+        num_tokens=12,
+    )
     assert other.fingerprint["sha256"] != expected.fingerprint["sha256"]
 
 
 def test_what_a_processor_makes_beyond_the_models_inputs_is_no_surplus_column() -> None:
     row = {"image": Image(images(1)[0])}
-    assert one("ViTModel", [row], ImageProcessor(), patches, remove_unused_columns=False).keys() == {"pixel_values"}
+    assert one("ViTModel", [row], ImageProcessor(), patches, remove_unused_columns=False).keys() == {
+        "pixel_values"
+    }
     with pytest.raises(CalibrationError, match="drop the other columns or set remove_unused_columns=True"):
         drawn("ViTModel", [{**row, "file": "a"}], ImageProcessor(), patches, remove_unused_columns=False)
 
@@ -196,7 +242,9 @@ def test_tokens_and_lengths_of_rows_without_ids_are_the_callers() -> None:
     row = {"pixel_values": images(1)[0]}
     assert (row_tokens(row, patches), row_length(row, patches), has_choices(row)) == (5, 5, False)
     for count in (row_tokens, row_length):
-        with pytest.raises(ArgumentError, match=r"row of \['pixel_values'\] does not tell .* pass tokens_per_row"):
+        with pytest.raises(
+            ArgumentError, match=r"row of \['pixel_values'\] does not tell .* pass tokens_per_row"
+        ):
             count(row)
     with pytest.raises(ArgumentError, match="pass tokens_per_row"):
         drawn("ViTModel", [row])
@@ -232,24 +280,41 @@ def test_sound_goes_through_the_feature_extractor() -> None:
     wave = sound()
     expected = extractor(wave, sampling_rate=8000)["input_values"][0]
     audio = {"array": wave, "sampling_rate": 8000}
-    for raw in (wave, wave.tolist(), torch.tensor(wave), {"audio": audio}, {"audio": {**audio, "array": wave.tolist()}}):
+    for raw in (
+        wave,
+        wave.tolist(),
+        torch.tensor(wave),
+        {"audio": audio},
+        {"audio": {**audio, "array": wave.tolist()}},
+    ):
         row = one("Wav2Vec2ForCTC", [raw], extractor, lambda row: len(row["input_values"]) // 2)
         assert row.keys() == {"input_values", "attention_mask"}
         torch.testing.assert_close(row["input_values"], torch.tensor(expected))
         assert int(row["attention_mask"].sum()) == 40
-    rows = drawn("Wav2Vec2ForCTC", [sound(n, n) for n in (40, 30)], extractor, lambda row: len(row["input_values"]) // 2)
+    rows = drawn(
+        "Wav2Vec2ForCTC",
+        [sound(n, n) for n in (40, 30)],
+        extractor,
+        lambda row: len(row["input_values"]) // 2,
+    )
     assert rows.tokens == 35
     batch = extractor.pad(rows.rows, return_tensors="pt")  # what a collator does with them
     assert batch["input_values"].shape == (2, 40)
     assert batch["attention_mask"].sum(1).tolist() == [len(row["input_values"]) for row in rows.rows]
-    with pytest.raises(CalibrationError, match=r"audio at 16000 Hz, Wav2Vec2FeatureExtractor takes 8000 Hz; resample"):
+    with pytest.raises(
+        CalibrationError, match=r"audio at 16000 Hz, Wav2Vec2FeatureExtractor takes 8000 Hz; resample"
+    ):
         drawn("Wav2Vec2ForCTC", [{"audio": {**audio, "sampling_rate": 16000}}], extractor, len)
-    with pytest.raises(CalibrationError, match=r"made \{'input_values': \(2, 40\)\D.* of one audio, expected one row"):
+    with pytest.raises(
+        CalibrationError, match=r"made \{'input_values': \(2, 40\)\D.* of one audio, expected one row"
+    ):
         drawn("Wav2Vec2ForCTC", [np.stack([wave, wave])], extractor, len)
 
 
 def test_speech_and_its_transcript_are_one_row() -> None:
-    extractor = WhisperFeatureExtractor(feature_size=4, sampling_rate=8000, chunk_length=1, hop_length=500, n_fft=64)
+    extractor = WhisperFeatureExtractor(
+        feature_size=4, sampling_rate=8000, chunk_length=1, hop_length=500, n_fft=64
+    )
     processor = transformers.WhisperProcessor(extractor, tokenizer())
     audio = {"array": sound(4000), "sampling_rate": 8000}
     name, frames = "WhisperForConditionalGeneration", lambda row: 8
@@ -258,15 +323,26 @@ def test_speech_and_its_transcript_are_one_row() -> None:
     assert (row["input_features"].shape, row["labels"].tolist()) == ((4, 16), [5, 6])
     same = drawn(name, [{"input_features": row["input_features"].tolist(), "labels": [5, 6]}], None, frames)
     assert same.fingerprint["sha256"] == drawn(name, [row], None, frames).fingerprint["sha256"]
-    assert one(name, [{**row, "decoder_input_ids": [2, 5]}], None, frames).keys() == {"input_features", "decoder_input_ids"}
-    for alone, given in (([{"audio": audio}], extractor), ([{"input_features": row["input_features"]}], None)):
+    assert one(name, [{**row, "decoder_input_ids": [2, 5]}], None, frames).keys() == {
+        "input_features",
+        "decoder_input_ids",
+    }
+    for alone, given in (
+        ([{"audio": audio}], extractor),
+        ([{"input_features": row["input_features"]}], None),
+    ):
         with pytest.raises(
-            CalibrationError, match="the decoder of Whisper.* nothing to read; pass .* labels or decoder_input_ids"
+            CalibrationError,
+            match="the decoder of Whisper.* nothing to read; pass .* labels or decoder_input_ids",
         ):
             drawn(name, alone, given, frames)
-    with pytest.raises(CalibrationError, match="target of calibration row 0 has 13 tokens, .* takes at most 12"):
+    with pytest.raises(
+        CalibrationError, match="target of calibration row 0 has 13 tokens, .* takes at most 12"
+    ):
         drawn(name, [{**row, "labels": [5] * 13}], None, frames)
-    assert one("WhisperForAudioClassification", [{"audio": audio}], extractor, frames).keys() == {"input_features"}
+    assert one("WhisperForAudioClassification", [{"audio": audio}], extractor, frames).keys() == {
+        "input_features"
+    }
 
 
 class Twice:
@@ -277,27 +353,59 @@ class Twice:
 @pytest.mark.parametrize(
     ("row", "processing_class", "error", "message"),
     [
-        ({"image": 1}, None, ArgumentError, "rows of image, processing_class is NoneType; pass the model's image processor"),
-        ({"image": 1}, tokenizer(), ArgumentError, "processing_class is .*Token.*; pass the model's image processor"),
+        (
+            {"image": 1},
+            None,
+            ArgumentError,
+            "rows of image, processing_class is NoneType; pass the model's image processor",
+        ),
+        (
+            {"image": 1},
+            tokenizer(),
+            ArgumentError,
+            "processing_class is .*Token.*; pass the model's image processor",
+        ),
         (
             {"image": 1},
             Twice(),
             CalibrationError,
             r"Twice made \{'pixel_values': \(2, 3, 8, 8\)\} of one image, expected one row",
         ),
-        ({"pixels": 1}, None, CalibrationError, r"the columns \['pixels'\], ViTModel takes .* make pixel_values of them"),
+        (
+            {"pixels": 1},
+            None,
+            CalibrationError,
+            r"the columns \['pixels'\], ViTModel takes .* make pixel_values of them",
+        ),
         (
             {"text": "w5"},
             tokenizer(),
             CalibrationError,
             r"the columns \['text'\], ViTModel takes",
         ),
-        ("w5", tokenizer(), CalibrationError, "a calibration row is 'w5', expected .* pixel_values among them"),
-        ({"pixel_values": [[[1.0, float("nan")]]]}, None, CalibrationError, "row 0 has pixel_values that are not finite"),
-        ({"pixel_values": np.full((3, 8, 8), np.inf)}, None, CalibrationError, "row 0 has pixel_values that are not finite"),
+        (
+            "w5",
+            tokenizer(),
+            CalibrationError,
+            "a calibration row is 'w5', expected .* pixel_values among them",
+        ),
+        (
+            {"pixel_values": [[[1.0, float("nan")]]]},
+            None,
+            CalibrationError,
+            "row 0 has pixel_values that are not finite",
+        ),
+        (
+            {"pixel_values": np.full((3, 8, 8), np.inf)},
+            None,
+            CalibrationError,
+            "row 0 has pixel_values that are not finite",
+        ),
     ],
 )
-def test_images_that_cannot_be_used_are_refused(row: Any, processing_class: Any, error: type[Exception], message: str) -> None:
+def test_images_that_cannot_be_used_are_refused(
+    row: Any, processing_class: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         drawn("ViTModel", [row], processing_class, patches)
 
@@ -354,7 +462,14 @@ def test_a_pair_is_a_source_and_a_target() -> None:
     assert drawn(name, swapped, tokenizer()).fingerprint["sha256"] != rows.fingerprint["sha256"]
     cut = one(name, data[:1], tokenizer(), max_seq_length=2)
     assert (cut["input_ids"], cut["labels"]) == ([5, 6], [8, 9])
-    assert one("BartForSequenceClassification", data[:1], tokenizer())["input_ids"] == [5, 6, 7, 4, 8, 9]  # not a target
+    assert one("BartForSequenceClassification", data[:1], tokenizer())["input_ids"] == [
+        5,
+        6,
+        7,
+        4,
+        8,
+        9,
+    ]  # not a target
     masked = {"input_ids": [5, 6], "attention_mask": [1.0, 1.0]}
     assert drawn("T5EncoderModel", [masked]).rows == [masked]  # lists that a tokenizer can pad
     assert one("T5EncoderModel", ["w5 w6"], tokenizer()).keys() == {"input_ids", "attention_mask"}
@@ -382,8 +497,16 @@ def test_decoder_inputs_may_be_given_and_then_labels_are_not_kept() -> None:
             {"input_ids": [5]},
             "pass .source, target. pairs, or rows with labels or decoder_input",
         ),
-        ("T5Model", {"input_ids": [5], "labels": [7, 60, -100]}, "target of calibration row 0 has token ids 7 to 60"),
-        ("PegasusModel", {"input_ids": [5], "labels": [7] * 21}, "target of calibration row 0 has 21 tokens, .* at most 20"),
+        (
+            "T5Model",
+            {"input_ids": [5], "labels": [7, 60, -100]},
+            "target of calibration row 0 has token ids 7 to 60",
+        ),
+        (
+            "PegasusModel",
+            {"input_ids": [5], "labels": [7] * 21},
+            "target of calibration row 0 has 21 tokens, .* at most 20",
+        ),
         ("PegasusModel", {"input_ids": [5] * 21, "labels": [7]}, "row 0 has 21 tokens, .* at most 20"),
     ],
 )
@@ -428,16 +551,28 @@ def test_labels_of_causal_models_are_kept_for_the_positions_that_they_leave_out(
     assert one("GPT2LMHeadModel", [plain]).keys() == {"input_ids"}
     assert one("GPT2LMHeadModel", [masked]) == masked
     both = drawn("GPT2LMHeadModel", [plain, masked]).rows  # they are batched: all have labels, or none has
-    assert {tuple(row["input_ids"]): list(row["labels"]) for row in both} == {(5, 6, 7): [5, 6, 7], (8, 9): [-100, 9]}
+    assert {tuple(row["input_ids"]): list(row["labels"]) for row in both} == {
+        (5, 6, 7): [5, 6, 7],
+        (8, 9): [-100, 9],
+    }
     for labels in (np.array([-100, 9]), torch.tensor([-100, 9])):
-        assert [int(label) for label in one("GPT2LMHeadModel", [{**masked, "labels": labels}])["labels"]] == [-100, 9]
-    assert one("GPT2LMHeadModel", [{**masked, "labels": 1}]).keys() == {"input_ids"}  # of a task, not of tokens
+        assert [int(label) for label in one("GPT2LMHeadModel", [{**masked, "labels": labels}])["labels"]] == [
+            -100,
+            9,
+        ]
+    assert one("GPT2LMHeadModel", [{**masked, "labels": 1}]).keys() == {
+        "input_ids"
+    }  # of a task, not of tokens
     assert one(tiny(head="MASKED_LM"), [masked]).keys() == {"input_ids"}
     with pytest.raises(CalibrationError, match="row 0 has 1 labels for 2 tokens; expected one each"):
         drawn("GPT2LMHeadModel", [{**masked, "labels": [-100]}])
 
 
-CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8 w9"}, {"role": "user", "content": "w10"}]
+CHAT = [
+    {"role": "user", "content": "w5 w6"},
+    {"role": "assistant", "content": "w7 w8 w9"},
+    {"role": "user", "content": "w10"},
+]
 PLAIN = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 TELLING = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{{ ' ' }}"
@@ -453,7 +588,11 @@ def test_chats(raw: Any) -> None:
     assert one("GPT2LMHeadModel", [raw], words) == {"input_ids": ids, "attention_mask": [1] * 6}
     words.chat_template = TELLING
     labels = [-100, -100, 7, 8, 9, -100]
-    assert one("GPT2LMHeadModel", [raw], words) == {"input_ids": ids, "attention_mask": [1] * 6, "labels": labels}
+    assert one("GPT2LMHeadModel", [raw], words) == {
+        "input_ids": ids,
+        "attention_mask": [1] * 6,
+        "labels": labels,
+    }
     cut = one("GPT2LMHeadModel", [raw], words, max_seq_length=4)
     assert (cut["input_ids"], cut["labels"]) == (ids[:4], labels[:4])
     assert one(tiny(), [raw], words).keys() == {"input_ids", "attention_mask"}
@@ -482,7 +621,9 @@ def test_a_column_of_texts_is_tokenised_if_its_name_is_known() -> None:
         assert drawn("GPT2LMHeadModel", dataset, tokenizer()).rows == expected.rows
         with pytest.raises(CalibrationError, match="has the columns .*'text'.* tokenise the texts"):
             drawn("GPT2LMHeadModel", dataset)
-    with pytest.raises(CalibrationError, match=r"has the columns \['headline', 'title'\].* in text_columns, the names"):
+    with pytest.raises(
+        CalibrationError, match=r"has the columns \['headline', 'title'\].* in text_columns, the names"
+    ):
         drawn("GPT2LMHeadModel", [{"headline": "w5", "title": "w6"}], tokenizer())
     with pytest.raises(CalibrationError, match="a calibration text is None, expected a string"):
         drawn("GPT2LMHeadModel", [{"text": None}], tokenizer())
@@ -512,7 +653,9 @@ def test_packed_texts_are_cut_into_blocks(end: bool, length: int | None, block: 
         assert sorted(ids) == sorted(blocks)
         assert len(blocks) < 5 or ids != blocks
         assert rows.tokens == len(blocks) * block
-        again, other = (drawn("GPT2LMHeadModel", dataset, tokenizer(end), seed=seed, **options) for seed in (42, 1))
+        again, other = (
+            drawn("GPT2LMHeadModel", dataset, tokenizer(end), seed=seed, **options) for seed in (42, 1)
+        )
         assert again.fingerprint == rows.fingerprint
         assert len(blocks) < 5 or other.fingerprint["sha256"] != rows.fingerprint["sha256"]
     streamed = drawn("GPT2LMHeadModel", iter(TEXTS), tokenizer(end), num_tokens=2 * block, **options)
@@ -529,7 +672,10 @@ def test_blocks_are_no_longer_than_1024_unless_asked_to_be() -> None:
     config = transformers.GPT2Config(**{**CONFIGS["GPT2"], "n_positions": 3000})
     for model in (transformers.GPT2LMHeadModel(config), made("T5EncoderModel")):
         lengths = [
-            [len(row["input_ids"]) for row in drawn(model, text, tokenizer(), packing=True, max_seq_length=n).rows]
+            [
+                len(row["input_ids"])
+                for row in drawn(model, text, tokenizer(), packing=True, max_seq_length=n).rows
+            ]
             for n in (None, 2000)
         ]
         assert lengths == [[1024, 1024], [2000]]
@@ -566,7 +712,13 @@ def test_long_documents_are_packed_without_a_warning(caplog: pytest.LogCaptureFi
             CalibrationError,
             r"takes strings.*the columns \['input_ids'\]",
         ),
-        ("GPT2LMHeadModel", [("w5", "w6")], tokenizer(), CalibrationError, r"packing takes strings.* has \('w5', 'w6'\)"),
+        (
+            "GPT2LMHeadModel",
+            [("w5", "w6")],
+            tokenizer(),
+            CalibrationError,
+            r"packing takes strings.* has \('w5', 'w6'\)",
+        ),
         (
             "ViTModel",
             ["w5"],
@@ -589,7 +741,15 @@ def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     tokenizer().save_pretrained(tmp_path / "model")
     data, out = tmp_path / "lines.txt", tmp_path / "out"
     data.write_text("\n".join(TEXTS * 4))
-    options = ["--model_name_or_path", tmp_path / "model", "--dataset_file", data, "--packing", "--max_seq_length", 8]
+    options = [
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--dataset_file",
+        data,
+        "--packing",
+        "--max_seq_length",
+        8,
+    ]
     assert main([str(option) for option in ("prune", *options, "--output_dir", out, "--disable_tqdm")]) == 0
     calibration = PruningReport.from_json((out / "kprune_report.json").read_text()).calibration
     expected = drawn(tiny(), TEXTS * 4, tokenizer(), packing=True, max_seq_length=8)

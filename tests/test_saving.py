@@ -26,10 +26,10 @@ from test_checkpoint import assert_same, files, pruned, report, tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner, saving
-from hf_kprune.checkpoint import save_atomically
-from hf_kprune.cli import main
-from hf_kprune.cost import expected_bytes
-from hf_kprune.saving import aside, workplaces
+from hf_kprune.budget import expected_bytes
+from hf_kprune.checkpoint.saving import save_atomically
+from hf_kprune.cli.commands import main
+from hf_kprune.files.exchange import aside, workplaces
 
 
 TESTS = Path(__file__).parent
@@ -51,9 +51,13 @@ def old_checkpoint(folder: Path) -> None:
 @contextmanager
 def unchanged(folder: Path) -> Iterator[None]:
     """Check that nothing below `folder` changes."""
-    before = {path: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+    before = {
+        path: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.rglob("*")
+    }
     yield
-    assert before == {path: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+    assert before == {
+        path: (path.lstat().st_mode, path.is_file() and path.read_bytes()) for path in folder.rglob("*")
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +123,9 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
         KPruneArguments(output_dir="out").check_output_dir(path)
 
 
-def test_a_directory_with_nothing_in_it_is_written_wherever_it_is(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_with_nothing_in_it_is_written_wherever_it_is(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (places / "empty").mkdir()
     monkeypatch.chdir(places / "empty")
     inode = os.stat(".").st_ino
@@ -136,7 +142,13 @@ def test_the_command_line_does_not_replace_the_current_directory(
     places: Path, capsys: pytest.CaptureFixture[str], command: str, path: str
 ) -> None:
     tiny().save_pretrained(places / "dense")
-    options = ["--model_name_or_path", str(places / "dense"), "--dataset_file", "thesis.txt", "--overwrite_output_dir"]
+    options = [
+        "--model_name_or_path",
+        str(places / "dense"),
+        "--dataset_file",
+        "thesis.txt",
+        "--overwrite_output_dir",
+    ]
     arguments = [str(places / "dense"), path] if command == "convert" else [*options, "--output_dir", path]
     capsys.readouterr()  # the bars of the save above
     with unchanged(places):
@@ -145,7 +157,9 @@ def test_the_command_line_does_not_replace_the_current_directory(
     assert capsys.readouterr().err.startswith(f"hf-kprune: error: {named} ")
 
 
-def test_every_way_to_name_a_directory_refuses_the_empty_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_name_a_directory_refuses_the_empty_string(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pruner = make_pruner(output_dir=str(tmp_path / "out"))
     for save in (
@@ -192,11 +206,23 @@ def test_foreign_files_stay_and_the_old_checkpoint_goes(tmp_path: Path, kind: st
 
 CLASHES = {
     "a README that is no model card": ({"README.md": "# My project"}, True, "README.md"),
-    "a config of something else": ({"config.json": '{"port": 80}', "src/main.c": "int"}, False, "config.json"),
-    "a config that is no JSON": ({"config.json": "{", "model.safetensors": "x"}, False, "config.json, model.safetensors"),
+    "a config of something else": (
+        {"config.json": '{"port": 80}', "src/main.c": "int"},
+        False,
+        "config.json",
+    ),
+    "a config that is no JSON": (
+        {"config.json": "{", "model.safetensors": "x"},
+        False,
+        "config.json, model.safetensors",
+    ),
     "a word list": ({"vocab.txt": "one\ntwo"}, False, "vocab.txt"),
     "weights alone": ({"model-00001-of-00002.safetensors": "x"}, False, "model-00001-of-00002.safetensors"),
-    "an adapter": ({"adapter_config.json": "{}", "adapter_model.safetensors": "x"}, False, "adapter_config.json"),
+    "an adapter": (
+        {"adapter_config.json": "{}", "adapter_model.safetensors": "x"},
+        False,
+        "adapter_config.json",
+    ),
     "a directory of that name": ({"tokenizer.json/1": "x"}, True, "tokenizer.json"),
 }
 
@@ -225,7 +251,10 @@ def test_a_file_that_nobody_foresaw_is_not_replaced_either(tmp_path: Path) -> No
     out.mkdir()
     (out / "pooling.txt").write_text("mine")
     add = lambda folder: Path(folder, "pooling.txt").write_text("new")  # noqa: E731
-    with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"):
+    with (
+        unchanged(tmp_path),
+        pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"),
+    ):
         save_atomically(pruned(), str(out), "5GB", add)  # type: ignore[arg-type]
 
 
@@ -240,7 +269,10 @@ def test_what_both_checkpoints_carry_is_replaced_by_itself(tmp_path: Path) -> No
         save_atomically(pruned(), str(tmp_path / "out"), "5GB", add)
     assert (tmp_path / "out" / "code.py").read_text() == "x = 1"
     text = "cls"
-    with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"):
+    with (
+        unchanged(tmp_path),
+        pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"),
+    ):
         save_atomically(pruned(), str(tmp_path / "out"), "5GB", add)
 
 
@@ -253,7 +285,8 @@ def test_what_is_read_is_not_replaced(tmp_path: Path, what: str) -> None:
     if what == "data":
         datasets.Dataset.from_list(data).save_to_disk(out)
     pruner = make_pruner(
-        AutoModelForSequenceClassification.from_pretrained(out) if what == "model" else None, overwrite_output_dir=True
+        AutoModelForSequenceClassification.from_pretrained(out) if what == "model" else None,
+        overwrite_output_dir=True,
     )
     if what == "tokenizer":
         pruner.processing_class = type(tokenizer()).from_pretrained(out)
@@ -284,7 +317,11 @@ def kill(folder: Path, *arguments: str, timeout: int = 500) -> Any:
 def test_a_kill_or_an_error_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path: Path) -> None:
     counted = kill(tmp_path)
     assert counted["kill, absent"].keys() == counted["kill, a checkpoint"].keys() == {"before", "after"}
-    assert counted["kill, a checkpoint and more"]["between"] == counted["kill, a checkpoint and more"]["completed"] > 10
+    assert (
+        counted["kill, a checkpoint and more"]["between"]
+        == counted["kill, a checkpoint and more"]["completed"]
+        > 10
+    )
     for outcomes in counted.values():
         assert outcomes["before"] >= 5
         assert outcomes["after"] >= 1
@@ -307,7 +344,10 @@ def test_a_process_that_lives_keeps_its_folder_and_a_dead_one_does_not(tmp_path:
     stranger.mkdir()
     with aside(out) as new:
         (new / "half").write_text("written")
-        with unchanged(tmp_path), pytest.raises(CheckpointError, match="is being written by another process; wait"):
+        with (
+            unchanged(tmp_path),
+            pytest.raises(CheckpointError, match="is being written by another process; wait"),
+        ):
             make_pruner().save_model(str(out))
         beside.rename(tmp_path / "copy")
         (tmp_path / "copy").rename(beside)
@@ -354,7 +394,9 @@ def test_mode_and_owner_of_a_directory_stay(tmp_path: Path, mode: int, content: 
     after = out.stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     if mode & stat.S_ISGID:
-        assert {path.stat().st_gid for path in out.iterdir()} == {before.st_gid} or content == "a checkpoint and more"
+        assert {path.stat().st_gid for path in out.iterdir()} == {
+            before.st_gid
+        } or content == "a checkpoint and more"
 
 
 def test_a_new_directory_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
@@ -447,7 +489,9 @@ def as_somebody(action: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root may become another user")
-@pytest.mark.parametrize(("parent", "owner", "mode"), [(0o555, 1234, 0o2750), (0o1777, 999, 0o2775), (0o2775, 999, 0o2775)])
+@pytest.mark.parametrize(
+    ("parent", "owner", "mode"), [(0o555, 1234, 0o2750), (0o1777, 999, 0o2775), (0o2775, 999, 0o2775)]
+)
 def test_directories_that_are_shared_with_others(parent: int, owner: int, mode: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # others may not enter the folders of pytest
         folder, out = Path(name), Path(name, "out")
@@ -471,7 +515,9 @@ def test_directories_that_are_shared_with_others(parent: int, owner: int, mode: 
 def test_a_read_only_file_system_is_noticed_before_pruning(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "ro", "none"):
         pruner = make_pruner(output_dir=str(tmp_path / "disk" / "out"))
-        with pytest.raises(ArgumentError, match="cannot write to .*/disk/out': its file system is read-only; name another"):
+        with pytest.raises(
+            ArgumentError, match="cannot write to .*/disk/out': its file system is read-only; name another"
+        ):
             pruner.prune()
 
 
@@ -480,16 +526,28 @@ def test_a_read_only_file_system_is_noticed_before_pruning(tmp_path: Path) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-BUDGETS: dict[str, float] = {"sparsity": 0.5, "target_bytes": 40_000, "target_params": 10_000, "target_flops": 1e5}
+BUDGETS: dict[str, float] = {
+    "sparsity": 0.5,
+    "target_bytes": 40_000,
+    "target_params": 10_000,
+    "target_flops": 1e5,
+}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_room_is_made_sure_of_before_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str) -> None:
+def test_room_is_made_sure_of_before_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
     free = 1_000
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - free, free=free))
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - free, free=free)
+    )
     pruner = make_pruner(tiny(), output_dir=str(tmp_path / "out"), **{budget: BUDGETS[budget]})
     for attempt in (pruner.prune, pruner.save_model):
-        with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"takes about [\d,]+ bytes, 1,000 are free there; make"):
+        with (
+            unchanged(tmp_path),
+            pytest.raises(ArgumentError, match=r"takes about [\d,]+ bytes, 1,000 are free there; make"),
+        ):
             attempt()
     free = 10**8
     pruner.save_model()
@@ -509,7 +567,9 @@ def test_what_a_model_will_take_is_foreseen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["", "5", "5 gigabytes", "GB", "-5GB", "0GB", "nanGB", "infGB"])
 def test_a_shard_size_that_cannot_be_is_refused_at_once(size: str) -> None:
-    with pytest.raises(ArgumentError, match="max_shard_size is .*, expected a number over 0 with TB, GB, MB or KB"):
+    with pytest.raises(
+        ArgumentError, match="max_shard_size is .*, expected a number over 0 with TB, GB, MB or KB"
+    ):
         KPruneArguments(max_shard_size=size)
 
 
@@ -517,14 +577,26 @@ def test_a_shard_size_that_cannot_be_is_refused_at_once(size: str) -> None:
     ("options", "environment", "message"),
     [
         ({}, {}, "there is no token: run hf auth login, set HF_TOKEN, or pass hub_token"),
-        ({"hub_model_id": "a/b/c"}, {"HF_TOKEN": "hf_x"}, "hub_model_id is 'a/b/c', expected a name for a repository"),
+        (
+            {"hub_model_id": "a/b/c"},
+            {"HF_TOKEN": "hf_x"},
+            "hub_model_id is 'a/b/c', expected a name for a repository",
+        ),
         ({"hub_model_id": ""}, {"HF_TOKEN": "hf_x"}, "hub_model_id is '', expected a name for a repository"),
-        ({"output_dir": "my model!"}, {"HF_TOKEN": "hf_x"}, "the name of output_dir is 'my model!', expected a name"),
+        (
+            {"output_dir": "my model!"},
+            {"HF_TOKEN": "hf_x"},
+            "the name of output_dir is 'my model!', expected a name",
+        ),
         ({"hub_token": "hf_x"}, {"offline": "1"}, "HF_HUB_OFFLINE is set: unset it, or save without pushing"),
     ],
 )
 def test_a_push_that_cannot_succeed_is_refused_before_pruning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], environment: dict[str, str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, str],
+    environment: dict[str, str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "offline" in environment)
@@ -556,7 +628,11 @@ def test_a_place_that_is_taken_is_noticed_after_pruning_and_another_will_do(tmp_
 
 
 def test_the_readme_run_twice_does_not_prune_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = (block for block in (ROOT / "README.md").read_text().split("```python\n")[1:] if "pruner.prune()" in block)
+    (code,) = (
+        block
+        for block in (ROOT / "README.md").read_text().split("```python\n")[1:]
+        if "pruner.prune()" in block
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "config.json").write_text("{}")
@@ -568,22 +644,29 @@ def test_the_readme_run_twice_does_not_prune_twice(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts are made as on Linux")
 @pytest.mark.parametrize("start", ["absent", "a checkpoint"])
-def test_a_disk_that_fills_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+def test_a_disk_that_fills_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
     """As the check before is an estimate, and others write too."""
     disk = tmp_path / "disk"
-    monkeypatch.setattr("hf_kprune.destination.probe", lambda _: None)
+    monkeypatch.setattr("hf_kprune.files.destination.probe", lambda _: None)
     with mounted(disk, "-t", "tmpfs", "-o", "size=1m", "none"):
         if start == "a checkpoint":
             old_checkpoint(disk / "out")
         (disk / "other").write_bytes(bytes(disk_usage(disk).free - 30_000))
         pruner = make_pruner(pruned(), output_dir=str(disk / "out"), overwrite_output_dir=True)
-        with unchanged(disk), pytest.raises(CheckpointError, match=r"cannot write to .*\([\d,]+ are free|bytes.*elsewhere"):
+        with (
+            unchanged(disk),
+            pytest.raises(CheckpointError, match=r"cannot write to .*\([\d,]+ are free|bytes.*elsewhere"),
+        ):
             pruner.save_model()
         pruner.save_model(str(tmp_path / "elsewhere"))
         assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "elsewhere"), pruner.model)
 
 
-def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny().save_pretrained(tmp_path / "dense")
     (tmp_path / "rows.txt").write_text("w1")
     options = [
@@ -594,10 +677,19 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(tmp_path: Pat
         "--output_dir",
         tmp_path / "out",
     ]
-    for plot in ("", tmp_path, tmp_path / "nowhere" / "a.svg", tmp_path / "rows.txt" / "a.svg", tmp_path / "a.docx"):
+    for plot in (
+        "",
+        tmp_path,
+        tmp_path / "nowhere" / "a.svg",
+        tmp_path / "rows.txt" / "a.svg",
+        tmp_path / "a.docx",
+    ):
         with unchanged(tmp_path):
             assert main([str(option) for option in ("sweep", *options, "--plot", plot)]) == 2
-        assert f"plot is {str(plot)!r}, expected a file that can be written, such as sweep.svg: " in capsys.readouterr().err
+        assert (
+            f"plot is {str(plot)!r}, expected a file that can be written, such as sweep.svg: "
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize("full", ["the place", "the disk", "everything"])
@@ -620,14 +712,31 @@ def test_the_command_line_saves_elsewhere_what_it_cannot_save_there(
         write(self, folder, **options)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill)
-    options = ["--model_name_or_path", tmp_path / "dense", "--dataset_file", tmp_path / "rows.txt", "--num_tokens", 100]
-    assert main([str(o) for o in ("prune", *options, "--output_dir", tmp_path / "out", "--disable_tqdm", "--verbose")]) == 2
+    options = [
+        "--model_name_or_path",
+        tmp_path / "dense",
+        "--dataset_file",
+        tmp_path / "rows.txt",
+        "--num_tokens",
+        100,
+    ]
+    assert (
+        main(
+            [
+                str(o)
+                for o in ("prune", *options, "--output_dir", tmp_path / "out", "--disable_tqdm", "--verbose")
+            ]
+        )
+        == 2
+    )
     message = capsys.readouterr().err.splitlines()[-1]
     assert "cannot write to" in message
     assert "No space left on device" in message
     assert "save_model" not in message
     assert not (tmp_path / "out").exists()
-    folders = [path for path in [*tmp_path.iterdir(), *(tmp_path / "tmp").iterdir()] if path.name.startswith("out-")]
+    folders = [
+        path for path in [*tmp_path.iterdir(), *(tmp_path / "tmp").iterdir()] if path.name.startswith("out-")
+    ]
     if full == "everything":
         assert folders == []
         return
@@ -648,19 +757,27 @@ class Failing(KPruneCallback):
 @pytest.mark.parametrize("error", [RuntimeError, ArgumentError, KeyboardInterrupt])
 def test_an_error_of_a_callback_after_the_change_says_so(tmp_path: Path, error: type[BaseException]) -> None:
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200)
-    pruner = KPrunePruner(tiny(), args, rows(), data_collator=collate, callbacks=[Failing("on_prune_end", error)])
+    pruner = KPrunePruner(
+        tiny(), args, rows(), data_collator=collate, callbacks=[Failing("on_prune_end", error)]
+    )
     with pytest.raises(error, match="the logger is gone") as raised:
         pruner.prune()
-    assert raised.value.__notes__ == ["The model is pruned all the same: on_prune_end came after. save_model() works."]
+    assert raised.value.__notes__ == [
+        "The model is pruned all the same: on_prune_end came after. save_model() works."
+    ]
     assert pruner.report is not None
     pruner.add_callback(Failing("on_save", error))
     with pytest.raises(error, match="the logger is gone") as raised:
         pruner.save_model(str(tmp_path / "out"))
-    assert raised.value.__notes__ == [f"The checkpoint in {tmp_path / 'out'} is whole; on_save came after it was written."]
+    assert raised.value.__notes__ == [
+        f"The checkpoint in {tmp_path / 'out'} is whole; on_save came after it was written."
+    ]
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), pruner.model)
 
 
-def test_the_command_line_saves_what_a_callback_complains_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_saves_what_a_callback_complains_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the logger is gone")
 
@@ -668,9 +785,21 @@ def test_the_command_line_saves_what_a_callback_complains_about(tmp_path: Path, 
     tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "rows.txt").write_text("\n".join(f"w{i % 50} w{i % 7} w3" for i in range(60)))
     monkeypatch.setattr("hf_kprune.callbacks.PrinterCallback.on_prune_end", fail)
-    options = ["--model_name_or_path", tmp_path / "dense", "--dataset_file", tmp_path / "rows.txt", "--num_tokens", 100]
+    options = [
+        "--model_name_or_path",
+        tmp_path / "dense",
+        "--dataset_file",
+        tmp_path / "rows.txt",
+        "--num_tokens",
+        100,
+    ]
     with pytest.raises(RuntimeError, match="the logger is gone"):
-        main([str(o) for o in ("prune", *options, "--output_dir", tmp_path / "out", "--disable_tqdm", "--verbose")])
+        main(
+            [
+                str(o)
+                for o in ("prune", *options, "--output_dir", tmp_path / "out", "--disable_tqdm", "--verbose")
+            ]
+        )
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.kprune
 
 
@@ -680,7 +809,10 @@ def test_a_model_card_replaces_none_that_is_not_ours(tmp_path: Path, content: st
     with pytest.raises(ArgumentError, match="is no directory; save the model there first"):
         pruner.create_model_card(output_dir=str(tmp_path / "nowhere"))
     (tmp_path / "README.md").write_text(content)
-    with unchanged(tmp_path), pytest.raises(ArgumentError, match=r"README\.md' is not a model card of hf_kprune; move it"):
+    with (
+        unchanged(tmp_path),
+        pytest.raises(ArgumentError, match=r"README\.md' is not a model card of hf_kprune; move it"),
+    ):
         pruner.create_model_card(output_dir=str(tmp_path))
     pruner.args.overwrite_output_dir = True
     if content.startswith("---"):

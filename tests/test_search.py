@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_kprune.search import TOLERANCE, group_sizes, threshold_search
+from hf_kprune.methods.search import TOLERANCE, group_sizes, threshold_search
 
 
 settings.register_profile("search", deadline=None, database=None, derandomize=True, max_examples=200)
@@ -33,7 +33,11 @@ def algorithm_1(scores: Sequence[Tensor], costs: Sequence[float], budget: float)
 
 
 def one_by_one(
-    scores: Sequence[Tensor], costs: Sequence[float], budget: float, minimum: Sequence[int], multiple: Sequence[int]
+    scores: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    minimum: Sequence[int],
+    multiple: Sequence[int],
 ) -> list[list[bool]]:
     """The minimum of each sublayer, then group after group by mean score, each if it still fits."""
     masks, groups = [], []
@@ -54,7 +58,9 @@ def one_by_one(
 
 
 @st.composite
-def problems(draw: st.DrawFn, distinct: bool = False, free: bool = False, whole: bool = True) -> dict[str, Any]:
+def problems(
+    draw: st.DrawFn, distinct: bool = False, free: bool = False, whole: bool = True
+) -> dict[str, Any]:
     """A search that can be satisfied. Whole costs and scores make all sums exact."""
     sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
     if distinct:
@@ -68,7 +74,9 @@ def problems(draw: st.DrawFn, distinct: bool = False, free: bool = False, whole:
     minimum = [0 if free else draw(st.integers(0, 3)) for _ in sizes]
     multiple = [1 if free else draw(st.integers(1, 4)) for _ in sizes]
     scores = [420 * s for s in scores]
-    least = sum(c * group_sizes(n, low, m)[0] for c, n, low, m in zip(costs, sizes, minimum, multiple, strict=True))
+    least = sum(
+        c * group_sizes(n, low, m)[0] for c, n, low, m in zip(costs, sizes, minimum, multiple, strict=True)
+    )
     full = sum(c * n for c, n in zip(costs, sizes, strict=True))
     budget = least + draw(st.floats(0, 1)) * (full - least)
     return {"scores": scores, "costs": costs, "budget": budget, "minimum": minimum, "multiple": multiple}
@@ -96,7 +104,9 @@ def test_budget_minimum_and_multiple_hold_and_what_is_left_is_used(problem: dict
     masks = threshold_search(**problem)
     budget, total = problem["budget"], spent(masks, problem["costs"])
     assert total <= budget * (1 + TOLERANCE) * (1 + 1e-12)
-    rows = zip(masks, problem["scores"], problem["costs"], problem["minimum"], problem["multiple"], strict=True)
+    rows = zip(
+        masks, problem["scores"], problem["costs"], problem["minimum"], problem["multiple"], strict=True
+    )
     for mask, score, cost, low, multiple in rows:
         kept, units = int(mask.sum()), len(mask)
         assert mask.dtype == torch.bool
@@ -123,7 +133,10 @@ def test_ties_go_to_the_lower_sublayer_and_the_lower_unit(problem: dict[str, Any
 def test_rounding_of_group_means_wastes_no_budget() -> None:
     """All scores equal but groups of different size: their computed means may differ in the last bit."""
     for value in torch.linspace(0.1, 0.9, 50, dtype=torch.float64).tolist():
-        scores = [torch.full((19,), value, dtype=torch.float64), torch.full((9,), value / 2, dtype=torch.float64)]
+        scores = [
+            torch.full((19,), value, dtype=torch.float64),
+            torch.full((9,), value / 2, dtype=torch.float64),
+        ]
         masks = threshold_search(scores, [1.0, 1.0], 17.0, [0, 0], [8, 1])
         assert [int(m.sum()) for m in masks] == [8, 9]
 
@@ -151,7 +164,9 @@ def test_sublayers_without_units_are_left_out() -> None:
 def test_a_minimum_over_the_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="keeping the minimum costs 6, over the budget of 5"):
         threshold_search([torch.rand(4), torch.rand(4)], [1.0, 2.0], 5.0, [2, 2], [1, 1])
-    with pytest.raises(ValueError, match="keeping the minimum costs 8, over the budget of 5"):  # rounded up to 4 units
+    with pytest.raises(
+        ValueError, match="keeping the minimum costs 8, over the budget of 5"
+    ):  # rounded up to 4 units
         threshold_search([torch.rand(8)], [2.0], 5.0, [2], [4])
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Ten
 from transformers import BatchEncoding, DataCollatorWithPadding
 
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPruneError, KPrunePruner
-from hf_kprune.sources import MOST_SHUFFLED, TARGET_COLUMNS, TEXT_COLUMNS
-from hf_kprune.texts import CHARACTERS
+from hf_kprune.calibration.sources import MOST_SHUFFLED, TARGET_COLUMNS, TEXT_COLUMNS
+from hf_kprune.calibration.texts import CHARACTERS
 
 
 GPT = "GPT2LMHeadModel"
@@ -33,7 +33,10 @@ def read(dataset: Any, *, stream: bool = False, **options: Any) -> list[list[int
     """The real tokens of the rows that are drawn, sorted."""
     rows = drawn(GPT, dataset, tokenizer(), **options).rows
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-    masks = [torch.as_tensor(row.get("attention_mask", torch.ones_like(i))).bool() for i, row in zip(ids, rows, strict=True)]
+    masks = [
+        torch.as_tensor(row.get("attention_mask", torch.ones_like(i))).bool()
+        for i, row in zip(ids, rows, strict=True)
+    ]
     return sorted(i[mask].tolist() for i, mask in zip(ids, masks, strict=True))
 
 
@@ -78,7 +81,9 @@ CONTAINERS: dict[str, Any] = {
     "a generator of strings": lambda: (text for text in TEXTS),
     "an array of strings": lambda: np.array(TEXTS),
     "a pandas Series": lambda: pd.Series(TEXTS, index=range(5, 10)),
-    "a pandas DataFrame": lambda: pd.DataFrame({"sentence": TEXTS, "label": [0, 1, 0, 1, 0]}, index=list("abcde")),
+    "a pandas DataFrame": lambda: pd.DataFrame(
+        {"sentence": TEXTS, "label": [0, 1, 0, 1, 0]}, index=list("abcde")
+    ),
     "a pandas DataFrame of ids": lambda: pd.DataFrame({"input_ids": IDS}),
     "a column of a dataset": lambda: datasets.Dataset.from_dict({"a": TEXTS})["a"],
     "strings with labels": lambda: [(text, 1) for text in TEXTS],
@@ -87,7 +92,10 @@ CONTAINERS: dict[str, Any] = {
     "a BatchEncoding of tensors": lambda: encoded(return_tensors="pt"),
     "BatchEncodings of single rows": lambda: [tokenizer()(text) for text in TEXTS],
     "BatchEncodings of (1, L)": lambda: [tokenizer()(text, return_tensors="pt") for text in TEXTS],
-    "BatchEncodings of batches": lambda: [tokenizer()(TEXTS[:3], return_tensors="pt"), tokenizer()(TEXTS[3:])],
+    "BatchEncodings of batches": lambda: [
+        tokenizer()(TEXTS[:3], return_tensors="pt"),
+        tokenizer()(TEXTS[3:]),
+    ],
     "a dict of lists": lambda: {"input_ids": IDS, "label": [0, 1, 0, 1, 0]},
     "a dict of tensors": lambda: {"input_ids": TENSOR},
     "a dict of texts": lambda: {"text": TEXTS, "idx": range(5)},
@@ -108,20 +116,30 @@ CONTAINERS: dict[str, Any] = {
     "a stream of datasets": lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
     "a DataLoader of strings": lambda: DataLoader(TEXTS, batch_size=2),
     "a DataLoader of pairs with labels": lambda: DataLoader([(text, 1) for text in TEXTS], batch_size=2),
-    "a DataLoader of dicts of strings": lambda: DataLoader([{"text": text, "label": 1} for text in TEXTS], batch_size=2),
-    "a DataLoader of dicts of tensors": lambda: DataLoader([{"input_ids": row} for row in TENSOR], batch_size=2),
+    "a DataLoader of dicts of strings": lambda: DataLoader(
+        [{"text": text, "label": 1} for text in TEXTS], batch_size=2
+    ),
+    "a DataLoader of dicts of tensors": lambda: DataLoader(
+        [{"input_ids": row} for row in TENSOR], batch_size=2
+    ),
     "a DataLoader with a collator": lambda: DataLoader(TEXTS, batch_size=2, collate_fn=collated),
     "a DataLoader with a sampler": lambda: DataLoader(TEXTS, batch_size=3, sampler=SequentialSampler(TEXTS)),
     "a DataLoader that shuffles": lambda: DataLoader(TensorDataset(TENSOR), batch_size=3, shuffle=True),
-    "a DataLoader of a TensorDataset": lambda: DataLoader(TensorDataset(TENSOR, torch.zeros(5)), batch_size=4),
+    "a DataLoader of a TensorDataset": lambda: DataLoader(
+        TensorDataset(TENSOR, torch.zeros(5)), batch_size=4
+    ),
     "a DataLoader of lists of rows": lambda: DataLoader(TENSOR, batch_size=4, collate_fn=list),
     "a DataLoader of lists of ids": lambda: DataLoader(IDS, batch_size=4),
     "a DataLoader of (1, L) tensors": lambda: DataLoader(TENSOR.split(1), batch_size=2),
     "a DataLoader of tuples of columns": lambda: DataLoader(
-        TEXTS, batch_size=2, collate_fn=lambda rows: tuple(collated(rows)[key] for key in ("input_ids", "attention_mask"))
+        TEXTS,
+        batch_size=2,
+        collate_fn=lambda rows: tuple(collated(rows)[key] for key in ("input_ids", "attention_mask")),
     ),
     "a DataLoader that makes no batches": lambda: DataLoader(TEXTS, batch_size=None),
-    "a list of the batches of a DataLoader": lambda: list(DataLoader(TEXTS, batch_size=2, collate_fn=collated)),
+    "a list of the batches of a DataLoader": lambda: list(
+        DataLoader(TEXTS, batch_size=2, collate_fn=collated)
+    ),
     "a column of contents": lambda: [{"content": text, "id": 1} for text in TEXTS],
     "a column of documents": lambda: datasets.Dataset.from_dict({"document": TEXTS}),
     "a column of words": lambda: datasets.Dataset.from_dict({"tokens": [text.split() for text in TEXTS]}),
@@ -133,11 +151,17 @@ def test_every_container_gives_the_same_rows(kind: str) -> None:
     assert read(CONTAINERS[kind]()) == IDS
 
 
-@pytest.mark.parametrize("dataset", [TensorDataset(TENSOR, MASK), TensorDataset(TENSOR, MASK, torch.zeros(5)), None])
+@pytest.mark.parametrize(
+    "dataset", [TensorDataset(TENSOR, MASK), TensorDataset(TENSOR, MASK, torch.zeros(5)), None]
+)
 def test_a_mask_that_comes_next_to_the_ids_is_one(dataset: Any) -> None:
     expected = [row[mask.bool()].tolist() for row, mask in zip(TENSOR, MASK, strict=True)]
     columns = {"input_ids": TENSOR, "attention_mask": MASK}
-    for data in (dataset, DataLoader(dataset, batch_size=2)) if dataset else (columns, DataLoader([columns], batch_size=None)):
+    for data in (
+        (dataset, DataLoader(dataset, batch_size=2))
+        if dataset
+        else (columns, DataLoader([columns], batch_size=None))
+    ):
         assert read(data) == expected
 
 
@@ -168,17 +192,25 @@ def test_columns_of_sources_and_targets_are_known(names: tuple[str, str]) -> Non
     (source,) = drawn("T5ForConditionalGeneration", [row], tokenizer()).rows
     assert (source["input_ids"], source["labels"]) == ([5, 6], [7])
     question = {"question": "w5 w6", "answer": "w7"}
-    (chosen,) = drawn("T5ForConditionalGeneration", [question], tokenizer(), text_columns=["question", "answer"]).rows
+    (chosen,) = drawn(
+        "T5ForConditionalGeneration", [question], tokenizer(), text_columns=["question", "answer"]
+    ).rows
     assert chosen == source
 
 
 def test_a_question_and_its_choices() -> None:
     row = {"question": "w5", "a": "w6", "b": "w7 w8"}
-    (made,) = drawn(tiny(head="MULTIPLE_CHOICE"), [row], tokenizer(), text_columns=["question", "a", "b"]).rows
+    (made,) = drawn(
+        tiny(head="MULTIPLE_CHOICE"), [row], tokenizer(), text_columns=["question", "a", "b"]
+    ).rows
     assert made["input_ids"] == [[5, 4, 6], [5, 4, 7, 8]]
 
 
-SHARED = [{"from": "human", "value": "w5 w6"}, {"from": "gpt", "value": "w7 w8 w9"}, {"from": "human", "value": "w10"}]
+SHARED = [
+    {"from": "human", "value": "w5 w6"},
+    {"from": "gpt", "value": "w7 w8 w9"},
+    {"from": "human", "value": "w10"},
+]
 PARTS = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
 
 
@@ -200,26 +232,62 @@ def test_chats_in_every_way_of_writing_them(chat: Any, column: str | None) -> No
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ([{"text": "w5", "content": "w6"}], {}, r"in the columns \['text'\] or \['content'\]; choose with text_columns"),
-        ([{"text": "w5"}], {"text_columns": ["sentence"]}, "no column sentence in the data, which has: text; text_columns"),
-        ([{"a": "w5", "b": "w6", "c": "w7"}], {"text_columns": ["a", "b", "c"]}, "names 3 columns, GPT2LMHeadModel takes one"),
-        ([{"headline": "w5"}], {}, r"has the columns \['headline'\], .* in text_columns, the names of the columns"),
+        (
+            [{"text": "w5", "content": "w6"}],
+            {},
+            r"in the columns \['text'\] or \['content'\]; choose with text_columns",
+        ),
+        (
+            [{"text": "w5"}],
+            {"text_columns": ["sentence"]},
+            "no column sentence in the data, which has: text; text_columns",
+        ),
+        (
+            [{"a": "w5", "b": "w6", "c": "w7"}],
+            {"text_columns": ["a", "b", "c"]},
+            "names 3 columns, GPT2LMHeadModel takes one",
+        ),
+        (
+            [{"headline": "w5"}],
+            {},
+            r"has the columns \['headline'\], .* in text_columns, the names of the columns",
+        ),
         ([{"sentence": 5}], {}, "a calibration text is 5, expected a string"),
         ([{"sentence": float("nan")}], {}, "a calibration text is nan, expected a string"),
-        (pd.Series(["w5", None, float("nan")]), {}, "a calibration row is (None|nan), expected a mapping of columns"),
+        (
+            pd.Series(["w5", None, float("nan")]),
+            {},
+            "a calibration row is (None|nan), expected a mapping of columns",
+        ),
         ([{"sentence": None}], {}, "a calibration text is None, expected a string"),
         ([("w5", float("nan"))], {}, r"a calibration text is \['w5', nan\], expected a string"),
         ([{"tokens": ["w5", 6]}], {}, "expected a string or a list of words"),
         ([("w5", "w6", "w7")], {}, "expected a string or a pair of strings"),
-        ({"input_ids": IDS, "label": [1]}, {}, r"differ in length: input_ids \(5\), label \(1\); expected as many"),
+        (
+            {"input_ids": IDS, "label": [1]},
+            {},
+            r"differ in length: input_ids \(5\), label \(1\); expected as many",
+        ),
         ({"train": datasets.Dataset.from_dict({"text": TEXTS})}, {}, r"pass one split: train\)"),
-        ("w5 w6", {}, r"is a str, expected a dataset of rows or a list of texts; of a single text pass \[text\]"),
+        (
+            "w5 w6",
+            {},
+            r"is a str, expected a dataset of rows or a list of texts; of a single text pass \[text\]",
+        ),
         (b"w5", {}, "is a bytes, expected a dataset of rows"),
         (torch.tensor(5), {}, "is a Tensor, expected a dataset of rows"),
-        (TENSOR[0], {}, r"a calibration row is tensor\(\d+\), expected a mapping of columns, input_ids among them"),
+        (
+            TENSOR[0],
+            {},
+            r"a calibration row is tensor\(\d+\), expected a mapping of columns, input_ids among them",
+        ),
         ([5, 6, 7], {}, r"a calibration row is \d, expected a mapping of columns, input_ids among them"),
         ([None], {}, "a calibration row is None, expected a mapping of columns"),
-        ([{"messages": ["hello"]}], {}, "a message of a calibration chat is 'hello', expected a role and a content"),
+        (
+            [{"messages": ["hello"]}],
+            {},
+            "a message of a calibration chat is 'hello', expected a role and a content",
+        ),
         ([[{"role": "user"}]], {}, "expected a role and a content of text"),
         ([[{"role": "user", "content": [{"type": "image"}]}]], {}, "expected a role and a content of text"),
     ],
@@ -248,21 +316,51 @@ def test_what_holds_no_texts_or_ids_is_refused(dataset: Any, options: dict[str, 
         ({"input_ids": [[[5]]]}, r"row 0 has \[5\] in its input_ids, expected whole numbers"),
         ({"input_ids": [5, -1]}, "row 0 has token ids -1 to 5, the model's vocabulary has 60"),
         ({"input_ids": [5, 10**30]}, "row 0 has token ids 5 to 10{30}, the model's vocabulary has 60"),
-        ({"input_ids": [5, 6], "attention_mask": [1]}, r"row 0 has attention_mask of \(1,\) for input_ids of \(2,\)"),
+        (
+            {"input_ids": [5, 6], "attention_mask": [1]},
+            r"row 0 has attention_mask of \(1,\) for input_ids of \(2,\)",
+        ),
         (
             {"input_ids": [5, 6], "attention_mask": [[1, 1]]},
             r"row 0 has attention_mask of \(2,\) for|of \(1, 2\)|other numbers",
         ),
-        ({"input_ids": [5, 6], "attention_mask": [1, 2]}, "row 0 has an attention_mask of other numbers than 0"),
-        ({"input_ids": [5, 6], "attention_mask": [0, -10000.0]}, "row 0 has an attention_mask of other numbers than 0"),
-        ({"input_ids": [5, 6], "attention_mask": ["1", "1"]}, "row 0 has an attention_mask of other numbers than 0"),
-        ({"input_ids": [5, 6], "attention_mask": [1, None]}, "row 0 has an attention_mask of other numbers than 0"),
-        ({"input_ids": [5, 6], "attention_mask": 1}, r"row 0 has attention_mask of \(\) for input_ids of \(2,\)"),
-        ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "is empty: none of its 1 rows has a token that is not padding"),
+        (
+            {"input_ids": [5, 6], "attention_mask": [1, 2]},
+            "row 0 has an attention_mask of other numbers than 0",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": [0, -10000.0]},
+            "row 0 has an attention_mask of other numbers than 0",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": ["1", "1"]},
+            "row 0 has an attention_mask of other numbers than 0",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": [1, None]},
+            "row 0 has an attention_mask of other numbers than 0",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": 1},
+            r"row 0 has attention_mask of \(\) for input_ids of \(2,\)",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": [0, 0]},
+            "is empty: none of its 1 rows has a token that is not padding",
+        ),
         ({"input_ids": None}, "row 0 has None in its input_ids, expected whole numbers"),
-        ({"input_ids": [5, 6], "token_type_ids": [0]}, r"row 0 has token_type_ids of \(1,\) for input_ids of \(2,\)"),
-        ({"input_ids": [5, 6], "token_type_ids": [0, 2]}, "row 0 has token_type_ids 0 to 2, .* has 2 types of tokens"),
-        ({"input_ids": [5, 6], "position_ids": [0.5, 1]}, "row 0 has 0.5 in its position_ids, expected whole numbers"),
+        (
+            {"input_ids": [5, 6], "token_type_ids": [0]},
+            r"row 0 has token_type_ids of \(1,\) for input_ids of \(2,\)",
+        ),
+        (
+            {"input_ids": [5, 6], "token_type_ids": [0, 2]},
+            "row 0 has token_type_ids 0 to 2, .* has 2 types of tokens",
+        ),
+        (
+            {"input_ids": [5, 6], "position_ids": [0.5, 1]},
+            "row 0 has 0.5 in its position_ids, expected whole numbers",
+        ),
     ],
 )
 def test_ids_and_masks_that_are_none_are_refused(row: Any, message: str) -> None:
@@ -273,13 +371,17 @@ def test_ids_and_masks_that_are_none_are_refused(row: Any, message: str) -> None
 def test_a_missing_value_is_like_no_column() -> None:
     row = {"input_ids": [5, 6], "attention_mask": None, "token_type_ids": None, "label": None}
     assert drawn(tiny(), [row]).rows == [{"input_ids": [5, 6]}]
-    with pytest.raises(CalibrationError, match="some calibration rows have the columns .*; give all rows the same columns"):
+    with pytest.raises(
+        CalibrationError, match="some calibration rows have the columns .*; give all rows the same columns"
+    ):
         drawn(tiny(), [row, {"input_ids": [7], "attention_mask": [1]}])
 
 
 def test_a_single_text_is_no_choice() -> None:
     for row in ({"input_ids": [5, 6]}, "w5 w6", ("w5", "w6")):
-        with pytest.raises(CalibrationError, match="compares choices|expected a question and each of its choices"):
+        with pytest.raises(
+            CalibrationError, match="compares choices|expected a question and each of its choices"
+        ):
             drawn(tiny(head="MULTIPLE_CHOICE"), [row], tokenizer())
 
 
@@ -330,12 +432,27 @@ class NoLength(Numbered):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (failing_stream, "row 5 of the calibration dataset could not be read: the dataset raised the Failing shown above"),
-        (lambda: FailingRows(TEXTS), r"row \d of the .* could not be read, though its length is 5: .* the KeyError"),
-        (lambda: Stopping(TEXTS), r"row \d of the .* could not be read, though its length is 5: .* the StopIteration"),
-        (lambda: Numbered(TEXTS, 9), r"row \d of the .* could not be read, though its length is 9: .* the IndexError"),
+        (
+            failing_stream,
+            "row 5 of the calibration dataset could not be read: the dataset raised the Failing shown above",
+        ),
+        (
+            lambda: FailingRows(TEXTS),
+            r"row \d of the .* could not be read, though its length is 5: .* the KeyError",
+        ),
+        (
+            lambda: Stopping(TEXTS),
+            r"row \d of the .* could not be read, though its length is 5: .* the StopIteration",
+        ),
+        (
+            lambda: Numbered(TEXTS, 9),
+            r"row \d of the .* could not be read, though its length is 9: .* the IndexError",
+        ),
         (lambda: NoLength(TEXTS), "has a length that cannot be told"),
-        (lambda: DataLoader(FailingRows(TEXTS), batch_size=2), "row 0 of the .* could not be read: .* the KeyError"),
+        (
+            lambda: DataLoader(FailingRows(TEXTS), batch_size=2),
+            "row 0 of the .* could not be read: .* the KeyError",
+        ),
     ],
 )
 def test_a_dataset_that_fails_is_named_with_the_row(dataset: Any, message: str, packing: bool) -> None:
@@ -364,19 +481,32 @@ def test_a_length_beyond_all_memory_is_drawn_from() -> None:
     assert drawn(GPT, Endless(), num_tokens=20).tokens == 20
 
 
-@pytest.mark.parametrize("row", ["", " \n", {"text": ""}, {"input_ids": []}, {"input_ids": [5], "attention_mask": [0]}])
+@pytest.mark.parametrize(
+    "row", ["", " \n", {"text": ""}, {"input_ids": []}, {"input_ids": [5], "attention_mask": [0]}]
+)
 @pytest.mark.parametrize("packing", [False, True])
-def test_an_endless_stream_without_tokens_ends(row: Any, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_kprune.texts.EMPTY_ROWS", 200)
+def test_an_endless_stream_without_tokens_ends(
+    row: Any, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_kprune.calibration.texts.EMPTY_ROWS", 200)
     if packing and isinstance(row, dict) and "text" not in row:
         pytest.skip("packing takes texts")
-    with pytest.raises(CalibrationError, match="200 rows of the calibration stream, one after the other, hold no"):
-        drawn(GPT, itertools.chain(TEXTS[:2] if packing else [], itertools.repeat(row)), tokenizer(), packing=packing)
+    with pytest.raises(
+        CalibrationError, match="200 rows of the calibration stream, one after the other, hold no"
+    ):
+        drawn(
+            GPT,
+            itertools.chain(TEXTS[:2] if packing else [], itertools.repeat(row)),
+            tokenizer(),
+            packing=packing,
+        )
 
 
 def test_an_endless_stream_of_texts_is_read_as_far_as_it_is_needed() -> None:
     assert drawn(GPT, itertools.cycle(["", *TEXTS]), tokenizer(), num_tokens=40).tokens == 40
-    packed = drawn(GPT, itertools.cycle(["", *TEXTS]), tokenizer(), num_tokens=40, packing=True, max_seq_length=8)
+    packed = drawn(
+        GPT, itertools.cycle(["", *TEXTS]), tokenizer(), num_tokens=40, packing=True, max_seq_length=8
+    )
     assert packed.tokens == 40
 
 
@@ -414,9 +544,15 @@ BLANK = " " * 10_000
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["long", "spaces", "word", "blank", "long and short", "short and long", "both long"])
+@pytest.mark.parametrize(
+    "kind", ["long", "spaces", "word", "blank", "long and short", "short and long", "both long"]
+)
 def test_a_long_text_gives_what_all_of_it_gives(kind: str, side: str) -> None:
-    pairs = {"long and short": (LONG, "w5 w6"), "short and long": ("w5", LONG), "both long": (LONG[:1500], LONG[300:1800])}
+    pairs = {
+        "long and short": (LONG, "w5 w6"),
+        "short and long": ("w5", LONG),
+        "both long": (LONG[:1500], LONG[300:1800]),
+    }
     text: Any = {"long": LONG, "spaces": SPACES, "word": WORD, "blank": BLANK, **pairs}[kind]
     pair = text if isinstance(text, tuple) else (text,)
     whole = Counting(side).inner(*pair, truncation=True, max_length=9)["input_ids"]
@@ -473,12 +609,18 @@ def test_a_long_chat_gives_what_all_of_it_gives(tells: bool) -> None:
         (None, "the data collator returned None, expected a dict of tensors"),
         ([1, 2], r"the data collator returned \[1, 2\], expected a dict of tensors"),
         ({"input_ids": [[5, 6]]}, r"the data collator made \['input_ids'\], expected tensors that"),
-        ({"input_ids": torch.ones(3, 4)}, "made input_ids of .* in torch.float32 for .* rows; expected whole numbers"),
+        (
+            {"input_ids": torch.ones(3, 4)},
+            "made input_ids of .* in torch.float32 for .* rows; expected whole numbers",
+        ),
         (
             {"input_ids": torch.ones(4, dtype=torch.long)},
             r"made input_ids of \(4,\) .* expected whole numbers, \(rows, tokens\)",
         ),
-        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, r"made input_ids of \(1, 4\) in torch.int64 for \d+ rows"),
+        (
+            {"input_ids": torch.ones(1, 4, dtype=torch.long)},
+            r"made input_ids of \(1, 4\) in torch.int64 for \d+ rows",
+        ),
         ({"kwargs": torch.ones(1)}, r"the data collator made \['kwargs'\], expected tensors"),
     ],
 )
@@ -498,5 +640,7 @@ def test_a_model_made_from_ids_of_every_container_is_the_same() -> None:
 def test_rows_that_the_model_does_not_run_on_are_refused_with_the_cause() -> None:
     rows = [{"input_ids": row, "position_ids": [99] * 4} for row in IDS * 4]
     arguments = KPruneArguments(use_cpu=True, disable_tqdm=True)
-    with pytest.raises(CalibrationError, match="does not run on the first calibration rows, .* the .*Error shown above"):
+    with pytest.raises(
+        CalibrationError, match="does not run on the first calibration rows, .* the .*Error shown above"
+    ):
         KPrunePruner(tiny(), arguments, rows, processing_class=tokenizer()).prune()

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from test_calibration import calibration
 from torch import Tensor
 
-import hf_kprune.surgeon
+import hf_kprune.methods.elimination
 from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.heads import Draws, knowledge_loss
-from hf_kprune.interface import Statistics
-from hf_kprune.reconstruction import DAMPING, NormalEquations, correct_drift
-from hf_kprune.search import convex_slopes, split, threshold_search
-from hf_kprune.sublayers import find_sublayers
-from hf_kprune.surgeon import covariance, eliminate
+from hf_kprune.calibration.tasks import Draws, knowledge_loss
+from hf_kprune.methods.base import Statistics
+from hf_kprune.methods.elimination import covariance, eliminate
+from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_drift
+from hf_kprune.methods.search import convex_slopes, split, threshold_search
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 def problem(columns: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,14 +53,17 @@ def test_eliminated_units_cost_what_explicit_least_squares_leaves(
     columns, residual = 12, 5
     moments, weight, metric = problem(columns, residual, seed)
     for share in (0.03, 0.4):
-        monkeypatch.setattr(hf_kprune.surgeon, "SHARE", share)
+        monkeypatch.setattr(hf_kprune.methods.elimination, "SHARE", share)
         losses = eliminate(moments, weight, metric, width)
         order = losses.argsort().tolist()
         gone = [[unit * width + c for unit in order[:n] for c in range(width)] for n in range(len(order) + 1)]
         explicit = torch.tensor([least_loss(moments, weight, metric, g) for g in gone], dtype=torch.float64)
         if share == 0.03:  # one by one
             torch.testing.assert_close(losses[order], convex_slopes(explicit), rtol=1e-6, atol=1e-9)
-            alone = [least_loss(moments, weight, metric, [u * width + c for c in range(width)]) for u in range(len(order))]
+            alone = [
+                least_loss(moments, weight, metric, [u * width + c for c in range(width)])
+                for u in range(len(order))
+            ]
             assert order[0] == min(range(len(order)), key=alone.__getitem__)
         torch.testing.assert_close(losses.sum(), explicit[-1], rtol=1e-6, atol=1e-9)
 
@@ -70,7 +73,9 @@ def test_what_an_intercept_takes_over_costs_nothing() -> None:
     features[:, 2] = 7.0
     sums = features.T @ features, features.sum(0), 50
     weight, metric = torch.randn(3, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    with_bias, without = (eliminate(covariance(*sums, centred, 0.0)[0], weight, metric, 1) for centred in (True, False))
+    with_bias, without = (
+        eliminate(covariance(*sums, centred, 0.0)[0], weight, metric, 1) for centred in (True, False)
+    )
     assert int(with_bias.argmin()) == 2
     assert float(with_bias[2]) < 1e-6 < float(without[2])
 
@@ -108,7 +113,11 @@ def test_a_threshold_on_split_scores_minimises_the_sum_of_powers(seed: int, expo
 
     found = tuple(int(mask.sum()) for mask in masks)
     spent = sum(c * k for c, k in zip(costs, found, strict=True))
-    as_cheap = [k for k in itertools.product(range(6), repeat=3) if sum(c * n for c, n in zip(costs, k, strict=True)) <= spent]
+    as_cheap = [
+        k
+        for k in itertools.product(range(6), repeat=3)
+        if sum(c * n for c, n in zip(costs, k, strict=True)) <= spent
+    ]
     # a greedy fill of the last unit aside, which may be too dear for what is left
     assert total(found) <= min(map(total, as_cheap)) + max(float(step.max()) for step in steps) ** exponent
 
@@ -123,7 +132,10 @@ def test_split_keeps_the_order_within_a_sublayer() -> None:
 def test_drift_is_corrected_by_the_affine_map_that_undoes_it() -> None:
     torch.manual_seed(0)
     taught = torch.randn(60, 4, dtype=torch.float64)
-    matrix, shift = torch.eye(4, dtype=torch.float64) + 0.1 * torch.randn(4, 4, dtype=torch.float64), torch.randn(4).double()
+    matrix, shift = (
+        torch.eye(4, dtype=torch.float64) + 0.1 * torch.randn(4, 4, dtype=torch.float64),
+        torch.randn(4).double(),
+    )
     read = (taught - shift) @ torch.linalg.inv(matrix).T
     equations = NormalEquations.zeros(4, 4, torch.device("cpu"))
     equations.add(read, taught, taught)
@@ -138,7 +150,9 @@ def test_drift_is_corrected_by_the_affine_map_that_undoes_it() -> None:
         assert float(fit.bias.abs().max()) < 1e-12
 
 
-def dense_statistics(model: Any, data: list[dict[str, Any]], needs: set[str], **options: Any) -> list[Statistics]:
+def dense_statistics(
+    model: Any, data: list[dict[str, Any]], needs: set[str], **options: Any
+) -> list[Statistics]:
     made = calibration(model, data, **options)
     return list(made.measure_dense(model, find_sublayers(model), needs, knowledge_loss(model, 2.0, "mean")))
 
@@ -150,7 +164,9 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
     """Without padding, through the whole model, with real masks."""
     model, data = tiny(model_type, head).requires_grad_(False), rows(6)
     sublayers, loss = find_sublayers(model), knowledge_loss(model, 2.0, "mean")
-    curved, fisher = (dense_statistics(model, data, {needs}, per_device_batch_size=4) for needs in ("curvature", "fisher"))
+    curved, fisher = (
+        dense_statistics(model, data, {needs}, per_device_batch_size=4) for needs in ("curvature", "fisher")
+    )
     zeros = {"gram": 0.0, "feature_sum": 0.0, "metric": 0.0, "fisher": 0.0, "absolute": 0.0}
     expected: list[dict[str, Any]] = [dict(zeros) for _ in sublayers]
     masks: list[Tensor] = []
@@ -284,5 +300,7 @@ def test_damping_that_rounding_asks_for_is_no_more_than_that_and_is_reported() -
     moments, damping = covariance(centred.gram, centred.feature_sum, 30, True, 0.0)
     assert bool((torch.linalg.eigvalsh(moments) > 0).all())
     assert 0 < damping < 1e-4
-    _, ordinary = covariance(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 5, True, 0.0)
+    _, ordinary = covariance(
+        torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 5, True, 0.0
+    )
     assert ordinary == DAMPING

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner
-from hf_kprune.cost import model_size
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.budget import model_size
+from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.sweep import Sweep, SweepPoint, smallest_within
 
 
@@ -70,8 +70,14 @@ def test_with_max_drop_the_model_becomes_the_smallest_good_enough() -> None:
     assert len(swept.points) == 1 + 2 + 2
 
 
-@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True), st.floats(0.0, 1.0), st.integers(0, 6))
-def test_refining_closes_in_on_the_last_good_sparsity(sparsities: list[float], cliff: float, refine: int) -> None:
+@given(
+    st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True),
+    st.floats(0.0, 1.0),
+    st.integers(0, 6),
+)
+def test_refining_closes_in_on_the_last_good_sparsity(
+    sparsities: list[float], cliff: float, refine: int
+) -> None:
     """Quality falls from 1 to 0 where sparsity passes the cliff."""
 
     def point(sparsity: float) -> SweepPoint:
@@ -90,7 +96,10 @@ def test_refining_closes_in_on_the_last_good_sparsity(sparsities: list[float], c
 
 
 def test_pareto_points_are_those_that_nothing_dominates() -> None:
-    points = [SweepPoint({}, 0.1 * i, flops, 1, distance, 1.0) for i, (flops, distance) in enumerate([(3, 0), (2, 5), (1, 4)])]
+    points = [
+        SweepPoint({}, 0.1 * i, flops, 1, distance, 1.0)
+        for i, (flops, distance) in enumerate([(3, 0), (2, 5), (1, 4)])
+    ]
     assert Sweep(points).pareto() == [True, False, True]
 
 
@@ -146,7 +155,7 @@ def clock_of_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     for module in ("algorithm", "latency", "pruner"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
-    monkeypatch.setattr("hf_kprune.latency.cached_assets_path", lambda *_: tmp_path)
+    monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
 
 
 @pytest.mark.usefixtures("clock_of_units")
@@ -159,7 +168,9 @@ def test_budgets_of_all_kinds_in_one_sweep_are_those_of_single_runs() -> None:
         {"target_speedup": 1.5},
         {"target_latency": units(tiny()) / 2},
     ]
-    swept = make_pruner(tiny(), target_bytes=0.9 * size.bytes).sweep(asked)  # which options of its own do not overrule
+    swept = make_pruner(tiny(), target_bytes=0.9 * size.bytes).sweep(
+        asked
+    )  # which options of its own do not overrule
     assert [p.sparsity for p in swept.points] == sorted(p.sparsity for p in swept.points)
     for options in asked:
         (point,) = [p for p in swept.points if p.asked == options]
@@ -171,7 +182,9 @@ def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: p
     monkeypatch.setattr("hf_kprune.algorithm.compare", lambda models, *_: [1.0, 0.9])
     model = tiny()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(BudgetError, match=r"target_speedup is 1.5, of which the fastest .* takes 1\.35 times the time"):
+    with pytest.raises(
+        BudgetError, match=r"target_speedup is 1.5, of which the fastest .* takes 1\.35 times the time"
+    ):
         make_pruner(model, target_speedup=1.5).prune()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -188,7 +201,12 @@ def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path
         args = KPruneArguments(disable_tqdm=True, use_cpu=True, method=method)
         pruner = KPrunePruner(tiny(), args, stream, collate)
         swept = pruner.sweep([0.5], output_dir=str(tmp_path / str(other)))
-        found.append((swept.points[1], AutoModelForSequenceClassification.from_pretrained(swept.points[1].path).state_dict()))
+        found.append(
+            (
+                swept.points[1],
+                AutoModelForSequenceClassification.from_pretrained(swept.points[1].path).state_dict(),
+            )
+        )
     (first, weights), (second, same) = found
     assert first.distance != second.distance
     if method == "kprune":  # ours tries splits on them
@@ -225,9 +243,13 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
         assert units(model) > dense / 1.5 - 6  # less than a head is left over
         assert report.achieved == (dense / units(model) if "target_speedup" in options else units(model))
     for value, name in ((1000.0, "target_speedup"), (1.0, "target_latency")):
-        with pytest.raises(BudgetError, match=f"{name} is {value}, .* the model takes .* s as it is and 10 s with the least"):
+        with pytest.raises(
+            BudgetError, match=f"{name} is {value}, .* the model takes .* s as it is and 10 s with the least"
+        ):
             make_pruner(tiny(), **{name: value}).prune()
-    with pytest.raises(ArgumentError, match="method is 'kprune', expected with target_speedup, one of obs, kwon"):
+    with pytest.raises(
+        ArgumentError, match="method is 'kprune', expected with target_speedup, one of obs, kwon"
+    ):
         KPruneArguments(target_speedup=2.0, method="kprune")
 
 

@@ -16,14 +16,26 @@ from conftest import collate, rows
 from zoo import ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner, UnsupportedArchitectureError
-from hf_kprune.search import uniform_search
-from hf_kprune.sublayers import find_sublayers
+from hf_kprune.methods.search import uniform_search
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 Record = Callable[[str, object], None]
 STOCK = [
     name
-    for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo", "smollm3", "granite")
+    for name in (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "olmo",
+        "smollm3",
+        "granite",
+    )
     if name in ZOO
 ]
 LOAD_ELSEWHERE = """
@@ -42,7 +54,9 @@ for folder in sys.argv[1:]:
 
 
 def prune(name: str, **options: object) -> KPrunePruner:
-    args = KPruneArguments(**{"sparsity": 0.4, "disable_tqdm": True, "use_cpu": True, "uniform": True, **options})
+    args = KPruneArguments(
+        **{"sparsity": 0.4, "disable_tqdm": True, "use_cpu": True, "uniform": True, **options}
+    )
     pruner = KPrunePruner(make(name), args, rows(40, longest=12), data_collator=collate)
     pruner.callback_handler.callbacks.clear()
     pruner.prune()
@@ -57,7 +71,10 @@ def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path) -> N
         pruner = prune(name)
         assert 0.4 <= pruner.report.sparsity < 0.75
         model, folder = pruner.model, tmp_path / name
-        sizes = {kind: {s.num_units for s in find_sublayers(model) if s.kind == kind} for kind in ("attention", "ffn")}
+        sizes = {
+            kind: {s.num_units for s in find_sublayers(model) if s.kind == kind}
+            for kind in ("attention", "ffn")
+        }
         assert all(len(found) == 1 for found in sizes.values()), f"{name}: {sizes}"
         pruner.save_model(str(folder))
         ids = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -66,7 +83,9 @@ def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path) -> N
             expected[folder] = model(ids).logits
     subprocess.run([sys.executable, "-c", LOAD_ELSEWHERE, *map(str, expected)], check=True)
     for folder, logits in expected.items():
-        torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            load_file(folder / "logits.safetensors")["logits"], logits, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -88,7 +107,9 @@ def test_a_query_head_of_every_group_leaves_the_keys(tmp_path: Path) -> None:
 
 
 def test_what_the_config_cannot_say_is_refused_and_ffn_alone_is_offered(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedArchitectureError, match=r"BertConfig cannot say fewer heads.*prune_heads=False"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"BertConfig cannot say fewer heads.*prune_heads=False"
+    ):
         prune("bert")
     pruner = prune("bert", prune_heads=False, sparsity=0.2)
     pruner.save_model(str(tmp_path / "saved"))
@@ -117,7 +138,10 @@ def test_the_uniform_plan_is_the_best_one() -> None:
         def worth(h: int, f: int, scores: list[torch.Tensor] = scores, costs: list[float] = costs) -> float:
             kept = (h, f, h, f)
             return float(
-                sum(c * s.sort(descending=True).values[:k].sum() for s, c, k in zip(scores, costs, kept, strict=True))
+                sum(
+                    c * s.sort(descending=True).values[:k].sum()
+                    for s, c, k in zip(scores, costs, kept, strict=True)
+                )
             )
 
         every = itertools.product(allowed[0] or range(1, 5), range(1, 13))

@@ -16,12 +16,25 @@ from conftest import collate, rows, tiny
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 from hf_kprune import ArgumentError, KPruneArguments, KPruneCallback, KPrunePruner
-from hf_kprune.cli import DataArguments, SweepArguments
+from hf_kprune.cli.commands import DataArguments, SweepArguments
 from hf_kprune.validation import show
 
 
 KINDS = get_type_hints(KPruneArguments)
-STRANGE: list[Any] = [object(), b"0.5", {}, {1}, 1j, Decimal(1), "", KPruneArguments, len, torch.ones(2), float("nan"), [None]]
+STRANGE: list[Any] = [
+    object(),
+    b"0.5",
+    {},
+    {1},
+    1j,
+    Decimal(1),
+    "",
+    KPruneArguments,
+    len,
+    torch.ones(2),
+    float("nan"),
+    [None],
+]
 RIGHT: dict[Any, list[Any]] = {
     bool: [True, np.bool_(True), torch.tensor(True)],
     int: [7, np.int64(7), np.uint8(7), torch.tensor(7)],
@@ -49,7 +62,9 @@ def wrong_for(kind: Any) -> list[Any]:
         list[float]: [0.5, "0.5", ["0.5"], [True], [float("nan")]],
     }
     right = plain(kind)
-    values = others[right] + [value for value in STRANGE if not (isinstance(value, str) and right in (str, list[str]))]
+    values = others[right] + [
+        value for value in STRANGE if not (isinstance(value, str) and right in (str, list[str]))
+    ]
     return values if kind != right else [*values, None]
 
 
@@ -73,7 +88,11 @@ def test_every_option_refuses_what_its_annotation_does_not_take(name: str) -> No
 @pytest.mark.parametrize("name", [name for name in KINDS if plain(KINDS[name]) in (bool, str, list[str])])
 def test_what_is_harmless_is_taken_in_its_plain_form(name: str) -> None:
     choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(KPruneArguments)}[name]
-    for value in RIGHT[plain(KINDS[name])] if choices is None and name not in ("statistics_dtype", "max_shard_size") else []:
+    for value in (
+        RIGHT[plain(KINDS[name])]
+        if choices is None and name not in ("statistics_dtype", "max_shard_size")
+        else []
+    ):
         taken = getattr(KPruneArguments(**{name: value}), name)
         assert taken == PLAIN[plain(KINDS[name])]
         assert type(taken) in (bool, str, list) or isinstance(taken, str)
@@ -98,7 +117,10 @@ def test_whole_numbers_of_other_libraries_are_taken(value: Any) -> None:
     [
         ({"sparsity": "0.5"}, "sparsity is '0.5', expected a number or None: 0.5, without quotes"),
         ({"seed": None}, "seed is None, expected a whole number (default: 42)"),
-        ({"per_device_batch_size": 2.5}, "per_device_batch_size is 2.5, expected a whole number (default: 32)"),
+        (
+            {"per_device_batch_size": 2.5},
+            "per_device_batch_size is 2.5, expected a whole number (default: 32)",
+        ),
         ({"num_tokens": 1e5}, "num_tokens is 100000.0, expected a whole number: 100000"),
         ({"tune": "false"}, "tune is 'false', expected True or False: False, without quotes"),
         ({"temperature": float("nan")}, "temperature is nan, expected a finite number (default: 2.0)"),
@@ -108,7 +130,9 @@ def test_whole_numbers_of_other_libraries_are_taken(value: Any) -> None:
         ({"seed": -1}, "seed is -1, expected from 0 to 2**32 - 1"),
     ],
 )
-def test_the_sentence_has_the_value_what_was_expected_and_the_way_out(options: dict[str, Any], message: str) -> None:
+def test_the_sentence_has_the_value_what_was_expected_and_the_way_out(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ArgumentError) as error:
         KPruneArguments(**options)
     assert str(error.value).endswith(message)
@@ -137,7 +161,10 @@ def test_an_option_of_the_wrong_kind_is_refused_when_the_pruner_starts() -> None
 
 
 def test_options_of_the_command_line_are_checked_alike() -> None:
-    for kind, right in ((DataArguments, {"model_name_or_path": "m", "dataset_file": "f.csv"}), (SweepArguments, {})):
+    for kind, right in (
+        (DataArguments, {"model_name_or_path": "m", "dataset_file": "f.csv"}),
+        (SweepArguments, {}),
+    ):
         kinds = get_type_hints(kind)
         kind(**right)
         for field in dataclasses.fields(kind):
@@ -153,18 +180,30 @@ class Teller(TrainerCallback):
 
 
 PRUNER: dict[str, tuple[dict[str, Any], str]] = {
-    "no model": ({"model": None}, "model is None, expected a transformers PreTrainedModel or the name or path of one"),
+    "no model": (
+        {"model": None},
+        "model is None, expected a transformers PreTrainedModel or the name or path of one",
+    ),
     "empty name": ({"model": ""}, "model is '', expected a transformers PreTrainedModel"),
     "number": ({"model": 5}, "model is 5, expected "),
     "config": ({"model": BertConfig()}, "model is of type BertConfig, expected .*from_config"),
     "class": ({"model": BertModel}, "model is the class BertModel, expected .*BertModel.from_pretrained"),
     "dict of options": ({"args": {}}, r"args is \{\}, expected a KPruneArguments or None: KPruneArguments\("),
     "training": ({"args": "training"}, "args is of type TrainingArguments, expected a KPruneArguments"),
-    "trainer callback": ({"callbacks": [Teller()]}, "callbacks is .*Teller.*, expected .*KPruneCallback.*no TrainerCallback"),
+    "trainer callback": (
+        {"callbacks": [Teller()]},
+        "callbacks is .*Teller.*, expected .*KPruneCallback.*no TrainerCallback",
+    ),
     "its class": ({"callbacks": [Teller]}, "callbacks is .*Teller.*, expected .*KPruneCallback"),
     "one callback": ({"callbacks": KPruneCallback()}, r"callbacks is .*, expected a list.*: \[callback\]"),
-    "tokenizer by name": ({"processing_class": "bert"}, "processing_class is 'bert', expected a tokenizer.*from_pretrained"),
-    "tokenizer's class": ({"processing_class": dict}, "processing_class is the class dict, expected a tokenizer"),
+    "tokenizer by name": (
+        {"processing_class": "bert"},
+        "processing_class is 'bert', expected a tokenizer.*from_pretrained",
+    ),
+    "tokenizer's class": (
+        {"processing_class": dict},
+        "processing_class is the class dict, expected a tokenizer",
+    ),
     "tokenizer is config": (
         {"processing_class": BertConfig()},
         "processing_class is of type BertConfig, expected a tokenizer",
@@ -172,9 +211,15 @@ PRUNER: dict[str, tuple[dict[str, Any], str]] = {
     "metrics": ({"compute_metrics": "accuracy"}, "compute_metrics is 'accuracy', expected a function"),
     "loss": ({"compute_loss": 0.5}, "compute_loss is 0.5, expected a function"),
     "collator": ({"data_collator": "pad"}, "data_collator is 'pad', expected a function"),
-    "collator's class": ({"data_collator": KPruneCallback}, "data_collator is the class KPruneCallback, expected a function"),
+    "collator's class": (
+        {"data_collator": KPruneCallback},
+        "data_collator is the class KPruneCallback, expected a function",
+    ),
     "evaluation by name": ({"eval_dataset": "glue"}, "eval_dataset is 'glue', expected a dataset"),
-    "unknown keyword": ({"calibration_data": []}, "KPrunePruner has no option calibration_data; did you mean calibration_d"),
+    "unknown keyword": (
+        {"calibration_data": []},
+        "KPrunePruner has no option calibration_data; did you mean calibration_d",
+    ),
 }
 
 
@@ -192,34 +237,74 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "budgets as a number": ("sweep", {"budgets": 0.5}, "budgets is 0.5, expected a list"),
     "budgets as a string": ("sweep", {"budgets": "0.5"}, "budgets is '0.5', expected a list"),
     "a budget as a string": ("sweep", {"budgets": ["0.5"]}, r"budgets is \['0.5'\], expected a list"),
-    "a target as a string": ("sweep", {"budgets": [{"target_params": "5e6"}]}, "target_params is '5e6', expected a number"),
+    "a target as a string": (
+        "sweep",
+        {"budgets": [{"target_params": "5e6"}]},
+        "target_params is '5e6', expected a number",
+    ),
     "metric": ("sweep", {"metric": 5}, "metric is 5, expected a string"),
-    "direction of the metric": ("sweep", {"greater_is_better": "yes"}, "greater_is_better is 'yes', expected True or False"),
+    "direction of the metric": (
+        "sweep",
+        {"greater_is_better": "yes"},
+        "greater_is_better is 'yes', expected True or False",
+    ),
     "drop": ("sweep", {"max_drop": "0.03"}, "max_drop is '0.03', expected a number"),
     "refine": ("sweep", {"refine": 1.5}, "refine is 1.5, expected a whole number"),
     "refine below": ("sweep", {"refine": -1}, "refine is -1, expected at least 0"),
     "place": ("sweep", {"output_dir": 5}, "output_dir is 5, expected a string"),
-    "sweep's keyword": ("sweep", {"metrics": "accuracy"}, "sweep has no option metrics; did you mean metric?"),
+    "sweep's keyword": (
+        "sweep",
+        {"metrics": "accuracy"},
+        "sweep has no option metrics; did you mean metric?",
+    ),
     "trials": ("hyperparameter_search", {"n_trials": None}, "n_trials is None, expected a whole number"),
     "no trials": ("hyperparameter_search", {"n_trials": 0}, "n_trials is 0, expected at least 1"),
-    "direction": ("hyperparameter_search", {"direction": "down"}, "direction is 'down', expected 'minimize' or 'maximize'"),
+    "direction": (
+        "hyperparameter_search",
+        {"direction": "down"},
+        "direction is 'down', expected 'minimize' or 'maximize'",
+    ),
     "space": ("hyperparameter_search", {"hp_space": {}}, r"hp_space is \{\}, expected a function"),
-    "objective": ("hyperparameter_search", {"compute_objective": "loss"}, "compute_objective is 'loss', expected a function"),
+    "objective": (
+        "hyperparameter_search",
+        {"compute_objective": "loss"},
+        "compute_objective is 'loss', expected a function",
+    ),
     "what the space gives": (
         "hyperparameter_search",
         {"hp_space": lambda trial: [], "n_trials": 1},
         r"what hp_space gives is \[\], expected a dict",
     ),
-    "evaluation by name": ("evaluate", {"eval_dataset": "glue"}, "eval_dataset is 'glue', expected a dataset"),
+    "evaluation by name": (
+        "evaluate",
+        {"eval_dataset": "glue"},
+        "eval_dataset is 'glue', expected a dataset",
+    ),
     "nothing to evaluate": ("evaluate", {}, "eval_dataset is None, expected a dataset"),
-    "prefix": ("evaluate", {"eval_dataset": [], "metric_key_prefix": 5}, "metric_key_prefix is 5, expected a string"),
-    "keys": ("evaluate", {"eval_dataset": [], "ignore_keys": 5}, "ignore_keys is 5, expected a list of strings"),
-    "evaluate's keyword": ("evaluate", {"dataset": []}, "evaluate has no option dataset; did you mean eval_dataset?"),
+    "prefix": (
+        "evaluate",
+        {"eval_dataset": [], "metric_key_prefix": 5},
+        "metric_key_prefix is 5, expected a string",
+    ),
+    "keys": (
+        "evaluate",
+        {"eval_dataset": [], "ignore_keys": 5},
+        "ignore_keys is 5, expected a list of strings",
+    ),
+    "evaluate's keyword": (
+        "evaluate",
+        {"dataset": []},
+        "evaluate has no option dataset; did you mean eval_dataset?",
+    ),
     "nothing to predict": ("predict", {"test_dataset": None}, "test_dataset is None, expected a dataset"),
     "save": ("save_model", {"output_dir": 5}, "output_dir is 5, expected a string"),
     "card": ("create_model_card", {"tags": 5}, "tags is 5, expected a string or a list of strings"),
     "push": ("push_to_hub", {"blocking": "no"}, "blocking is 'no', expected True or False"),
-    "callback": ("add_callback", {"callback": Teller()}, "callback is of type Teller, expected a KPruneCallback.*derive it"),
+    "callback": (
+        "add_callback",
+        {"callback": Teller()},
+        "callback is of type Teller, expected a KPruneCallback.*derive it",
+    ),
 }
 
 
@@ -246,10 +331,14 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
         monkeypatch.setitem(sys.modules, module, None)
     pruner = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
     with pytest.raises(ArgumentError, match=r'pip install "hf_kprune\[sweep\]"'):
-        pruner.hyperparameter_search() if call == "hyperparameter_search" else Sweep([]).plot(str(tmp_path / "plot.svg"))
+        pruner.hyperparameter_search() if call == "hyperparameter_search" else Sweep([]).plot(
+            str(tmp_path / "plot.svg")
+        )
 
 
-@pytest.mark.parametrize("value", ["\x1b[2J", "\u202e", "a\nb", "x" * 10_000, ["y" * 1000] * 1000, {"a": torch.ones(500)}])
+@pytest.mark.parametrize(
+    "value", ["\x1b[2J", "\u202e", "a\nb", "x" * 10_000, ["y" * 1000] * 1000, {"a": torch.ones(500)}]
+)
 def test_a_value_is_shown_in_one_short_line_without_control_characters(value: Any) -> None:
     line = show(value)
     assert line.isprintable()

@@ -22,13 +22,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from zoo import NAMED, ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedModelError
-from hf_kprune.families import FAMILIES, REFUSED
-from hf_kprune.hooks import State, resumed, run_sublayer, run_to_top
-from hf_kprune.sublayers import find_sublayers, with_own_tables
+from hf_kprune.structure.families import FAMILIES, REFUSED
+from hf_kprune.structure.hooks import State, resumed, run_sublayer, run_to_top
+from hf_kprune.structure.sublayers import find_sublayers, with_own_tables
 
 
 Record = Callable[[str, object], None]
-every = pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NAMED else pytest.mark.slow) for n in ZOO])
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in NAMED else pytest.mark.slow) for n in ZOO]
+)
 
 
 def plans(units: list[int]) -> dict[str, list[Tensor]]:
@@ -109,13 +111,19 @@ def test_an_emptied_attention_has_its_place_among_the_attention_weights(name: st
         masks = [torch.full((s.num_units,), s.name not in emptied) for s in find_sublayers(model)]
         student = cut_all(model, masks)
         if name == "longformer":
-            with pytest.raises(NotImplementedError, match="output_attentions is True, but LongformerSelfAttention"):
+            with pytest.raises(
+                NotImplementedError, match="output_attentions is True, but LongformerSelfAttention"
+            ):
                 attentions_of(student, kind)
             continue
         pruned = attentions_of(student, kind)
-        assert {stack: len(weights) for stack, weights in pruned.items()} == {s: len(w) for s, w in dense.items()}
+        assert {stack: len(weights) for stack, weights in pruned.items()} == {
+            s: len(w) for s, w in dense.items()
+        }
         for stack, weights in pruned.items():
-            usual = not (name in ("yoso", "longt5", "mvp:prompt") or None in dense[stack])  # weights of (B, heads, T, keys)
+            usual = not (
+                name in ("yoso", "longt5", "mvp:prompt") or None in dense[stack]
+            )  # weights of (B, heads, T, keys)
             for index, (some, before) in enumerate(zip(weights, dense[stack], strict=True)):
                 if usual and before is not None and some is not None and index == 0:
                     assert some.shape == (len(before), 0, *before.shape[2:]), stack
@@ -145,7 +153,11 @@ def test_carried_equals_run(name: str, record_property: Record) -> None:
     record_property("family", (name, "carried"))
     kind, dense = ZOO[name][2], with_own_tables(make(name))
     units = [s.num_units for s in find_sublayers(dense)]
-    for model in (dense, cut_all(dense, plans(units)["without 0"]), cut_all(dense, plans(units)["without 1"])):
+    for model in (
+        dense,
+        cut_all(dense, plans(units)["without 0"]),
+        cut_all(dense, plans(units)["without 1"]),
+    ):
         sublayers, inputs = find_sublayers(model), inputs_for(model, kind)
         expected, state = outputs_of(model, kind), State()
         for position in range(len(sublayers) + 1):
@@ -192,8 +204,12 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
                 model(**inputs)
             for hook in hooks:
                 hook.remove()
-            parts = [t.reshape_as(total) for t in seen if t.numel() == total.numel() and t.is_floating_point()]
-            assert any(torch.allclose(t, total, rtol=1e-4, atol=1e-4) for t in parts), f"{sublayer.name}: no such sum"
+            parts = [
+                t.reshape_as(total) for t in seen if t.numel() == total.numel() and t.is_floating_point()
+            ]
+            assert any(torch.allclose(t, total, rtol=1e-4, atol=1e-4) for t in parts), (
+                f"{sublayer.name}: no such sum"
+            )
         state = tap.above
 
 
@@ -241,14 +257,23 @@ def test_pruned_twice_equals_pruned_once(name: str, tmp_path: Path, record_prope
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     """What models of the zoo give in a process without hf_kprune, loaded from their checkpoints with trust_remote_code."""
-    wanted = {item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_loaded_elsewhere")}
+    wanted = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.name.startswith("test_loaded_elsewhere")
+    }
     folder, tasks = tmp_path_factory.mktemp("elsewhere"), {}
     for name in wanted:
         model, kind = make(name), ZOO[name][2]
         student = cut_all(model, plans([s.num_units for s in find_sublayers(model)])["without 0"])
         path = folder / name.replace(":", "_")
         student.save_pretrained(path)
-        tasks[name] = {"path": str(path), "class": type(model).__name__, "kind": kind, "expected": outputs_of(student, kind)}
+        tasks[name] = {
+            "path": str(path),
+            "class": type(model).__name__,
+            "kind": kind,
+            "expected": outputs_of(student, kind),
+        }
     torch.save(tasks, folder / "tasks.pt")
     subprocess.run([sys.executable, Path(__file__).with_name("zoo_elsewhere.py"), folder], check=True)
     results: dict[str, Any] = torch.load(folder / "results.pt")
@@ -256,7 +281,9 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 
 
 @every
-def test_loaded_elsewhere_with_the_code_it_brings(name: str, elsewhere: dict[str, Any], record_property: Record) -> None:
+def test_loaded_elsewhere_with_the_code_it_brings(
+    name: str, elsewhere: dict[str, Any], record_property: Record
+) -> None:
     record_property("family", (name, "remote code"))
     if elsewhere[name] == "no Auto class has it":
         pytest.skip(f"{ZOO[name][0]} is in no Auto table of transformers")
@@ -266,7 +293,9 @@ def test_loaded_elsewhere_with_the_code_it_brings(name: str, elsewhere: dict[str
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
 def test_refused_with_the_reason(model_type: str, record_property: Record) -> None:
     record_property("refused", (model_type, REFUSED[model_type]))
-    model: Any = type("Model", (), {"config": AutoConfig.for_model(model_type), "named_modules": lambda self: []})()
+    model: Any = type(
+        "Model", (), {"config": AutoConfig.for_model(model_type), "named_modules": lambda self: []}
+    )()
     with pytest.raises(UnsupportedModelError, match=model_type):
         find_sublayers(model)
 

@@ -82,7 +82,8 @@ def main() -> None:
     for name, directory in tasks["broken"].items():
         load = transformers.AutoModelForSequenceClassification.from_pretrained
         results[name] = [
-            error_of(load, directory, trust_remote_code=True, ignore_mismatched_sizes=ignore) for ignore in (False, True)
+            error_of(load, directory, trust_remote_code=True, ignore_mismatched_sizes=ignore)
+            for ignore in (False, True)
         ]
     hub = transformers.AutoModelForSequenceClassification.from_pretrained(
         "someone/pruned", revision="v2", cache_dir=tasks["cache"], trust_remote_code=True
@@ -90,7 +91,9 @@ def main() -> None:
     hub.save_pretrained(folder / "from the hub")
     results["hub"] = hub.state_dict()
     results["hub refused"] = error_of(
-        transformers.AutoModelForSequenceClassification.from_pretrained, "someone/pruned", cache_dir=tasks["cache"]
+        transformers.AutoModelForSequenceClassification.from_pretrained,
+        "someone/pruned",
+        cache_dir=tasks["cache"],
     )
     pushed = results["pushed"] = {}
     HfApi.create_repo = lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id)

@@ -149,9 +149,21 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         "text",
     ),
     "falcon": ("FalconForCausalLM", FALCON, "text"),
-    "falcon:alibi": ("FalconForCausalLM", {**FALCON, "alibi": True, "multi_query": False, "bias": True}, "text"),
-    "falcon:new": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, "text"),
-    "falcon:sequential": ("FalconForCausalLM", {**FALCON, "multi_query": False, "parallel_attn": False}, "text"),
+    "falcon:alibi": (
+        "FalconForCausalLM",
+        {**FALCON, "alibi": True, "multi_query": False, "bias": True},
+        "text",
+    ),
+    "falcon:new": (
+        "FalconForCausalLM",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+        "text",
+    ),
+    "falcon:sequential": (
+        "FalconForCausalLM",
+        {**FALCON, "multi_query": False, "parallel_attn": False},
+        "text",
+    ),
     "flex_olmo": ("FlexOlmoForCausalLM", {**DECODER, "num_experts": 4, "num_experts_per_tok": 2}, "text"),
     "gemma": ("GemmaForCausalLM", HEAD_DIM, "text"),
     "gemma2": ("Gemma2ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
@@ -178,13 +190,25 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "gpt_neox": ("GPTNeoXForCausalLM", MHA, "text"),
     "gpt_neox:sequential": ("GPTNeoXForCausalLM", {**MHA, "use_parallel_residual": False}, "text"),
-    "gpt_oss": ("GptOssForCausalLM", {**HEAD_DIM, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}, "text"),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**HEAD_DIM, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "text",
+    ),
     "gptj": ("GPTJForCausalLM", {**GPT, "rotary_dim": 2}, "text"),
-    "granite": ("GraniteForCausalLM", {**DECODER, "residual_multiplier": 0.3, "attention_multiplier": 0.5}, "text"),
+    "granite": (
+        "GraniteForCausalLM",
+        {**DECODER, "residual_multiplier": 0.3, "attention_multiplier": 0.5},
+        "text",
+    ),
     "granite_swa": ("GraniteSWAForCausalLM", {**DECODER, **SLIDING, "residual_multiplier": 0.3}, "text"),
     "granitemoe": ("GraniteMoeForCausalLM", GRANITE_MOE, "text"),
     "granitemoe_swa": ("GraniteMoeSWAForCausalLM", {**GRANITE_MOE, **SLIDING}, "text"),
-    "granitemoeshared": ("GraniteMoeSharedForCausalLM", {**GRANITE_MOE, "shared_intermediate_size": 8}, "text"),
+    "granitemoeshared": (
+        "GraniteMoeSharedForCausalLM",
+        {**GRANITE_MOE, "shared_intermediate_size": 8},
+        "text",
+    ),
     "helium": ("HeliumForCausalLM", HEAD_DIM, "text"),
     "hunyuan_v1_dense": ("HunYuanDenseV1ForCausalLM", HEAD_DIM, "text"),
     "internlm3": ("LlamaForCausalLM", {**HEAD_DIM, "qkv_bias": True, "bias": True}, "text"),
@@ -193,7 +217,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaForCausalLM", DECODER, "text"),
     "llama:bias": ("LlamaForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}, "text"),
     "llama:multi-query": ("LlamaForCausalLM", {**DECODER, "num_key_value_heads": 1}, "text"),
-    "minimax_m2": ("MiniMaxM2ForCausalLM", {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2}, "text"),
+    "minimax_m2": (
+        "MiniMaxM2ForCausalLM",
+        {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "text",
+    ),
     "ministral": ("MinistralForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "ministral3": ("Ministral3ForCausalLM", HEAD_DIM, "text"),
     "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 4}, "text"),
@@ -203,7 +231,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {**MHA, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 4},
         "text",
     ),
-    "mpt": ("MptForCausalLM", {**SMALL, "d_model": 16, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}, "text"),
+    "mpt": (
+        "MptForCausalLM",
+        {**SMALL, "d_model": 16, "n_heads": 4, "n_layers": 3, "max_seq_len": 64},
+        "text",
+    ),
     "nanochat": ("NanoChatForCausalLM", DECODER, "text"),
     "nemotron": ("NemotronForCausalLM", {**DECODER, "attention_bias": True}, "text"),
     "olmo": ("OlmoForCausalLM", {**DECODER, "clip_qkv": 2.0}, "text"),
@@ -230,7 +262,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**MOE, "head_dim": 4, "mlp_only_layers": [1]}, "text"),
     "seed_oss": ("SeedOssForCausalLM", HEAD_DIM, "text"),
     "smollm3": ("SmolLM3ForCausalLM", DECODER, "text"),
-    "stablelm": ("StableLmForCausalLM", {**DECODER, "partial_rotary_factor": 0.5, "use_qkv_bias": True}, "text"),
+    "stablelm": (
+        "StableLmForCausalLM",
+        {**DECODER, "partial_rotary_factor": 0.5, "use_qkv_bias": True},
+        "text",
+    ),
     "stablelm:parallel": ("StableLmForCausalLM", {**DECODER, "use_parallel_residual": True}, "text"),
     "stablelm:qk-norm": ("StableLmForCausalLM", {**DECODER, "qk_layernorm": True}, "text"),
     "starcoder2": ("Starcoder2ForCausalLM", DECODER, "text"),
@@ -293,7 +329,13 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "megatron-bert": ("MegatronBertForSequenceClassification", ENCODER, "text"),
     "rembert": (
         "RemBertForSequenceClassification",
-        {**ENCODER, "input_embedding_size": 8, "output_embedding_size": 8, "bos_token_id": 2, "eos_token_id": 3},
+        {
+            **ENCODER,
+            "input_embedding_size": 8,
+            "output_embedding_size": 8,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+        },
         "text",
     ),
     "roberta-prelayernorm": ("RobertaPreLayerNormForSequenceClassification", ENCODER, "text"),
@@ -439,7 +481,13 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "mt5": ("MT5ForConditionalGeneration", T5, "seq2seq"),
     "switch_transformers": (
         "SwitchTransformersForConditionalGeneration",
-        {**T5, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 64},
+        {
+            **T5,
+            "num_experts": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 64,
+        },
         "seq2seq",
     ),
     "t5": ("T5ForConditionalGeneration", T5, "seq2seq"),
@@ -456,7 +504,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {**IMAGE, "use_relative_position_bias": True, "layer_scale_init_value": 0.5},
         "image",
     ),
-    "beit:shared": ("BeitModel", {**IMAGE, "use_shared_relative_position_bias": True, "use_mean_pooling": False}, "image"),
+    "beit:shared": (
+        "BeitModel",
+        {**IMAGE, "use_shared_relative_position_bias": True, "use_mean_pooling": False},
+        "image",
+    ),
     "data2vec-vision": (
         "Data2VecVisionForImageClassification",
         {**IMAGE, "use_relative_position_bias": True, "use_shared_relative_position_bias": True},
@@ -465,7 +517,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "deit": ("DeiTForImageClassification", IMAGE, "image"),
     "dinov2": ("Dinov2ForImageClassification", {**IMAGE, "mlp_ratio": 1, "layerscale_value": 0.5}, "image"),
     "dinov2:swiglu": ("Dinov2Model", {**IMAGE, "mlp_ratio": 1, "use_swiglu_ffn": True}, "image"),
-    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", {**IMAGE, "mlp_ratio": 1}, "image"),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersForImageClassification",
+        {**IMAGE, "mlp_ratio": 1},
+        "image",
+    ),
     "dinov3_vit": ("DINOv3ViTModel", IMAGE, "image"),
     "dinov3_vit:gated": ("DINOv3ViTModel", {**IMAGE, "use_gated_mlp": True}, "image"),
     "dpt": ("DPTModel", {**IMAGE, "backbone_out_indices": [0, 1, 2]}, "image"),
@@ -476,12 +532,24 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "vivit": ("VivitForVideoClassification", {**IMAGE, "num_frames": 4, "tubelet_size": [2, 4, 4]}, "video"),
     "yolos": ("YolosForObjectDetection", {**IMAGE, "image_size": [8, 8], "num_detection_tokens": 3}, "image"),
     # images and text
-    "altclip": ("AltCLIPModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
-    "chinese_clip": ("ChineseCLIPModel", {"text_config": ENCODER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
+    "altclip": (
+        "AltCLIPModel",
+        {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
+    "chinese_clip": (
+        "ChineseCLIPModel",
+        {"text_config": ENCODER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
     "clip": ("CLIPModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
     "clip_text_model": ("CLIPTextModelWithProjection", TEXT_TOWER, "text"),
     "clip_vision_model": ("CLIPVisionModelWithProjection", IMAGE, "image"),
-    "metaclip_2": ("MetaClip2Model", {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8}, "clip"),
+    "metaclip_2": (
+        "MetaClip2Model",
+        {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
     "siglip": ("SiglipModel", {"text_config": TEXT_TOWER, "vision_config": IMAGE}, "clip"),
     "siglip2": (
         "Siglip2Model",
@@ -542,7 +610,11 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):  # fixed positions are not saved
             parameter += 0.2 * torch.randn_like(parameter)
-        for table in (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None):
+        for table in (
+            m.weight
+            for m in model.modules()
+            if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None
+        ):
             table[model.config.get_text_config().pad_token_id or 0] = 0
     return model
 
@@ -575,15 +647,23 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
     if kind == "spectrogram":
         return {"input_values": torch.randn(batch, config.max_length, config.num_mel_bins)}
     if kind == "speech_features":
-        return {"input_features": torch.randn(batch, 24, config.input_feat_per_channel), **text(6, prefix="decoder_")}
+        return {
+            "input_features": torch.randn(batch, 24, config.input_feat_per_channel),
+            **text(6, prefix="decoder_"),
+        }
     if kind == "patches":
-        patches = torch.randn(batch, 6, config.vision_config.num_channels * config.vision_config.patch_size**2)
+        patches = torch.randn(
+            batch, 6, config.vision_config.num_channels * config.vision_config.patch_size**2
+        )
         shapes = torch.tensor([[2, 2 + row % 2] for row in range(batch)])
         mask = (torch.arange(6) < shapes.prod(1, keepdim=True)).long()
         return {**text(9), "pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     if kind == "clip":
         vision = config.vision_config
-        return {**text(9), "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size)}
+        return {
+            **text(9),
+            "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),
+        }
     if kind == "audio_values":
         return {"input_values": torch.randn(batch, 800)}
     if kind == "audio_features":

@@ -26,7 +26,9 @@ from zoo import outputs_of
 def error_of(task: dict[str, Any]) -> str:
     """What is wrong with a model loaded from the task's checkpoint; empty if nothing is."""
     config = json.loads(Path(task["path"], "config.json").read_text())
-    auto = next((key for key, value in config["auto_map"].items() if value.endswith("." + task["class"])), None)
+    auto = next(
+        (key for key, value in config["auto_map"].items() if value.endswith("." + task["class"])), None
+    )
     if auto is None:
         return "no Auto class has it"
     model = getattr(transformers, auto).from_pretrained(task["path"], trust_remote_code=True)

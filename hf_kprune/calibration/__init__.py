@@ -1,0 +1,1 @@
+"""What the data say: rows, batches, the knowledge that a task head holds, and the sums over them."""

@@ -1,0 +1,215 @@
+"""Calibration rows to the inputs of a model: padding, the decoder's inputs, and which tokens' knowledge counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, default_data_collator
+from transformers.utils import find_labels
+
+from ..errors import ArgumentError, CalibrationError, KPruneError
+from ..structure.sublayers import text_config
+from .rows import has_choices, inputs_of, is_causal, needs_targets
+
+
+IGNORED = -100
+SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
+"""Inputs without which some models do not run."""
+
+Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+def fitted(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Inputs on the device of `model`, floats in its dtype."""
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+
+    return {key: fit(value) for key, value in inputs.items()}
+
+
+@contextmanager
+def running(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise `CalibrationError` if `model` does not run on `inputs`, the first that it sees."""
+    try:
+        yield
+    except (KPruneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        others = sorted(inputs_of(model) & {*SENSES} - inputs.keys())
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the first calibration rows, which have {', '.join(inputs)}: it raised "
+            f"the {type(error).__name__} shown above; give rows as it is used with"
+            + (
+                f", it also takes {' and '.join(others)}"
+                if others
+                else ", or a data_collator that makes its inputs"
+            )
+        ) from error
+
+
+def pad(sequences: list[Any], value: int) -> Tensor:
+    """Sequences of numbers, (B, T), filled up on the right with `value`."""
+    tensors = [torch.as_tensor(sequence) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: int) -> dict[str, Any]:
+    """One tensor per column: what the decoder reads or gives, then what the tokenizer pads, then floats."""
+    inputs: dict[str, Any] = {}
+    rows = [dict(row) for row in rows]
+    if "decoder_input_ids" in rows[0]:
+        for row in rows:
+            row.setdefault("decoder_attention_mask", [1] * len(row["decoder_input_ids"]))
+    for key, value in (
+        ("labels", IGNORED),
+        ("decoder_input_ids", pad_token_id),
+        ("decoder_attention_mask", 0),
+    ):
+        if key in rows[0] and torch.as_tensor(rows[0][key]).dim() == 1:
+            inputs[key] = pad([row.pop(key) for row in rows], value)
+    floats = [
+        key for key, value in rows[0].items() if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    for key in floats:
+        values = [row.pop(key) for row in rows]
+        if len({value.shape for value in values}) == 1:
+            inputs[key] = torch.stack(values)
+        else:
+            extractor = getattr(processing_class, "feature_extractor", processing_class)
+            if not hasattr(extractor, "pad"):
+                raise ArgumentError(
+                    f"the calibration rows' {key} differ in shape and there is nothing to pad them with; pass "
+                    "processing_class (the feature extractor) or data_collator"
+                )
+            inputs |= extractor.pad([{key: value} for value in values], return_tensors="pt")
+    apart = [
+        key for key in rows[0] if any(len(row[key]) != len(row.get("input_ids", row[key])) for row in rows)
+    ]
+    if apart and all(
+        len({len(row[key]) for row in rows}) == 1 for key in apart
+    ):  # not by token: sizes of an image
+        inputs |= default_data_collator([{key: row.pop(key) for key in apart} for row in rows])
+    if rows[0] and len({len(row[key]) for row in rows for key in row}) == 1:
+        inputs |= default_data_collator(rows)
+    elif rows[0]:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if not hasattr(tokenizer, "pad") or has_choices(rows[0]):
+            raise ArgumentError(
+                "the calibration rows differ in length and there is nothing to pad them with; pass processing_class (the "
+                "tokenizer) or data_collator"
+            )
+        inputs |= tokenizer.pad(rows, return_tensors="pt")
+    return inputs
+
+
+def shifted_right(model: PreTrainedModel, targets: Tensor) -> Tensor:
+    """What the decoder reads when it is to give `targets`, (B, T), in which -100 is padding."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return cast(Tensor, model.prepare_decoder_input_ids_from_labels(targets))
+    config: Any = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    start = config.bos_token_id if start is None else start
+    shifted = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id or 0)
+
+
+def real_first(inputs: Mapping[str, Any], main: str, is_causal: bool) -> dict[str, Any]:
+    """Inputs whose padding on the left has been moved to the right, where no position depends on it.
+
+    Models that count positions from the first column would see others than those of a row by itself.
+
+    Args:
+        inputs: A batch; what has the shape of a mask, (B, T) or (B, choices, T), goes along with it.
+        main: `main_input_name` of the model, the one input of floats that goes along.
+        is_causal: Whether `labels` are those of the tokens that are read.
+    """
+    moved = dict(inputs)
+    for prefix in ("", "decoder_"):
+        mask = inputs.get(f"{prefix}attention_mask")
+        read = inputs.get(f"{prefix}input_ids", None if prefix else inputs.get(main))
+        if (
+            not isinstance(mask, Tensor)
+            or not isinstance(read, Tensor)
+            or mask.is_floating_point()
+            or not mask.numel()
+        ):
+            continue
+        first = mask.bool().long().argmax(-1, keepdim=True)
+        if read.shape[: mask.dim()] != mask.shape or not bool(first.any()):
+            continue
+        order = (torch.arange(mask.shape[-1], device=mask.device) + first) % mask.shape[-1]
+        for key, value in inputs.items():
+            ours = (
+                key.startswith("decoder_") == bool(prefix) if key != "labels" else bool(prefix) != is_causal
+            )
+            if not ours or not isinstance(value, Tensor) or (value.is_floating_point() and key != main):
+                continue
+            if value.shape[: mask.dim()] == mask.shape:  # and any width of a token
+                wide = order.view(*order.shape, *[1] * (value.dim() - mask.dim()))
+                moved[key] = value.gather(mask.dim() - 1, wide.expand_as(value))
+            elif value.shape[-mask.dim() :] == mask.shape:  # positions along several axes
+                moved[key] = value.gather(-1, order.expand_as(value))
+    return moved
+
+
+def collate(
+    rows: list[dict[str, Any]], collator: Collator | None, processing_class: Any, model: PreTrainedModel
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The inputs of `model` for a batch, without labels; and, if labels tell it, the tokens (B, T) whose knowledge counts.
+
+    Targets of an encoder-decoder become what its decoder reads. Targets of -100 of a causal language model are tokens whose
+    prediction does not count.
+
+    Raises:
+        ArgumentError: If rows must be padded and there is nothing to do it with.
+        CalibrationError: If the collator makes what the model does not take.
+    """
+    labels = {"label", "labels", "label_ids", *find_labels(type(model))}
+    accepted = inputs_of(model)
+    if collator is not None:
+        batch = collator([dict(row) for row in rows])
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(f"the data collator returned {batch!r:.80}, expected a dict of tensors")
+        inputs = dict(batch)
+    else:
+        inputs = pad_rows(
+            rows, processing_class, getattr(text_config(model.config), "pad_token_id", None) or 0
+        )
+    inputs = real_first(inputs, model.main_input_name, is_causal(model))
+    targets, counted = inputs.get("labels"), None
+    if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():
+        real = targets != IGNORED
+        if is_causal(model):  # the logits of a token are for the next one
+            counted = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1)
+        elif "decoder_input_ids" in accepted and needs_targets(model):
+            if "decoder_input_ids" not in inputs:
+                targets = real_first({"input_ids": targets, "attention_mask": real.long()}, "", False)[
+                    "input_ids"
+                ]
+                real = targets != IGNORED
+                inputs["decoder_input_ids"] = shifted_right(model, targets)
+            if "decoder_attention_mask" in accepted and "decoder_attention_mask" not in inputs:
+                inputs["decoder_attention_mask"] = real.long()  # the decoder reads as many tokens as it gives
+            counted = real
+    if "decoder_attention_mask" not in accepted:
+        inputs.pop("decoder_attention_mask", None)
+    inputs = {key: value for key, value in inputs.items() if key not in labels}
+    surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
+    if surplus:
+        raise CalibrationError(
+            f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: {sorted(accepted)}"
+        )
+    ids = inputs.get("input_ids")
+    if ids is not None and (ids.is_floating_point() or ids.dim() < 2 or len(ids) != len(rows)):
+        raise CalibrationError(
+            f"the data collator made input_ids of {tuple(ids.shape)} in {ids.dtype} for {len(rows)} rows; expected "
+            "whole numbers, (rows, tokens)"
+        )
+    return inputs, counted

@@ -1,0 +1,143 @@
+"""Model cards and uploads, by `huggingface_hub`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import PreTrainedModel
+
+from ..arguments import KPruneArguments
+from ..errors import ArgumentError
+from ..files.destination import as_text
+from ..files.exchange import is_card
+from ..modeling_kprune import HOW_TO_LOAD, is_pruned
+from ..report import PruningReport, in_words
+from ..text import in_markdown, printable, public_name
+from .lineage import earlier_cuts
+
+
+def model_card(
+    model: PreTrainedModel,
+    report: PruningReport | None,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> str:
+    """Text of a model card: how to load the model, and the report of how it was pruned."""
+    pruned = is_pruned(model.config) or (report is not None and report.cut_something)
+    base = finetuned_from or model.config.name_or_path or ""
+    on_hub = public_name(base) if not os.path.isdir(base) or "models--" in base else ""
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        tags=["hf_kprune", *(["pruned"] if pruned else []), *as_list(tags)],
+        base_model=on_hub
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", on_hub) and (on_hub == base or "/" in on_hub)
+        else None,
+        pipeline_tag=next(iter(as_list(tasks)), None),
+        datasets=as_list(dataset_tags) or as_list(dataset) or None,
+    )
+    title = printable(model_name or type(model).__name__ + (", K-pruned" if pruned else ""))
+    architecture = type(model).__name__
+    loading = ""
+    if is_pruned(model.config):
+        loading = (
+            f"{HOW_TO_LOAD[0].upper()}{HOW_TO_LOAD[1:]}.\n\n"
+            f"```python\nimport hf_kprune\nfrom transformers import {architecture}\n\n"
+            f"model = {architecture}.from_pretrained(path)\n```\n\n"
+        )
+    trained = ", ".join(map(in_markdown, as_list(dataset) + as_list(dataset_args)))
+    loading += f"The dense model was trained on {trained}.\n\n" if trained else ""
+    body = ""
+    if pruned:
+        cuts = earlier_cuts(model)
+        told = report.to_markdown() if report is not None else f"{in_words(cuts)}\n" if cuts else ""
+        body = f"## How it was pruned\n\n{told}" if told else ""
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{loading}{body}"
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def check_card_place(directory: Any, overwrite: bool) -> Path:
+    """Where a model card is written. Raises `ArgumentError` if something else is there that `overwrite` does not give up."""
+    path = Path(as_text(directory), "README.md")
+    if not path.parent.is_dir():
+        raise ArgumentError(
+            f"output_dir {str(directory)!r} is no directory; save the model there first, or name another"
+        )
+    if (
+        path.is_dir()
+        or path.exists()
+        and "hf_kprune" not in path.read_text("utf-8", "replace").split("\n---")[0]
+    ):
+        if path.is_dir() or not (overwrite and is_card(path)):
+            raise ArgumentError(
+                f"{str(path)!r} is not a model card of hf_kprune; move it elsewhere, or name another output_dir"
+            )
+    return path
+
+
+def check_push(args: KPruneArguments, path: str | None, token: str | None = None) -> None:
+    """Raise `ArgumentError` for an upload of the folder `path` (None: not known yet) that cannot succeed."""
+    if constants.HF_HUB_OFFLINE:
+        raise ArgumentError(
+            "push_to_hub is asked for, but HF_HUB_OFFLINE is set: unset it, or save without pushing"
+        )
+    if not (token or args.hub_token or get_token()):
+        raise ArgumentError(
+            "push_to_hub is asked for, but there is no token: run hf auth login, set HF_TOKEN, or pass hub_token"
+        )
+    if args.hub_model_id is not None or path is not None:
+        name = repository_name(args, path)
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            source = "the name of output_dir" if args.hub_model_id is None else "hub_model_id"
+            raise ArgumentError(
+                f"{source} is {name!r}, expected a name for a repository on the Hub: {error}"
+            ) from error
+
+
+def repository_name(args: KPruneArguments, path: str | None) -> str:
+    """`hub_model_id`, by default the name of the folder."""
+    return args.hub_model_id if args.hub_model_id is not None else Path(str(path)).resolve().name
+
+
+def push_folder(
+    path: str,
+    args: KPruneArguments,
+    commit_message: str,
+    token: str | None,
+    revision: str | None,
+    **kwargs: Any,
+) -> Any:
+    """Upload a saved checkpoint to `args.hub_model_id` (default: the name of the folder), made if it does not exist."""
+    revision = revision or args.hub_revision
+    api = HfApi(token=token or args.hub_token)
+    repository = api.create_repo(
+        repository_name(args, path), private=args.hub_private_repo, exist_ok=True
+    ).repo_id
+    if revision is not None:
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repository,
+        folder_path=path,
+        commit_message=commit_message,
+        revision=revision,
+        **kwargs,
+    )

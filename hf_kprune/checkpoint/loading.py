@@ -1,0 +1,118 @@
+"""Load a model and its tokenizer by name or path alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from ..calibration.embeddings import read_folder
+from ..errors import ArgumentError
+from ..progress import quiet
+from .remote_code import brings_code
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+)
+
+
+def check_stock(config: Any, name: str) -> None:
+    """Refuse a config that names code of its own: by name alone none is run, and the stock class would be another model."""
+    if brings_code(config):
+        raise ArgumentError(
+            f"{name or 'the model'} brings model code of its own, which is not run unless you ask for it: load the model by "
+            "an AutoModel class with trust_remote_code=True and give it to KPrunePruner"
+        )
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The class that a config names; the base model if it names none."""
+    check_stock(config, config.name_or_path)
+    if not config.architectures:
+        return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
+    found = getattr(transformers, config.architectures[0], None)
+    if found is None:
+        raise ArgumentError(
+            f"the config of {config.name_or_path or 'the model'} names the architecture {config.architectures[0]!r}, which "
+            "transformers lacks; load the model yourself"
+        )
+    return cast(type[PreTrainedModel], found)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Load a model with the class that its config names; of a sentence-transformers folder what that runs."""
+    check_place(name)
+    with quiet(), reading(name):
+        folder = read_folder(name)
+        place = name if folder is None else folder.transformer
+        config = AutoConfig.from_pretrained(place)
+        kind = (folder and folder.transformer_class(config)) or model_class(config)
+        model, info = kind.from_pretrained(place, output_loading_info=True)
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        warnings.warn(
+            f"{name} has no weights for {len(names)} tensors of {kind.__name__}, such as {names[0]}, which are random "
+            "now; load it with the class that it was saved by",
+            stacklevel=2,
+        )
+    return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Say of a model that cannot be read whether it is missing or damaged."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.isdir(name):
+            raise ArgumentError(
+                f"cannot load the model in {name!r}: a file of it is missing or damaged; save or download it again"
+            ) from error
+        raise ArgumentError(
+            f"there is no directory {name!r}, and no such model could be fetched from the Hub; check the name, the "
+            "connection, and, if it is private, hf auth login"
+        ) from error
+
+
+def check_place(name: str) -> None:
+    """Raise `ArgumentError` for a path where there is no model, which would be taken for a name on the Hub otherwise."""
+    path = Path(name).expanduser()
+    if os.path.isfile(path):
+        raise ArgumentError(
+            f"{name!r} is a file, expected the directory of a model, with its config.json, or a name on the Hub"
+        )
+    if os.path.isdir(path):
+        if not any(
+            (path / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")
+        ):
+            raise ArgumentError(
+                f"the directory {name!r} holds no config.json, expected the directory of a model"
+            )
+    elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise ArgumentError(f"there is no directory {name!r}, and a name on the Hub is written as owner/name")
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
+    with quiet():
+        folder = read_folder(name)
+        name = name if folder is None else folder.transformer
+        if not any(
+            cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES
+        ):
+            return None
+        return AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,400 @@
+"""The command line as it is read: its options, their help, and how a message names them. Standard library only.
+
+What the commands do is in cli.py, which is imported when one runs, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NoReturn
+
+from ..arguments import KPruneArguments
+from ..errors import ArgumentError
+from ..validation import check_fields, checked, known_keywords, suggestion
+from ..version import __version__
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@known_keywords
+@dataclass
+class SweepArguments:
+    """Which budgets are tried, and what is good enough."""
+
+    budgets: list[float] = field(
+        default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8],
+        metadata={"help": "Fractions of the prunable FLOPs to REMOVE, one model each."},
+    )
+    compare_by: str | None = _option(
+        None, "Metric that models are compared by, of those printed. Unset: the distance."
+    )
+    lower_is_better: bool = _option(False, "The lower that metric is, the better, as a loss.")
+    max_drop: float | None = _option(
+        None,
+        "How much worse than the dense model's it may be: the smallest such model is saved to output_dir.",
+    )
+    refine: int = _option(
+        2, "With max_drop, how many times to try between the sparsest good enough and the next."
+    )
+    plot: str | None = _option(
+        None, "File for a plot, such as sweep.svg. Needs matplotlib: hf_kprune[sweep]."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@known_keywords
+@dataclass
+class DataArguments:
+    """What is pruned, and with what data. Calibration needs texts only; labels are for evaluation."""
+
+    model_name_or_path: str = field(metadata={"help": "Model: a directory or a name on the Hub. Required."})
+    task: str | None = _option(
+        None, "Task, such as text-classification or fill-mask. Unset: what the config names."
+    )
+    dataset_name: str | None = _option(
+        None, "Calibration data: a dataset on the Hub or a directory, for load_dataset()."
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of that dataset, such as sst2 of glue.")
+    dataset_split: str = _option("train", "Split of that dataset.")
+    dataset_file: str | None = _option(
+        None, "Calibration data: a local file, .parquet, .csv, .tsv, .json, .jsonl, .txt, or .gz of one."
+    )
+    eval_file: str | None = _option(
+        None, "Labelled data, a local file, on which dense and pruned model are compared."
+    )
+    eval_dataset_name: str | None = _option(None, "The same, a dataset on the Hub or a directory.")
+    eval_dataset_config_name: str | None = _option(None, "Configuration of the evaluation dataset.")
+    eval_dataset_split: str = _option("validation", "Split of the evaluation dataset.")
+    label_column: str = _option(
+        "label", "Column of the labels in the evaluation data: numbers, or names in the config."
+    )
+    metric: str | None = _option(
+        None, "One figure alone, such as accuracy, or a script for evaluate.load(). Unset: those of the task."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.dataset_name is None) == (self.dataset_file is None):
+            raise ArgumentError("pass the calibration data as either --dataset_name or --dataset_file")
+        if self.eval_dataset_name is not None and self.eval_file is not None:
+            raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
+        if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
+            raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
+
+    @property
+    def origins(self) -> list[str | None]:
+        """What is read in this run, if it is on this machine: nothing is written over it."""
+        files = [self.dataset_file, self.eval_file, self.metric]
+        return [self.model_name_or_path, self.dataset_name, self.eval_dataset_name, *files]
+
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "what is pruned": ("model_name_or_path", "task"),
+    "how small": (
+        "sparsity",
+        "target_params",
+        "target_bytes",
+        "target_flops",
+        "target_speedup",
+        "target_latency",
+        "latency_batch_size",
+        "latency_length",
+        "flops_length",
+        "prune_heads",
+        "prune_ffn",
+        "min_heads",
+        "min_neurons",
+        "round_to",
+        "head_unit",
+        "uniform",
+    ),
+    "how small (sweep)": ("budgets", "compare_by", "lower_is_better", "max_drop", "refine", "plot"),
+    "with what data": (
+        "dataset_file",
+        "dataset_name",
+        "dataset_config_name",
+        "dataset_split",
+        "text_columns",
+        "num_tokens",
+        "num_measure_tokens",
+        "max_seq_length",
+        "packing",
+        "per_device_batch_size",
+        "remove_unused_columns",
+        "seed",
+    ),
+    "how good it is (evaluation)": (
+        "eval_file",
+        "eval_dataset_name",
+        "eval_dataset_config_name",
+        "eval_dataset_split",
+        "label_column",
+        "metric",
+        "per_device_eval_batch_size",
+    ),
+    "where to": (
+        "output_dir",
+        "overwrite_output_dir",
+        "max_shard_size",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_token",
+        "hub_private_repo",
+        "hub_revision",
+    ),
+    "how": ("method", "tune", "measure_dtype", "statistics_dtype", "temperature", "pooling", "use_cpu"),
+    "how, with --method obs or kprune": ("ridge", "tune_bias", "tune_inputs"),
+    "how, with --method kprune": ("lambda_pred", "lambda_rep", "mu"),
+    "what is told": ("verbose", "disable_tqdm", "report_to", "run_name"),
+}
+"""The options by the question that they answer, in the order of the help. Those in no group come last."""
+
+COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "prune": (
+        (DataArguments, KPruneArguments),
+        "Prune a model, save it to --output_dir and print what was done.",
+    ),
+    "plan": (
+        (DataArguments, KPruneArguments),
+        "Dry run: print what prune, with the same options, would cut. Nothing is changed or written.",
+    ),
+    "sweep": (
+        (DataArguments, KPruneArguments, SweepArguments),
+        "Prune for many budgets from one measurement, print a table, and save all models, or the smallest good enough.",
+    ),
+    "inspect": (
+        (),
+        "Print the sizes of a model, layer by layer, and whether it can be pruned, without loading its weights.",
+    ),
+    "convert": (
+        (),
+        "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can load it.",
+    ),
+}
+"""The commands, the options that each takes, and what it does."""
+
+OFF = {
+    "prune_heads": "Keep all attention heads.",
+    "prune_ffn": "Keep all FFN neurons.",
+    "tune": "Leave the weights of what is kept as they are, which are tuned otherwise.",
+    "remove_unused_columns": "Refuse data with columns that the model does not take, which are dropped otherwise.",
+}
+"""What the switch does that turns off an option that is on by default."""
+
+TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
+
+
+def options_of(command: str) -> dict[str, Field[Any]]:
+    """The options of a command by name."""
+    return {option.name: option for kind in COMMANDS[command][0] for option in fields(kind)}
+
+
+def kinds_of(command: str) -> dict[str, Any]:
+    """The annotations of its options without their None."""
+    hints = {
+        name: hint for kind in COMMANDS[command][0] for name, hint in typing.get_type_hints(kind).items()
+    }
+    return {
+        name: next(part for part in typing.get_args(hint) or [hint] if part is not type(None))
+        if typing.get_origin(hint) is not list
+        else hint
+        for name, hint in hints.items()
+    }
+
+
+def reader(kind: Any) -> Callable[[str], Any]:
+    """A function that reads a value of a kind from the command line."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            try:
+                checked("", text, kind)
+            except ArgumentError as error:
+                message = str(error).strip().replace(", without quotes", "")
+                raise argparse.ArgumentTypeError(message) from error
+
+    return read
+
+
+def one_spelling(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, its options with underscores, its switches without a value.
+
+    `--prune-heads false`, `--prune_heads=false` and `--no-prune-heads` all become `--no_prune_heads`.
+    """
+    kinds = kinds_of(argv[0]) if argv and argv[0] in COMMANDS else {}
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            words.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("-", "_").replace("__", "--", 1)
+        if kinds.get(flag[2:]) is not bool:
+            words.append(flag + equals + value)
+            continue
+        if not equals and rest and not rest[0].startswith("-"):
+            value = rest.pop(0)
+        if value.lower() not in (*TRUE, *FALSE, *([] if equals else [""])):
+            raise ArgumentError(f"{flag} is {value!r}, expected true or false")
+        words.append(flag if value.lower() not in FALSE else f"--no_{flag[2:]}")
+    return words
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Options of one command. What argparse finds wrong with them is an error like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--\w+): is ", r"\1 is ", message)
+        raise ArgumentError(f"{message}; see {self.prog} --help")
+
+
+def add_option(group: Any, option: Field[Any], kind: Any) -> None:
+    """Add an option as a person would write it: a switch by what it changes."""
+    flag, required = f"--{option.name}", option.default is MISSING and option.default_factory is MISSING
+    default = option.default_factory() if option.default_factory is not MISSING else option.default
+    default = None if required else default
+    text = as_options(option.metadata["help"].replace("None:", "Unset:"), list(options_of("sweep")))
+    text = text.replace("Instead of sparsity", "Instead of --sparsity")
+    if default is not None and kind is not bool:
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    shared: dict[str, Any] = {"dest": option.name, "default": default, "help": text.replace("%", "%%")}
+    hidden = {**shared, "help": argparse.SUPPRESS}
+    if kind is bool:
+        if default is None:
+            shared["help"] += f" --no_{option.name} says no."
+        group.add_argument(flag, action="store_true", **(hidden if default else shared))
+        if default:
+            shared["help"] = OFF.get(option.name, f"Not so: {text}")
+        group.add_argument(f"--no_{option.name}", action="store_false", **(shared if default else hidden))
+        return
+    if typing.get_origin(kind) is list:
+        kind = typing.get_args(kind)[0]
+        shared |= {"nargs": "+", "action": Listing, "item": reader(kind)}
+    else:
+        shared |= {"required": required, "type": reader(kind)}
+    if "choices" in option.metadata:
+        shared["choices"] = option.metadata["choices"]
+    else:
+        ending = option.name.rpartition("_")[2]
+        shared["metavar"] = {"dir": "DIR", "file": "FILE", "plot": "FILE"}.get(ending, METAVARS[kind])
+    group.add_argument(flag, **shared)
+
+
+class Listing(argparse.Action):
+    """A list whose items are separated by spaces or commas."""
+
+    def __init__(self, item: Callable[[str], Any], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.item = item
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            parts = [part.strip() for part in ",".join(values).replace(",,", ",").split(",")]
+            items = [self.item(part) for part in parts if part]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{self.option_strings[0]} {error}")
+        setattr(namespace, self.dest, items)
+
+
+def as_options(message: str, names: Sequence[str]) -> str:
+    """A message that names options as Python does, with their names as they are on the command line.
+
+    `raise num_tokens` becomes `raise --num_tokens`, and `prune_ffn=False` becomes `--no_prune_ffn`. A name of one word, which
+    may be meant as a word, only where a value follows. Text in quotes, such as a path, stays.
+    """
+    if not names:
+        return message
+    every = "|".join(sorted(names, key=len, reverse=True))
+    plain = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
+    setting = re.compile(rf"(?<![\w./-])({every})=(\"[^\"]*\"|'[^']*'|[^\s,;:)]*[^\s,;:).])")
+    subject = re.compile(
+        rf"(?:(?<=^)|(?<=; )|(?<=, )|(?<= and ))({every})(?= (?:is|are|names|and|takes|joins) )"
+    )
+    name = re.compile(rf"(?<![\w./-])({plain})(?![\w/(=]|\.\w)")
+
+    def set_as(match: re.Match[str]) -> str:
+        value = match[2].strip("\"'")
+        return {"True": f"--{match[1]}", "False": f"--no_{match[1]}"}.get(value, f"--{match[1]} {value}")
+
+    parts = re.split(r"((?<![\w=])'[^']*'(?!\w)|(?<![\w=])\"[^\"]*\"(?!\w))", message)
+    for i in range(0, len(parts), 2):
+        part = subject.sub(r"--\1", setting.sub(set_as, parts[i]))
+        parts[i] = name.sub(r"--\1", part)
+    return "".join(parts)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-kprune",
+        description="Prune Transformers models without retraining (K-prune).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hf-kprune {__version__}")
+    names = "{" + ",".join(COMMANDS) + "}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=CommandParser)
+    for name, (classes, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if classes:
+            command.usage = (
+                "%(prog)s --model_name_or_path MODEL (--dataset_name NAME | --dataset_file FILE) [options]"
+            )
+        options, kinds = options_of(name), kinds_of(name)
+        grouped = {option for group in QUESTIONS.values() for option in group}
+        for title, members in {**QUESTIONS, "more": tuple(options.keys() - grouped)}.items():
+            group = command.add_argument_group(title)
+            for option in (options[member] for member in members if member in options):
+                add_option(group, option, kinds[option.name])
+    commands.choices["inspect"].add_argument("model_name_or_path", help="A directory or a name on the Hub.")
+    verify = "Read the weight files too: whether they are, byte by byte, those that were saved; whether there are NaN or Inf."
+    commands.choices["inspect"].add_argument("--verify", action="store_true", help=verify)
+    commands.choices["convert"].add_argument(
+        "old", help="The old checkpoint: a directory or a name on the Hub."
+    )
+    commands.choices["convert"].add_argument("new", help="Directory to write to.")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[str, list[Any]]:
+    """The command, and what it takes: objects with its options, or its arguments in order.
+
+    Raises `ArgumentError` for what cannot be, and `SystemExit` after help.
+    """
+    namespace, unknown = make_parser().parse_known_args(one_spelling(argv))
+    values = vars(namespace)
+    command = values.pop("command")
+    if unknown:
+        near = [
+            suggestion(word.partition("=")[0], [f"--{name}" for name in values])
+            for word in unknown
+            if word[:2] == "--"
+        ]
+        way_out = "".join(near) or f"; see hf-kprune {command} --help"
+        raise ArgumentError(f"no such options: {' '.join(unknown)}{way_out}")
+    if command in ("prune", "sweep") and values["output_dir"] is None:
+        raise ArgumentError(
+            f"--output_dir is missing: name a directory to write to; see hf-kprune {command} --help"
+        )
+    if command == "sweep":
+        evaluated = values["eval_file"] or values["eval_dataset_name"]
+        if values["compare_by"] is not None and not evaluated:
+            raise ArgumentError("--compare_by needs evaluation data: --eval_file or --eval_dataset_name")
+        if values["lower_is_better"] and values["compare_by"] is None:
+            raise ArgumentError("--lower_is_better is said of a metric: name it by --compare_by")
+    classes = COMMANDS[command][0]
+    if not classes:
+        return command, list(values.values())
+    return command, [
+        kind(**{option.name: values[option.name] for option in fields(kind)}) for kind in classes
+    ]

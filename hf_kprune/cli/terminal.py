@@ -1,0 +1,131 @@
+"""`hf-kprune` as a process: what is printed and where, warnings and errors in a line, exit codes. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError, KPruneError
+from ..text import printable
+from .parser import COMMANDS, as_options, options_of, parse
+
+
+INPUT, INTERRUPT, NO_READER = 2, 130, 141
+"""Exit codes: something in the input, Ctrl-C, and nobody who reads what is printed."""
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: Any) -> None:
+    """Print on the main process, without control characters.
+
+    Raises:
+        BrokenPipeError: If nobody reads the output any more.
+        ArgumentError: If it cannot be written.
+    """
+    if not is_main_process():
+        return
+    try:
+        print(printable(str(text), keep="\n\t"), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot write to the standard output: {error.strerror}; send it elsewhere"
+        ) from error
+
+
+def complain(message: str) -> None:
+    """A line on the standard error of the main process; lost if that is closed, as there is nowhere else to say so."""
+    if is_main_process():
+        try:
+            print(f"hf-kprune: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        except OSError:
+            pass
+
+
+def is_there() -> bool:
+    """Whether the current directory exists still."""
+    try:
+        return os.path.isdir(os.getcwd())
+    except OSError:
+        return False
+
+
+def open_streams() -> None:
+    """Make standard streams that the caller closed lead nowhere, and all able to print every character."""
+    for descriptor in (0, 1, 2):  # or the next file that is opened would take the place of a closed one
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def show_warning(names: Sequence[str], verbose: bool) -> Callable[..., None]:
+    """A replacement of `warnings.showwarning`: our own warnings in a line; those of libraries only if `verbose`."""
+    package = str(Path(__file__).parents[1])
+
+    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+        ours = filename.startswith(package) or category.__module__.startswith("hf_kprune")
+        if ours or verbose:
+            complain(f"warning: {as_options(str(message), names)}")
+
+    return show
+
+
+def main(argv: Sequence[str] | None = None, load: Callable[[], None] | None = None) -> int:
+    """Run a command line (default: `sys.argv`) and return its exit code.
+
+    Args:
+        argv: Words after the name of the program.
+        load: Called before a command runs, but not for help.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    names = list(options_of(words[0])) if words and words[0] in COMMANDS else []
+    open_streams()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning(names, "--verbose" in words)
+            command, options = parse(words)
+            if not is_there():
+                raise ArgumentError("the current directory is gone; change to one that exists")
+            if load is not None:
+                load()
+            from . import commands
+
+            commands.run(command, options)
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        code, message = INTERRUPT, "interrupted"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at its end
+        return NO_READER
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        code, message = INPUT, f"error: {as_options(str(error), names)}"
+    complain(message)
+    return code
+
+
+def is_refusal(error: ValueError) -> bool:
+    """Whether an error is one of ours, for the user, and no bug."""
+    if isinstance(error, KPruneError):
+        return True
+    from ..errors import CheckpointError  # takes libraries, which are there if it was raised
+
+    return isinstance(error, CheckpointError)

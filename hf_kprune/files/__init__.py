@@ -1,0 +1,1 @@
+"""Writing into folders without loss: nothing half-written, nothing replaced that is not ours. It knows no models."""

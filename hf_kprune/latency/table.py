@@ -1,0 +1,514 @@
+"""How long a model takes, measured here; how long it would take with fewer units; and which units to keep in a given time."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import cached_assets_path
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration.calibration import in_eval_mode
+from ..calibration.collate import fitted
+from ..calibration.rows import max_positions, needs_targets, vocabulary
+from ..errors import ArgumentError, BudgetError
+from ..methods.search import TOLERANCE, group_sizes, threshold_search
+from ..structure.proof import cut_twin
+from ..structure.sublayers import find_sublayers, text_config, with_own_tables
+from ..version import __version__
+
+
+WARM_UP = 1
+"""Rounds that are not counted."""
+
+PATIENCE = 10.0
+"""Seconds that the timed passes are to take together, where nobody says how many there are to be."""
+
+SHORT = 0.1
+"""Seconds under which a pass is timed again at once, as what is in the caches would count."""
+
+AT_ONCE = 4
+"""Cut models that are held at once while measuring."""
+
+FAINT = 0.05
+"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of that one."""
+
+STEPS = 1000
+"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
+def compare(
+    models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds: int | None = None
+) -> list[float]:
+    """Seconds of a forward pass of each model, in evaluation mode, on its device.
+
+    The models take turns, and each is related to the first in its round, so that what slows the machine down slows both.
+
+    Args:
+        models: That take the same inputs.
+        inputs: Moved to each model's device, floats to its dtype, before the clock runs.
+        rounds: Timed passes of each. None: as many as take about `PATIENCE` seconds, from 3 to 20.
+
+    Returns:
+        The median of the first; of the others the median of their ratio to it, times that.
+    """
+    taken: list[list[float]] = []
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(in_eval_mode(model))
+        given = [fitted(inputs, model) for model in models]
+        while len(taken) < WARM_UP + (rounds or 20):
+            taken.append([])
+            for model, own in zip(models, given, strict=True):
+                begin = _now(model.device)
+                model(**own)
+                if (
+                    _now(model.device) - begin < SHORT
+                ):  # else the caches that the model before it has left would count
+                    begin = _now(model.device)
+                    model(**own)
+                taken[-1].append(_now(model.device) - begin)
+            if rounds is None:
+                rounds = max(3, min(20, int(PATIENCE / max(sum(taken[0]), 1e-9))))
+    del taken[:WARM_UP]
+    first = statistics.median(seconds[0] for seconds in taken)
+    return [
+        first * statistics.median(seconds[i] / seconds[0] for seconds in taken) for i in range(len(models))
+    ]
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    elif torch.get_num_threads() == 1 and sys.platform != "win32":  # where it is too coarse
+        return time.thread_time()  # stands still while another program has the core
+    return time.perf_counter()
+
+
+def time_model(model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int | None = None) -> float:
+    """Median seconds of a forward pass, see `compare`."""
+    return compare([model], inputs, repeats)[0]
+
+
+def cut_to(model: PreTrainedModel, counts: Sequence[int], by: str = "group") -> PreTrainedModel:
+    """A copy that keeps the first `counts` units of each sublayer, as fast as any that keeps as many. Others are shared."""
+    sublayers = find_sublayers(model, by)
+    return cut_twin(
+        model, [torch.arange(s.num_units) < n for s, n in zip(sublayers, counts, strict=True)], by
+    )
+
+
+def example_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Random token ids, (batch_size, length), without padding, and as many for a decoder that must be told what to read.
+
+    The last one is the end-of-sequence token, if there is one; there are no other special ones. Of a model for multiple
+    choice each row has one choice.
+
+    Raises:
+        ArgumentError: If the model does not run on token ids alone, or not on so many.
+    """
+    accepted, name = inspect.signature(model.forward).parameters, type(model).__name__
+    other = accepted.keys() & {"pixel_values", "input_values", "input_features"}
+    if "input_ids" not in accepted or other:
+        raise ArgumentError(
+            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
+            "a batch of the calibration data"
+        )
+    ends = {
+        key: value for key, value in text_config(model.config).to_dict().items() if key.endswith("_token_id")
+    }
+    special = {
+        key: tokens if isinstance(tokens, list) else [tokens]
+        for key, tokens in ends.items()
+        if tokens is not None
+    }
+    generator, inputs = torch.Generator().manual_seed(0), {}
+    for prefix, reader in {
+        "": model,
+        **({"decoder_": model.get_decoder()} if needs_targets(model) else {}),
+    }.items():
+        limit = max_positions(reader) if isinstance(reader, PreTrainedModel) else None
+        if batch_size < 1 or not 1 <= length <= (limit or length):
+            raise ArgumentError(
+                f"asked for inputs of {batch_size} x {length} tokens, expected at least 1 x 1"
+                + (f", and {name} takes at most {limit} tokens" if limit else "")
+            )
+        words = set(range(vocabulary(model, reader) or 0))
+        plain = torch.tensor(sorted(words.difference(*special.values())))
+        ids = plain[torch.randint(len(plain), (batch_size, length), generator=generator)]
+        for end in words.intersection(special.get("eos_token_id", [])[:1]):
+            ids[:, -1] = end
+        inputs[f"{prefix}input_ids"] = ids
+        if f"{prefix}attention_mask" in accepted:
+            inputs[f"{prefix}attention_mask"] = torch.ones_like(ids)
+    choices = "MultipleChoice" in name
+    return {key: (value.unsqueeze(1) if choices else value).to(model.device) for key, value in inputs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The look-up table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a sublayer with n units (Kwon et al. 2022): 0 for n = 0, else c + a max(0, n - theta)."""
+
+    c: float
+    a: float
+    theta: int
+
+    def __call__(self, units: Tensor) -> Tensor:
+        return (units > 0) * (self.c + self.a * (units.double() - self.theta).clamp(min=0))
+
+    @classmethod
+    def fit(cls, units: Tensor, seconds: Tensor) -> Curve:
+        """The curve with c, a >= 0 of least squares of relative errors, as what is left of a sublayer is at the lower end; of
+        equally good ones that of least theta, or, if a = 0, of the largest.
+
+        Kwon et al. take the mean of the first theta times as c and fit a alone; here both are fitted together.
+
+        Args:
+            units: How many units there were, (P,), or in each of several alike sublayers, (P, m). Not 0.
+            seconds: Time of a sublayer then, the mean of the m, (P,).
+        """
+        units, seconds = units.double().view(len(units), -1), seconds.double()
+        weight = seconds.clamp(min=FAINT * max(float(seconds.max()), 1e-12)) ** -2
+        weight = weight / weight.sum()
+        theta = torch.arange(int(units.max()) + 1, dtype=torch.float64)
+        over = (units - theta.view(-1, 1, 1)).clamp(min=0).mean(-1)  # (theta, P)
+        mean, middle = (weight * over).sum(1, keepdim=True), (weight * seconds).sum()
+        spread = (weight * (over - mean).square()).sum(1)
+        both = (weight * (over - mean) * (seconds - middle)).sum(1) / spread.where(spread > 0, 1)
+        through = (weight * over * seconds).sum(1) / (weight * over.square()).sum(1).clamp(
+            min=1e-300
+        )  # c = 0
+        a = torch.stack([both, through, torch.zeros_like(both)]).clamp(min=0)
+        c = torch.stack(
+            [middle - both * mean[:, 0], torch.zeros_like(both), middle.expand(len(theta))]
+        ).clamp(min=0)
+        errors = (weight * (c.unsqueeze(2) + a.unsqueeze(2) * over - seconds).square()).sum(2)
+        near = errors <= errors.min() + TOLERANCE**2 * (weight * seconds.square()).sum()
+        best = len(theta) - 1 if near[2, 0] else int(near.any(0).nonzero()[0])
+        which = int(errors[:, best].argmin())
+        return cls(float(c[which, best]), float(a[which, best]), best)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What each sublayer of a model takes with fewer units, on one device and with inputs of one shape.
+
+    Args:
+        dense: Seconds of the model as it is (T5: with its positions looked up in every layer, as in all that is cut of it).
+        emptied: Seconds of the model when every sublayer is empty.
+        units: Units of each sublayer, bottom to top.
+        kinds: Kind of each sublayer: those of one kind differ at most in how many units they have.
+        points: For each kind: numbers n > 0, and the mean seconds of its sublayers when none of them has more units than n.
+    """
+
+    dense: float
+    emptied: float
+    units: list[int]
+    kinds: list[str]
+    points: dict[str, list[tuple[int, float]]]
+
+    @classmethod
+    def measure(
+        cls, model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group", rounds: int | None = None
+    ) -> LatencyTable:
+        """Time the whole model, in turns with copies of it in which all sublayers of one kind are cut to n units.
+
+        What such a copy takes beyond the one in which they are empty is what they take, in their place: with the memory
+        traffic of everything else, and with what a GPU overlaps. So it holds for any architecture. For one stack, some 20
+        models of half the size of `model` and more run `rounds` + 2 times, twice as often if they are quick.
+
+        Args:
+            model: Is not changed. Beside it up to four copies of the weights of one kind of sublayer are held.
+            inputs: As for `compare`.
+            by: As for `find_sublayers`.
+            rounds: Timed passes of each copy. None: as many as the model does in a second, from 3 to 50.
+        """
+        model = with_own_tables(model)
+        rounds = rounds or max(3, min(50, int(1 / time_model(model, inputs, 1))))
+        sublayers = find_sublayers(model, by)
+        units, kinds = (
+            [s.num_units for s in sublayers],
+            [f"{s.stack_name}.*.{s.block.output}" for s in sublayers],
+        )
+        hollow, live = (
+            cut_to(model, [0] * len(units), by),
+            Counter(k for k, u in zip(kinds, units, strict=True) if u),
+        )
+        numbers = {
+            kind: counts_to_measure(max(u for k, u in zip(kinds, units, strict=True) if k == kind))
+            for kind in live
+        }
+        tasks = [(kind, n) for kind, counts in numbers.items() for n in (0, *counts[:-1])]
+        ends, shares = [], {(kind, counts[-1]): 1.0 for kind, counts in numbers.items()}
+        for start in range(0, len(tasks), AT_ONCE):
+            some = tasks[start : start + AT_ONCE]
+            plans = [
+                [min(u, n) if k == kind else u for k, u in zip(kinds, units, strict=True)] for kind, n in some
+            ]
+            whole, least, *seconds = compare(
+                [model, hollow, *(cut_to(model, p, by) for p in plans)], inputs, rounds
+            )
+            ends.append((whole, least / whole))
+            shares |= {task: taken / whole for task, taken in zip(some, seconds, strict=True)}
+        dense, emptied = (statistics.median(values) for values in zip(*ends, strict=True))
+        points = {
+            kind: [(n, dense * (shares[kind, n] - shares[kind, 0]) / live[kind]) for n in counts]
+            for kind, counts in numbers.items()
+        }
+        return cls(dense, dense * emptied, units, kinds, points)
+
+    @classmethod
+    def cached(
+        cls,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        folder: str | os.PathLike[str] | None = None,
+        by: str = "group",
+    ) -> LatencyTable:
+        """`measure`, once for each machine, model shape and input shape.
+
+        Args:
+            model: As for `measure`.
+            inputs: As for `measure`.
+            folder: Where tables are kept; delete one to have it measured again. None: where the Hugging Face libraries keep
+                such files (`huggingface_hub.cached_assets_path`, inside `HF_HOME`), which the user may have moved already.
+            by: As for `measure`.
+        """
+        folder = cached_assets_path("hf_kprune", "latency") if folder is None else folder
+        path = Path(folder, f"{_digest(model, inputs, by)}.json")
+        if path.exists():
+            return cls.load(path)
+        table = cls.measure(model, inputs, by)
+        table.save(path)
+        return table
+
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Of each sublayer, bottom to top: fitted to the points, then scaled to take together what emptying all saves."""
+        fits = {}
+        for kind, points in self.points.items():
+            alike = [u for u, k in zip(self.units, self.kinds, strict=True) if u and k == kind]
+            numbers = torch.tensor([[min(u, n) for u in alike] for n, _ in points])
+            fits[kind] = Curve.fit(
+                numbers, torch.tensor([seconds for _, seconds in points], dtype=torch.float64)
+            )
+        curves = [fits.get(kind, Curve(0.0, 0.0, 0)) for kind in self.kinds]
+        scale = max(self.dense - self.emptied, 0.0) / (_seconds(curves, self.units) or 1.0)
+        return [Curve(scale * curve.c, scale * curve.a, curve.theta) for curve in curves]
+
+    @property
+    def rest(self) -> float:
+        """Seconds of what is no sublayer."""
+        return self.dense - _seconds(self.curves, self.units)
+
+    def predict(self, counts: Sequence[int]) -> float:
+        """Seconds of the model when its sublayers have `counts` units, bottom to top."""
+        return self.rest + _seconds(self.curves, counts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON, all or nothing."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+            written = Path(aside, path.name)
+            written.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            written.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read what `save` wrote.
+
+        Raises:
+            ArgumentError: If it is something else.
+        """
+        try:
+            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            points = {kind: [(int(n), float(s)) for n, s in told["points"][kind]] for kind in told["points"]}
+            return cls(
+                float(told["dense"]), float(told["emptied"]), list(told["units"]), list(told["kinds"]), points
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{path} holds no latency table ({error}); delete it to have one measured"
+            ) from error
+
+
+def _seconds(curves: Sequence[Curve], counts: Sequence[int]) -> float:
+    """What sublayers with so many units take together."""
+    return sum(float(curve(torch.tensor(n))) for curve, n in zip(curves, counts, strict=True))
+
+
+def counts_to_measure(units: int) -> list[int]:
+    """From 1 to all: each of a few; of more about six, closest at the lower end, where the knee is, and even as layers are."""
+    if units <= 8:
+        return list(range(1, units + 1))
+    step = 8 if units >= 128 else 1
+    parts = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+    return sorted({units, *(step * max(1, round(part * units / step)) for part in parts)})
+
+
+def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> str:
+    """Of all that the time of `model` depends on: shapes rather than values, and where it runs."""
+    device = model.device
+    told = {
+        "class": type(model).__name__,
+        "config": {
+            k: v
+            for k, v in model.config.to_dict().items()
+            if k not in ("_name_or_path", "id2label", "label2id")
+        },
+        "attention": model.config._attn_implementation,
+        "parameters": {name: [tuple(p.shape), p.dtype] for name, p in model.named_parameters()},
+        "inputs": {k: [tuple(v.shape), v.dtype] if isinstance(v, Tensor) else v for k, v in inputs.items()},
+        "by": by,
+        "device": [
+            device.type,
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        ],
+        "machine": [platform.node(), torch.get_num_threads(), torch.get_float32_matmul_precision()],
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Searching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def search_latency(
+    scores: Sequence[Tensor],
+    curves: Sequence[Curve],
+    budget: float,
+    minimum: Sequence[int],
+    multiple: Sequence[int],
+) -> list[Tensor]:
+    """Keep the units of highest total importance whose sublayers together take at most `budget` seconds.
+
+    After Kwon et al. (2022): a sublayer that is kept costs c, its theta best units are free then, and units beyond that
+    compete over what is left at a seconds each. They try every number of emptied sublayers. Which to empty is here a knapsack
+    of whole sublayers, solved by dynamic programming over the budget in thousandths; `threshold_search` then spends the
+    exact budget on the sublayers that stay.
+
+    The result is at least as good as any that leaves a thousandth of the budget per sublayer unused.
+
+    Args:
+        scores: Importance of each unit (not per cost), at least 0, one (U_i,) per sublayer.
+        curves: What each sublayer takes.
+        budget: Seconds for all of them (`LatencyTable.rest` is not in it).
+        minimum: As for `threshold_search`.
+        multiple: As for `threshold_search`.
+
+    Returns:
+        One boolean mask (U_i,) per sublayer.
+
+    Raises:
+        BudgetError: If the minimum alone exceeds the budget.
+    """
+    numbers, worths, costs = (
+        [],
+        [],
+        [],
+    )  # of each sublayer: how many units it may keep, their importance, their seconds
+    for score, curve, low, m in zip(scores, curves, minimum, multiple, strict=True):
+        total = score.double().cpu().sort(descending=True).values.cumsum(0)
+        numbers.append(torch.tensor(group_sizes(len(score), low, m)).cumsum(0))
+        worths.append(torch.cat([total.new_zeros(1), total])[numbers[-1]])
+        costs.append(curve(numbers[-1]))
+    free = [int(n[cost <= cost[(n > 0).long().argmax()]][-1]) for n, cost in zip(numbers, costs, strict=True)]
+
+    def freely(counts: Sequence[int]) -> list[int]:
+        """The units that cost no more than one, in the same sublayers."""
+        return [f if n else 0 for f, n in zip(free, counts, strict=True)]
+
+    def fits(counts: Sequence[int]) -> bool:
+        return _seconds(curves, counts) <= budget * (1 + TOLERANCE)
+
+    def spend(counts: Sequence[int]) -> list[Tensor]:
+        """The best masks with at least so many units, and none where that is 0."""
+        live = [i for i, n in enumerate(counts) if n]
+        masks = [torch.zeros(len(score), dtype=torch.bool) for score in scores]
+        if live:
+            slopes, least = [curves[i].a for i in live], [counts[i] for i in live]
+            left = max(budget - _seconds(curves, counts), 0.0) + sum(
+                a * n for a, n in zip(slopes, least, strict=True)
+            )
+            densities = [scores[i].double() / (curves[i].a or 1) for i in live]
+            found = threshold_search(densities, slopes, left, least, [multiple[i] for i in live])
+            for i, mask in zip(live, found, strict=True):
+                masks[i] = mask
+        return masks
+
+    fewest = freely([int(n[0]) for n in numbers])
+    if not fits(fewest):
+        raise BudgetError(
+            f"the units that must stay take {_seconds(curves, fewest):.6g} s, over the {budget:.6g} s that there are for "
+            "sublayers; allow more time, or lower min_heads and min_neurons"
+        )
+    starts = [counts for counts in ([len(score) for score in scores], fewest) if fits(counts)]
+    for plan in _knapsack(worths, costs, budget):
+        kept = [int(n[option]) for n, option in zip(numbers, plan, strict=True)]
+        starts += [counts for counts in (freely(kept), kept) if fits(counts) and counts not in starts]
+        if fits(kept):
+            break
+    found = [spend(counts) for counts in starts]
+    return max(
+        found,
+        key=lambda masks: sum(float(s.double().cpu()[m].sum()) for s, m in zip(scores, masks, strict=True)),
+    )
+
+
+def _knapsack(worths: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> Iterator[list[int]]:
+    """Of the options of each sublayer, by worth and by cost, both rising, the ones of most total worth within the budget.
+
+    Costs are rounded up to thousandths of the budget. The first answer is for a budget that is larger by the most that this
+    can add up to, the last for the budget itself.
+    """
+    size = STEPS + len(costs) + 1
+    best, taken = (
+        torch.zeros(size, dtype=torch.float64),
+        [],
+    )  # of the sublayers so far, within 0, 1, ... steps
+    for worth, cost in zip(worths, costs, strict=True):
+        steps = (cost * (1 - TOLERANCE / 2) * (STEPS / max(budget, 1e-300))).ceil()
+        option = torch.searchsorted(steps, torch.arange(size, dtype=torch.float64), right=True) - 1
+        gain = worth[option].where(option >= 0, -math.inf)
+        before = torch.cat([torch.full((size - 1,), -math.inf, dtype=torch.float64), best]).unfold(0, size, 1)
+        best, place = (before + gain.flip(0)).max(1)
+        taken.append((option, size - 1 - place))
+    for within in range(size - 1, STEPS - 1, -1):
+        if best[within].isfinite():
+            plan, left = [], within
+            for option, spent in reversed(taken):
+                plan.append(int(option[spent[left]]))
+                left -= int(spent[left])
+            yield plan[::-1]

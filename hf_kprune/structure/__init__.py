@@ -1,0 +1,1 @@
+"""Where units are: families of models, their live sublayers, how they are walked, cut and proved."""

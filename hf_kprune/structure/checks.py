@@ -1,0 +1,318 @@
+"""What is checked of a model before anything runs: when a pruner is made, and again when it prunes.
+
+`unwrapped` gives the model inside what others have put around it, `check_model` refuses what cannot be pruned as it is, and
+`check_described`, once it is known where its heads and neurons are, what would be cut wrongly or not load again.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, initialization
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..calibration.tasks import check_problem_type
+from ..errors import UnsupportedModelError
+from ..modeling_kprune import has, inner_models, plan_of
+from .proof import quiet
+from .sublayers import described, find_sublayers, oriented
+
+
+logger = logging.get_logger(__name__)
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
+"""The classes whose arithmetic is known to be  x W^T + b ; of others it is tried out."""
+
+QUANTISERS = (
+    "torch.ao.",
+    "torchao.",
+    "bitsandbytes.",
+    "gptqmodel.",
+    "auto_gptq.",
+    "awq.",
+    "optimum.quanto.",
+    "hqq.",
+)
+"""Packages whose modules hold integers, or floats that stand for others."""
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what `torch.compile`, data parallelism or `accelerator.prepare` have put around it.
+
+    What accelerate has put around the forward of the model itself, autocast and conversions, is taken off in place.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    inside = extract_model_from_parallel(model, keep_torch_compile=False)
+    if inside is not model:
+        logger.warning(
+            f"the model is wrapped in {type(model).__name__}; what is inside is pruned, so wrap that again afterwards"
+        )
+    # with keep_fp32_wrapper=False accelerate would take off what Transformers itself has put around the forward, too
+    original = inside.__dict__.pop("_original_forward", None)
+    if original is not None:
+        inside.__dict__["forward"] = original
+        if getattr(original, "__func__", None) is type(inside).forward:
+            del inside.__dict__["forward"]
+    if (
+        inside.__dict__.pop("_is_accelerate_prepared", False) or original is not None
+    ):  # so that it may be prepared again
+        logger.warning(
+            f"{type(inside).__name__} was prepared by accelerate; what that has put around its forward is taken off, so "
+            "prepare it again afterwards"
+        )
+    return inside
+
+
+def check_model(model: Any) -> None:
+    """Raise `UnsupportedModelError`, with the way out, for a model that cannot be pruned as it is."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters, which would not fit the pruned layers; merge them first: "
+            "model = model.merge_and_unload()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel or the name or path of one"
+        )
+    for inner in inner_models(model):
+        field = getattr(inner.config, "kprune", None)
+        if field is not None and plan_of(inner.config) is None:
+            raise UnsupportedModelError(
+                f"the config of {type(inner).__name__} has kprune={field!r}, a field of its own where hf_kprune "
+                "writes what is kept; give that field another name"
+            )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and quantise the result"
+        )
+    for name, module in model.named_modules():
+        _check_forward(name or type(model).__name__, module)
+    _check_tensors(model)
+    for _, owner in described(model):
+        if getattr(owner.config, "chunk_size_feed_forward", None):
+            raise UnsupportedModelError(
+                f"config.chunk_size_feed_forward is {owner.config.chunk_size_feed_forward}: feed-forward layers that run in "
+                "chunks cannot be measured; load the model with chunk_size_feed_forward=0 and set it again afterwards"
+            )
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    """Copies of a module would go on calling what was put in the place of its forward, with the weights of the original."""
+    if getattr(type(module), "__module__", "").startswith(QUANTISERS):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__module__}.{type(module).__name__}, quantised or to be; prune the model before and "
+            "quantise the result"
+        )
+    if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+        raise UnsupportedModelError(
+            f"{name} is compiled, and what is cut would have to be compiled anew; prune the model before it is compiled "
+            "(load it again, or give the module that torch.compile was called on)"
+        )
+    if hasattr(module, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"{name} carries a hook of accelerate that moves weights or inputs; load the model without device_map, or call "
+            "accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return
+    function = getattr(forward, "__func__", None)
+    method = inspect.getattr_static(type(module), getattr(function, "__name__", ""), None)
+    if getattr(forward, "__self__", None) is not module or function is not method:
+        raise UnsupportedModelError(
+            f"the forward of {name} was replaced by {getattr(forward, '__qualname__', type(forward).__name__)!r}, of which "
+            f"copies would go on using the weights of now; take it off (del module.forward) or put it into a class"
+        )
+
+
+def _check_tensors(model: PreTrainedModel) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{name} is not in memory (device meta); load the model without device_map"
+            )
+        if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
+            raise UnsupportedModelError(
+                f"{name} is a {type(tensor).__module__}.{type(tensor).__name__}, expected a plain tensor: quantise or shard "
+                "the model after it is pruned"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in FLOATS:
+            raise UnsupportedModelError(
+                f"{name} is {parameter.dtype}, in which least squares cannot be solved; load the model with "
+                "dtype=torch.float32 (or float16, bfloat16)"
+            )
+        if parameter.numel() and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
+            raise UnsupportedModelError(
+                f"{name} holds NaN or Inf, so nothing that the model computes can be measured; load the weights again, or "
+                "train with a smaller learning rate"
+            )
+
+
+def check_described(model: PreTrainedModel, by: str | None = None) -> None:
+    """Refuse a model whose projections are more than weights and biases, or that its config alone does not make.
+
+    Args:
+        model: That `find_sublayers` knows.
+        by: What a unit is, see `find_sublayers`.
+
+    Raises:
+        UnsupportedModelError: With the name of the module or tensor.
+    """
+    for name, projection in _projections(model, by):
+        _check_projection(model, name, projection)
+    check_problem_type(model.config)
+    _check_built_again(model)
+
+
+def _projections(model: PreTrainedModel, by: str | None) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose rows or columns are the units', with their names in the model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for sublayer in find_sublayers(model, by):
+        for path in (*sublayer.block.inputs, sublayer.block.output):
+            if has(sublayer.layer, path):
+                projection = sublayer.layer.get_submodule(path)
+                yield names[id(projection)], projection
+
+
+def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) -> None:
+    weight: Any = projection._parameters.get("weight")
+    if weight is None or parametrize.is_parametrized(projection):
+        raise UnsupportedModelError(
+            f"the weight of {name} is computed from other tensors, so it cannot be cut; make it plain first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove of torch.nn.utils.prune, "
+            "torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+        )
+    if weight.dtype != model.dtype and not (weight.dtype == torch.float32 and _stays_in_float32(model, name)):
+        raise UnsupportedModelError(
+            f"{name} is {weight.dtype} in a model of {model.dtype}; give all layers one dtype: model.to({model.dtype})"
+        )
+    if type(projection) not in LINEAR:
+        wide = oriented(projection)
+        try:
+            with torch.no_grad():
+                x = torch.randn(2, 3, wide.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+                y = projection.forward(x)  # hooks are tried out on real inputs, see prove_projections
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{_described(name, projection)} is no plain linear layer: it does not take (batch, tokens, width) alone, "
+                "so it cannot be cut and fitted; replace it by nn.Linear"
+            ) from error
+        _check_linear(_described(name, projection), projection, x, y)
+
+
+def _is_bare(projection: nn.Module) -> bool:
+    return type(projection) in LINEAR and not projection._forward_hooks and not projection._forward_pre_hooks
+
+
+def _described(name: str, projection: nn.Module) -> str:
+    kind, hooked = type(projection), projection._forward_hooks or projection._forward_pre_hooks
+    return f"{name}, a {kind.__module__}.{kind.__name__}{' with hooks' if hooked else ''},"
+
+
+@torch.no_grad()
+def _check_linear(what: str, projection: Any, x: Tensor, y: Any) -> None:
+    """Raise `UnsupportedModelError` unless a module gives  y = x W^T + b  for the inputs x."""
+    expected = linear(x, oriented(projection), projection.bias)
+    like = isinstance(y, Tensor) and y.shape == expected.shape
+    apart = (
+        float((y - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        if like and y.numel()
+        else 1.0 - like
+    )
+    if apart > (1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4):
+        raise UnsupportedModelError(
+            f"{what} does not compute x W' + b of its weight and bias ({apart:.2%} off), so it cannot "
+            "be fitted; merge what it adds into the weight, take hooks off, or replace it by nn.Linear"
+        )
+
+
+def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], by: str | None) -> None:
+    """Raise `UnsupportedModelError` unless each projection of which that is not known computes  x W^T + b  on these inputs."""
+    doubtful = [
+        (name, projection) for name, projection in _projections(model, by) if not _is_bare(projection)
+    ]
+    with ExitStack() as hooks, torch.no_grad():
+        for name, projection in doubtful:
+
+            def see(
+                module: nn.Module, args: Any, output: Any, what: str = _described(name, projection)
+            ) -> None:
+                _check_linear(what, module, args[0], output)
+
+            hooks.callback(projection.register_forward_hook(see).remove)
+        if doubtful:
+            model(**inputs)
+
+
+def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether the class of the model, or of one inside it, keeps this module in float32 when all else is in half precision."""
+    kept: set[str] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            kept |= set(getattr(module, attribute, None) or ())
+    return any(part in name for part in kept)
+
+
+def _check_built_again(model: PreTrainedModel) -> None:
+    """What is saved is loaded into what the config makes: its tensors must be those of the model."""
+    kind = type(model).__name__
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"), _safe_on_meta():
+            again = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{kind} cannot be built from its config alone, so what is saved could not be loaded; let its class take the "
+            "config as its one argument, and let the config say all that the model is made of"
+        ) from error
+    shapes, expected = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, again))
+    of = f"the config of {kind}"
+    for name in sorted(shapes.keys() & expected.keys()):
+        if shapes[name] != expected[name]:
+            raise UnsupportedModelError(
+                f"{name} is {shapes[name]}, but {of} makes it {expected[name]}, so what is saved could not be loaded; change "
+                "the config to what the model is (config.num_labels for a new head, config.vocab_size for new embeddings)"
+            )
+    surplus, missing = sorted(shapes.keys() - expected.keys()), sorted(expected.keys() - shapes.keys())
+    if surplus or missing:
+        which = (
+            f"holds {surplus[0]}, which {of} does not make"
+            if surplus
+            else f"lacks {missing[0]}, which {of} makes"
+        )
+        raise UnsupportedModelError(
+            f"{kind} {which}, so what is saved could not be loaded ({len(surplus) + len(missing)} such tensors); merge or "
+            "remove what was added (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), and put back what was "
+            "taken away"
+        )
+    tied: dict[int, list[str]] = {}
+    for name, parameter in again.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for first, *others in tied.values():
+        for other in others:
+            if parameters[first] is not parameters[other] and not torch.equal(
+                parameters[first], parameters[other]
+            ):
+                raise UnsupportedModelError(
+                    f"{first} and {other} differ, but {of} ties them, so one of them would be lost; set "
+                    "config.tie_word_embeddings=False, or tie them: model.tie_weights()"
+                )
+
+
+def _safe_on_meta() -> Any:
+    """Transformers' own help for models that compute numbers while they are built, where it has one."""
+    return getattr(initialization, "meta_device_safe_creation_ops", nullcontext)()

@@ -1,0 +1,851 @@
+"""Where each model family keeps its heads and neurons. Data only: no torch, no code keyed on a name.
+
+To add a family, describe one of its layers (docs/add_a_family.md walks through it):
+
+    register_family("bert", Stack("encoder.layer", (
+        Block("attention",
+              inputs={"attention.self.query": "q", "attention.self.key": "kv", "attention.self.value": "kv"},
+              output="attention.output.dense", core="attention.self",
+              sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"}),
+        Block("ffn", inputs={"intermediate.dense": "f"}, output="output.dense", stream="intermediate.dense"))))
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Block:
+    """One prunable sublayer of a layer. All paths are module paths relative to the layer.
+
+    A *unit* is what is kept or pruned whole: an attention head (with grouped queries: a key-value head and its query
+    heads, or one query head of every group) or an FFN neuron.
+
+    A layer that lacks the `output` lacks the block (experts in its place, say), and an input that a layer lacks is not
+    asked for, so one entry serves variants. What a layer has and the entry does not name is refused.
+
+    Args:
+        kind: `"attention"`, `"cross_attention"` or `"ffn"`.
+        inputs: Projections whose output rows belong to units, each with the layout of its rows:
+            `"q"` query heads, `"kv"` key or value heads, `"qkv"` all three fused one after the other, `"qkv:perhead"`
+            the three fused group by group, `"f"` neurons, `"2f"` gate and up projections fused one after the other.
+        output: Projection whose input columns belong to units. Its output is the sublayer's output.
+        stream: Module that reads the residual stream which the output joins (a norm in pre-norm models, the FFN's
+            first projection in post-norm ones); `""` if it is the layer's own input; None if the output is normalised or
+            scaled before it joins: then weight tuning rebuilds the output alone. `"a|b"`: of two, the one that runs first,
+            where an option of the model decides.
+        core: Attention module that is replaced when no head is left.
+        returns: What `core` returns: `"y"` stands for the attention's output, `None` for None. A lone `"y"` that is not
+            in a tuple is written `"y"`.
+        sizes: Attributes to refresh after a cut, `"path.of.module.attribute"`: `"heads"` (query heads), `"kv_heads"`,
+            `"groups"` (query heads per key-value head) or `"width"` (heads x head size). Missing ones are skipped. A path
+            through a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it with that value.
+        select: Arguments of `core` that carry one slice per head, and where: `"1"` in dimension 1, `"0"` in dimension 0,
+            `"0:batch"` in dimension 0 with the batch folded in before it; `"none"` passes None in its place.
+        slices: Parameters, none of a projection, that hold one slice per head, and in which dimension, `"0"` or `"1"`.
+        table: An embedding of relative positions with one column per head, which the first layer of the stack holds for
+            all (T5). In a pruned model every layer has its own.
+        whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that says whether
+            they cannot: then all of them are one unit. `""` if they can.
+        weights: Whether its model can take the attention weights of no heads, (B, 0, T, T); else it refuses
+            `output_attentions=True` once an attention is emptied.
+    """
+
+    kind: str
+    inputs: Mapping[str, str]
+    output: str
+    stream: str | None = ""
+    core: str = ""
+    returns: tuple[str | None, ...] | str = ("y", None)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    select: Mapping[str, str] = field(default_factory=dict)
+    slices: Mapping[str, str] = field(default_factory=dict)
+    table: str = ""
+    whole: str = ""
+    weights: bool = True
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers of one kind.
+
+    Args:
+        layers: Path of the `ModuleList`, seen from the base model.
+        blocks: The sublayers of one layer, in the order in which they run.
+        returns: What a layer returns: `"y"` (the hidden states alone) or a tuple in which `"y"` stands for them.
+        parallel: Whether all blocks of a layer read the layer's input and their outputs are added up.
+        residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""` for none.
+        untouched: Module paths in the layer whose projections are left as they are (experts, routers).
+        heads: Config attribute with the number of query heads.
+        kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for all.
+            `"flag ? this : that"` asks one of two attributes.
+        head_dim: Config attribute with the size of a head, where there is one; else hidden size / heads.
+        mask: Model input that tells padding of this stack's tokens; `""` if there is none.
+        reads: Path of the stack that the keys and values of cross-attention come from.
+        shifts: Whether the base model, given nothing for this decoder, gives it the encoder's tokens, shifted.
+        pads: Whether the model itself pads sequences further, at their end.
+        refuses: Config flags with which the description does not hold, and why.
+        uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute. A family
+            that does not list `"heads"` derives the head size from them, so stock transformers cannot hold fewer heads.
+    """
+
+    layers: str
+    blocks: tuple[Block, ...]
+    returns: tuple[str | None, ...] | str = "y"
+    parallel: bool = False
+    residual: str = ""
+    untouched: tuple[str, ...] = ()
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    head_dim: str = "head_dim"
+    mask: str = "attention_mask"
+    reads: str = ""
+    shifts: bool = False
+    pads: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    uniform: Mapping[str, str] = field(default_factory=dict)
+
+
+def _attention(
+    module: str, output: str, qkv: str = "q_proj k_proj v_proj", kind: str = "attention", **rest: Any
+) -> Block:
+    """Attention whose `module` holds the three projections."""
+    q, k, v = (f"{module}.{name}" for name in qkv.split())
+    return Block(kind, inputs={q: "q", k: "kv", v: "kv"}, output=output, core=module, **rest)
+
+
+def _ffn(inputs: str, output: str, stream: str | None) -> Block:
+    return Block("ffn", inputs=dict.fromkeys(inputs.split(), "f"), output=output, stream=stream)
+
+
+def _bert(
+    reads: str | None = "intermediate.dense", core: str = "attention.self", **rest: Any
+) -> tuple[Block, Block]:
+    """BERT's layer. `reads` is the FFN's stream: a layer norm, where that comes first."""
+    sizes = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
+    attention = _attention(core, "attention.output.dense", "query key value", sizes=sizes)
+    return replace(attention, **rest), _ffn("intermediate.dense", "output.dense", reads)
+
+
+def _bart(
+    pre_norm: bool, shifts: bool = False, sizes: Mapping[str, str] = {"num_heads": "heads"}, **rest: Any
+) -> tuple[Stack, Stack]:
+    """BART's encoder and decoder. `pre_norm`: layer norms come before what they are for."""
+
+    def attention(module: str, kind: str, stream: str) -> Block:
+        told = {f"{module}.{name}": size for name, size in sizes.items()}
+        return _attention(module, f"{module}.out_proj", kind=kind, stream=stream, sizes=told, **rest)
+
+    own = attention("self_attn", "attention", "")
+    cross = attention(
+        "encoder_attn", "cross_attention", "encoder_attn_layer_norm" if pre_norm else "encoder_attn"
+    )
+    ffn = _ffn("fc1", "fc2", "final_layer_norm" if pre_norm else "fc1")
+    below = Stack(
+        "encoder.layers", (own, ffn), heads="encoder_attention_heads", uniform={"ffn": "encoder_ffn_dim"}
+    )
+    above = Stack(
+        "decoder.layers",
+        (own, cross, ffn),
+        heads="decoder_attention_heads",
+        uniform={"ffn": "decoder_ffn_dim"},
+    )
+    return below, replace(above, mask="decoder_attention_mask", reads="encoder.layers", shifts=shifts)
+
+
+def _t5(
+    encoder: str = "SelfAttention",
+    ffn: str = "DenseReluDense",
+    core: tuple[str | None, ...] = ("y", None, None),
+    **rest: Any,
+) -> tuple[Stack, Stack]:
+    """T5's encoder and decoder. Every layer asks its own table of positions, not the bias that the layer below passes up."""
+
+    def attention(number: int, name: str, kind: str = "attention") -> Block:
+        module = f"layer.{number}.{name}"
+        return _attention(
+            module,
+            f"{module}.o",
+            "q k v",
+            kind,
+            stream=f"layer.{number}.layer_norm",
+            returns=core,
+            sizes={f"{module}.n_heads": "heads", f"{module}.inner_dim": "width"},
+            table=f"{module}.relative_attention_bias" if kind == "attention" else "",
+            select={"position_bias": "none"},
+        )
+
+    def feed_forward(number: int) -> Block:
+        layer = f"layer.{number}"
+        return _ffn(
+            " ".join(f"{layer}.{ffn}.{name}" for name in ("wi", "wi_0", "wi_1")),
+            f"{layer}.{ffn}.wo",
+            f"{layer}.layer_norm",
+        )
+
+    below = Stack("encoder.block", (attention(0, encoder), feed_forward(1)))
+    blocks = (
+        attention(0, "SelfAttention"),
+        attention(1, "EncDecAttention", "cross_attention"),
+        feed_forward(2),
+    )
+    above = Stack("decoder.block", blocks, mask="decoder_attention_mask", reads="encoder.block")
+    shared: dict[str, Any] = {"returns": core, "heads": "num_heads", "head_dim": "d_kv", **rest}
+    return replace(below, **shared), replace(above, **shared)
+
+
+_FFN_SIZE = {"ffn": "intermediate_size"}
+_BERT = Stack("encoder.layer", _bert(), uniform=_FFN_SIZE)
+_BERT_PAIR = replace(_BERT, returns=("y", None))
+_BERT_SINGLE = replace(_BERT, blocks=_bert(returns=("y",)), returns=("y",))
+_VIT = Stack(
+    "layers",
+    (
+        _attention("attention", "attention.o_proj", sizes={"attention.num_attention_heads": "heads"}),
+        _ffn("mlp.fc1", "mlp.fc2", "layernorm_after"),
+    ),
+    mask="",
+    uniform={"heads": "num_attention_heads", **_FFN_SIZE},
+)
+_VIT_NESTED = replace(_BERT, blocks=_bert("layernorm_after", "attention.attention"), mask="")
+_DINO = Stack(
+    "encoder.layer",
+    (
+        _attention(
+            "attention", "attention.o_proj", sizes={"attention.num_attention_heads": "heads"}, stream=None
+        ),
+        _ffn("mlp.fc1", "mlp.fc2", None),
+        _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", None),
+    ),
+    mask="",
+)
+_CLIP = Stack(
+    "encoder.layers",
+    (
+        _attention("self_attn", "self_attn.out_proj", sizes={"self_attn.num_heads": "heads"}),
+        _ffn("mlp.fc1", "mlp.fc2", "layer_norm2"),
+    ),
+    uniform=_FFN_SIZE,
+)
+_CLIP_VISION = replace(_CLIP, mask="")
+_WAV2VEC2 = Stack(
+    "encoder.layers",
+    (
+        _attention("attention", "attention.out_proj", sizes={"attention.num_heads": "heads"}),
+        _ffn(
+            "feed_forward.intermediate_dense",
+            "feed_forward.output_dense",
+            "final_layer_norm|feed_forward.intermediate_dense",  # with and without do_stable_layer_norm
+        ),
+    ),
+    untouched=("adapter_layer",),
+    uniform=_FFN_SIZE,
+)
+_HEAD_SIZES = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+_LLAMA_ATTENTION = _attention(
+    "self_attn",
+    "self_attn.o_proj",
+    sizes={
+        "self_attn.num_heads": "heads",
+        "self_attn.num_attention_heads": "heads",
+        "self_attn.num_key_value_heads": "kv_heads",
+        "self_attn.num_key_value_groups": "groups",
+    },
+    slices={"self_attn.sinks": "0"},
+)
+_LLAMA_FFN = Block(
+    "ffn",
+    inputs={"mlp.gate_proj": "f", "mlp.up_proj": "f", "mlp.gate_up_proj": "2f"},
+    output="mlp.down_proj",
+    stream="post_attention_layernorm",
+)
+_LLAMA = Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FFN), uniform={**_HEAD_SIZES, **_FFN_SIZE})
+_LLAMA_WHOLE = replace(_LLAMA_ATTENTION, whole="its queries and keys are normalised across heads")
+_NORM_AFTER = replace(
+    _LLAMA, blocks=(replace(_LLAMA_ATTENTION, stream=None), replace(_LLAMA_FFN, stream=None))
+)
+_OLMO2 = replace(
+    _NORM_AFTER, blocks=(replace(_LLAMA_WHOLE, stream=None), _NORM_AFTER.blocks[1]), uniform=_FFN_SIZE
+)
+# `parallel` also where an option of the model says no: the stream is what came in and what was added, either way
+_PARALLEL = replace(
+    _LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="")), parallel=True, uniform=_FFN_SIZE
+)
+# experts stay as they are; the FFNs that every token passes lose neurons: dense layers and shared experts
+_MOE = replace(
+    _LLAMA,
+    blocks=(
+        _LLAMA_ATTENTION,
+        _LLAMA_FFN,
+        *(
+            _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)
+            for shared in ("shared_expert", "shared_experts")
+        ),
+    ),
+    untouched=("mlp.experts", "mlp.gate", "mlp.router", "mlp.shared_expert_gate"),
+    uniform=_HEAD_SIZES,
+)
+_MOE_WHOLE = replace(_MOE, blocks=(_LLAMA_WHOLE,), uniform={})
+_GRANITE_MOE = replace(
+    _LLAMA,
+    blocks=(
+        _LLAMA_ATTENTION,
+        Block(
+            "ffn", inputs={"shared_mlp.input_linear": "2f"}, output="shared_mlp.output_linear", stream=None
+        ),
+    ),
+    residual="residual_multiplier",
+    untouched=("block_sparse_moe",),
+    uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size"},
+)
+_NEOX_FFN = _ffn("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "post_attention_layernorm")
+_OPT = Stack(
+    "decoder.layers",
+    (
+        _attention(
+            "self_attn",
+            "self_attn.out_proj",
+            sizes={"self_attn.num_heads": "heads", "self_attn.embed_dim": "width"},
+        ),
+        _ffn("fc1", "fc2", "final_layer_norm|fc1"),
+    ),
+    uniform={"ffn": "ffn_dim"},
+)
+_GPT2 = Stack(
+    "h",
+    (
+        Block(
+            "attention",
+            inputs={"attn.c_attn": "qkv"},
+            output="attn.c_proj",
+            core="attn",
+            sizes={"attn.num_heads": "heads", "attn.embed_dim": "width", "attn.split_size": "width"},
+        ),
+        _ffn("mlp.c_fc", "mlp.c_proj", "ln_2"),
+    ),
+    uniform={"ffn": "n_inner"},
+)
+_BLOOM = Stack(
+    "h",
+    (
+        Block(
+            "attention",
+            inputs={"self_attention.query_key_value": "qkv:perhead"},
+            output="self_attention.dense",
+            core="self_attention",
+            returns=("y+residual", None),
+            sizes={"self_attention.num_heads": "heads", "self_attention.num_kv_heads": "kv_heads"},
+            select={"alibi": "0:batch"},
+        ),
+        _NEOX_FFN,
+    ),
+    returns=("y", None),
+    refuses={
+        "apply_residual_connection_post_layernorm": "the residual is then the output of a norm, which is not described"
+    },
+)
+
+FAMILIES: dict[str, tuple[Stack, ...]] = {
+    # BERT and its kin
+    "bert": (_BERT,),
+    "bert-generation": (_BERT,),
+    "camembert": (_BERT,),
+    "chinese_clip_text_model": (_BERT,),
+    "altclip_text_model": (replace(_BERT, layers="roberta.encoder.layers"),),
+    "data2vec-text": (_BERT,),
+    "electra": (_BERT,),
+    "ernie": (_BERT,),
+    "layoutlm": (_BERT,),
+    "markuplm": (_BERT,),
+    "roberta": (_BERT,),
+    "roc_bert": (_BERT,),
+    "splinter": (_BERT,),
+    "xlm-roberta": (_BERT,),
+    "esm": (replace(_BERT, blocks=_bert("LayerNorm")),),
+    "megatron-bert": (replace(_BERT_PAIR, blocks=_bert("ln")),),
+    "rembert": (_BERT_PAIR,),
+    "roberta-prelayernorm": (replace(_BERT, blocks=_bert("intermediate.LayerNorm")),),
+    "roformer": (_BERT_PAIR,),
+    "tapas": (_BERT_SINGLE,),
+    "visual_bert": (_BERT_SINGLE,),
+    "xlm-roberta-xl": (replace(_BERT, blocks=_bert("LayerNorm")),),
+    "xmod": (
+        replace(
+            _BERT,
+            blocks=_bert("output.LayerNorm|intermediate.dense"),  # with and without pre_norm
+            untouched=("output.adapter_modules",),
+        ),
+    ),
+    "yoso": (_BERT_SINGLE,),
+    # other encoders of text
+    "deberta": (
+        replace(
+            _BERT_PAIR,
+            blocks=_bert(
+                inputs={
+                    "attention.self.in_proj": "qkv:perhead",
+                    "attention.self.pos_proj": "kv",
+                    "attention.self.pos_q_proj": "q",
+                },
+                slices={"attention.self.q_bias": "0", "attention.self.v_bias": "0"},
+            ),
+        ),
+    ),
+    "deberta-v2": (
+        replace(
+            _BERT_PAIR,
+            blocks=_bert(
+                inputs={
+                    "attention.self.query_proj": "q",
+                    "attention.self.key_proj": "kv",
+                    "attention.self.value_proj": "kv",
+                    "attention.self.pos_key_proj": "kv",
+                    "attention.self.pos_query_proj": "q",
+                },
+            ),
+            head_dim="attention_head_size",
+        ),
+    ),
+    "distilbert": (
+        Stack(
+            "transformer.layer",
+            (
+                _attention(
+                    "attention",
+                    "attention.out_lin",
+                    "q_lin k_lin v_lin",
+                    sizes={"attention.n_heads": "heads"},
+                ),
+                _ffn("ffn.lin1", "ffn.lin2", "ffn.lin1"),
+            ),
+            uniform={"ffn": "hidden_dim"},
+        ),
+    ),
+    "longformer": (
+        replace(
+            _BERT_SINGLE,
+            pads=True,
+            blocks=_bert(
+                inputs={
+                    "attention.self.query": "q",
+                    "attention.self.query_global": "q",
+                    "attention.self.key": "kv",
+                    "attention.self.key_global": "kv",
+                    "attention.self.value": "kv",
+                    "attention.self.value_global": "kv",
+                },
+                sizes={},
+                returns=("y",),
+                whole="its heads are reshaped to the hidden size",
+                weights=False,
+            ),
+        ),
+    ),
+    "modernbert": (
+        Stack(
+            "layers",
+            (
+                Block("attention", inputs={"attn.Wqkv": "qkv"}, output="attn.Wo", core="attn"),
+                Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "mpnet": (
+        replace(
+            _BERT,
+            blocks=(
+                _attention(
+                    "attention.attn",
+                    "attention.attn.o",
+                    "q k v",
+                    sizes={
+                        "attention.attn.num_attention_heads": "heads",
+                        "attention.attn.all_head_size": "width",
+                    },
+                    select={"position_bias": "1"},
+                ),
+                _BERT.blocks[1],
+            ),
+            returns=("y",),
+        ),
+    ),
+    "eurobert": (_LLAMA,),
+    "jina_embeddings_v3": (
+        Stack(
+            "layers",
+            (_attention("self_attn", "self_attn.o_proj"), _ffn("mlp.fc1", "mlp.fc2", "mlp")),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "nomic_bert": (
+        Stack(
+            "layers",
+            (
+                _attention("self_attn", "self_attn.o_proj"),
+                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "mlp"),
+            ),
+            uniform={"heads": "num_attention_heads", **_FFN_SIZE},
+        ),
+    ),
+    # encoder-decoders
+    "bart": _bart(pre_norm=False, shifts=True),
+    "blenderbot": _bart(pre_norm=True),
+    "blenderbot-small": _bart(pre_norm=False),
+    "m2m_100": _bart(pre_norm=True),
+    "marian": _bart(pre_norm=False),
+    "mbart": _bart(pre_norm=True, shifts=True),
+    "mvp": tuple(
+        replace(stack, returns=returns)
+        for stack, returns in zip(
+            _bart(
+                False,
+                shifts=True,
+                sizes={"num_heads": "heads", "embed_dim": "width"},
+                select={"attn_prompt": "1"},
+            ),
+            (("y", None), ("y",)),
+            strict=True,
+        )
+    ),
+    "pegasus": _bart(pre_norm=True),
+    "plbart": _bart(pre_norm=False, shifts=True),
+    "speech_to_text": _bart(pre_norm=True),
+    "whisper": (replace(_bart(pre_norm=True)[0], mask=""), _bart(pre_norm=True)[1]),
+    "longt5": (
+        replace(_t5("LocalSelfAttention")[0], returns=("y", None)),
+        replace(_t5()[1], returns=("y", None, None, None, None)),
+    ),
+    "mt5": _t5(),
+    "switch_transformers": _t5(
+        ffn="mlp",
+        untouched=("layer.1.mlp.router", "layer.1.mlp.experts", "layer.2.mlp.router", "layer.2.mlp.experts"),
+    ),
+    "t5": _t5(),
+    "umt5": _t5(core=("y", None), returns="y", uniform={"ffn": "d_ff"}),
+    # images
+    "beit": (
+        replace(
+            _VIT,
+            blocks=(
+                replace(_VIT.blocks[0], stream=None, select={"attention_mask": "1"}),
+                replace(_VIT.blocks[1], stream=None),
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "data2vec-vision": (
+        replace(
+            _BERT_PAIR,
+            blocks=_bert(
+                None,
+                "attention.attention",
+                stream=None,
+                select={"relative_position_bias": "1"},
+                slices={"attention.attention.relative_position_bias.relative_position_bias_table": "1"},
+            ),
+            mask="",
+        ),
+    ),
+    "deit": (_VIT,),
+    "dinov2": (_DINO,),
+    "dinov2_with_registers": (_DINO,),
+    "dinov3_vit": (
+        Stack(
+            "model.layer",
+            (
+                _attention(
+                    "attention", "attention.o_proj", sizes={"attention.num_heads": "heads"}, stream=None
+                ),
+                _ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", None),
+            ),
+            mask="",
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "dpt": (_VIT_NESTED,),
+    "ijepa": (_VIT,),
+    "videomae": (_VIT_NESTED,),
+    "vit": (_VIT,),
+    "vit_msn": (_VIT,),
+    "vivit": (_VIT,),
+    "yolos": (_VIT_NESTED,),
+    # images and text, tower by tower
+    "altclip_vision_model": (_CLIP_VISION,),
+    "chinese_clip_vision_model": (_CLIP_VISION,),
+    "clip_text_model": (_CLIP,),
+    "clip_vision_model": (_CLIP_VISION,),
+    "metaclip_2_text_model": (_CLIP,),
+    "metaclip_2_vision_model": (_CLIP_VISION,),
+    "siglip2_text_model": (_CLIP,),
+    "siglip2_vision_model": (
+        replace(_CLIP, mask="pixel_attention_mask", uniform={}),
+    ),  # its head has an FFN of that size too
+    "siglip_text_model": (_CLIP,),
+    "siglip_vision_model": (replace(_CLIP_VISION, uniform={}),),
+    # sound
+    "audio-spectrogram-transformer": (_VIT,),
+    "data2vec-audio": (_WAV2VEC2,),
+    "hubert": (_WAV2VEC2,),
+    "unispeech": (_WAV2VEC2,),
+    "unispeech-sat": (_WAV2VEC2,),
+    "wav2vec2": (_WAV2VEC2,),
+    # decoders
+    "apertus": (
+        replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="feedforward_layernorm"))),
+    ),
+    "arcee": (_LLAMA,),
+    "biogpt": (replace(_OPT, layers="layers", uniform=_FFN_SIZE),),
+    "bloom": (_BLOOM,),
+    "cohere": (
+        replace(
+            _PARALLEL, blocks=(replace(_LLAMA_ATTENTION, whole="use_qk_norm"), replace(_LLAMA_FFN, stream=""))
+        ),
+    ),
+    "cohere2": (_PARALLEL,),
+    "ctrl": (
+        Stack(
+            "h",
+            (
+                _attention("multi_head_attention", "multi_head_attention.dense", "Wq Wk Wv"),
+                _ffn("ffn.0", "ffn.2", "layernorm2"),
+            ),
+            uniform={"ffn": "dff"},
+        ),
+    ),
+    "cwm": (_LLAMA,),
+    "dots1": (_MOE,),
+    "ernie4_5": (_LLAMA,),
+    "ernie4_5_moe": (_MOE,),
+    "exaone4": (_NORM_AFTER,),
+    "exaone_moe": (_MOE,),
+    "falcon": (
+        replace(
+            _BLOOM,
+            blocks=(
+                replace(_BLOOM.blocks[0], returns=("y", None), select={"alibi": "1", "attention_mask": "1"}),
+                replace(_NEOX_FFN, stream=""),
+            ),
+            parallel=True,
+            kv_heads="new_decoder_architecture ? num_kv_heads : multi_query",
+            uniform={"ffn": "ffn_hidden_size"},
+        ),
+    ),
+    "flex_olmo": (replace(_MOE_WHOLE, blocks=(_OLMO2.blocks[0],)),),
+    "gemma": (_LLAMA,),
+    "gemma2": (_NORM_AFTER,),
+    "gemma3_text": (_NORM_AFTER,),
+    "glm": (_LLAMA,),
+    "glm4": (_NORM_AFTER,),
+    "glm4_moe": (_MOE,),
+    "gpt2": (_GPT2,),
+    "gpt_bigcode": (
+        replace(
+            _GPT2,
+            blocks=(
+                replace(
+                    _GPT2.blocks[0],
+                    inputs={"attn.c_attn": "qkv:perhead"},
+                    sizes={
+                        **_GPT2.blocks[0].sizes,
+                        "attn.kv_heads": "kv_heads",
+                        "attn.num_key_value_groups": "groups",
+                    },
+                ),
+                _GPT2.blocks[1],
+            ),
+            kv_heads="multi_query",
+        ),
+    ),
+    "gpt_neo": (
+        Stack(
+            "h",
+            (
+                _attention(
+                    "attn.attention", "attn.attention.out_proj", sizes={"attn.attention.num_heads": "heads"}
+                ),
+                _GPT2.blocks[1],
+            ),
+            returns=("y", None),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "gpt_neox": (
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"attention.query_key_value": "qkv:perhead"},
+                    output="attention.dense",
+                    core="attention",
+                ),
+                replace(_NEOX_FFN, stream=""),
+            ),
+            parallel=True,
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "gpt_oss": (_MOE,),
+    "gptj": (
+        Stack(
+            "h",
+            (
+                _attention("attn", "attn.out_proj", sizes={"attn.num_attention_heads": "heads"}),
+                _ffn("mlp.fc_in", "mlp.fc_out", ""),
+            ),
+            returns=("y", None),
+            parallel=True,
+            uniform={"ffn": "n_inner"},
+        ),
+    ),
+    "granite": (replace(_LLAMA, residual="residual_multiplier"),),
+    "granite_swa": (replace(_LLAMA, residual="residual_multiplier"),),
+    "granitemoe": (_GRANITE_MOE,),
+    "granitemoe_swa": (_GRANITE_MOE,),
+    "granitemoeshared": (_GRANITE_MOE,),
+    "helium": (replace(_LLAMA, uniform=_FFN_SIZE),),
+    "hunyuan_v1_dense": (_LLAMA,),
+    "internlm3": (_LLAMA,),
+    "iquestcoder": (_LLAMA,),
+    "jais2": (_LLAMA,),
+    "llama": (_LLAMA,),
+    "minimax_m2": (_MOE_WHOLE,),
+    "ministral": (_LLAMA,),
+    "ministral3": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "mixtral": (_MOE,),
+    "modernbert-decoder": (
+        Stack(
+            "layers",
+            (
+                _attention(
+                    "attn", "attn.Wo", sizes={"attn.num_heads": "heads", "attn.all_head_size": "width"}
+                ),
+                Block("ffn", inputs={"mlp.Wi": "2f"}, output="mlp.Wo", stream="mlp_norm"),
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "mpt": (
+        Stack(
+            "blocks",
+            (
+                Block(
+                    "attention",
+                    inputs={"attn.Wqkv": "qkv"},
+                    output="attn.out_proj",
+                    core="attn",
+                    sizes={"attn.n_heads": "heads"},
+                    select={"position_bias": "0"},
+                ),
+                _ffn("ffn.up_proj", "ffn.down_proj", "norm_2"),
+            ),
+            returns=("y", None),
+        ),
+    ),
+    "nanochat": (
+        replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _ffn("mlp.fc1", "mlp.fc2", "post_attention_layernorm"))),
+    ),
+    "nemotron": (_LLAMA,),
+    "olmo": (_LLAMA,),
+    "olmo2": (_OLMO2,),
+    "olmo3": (_OLMO2,),
+    "olmoe": (_MOE_WHOLE,),
+    "opt": (_OPT,),
+    "persimmon": (
+        Stack(
+            "layers",
+            (
+                Block(
+                    "attention",
+                    inputs={"self_attn.query_key_value": "qkv:perhead"},
+                    output="self_attn.dense",
+                    core="self_attn",
+                    sizes={"self_attn.num_heads": "heads"},
+                ),
+                _NEOX_FFN,
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "phi": (
+        replace(
+            _PARALLEL,
+            blocks=(replace(_LLAMA_ATTENTION, output="self_attn.dense"), _ffn("mlp.fc1", "mlp.fc2", "")),
+        ),
+    ),
+    "phi3": (
+        replace(
+            _LLAMA,
+            blocks=(
+                replace(
+                    _LLAMA_ATTENTION,
+                    inputs={"self_attn.qkv_proj": "qkv"},
+                    sizes={**_LLAMA_ATTENTION.sizes, "self_attn.config.num_attention_heads": "heads"},
+                ),
+                _LLAMA_FFN,
+            ),
+        ),
+    ),
+    "phimoe": (_MOE,),
+    "qwen2": (_LLAMA,),
+    "qwen2_moe": (_MOE,),
+    "qwen3": (_LLAMA,),
+    "qwen3_moe": (_MOE,),
+    "seed_oss": (_LLAMA,),
+    "smollm3": (_LLAMA,),
+    "stablelm": (
+        replace(
+            _PARALLEL,
+            blocks=(replace(_LLAMA_ATTENTION, whole="qk_layernorm"), replace(_LLAMA_FFN, stream="")),
+        ),
+    ),
+    "starcoder2": (
+        replace(
+            _LLAMA, blocks=(_LLAMA_ATTENTION, _ffn("mlp.c_fc", "mlp.c_proj", "post_attention_layernorm"))
+        ),
+    ),
+    "vaultgemma": (
+        replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="pre_feedforward_layernorm"))),
+    ),
+    "xglm": (replace(_OPT, layers="layers"),),
+}
+
+
+REFUSED: dict[str, str] = {
+    "albert": "its layers share one set of weights",
+    "big_bird": "it exchanges its attention modules while it runs, by the length of the input",
+    "bigbird_pegasus": "it exchanges its attention modules while it runs, by the length of the input",
+    "bitnet": "its outputs are normalised across all heads and across all neurons before the last projection",
+    "codegen": "its fused projection holds four parts of queries, values and keys, which must stay of one size",
+    "convbert": "half of its attention is a convolution whose kernels are made from all heads",
+    "deepseek_v2": "the queries and the values of its heads differ in size",
+    "deepseek_v3": "the queries and the values of its heads differ in size",
+    "diffllama": "its heads work in pairs, across the two halves of the heads",
+    "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
+    "fnet": "it mixes tokens by a Fourier transform: there are no heads",
+    "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
+    "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
+    "gpt_neox_japanese": "the bias of its last attention is not one of a projection",
+    "ibert": "its projections are integer ones, not nn.Linear",
+    "minicpm3": "the queries and the values of its heads differ in size",
+    "mobilebert": "a layer has four FFNs between bottlenecks of another width",
+    "openai-gpt": "its layers hand on lists",
+    "reformer": "its layers are reversible and hash the queries",
+    "sew": "its layers run on fewer tokens than its heads read",
+    "squeezebert": "its projections are grouped convolutions",
+    "swin": "its stages have different widths and head counts",
+    "swinv2": "its stages have different widths and head counts",
+    "vit_mae": "it hides other patches in every pass; load its encoder as a ViTModel",
+    "wavlm": "its attention is one torch function that takes no narrower projections",
+    "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",
+    "xlnet": "its attention weights are no projections, and it has two streams",
+}
+"""Model types that cannot be described, and why."""
+
+
+def register_family(model_type: str, *stacks: Stack) -> None:
+    """Describe the layers of a `model_type` (the one in its config) that hf_kprune does not know, or override one."""
+    FAMILIES[model_type] = stacks

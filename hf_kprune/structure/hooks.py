@@ -1,0 +1,432 @@
+"""Run a model from one sublayer to another: forward hooks, owned by contexts that always remove them. Torch only.
+
+A model is carried upwards one sublayer at a time. What is carried is a `State`: for each stack the input of the layer that
+has been reached, and inside that layer the outputs of the sublayers that have run. To go on from there the model's own
+forward is called, with the layers below passing the input on and those sublayers answering with their outputs, so masks,
+positions, the way outputs join, and heads stay the model's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import fill, kind_of, parameter_names
+from .sublayers import Sublayer
+
+
+class _Stop(Exception):  # noqa: N818
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+def part_of(tensor: Tensor, start: int, stop: int, samples: int) -> Tensor:
+    """What belongs to the samples from `start` to `stop` out of `samples`, each of which may be several entries."""
+    return tensor[start * len(tensor) // samples : stop * len(tensor) // samples]
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a batch of B sequences has been carried. At first nowhere: then the model begins by itself.
+
+    Args:
+        inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it gave: (B, T, D).
+        held: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
+    """
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def part(self, start: int, stop: int, samples: int) -> State:
+        """That of the samples from `start` to `stop` out of `samples`, which may be several sequences each."""
+
+        def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: part_of(tensor, start, stop, samples) for name, tensor in tensors.items()}
+
+        return State(of(self.inputs), of(self.held))
+
+
+@dataclass
+class Tap:
+    """What one sublayer did with a batch of B sequences of T tokens.
+
+    Args:
+        stream: Residual input of the sublayer, X in METHOD 1.2, (B, T, D), in units of `output`; zero if that does not
+            simply join the stream.
+        features: Input of the output projection, (B, T, C).
+        output: Output of the output projection with its bias, Sub(X), (B, T, D).
+        above: The state above the sublayer.
+        reads: What each of its input projections has read, each time it ran, by path, (B, T, ...).
+    """
+
+    stream: Tensor
+    features: Tensor
+    output: Tensor
+    above: State
+    reads: dict[str, list[Tensor]]
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return cast(Tensor, args[0] if args else kwargs["hidden_states"])
+
+
+def by_token(tensor: Tensor, like: Tensor) -> Tensor:
+    """(B, T, ...) from what some models flatten to (B * T, ...)."""
+    return tensor if tensor.dim() == like.dim() else tensor.view(*like.shape[:2], *tensor.shape[1:])
+
+
+@contextmanager
+def _hook(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `module` compute `function` instead of its own forward."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:
+    """Let a sublayer that has already run answer with its `output`, without computing it."""
+    block = sublayer.block
+    if block.core:
+        core = sublayer.layer.get_submodule(block.core)
+        names = parameter_names(core)
+        y = output if block.output.startswith(block.core + ".") else output[..., :0]
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return fill(block.returns, y.clone(), {**dict(zip(names, args, strict=False)), **kwargs})
+
+        stack.enter_context(_forward(core, answer))
+    stack.enter_context(_forward(sublayer.output, lambda *_, **__: output.clone()))
+
+
+@contextmanager
+def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Iterator[None]:
+    """Within this context the model of `sublayers` computes from `sublayers[position]` up only.
+
+    Args:
+        sublayers: All sublayers of the model, bottom to top.
+        position: The first that is to be computed; `len(sublayers)` for the head alone.
+        state: Below it.
+    """
+    target = sublayers[position] if position < len(sublayers) else None
+    stacks = {s.stack_name: s for s in sublayers[: position + 1]}
+    with ExitStack() as stack:
+        for name, sublayer in stacks.items():
+            if name not in state.inputs:  # the model comes to its first layer by itself
+                continue
+            stream, layers = state.inputs[name], list(sublayer.layers)
+            if target is not None and name == target.stack_name:
+                layers = layers[: target.index]
+
+                def replace(
+                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor = stream
+                ) -> tuple[Any, dict[str, Any]]:
+                    return (
+                        ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+                    )
+
+                stack.enter_context(_hook(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
+            for layer in layers:
+                result = fill(form_of(sublayer), stream, {})
+                stack.enter_context(_forward(layer, lambda *_, result=result, **__: result))
+        for below in sublayers[:position]:
+            if below.name in state.held:
+                _answer(stack, below, state.held[below.name])
+        yield
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        model(**inputs)
+    except _Stop:
+        return
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} never reached the sublayer asked for; is its family described right?"
+    )
+
+
+@torch.no_grad()
+def run_sublayer(
+    model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], position: int, state: State
+) -> Tap:
+    """Run one sublayer of `model` on the state below it, with what lies between it and the next, and nothing else."""
+    sublayer = sublayers[position]
+    following = sublayers[position + 1] if position + 1 < len(sublayers) else None
+    stack, block = sublayer.stack, sublayer.block
+    seen: dict[str, Tensor] = {}
+    reads: dict[str, list[Tensor]] = {}
+
+    def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["input"] = _first(args, kwargs)
+
+    def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault("stream", _first(args, kwargs))
+
+    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen["features"], seen["output"] = args[0], output.clone()  # some models go on in place
+        if following is not None and following.layer is sublayer.layer:
+            raise _Stop
+
+    def on_next(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["above"] = _first(args, kwargs)
+        raise _Stop
+
+    def on_end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["above"] = hidden_states(stack.returns, output)
+        raise _Stop
+
+    def on_layer(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        note_form(sublayer, output)
+
+    with ExitStack() as hooks, resumed(sublayers, position, state):
+        hooks.enter_context(_hook(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
+        hooks.enter_context(_hook(sublayer.layer.register_forward_hook(on_layer)))
+        if block.stream is not None:
+            for path in block.stream.split("|"):
+                reader = sublayer.layer.get_submodule(path)
+                hooks.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+        hooks.enter_context(_hook(sublayer.output.register_forward_hook(on_output)))
+        hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
+        if following is None or following.layers is not sublayer.layers:
+            hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end)))
+        elif following.layer is not sublayer.layer:
+            hooks.enter_context(_hook(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        for name, later in {
+            s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers
+        }.items():
+            for layer in (
+                later.layers if name not in state.inputs else ()
+            ):  # runs first, but nothing here waits for it
+                template = form_of(later)
+                skip = lambda *args, template=template, **kwargs: fill(template, _first(args, kwargs), {})  # noqa: E731
+                hooks.enter_context(_forward(layer, skip))
+        _run(model, inputs)
+
+    output = by_token(seen["output"], seen["input"])
+    stream = torch.zeros_like(output)
+    if "stream" in seen:
+        earlier = [
+            state.held[s.name] for s in sublayers[:position] if stack.parallel and s.name in state.held
+        ]
+        stream = by_token(seen["stream"], seen["input"]) / sublayer.residual + sum(earlier)
+    inputs_above = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
+    held = {} if "above" in seen else {**state.held, sublayer.name: seen["output"]}
+    return Tap(stream, by_token(seen["features"], seen["input"]), output, State(inputs_above, held), reads)
+
+
+@contextmanager
+def _reading(
+    sublayer: Sublayer, paths: Sequence[str], reads: dict[str, list[Tensor]], stop: bool = False
+) -> Iterator[None]:
+    """Collect what the input projections of `sublayer` at `paths` read, and, if told to, `stop` once each has been reached."""
+    with ExitStack() as hooks:
+        for path in paths:
+
+            def see(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                reads.setdefault(path, []).append(args[0])
+                if stop and len(reads) == len(paths):
+                    raise _Stop
+
+            hooks.enter_context(_hook(sublayer.layer.get_submodule(path).register_forward_pre_hook(see)))
+        yield
+
+
+@torch.no_grad()
+def run_to_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
+    paths: Sequence[str],
+) -> dict[str, Tensor]:
+    """What the input projections at `paths` of one sublayer of `model` read first on the state below it, (B, T, ...)."""
+    reads: dict[str, list[Tensor]] = {}
+    with resumed(sublayers, position, state), _reading(sublayers[position], paths, reads, stop=True):
+        _run(model, inputs)
+    return {path: tensors[0] for path, tensors in reads.items()}
+
+
+def hidden_states(returns: Any, output: Any) -> Tensor:
+    """The hidden states in what a layer returned, see `Stack.returns`."""
+    return cast(Tensor, output if isinstance(output, Tensor) else output[list(returns).index("y")])
+
+
+def note_form(sublayer: Sublayer, output: Any) -> None:
+    """Note what a layer of the stack of `sublayer` has returned, where it is not what its family says.
+
+    Releases of transformers differ in whether the hidden states come alone or in a tuple.
+    """
+    declared = sublayer.stack.returns
+    if isinstance(output, Tensor):
+        form: Any = "y"
+    elif isinstance(declared, tuple) and len(output) == len(declared):
+        form = declared
+    else:
+        form = ("y", *[None] * (len(output) - 1))
+    sublayer.layers.__dict__["kprune_form"] = form
+
+
+def form_of(sublayer: Sublayer) -> Any:
+    """What a layer of the stack of `sublayer` returns: as the last one that ran did, or else as its family says."""
+    return sublayer.layers.__dict__.get("kprune_form", sublayer.stack.returns)
+
+
+@torch.no_grad()
+def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayer: Sublayer) -> Tensor:
+    """What the first layer of the stack of `sublayer` reads, (B, T, D)."""
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_first(args, kwargs))
+        raise _Stop
+
+    with _hook(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+        _run(model, inputs)
+    return seen[0]
+
+
+def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> State:
+    """Run `model` to the top of its last stack: the state for the head alone."""
+    tops: dict[str, Tensor] = {}
+    stacks = {s.stack_name: s for s in sublayers}
+
+    def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            note_form(sublayer, output)
+            tops[name] = hidden_states(sublayer.stack.returns, output)
+            if len(tops) == len(stacks):
+                raise _Stop
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, sublayer in stacks.items():
+            hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
+        _run(model, inputs)
+    return State(tops)
+
+
+@torch.no_grad()
+def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted as 2.
+
+    Experts that lie in one tensor, (E, ..., ...), count for the tokens that are sent to them: a module that holds such tensors
+    is told by an integer argument where each token goes, or gets a row for each. What multiplies no weights is not counted.
+    """
+    total = 0.0
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal total
+        arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) or kind_of(module) == "conv1d":
+            total += (
+                2 * cast(Tensor, weight).numel() * arguments[0].shape[:-1].numel()
+            )  # routers give more than a product
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            total += 2 * module.weight.numel() * output.numel() / module.out_channels
+        elif arguments:
+            routes = [value for value in arguments if value.dtype in (torch.int64, torch.int32)]
+            rows = routes[0].numel() if routes else arguments[0][..., 0].numel()
+            banks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1]
+            total += sum(2 * bank.numel() / len(bank) * rows for bank in banks)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None and not isinstance(
+                module, nn.Embedding
+            ):
+                hooks.enter_context(_hook(module.register_forward_hook(count, with_kwargs=True)))
+        model(**inputs)
+    return total
+
+
+@torch.no_grad()
+def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> None:
+    """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run once, in their order."""
+    ran: list[int] = []
+    with ExitStack() as hooks:
+        for place, sublayer in enumerate(sublayers):
+            hooks.enter_context(
+                _hook(sublayer.output.register_forward_hook(lambda *_, place=place: ran.append(place)))
+            )
+        run_to_top(model, inputs, sublayers)
+    for stack in dict.fromkeys(s.stack_name for s in sublayers):
+        expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
+        found = [place for place in ran if sublayers[place].stack_name == stack]
+        if found != expected:
+            names = [sublayers[place].name for place in found]
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its family describes "
+                f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "
+                "does the family name its blocks in another order? docs/add_a_family.md"
+            )
+
+
+@contextmanager
+def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
+    """Let `module`, which takes (B, T, D), see the tokens from `start` to `stop` only."""
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, start:stop], *args[1:])
+
+    with _hook(module.register_forward_pre_hook(narrow)):
+        yield
+
+
+@contextmanager
+def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
+    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place in `sublayers`.
+
+    With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c = 1, the gradient
+    to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
+    """
+    features: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, sublayer in enumerate(sublayers):
+
+            def show(_: nn.Module, args: tuple[Any, ...], place: int = place) -> tuple[Any, ...]:
+                tensor = args[0]
+                if (
+                    torch.is_grad_enabled() and not tensor.requires_grad
+                ):  # the lowest one, where the graph begins
+                    tensor = tensor.detach().requires_grad_()
+                features[place] = tensor
+                return (tensor, *args[1:])
+
+            stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(show)))
+        yield features
+
+
+@contextmanager
+def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
+    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place in `sublayers`."""
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, sublayer in enumerate(sublayers):
+
+            def note(_: nn.Module, args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
+                outputs[place] = output
+
+            stack.enter_context(_hook(sublayer.output.register_forward_hook(note)))
+        yield outputs

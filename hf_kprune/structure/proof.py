@@ -1,0 +1,295 @@
+"""Prove of a live model that its family describes it: with units cut, it computes what it does with the same units masked.
+
+All that pruning asks of a description is checked here, on one batch, before any weight of the model changes:
+
+    deterministic    two runs from one seed agree; every run here starts from it
+    cut == masked    in what each sublayer and the model give, and generate: for odd and even units (each is cut once and
+                     kept once), with sublayers emptied (each once, others not), and with all of them
+    not by chance    what was cut had been at work, and without it the outputs are others
+    carried == run   sublayer by sublayer as from end to end; also where sublayers are empty
+    saved == loaded  the config alone makes a model of the sizes that the cut one has
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..calibration.collate import fitted
+from ..errors import CheckpointError, KPruneError, UnsupportedArchitectureError
+from ..modeling_kprune import has
+from .hooks import State, check_order, resumed, run_sublayer, run_to_top
+from .sublayers import Sublayer, cut, find_sublayers, row_indices, twin, with_own_tables, write_plan
+
+
+TOLERANCE = 1e-4
+"""What must be equal may differ by this fraction of the largest value; what must not be equal differs by ten times it."""
+
+Masks = Sequence[Tensor]
+"""Which units to keep, boolean, for each sublayer."""
+
+
+def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") -> None:
+    """Prove that the family of `model` describes it.
+
+    Args:
+        model: Dense. It is not changed, and only those of its weights are copied that are cut.
+        inputs: A small batch that runs all of it.
+        by: What a unit is where queries are grouped, see `head_unit`.
+
+    Raises:
+        UnsupportedArchitectureError: Which step failed, where, and how far off.
+    """
+    with quiet():
+        dense = with_own_tables(evaluation_copy(model))
+        inputs = fitted(inputs, dense)
+        sublayers = find_sublayers(dense, by)
+        _check_unshared(dense, sublayers)
+        with step("run twice from the same seed"):
+            _check_same(*(_outputs(dense, inputs, sublayers) for _ in range(2)))
+        with step("run in the order described"), _seeded():
+            check_order(dense, inputs, sublayers)
+        masks = plans([s.num_units for s in sublayers])
+        with step("run with each function of attention"):
+            dense_ones = implementations(dense)
+        for attention in dense_ones:
+            prove_cuts(attention, inputs, masks, by)
+        emptied = cut_twin(dense, list(masks.values())[-1], by)
+        for what, carried in (("", dense), (" when some are empty", emptied)):
+            with step(f"carried from sublayer to sublayer{what}"):
+                prove_carrying(carried, inputs, by)
+        with step(
+            "built from the config that would be saved",
+            "its config makes no such model, as the error above shows",
+        ):
+            _prove_loading(emptied)
+
+
+def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in evaluation mode: a twin, or, of a model in half precision, one in float32."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    return copy.deepcopy(model).float().eval() if half else twin(model).eval()
+
+
+def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """`model`, and a twin with the plain attention function if it uses another: then other code of its modules may run."""
+    plain = twin(model).eval()
+    plain.set_attn_implementation("eager")
+    return [model] if model.config._attn_implementation == "eager" else [model, plain]
+
+
+def cut_twin(model: PreTrainedModel, masks: Masks, by: str = "group") -> PreTrainedModel:
+    """A twin that keeps the units that `masks` tell."""
+    student = twin(model).eval()
+    sublayers = find_sublayers(student, by)
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        cut(sublayer, mask)
+    write_plan(student, sublayers)
+    return student
+
+
+def plans(units: Sequence[int], groups: int = 4) -> dict[str, list[Tensor]]:
+    """The masks of a proof, by what they do to sublayers of so many units. A unit without others is cut once, too."""
+    numbers = [torch.arange(n) for n in units]
+    made = {
+        "odd units cut": [n % 2 == 0 for n in numbers],
+        "even units cut": [n % 2 == 1 for n in numbers],
+        "all units cut": [n < 0 for n in numbers],
+    }
+    for start in range(min(groups, len(units))):
+        emptied = [n < 0 if i % groups == start else n % 2 == 0 for i, n in enumerate(numbers)]
+        made[f"every {groups}th sublayer from number {start} emptied"] = emptied
+    return made
+
+
+@torch.no_grad()
+def prove_cuts(
+    dense: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    masks: Mapping[str, Masks],
+    by: str = "group",
+    generate: bool = True,
+) -> None:
+    """Cut == masked, and not by chance, for each of several masks; unless told not to, also while it generates."""
+
+    def made_by(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> dict[str, Tensor]:
+        return {**_outputs(model, inputs, sublayers), **(_generated(model, inputs) if generate else {})}
+
+    sublayers = find_sublayers(dense, by)
+    before = _outputs(dense, inputs, sublayers)
+    for what, keep in masks.items():
+        with step(what):
+            with _masked(sublayers, keep) as lost:
+                expected = made_by(dense, sublayers)
+            student = cut_twin(dense, keep, by)
+            found = find_sublayers(student, by)
+            _check_same(made_by(student, found), expected)
+            if [s.num_units for s in found] != [int(mask.sum()) for mask in keep]:
+                raise UnsupportedArchitectureError("other units are left than were kept")
+            idle = [name for name, share in lost.items() if share <= TOLERANCE]
+            changed = any(
+                _apart(expected[n], before[n]) > 10 * TOLERANCE for n in before if n.startswith("output ")
+            )
+            if idle or (lost and not changed):
+                raise UnsupportedArchitectureError(
+                    f"{', '.join(idle) or 'the model'} gave the same without what was cut"
+                )
+
+
+@contextmanager
+def step(what: str, meaning: str = "it does not run then, as the error above shows") -> Iterator[None]:
+    """Say in which step of the proof an error came up, whichever it is: a wrong description can break anything.
+
+    Args:
+        what: The step; empty if the error itself says it.
+        meaning: What an error that is not ours means there. It is chained, never the reason given.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, KPruneError | CheckpointError) else meaning
+        raise UnsupportedArchitectureError(f"{what}: {reason}" if what else reason) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings of transformers, such as about padding on the right, which does not matter here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random numbers each time, for models that draw some in evaluation, and the caller's afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _outputs(
+    model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]
+) -> dict[str, Tensor]:
+    """What each sublayer gives, and all float outputs of the model."""
+    made: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for s in sublayers:
+
+            def keep(_: nn.Module, args: Any, output: Tensor, name: str = s.name) -> None:
+                made[name] = output.clone()
+
+            hooks.callback(s.output.register_forward_hook(keep).remove)
+        with torch.no_grad(), _seeded():
+            outputs = floats(model(**inputs))
+    return {**made, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The float tensors in what a module returned."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = (
+        output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    )
+    return [tensor for value in values for tensor in floats(value)]
+
+
+def _generated(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Logits of the tokens that a model which can generate goes on with; nothing if it cannot from these inputs."""
+    if not model.can_generate():
+        return {}
+    given = {key: value for key, value in inputs.items() if key != "use_cache"}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
+    try:
+        with _seeded():
+            made = model.generate(**given, **options, output_logits=True, return_dict_in_generate=True)
+    except Exception:
+        return {}
+    return {f"generated token {i}": cast(Tensor, logits) for i, logits in enumerate(made.logits)}
+
+
+@contextmanager
+def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, float]]:
+    """Multiply the features of the units that are not kept by zero; what they gave, as a fraction of what all gave."""
+    lost: dict[str, float] = {}
+    with ExitStack() as hooks:
+        for s, keep in zip(sublayers, masks, strict=True):
+            if bool(keep.all()):
+                continue
+            columns = torch.zeros(s.weight.shape[1], device=s.weight.device)
+            columns[row_indices("q", s.num_units, s.unit)[keep].flatten()] = 1
+
+            def scale(_: nn.Module, args: Any, columns: Tensor = columns, s: Sublayer = s) -> tuple[Any, ...]:
+                gone, all_ = (linear(t, s.weight).abs().max() for t in (args[0] * (1 - columns), args[0]))
+                lost[s.name] = float((gone / all_).nan_to_num(0))
+                return (args[0] * columns, *args[1:])
+
+            hooks.callback(s.output.register_forward_pre_hook(scale).remove)
+        yield lost
+
+
+def _apart(made: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a fraction of the largest value; not a number is like itself."""
+    if made.shape != expected.shape or not torch.equal(made.isnan(), expected.isnan()):
+        return float("inf")
+    scale = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.zeros(())
+    difference = (made - expected).nan_to_num(0, posinf=1e30, neginf=-1e30).abs()
+    return float(difference.max() / scale.clamp(min=1e-12)) if difference.numel() else 0.0
+
+
+def _check_same(made: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if made.keys() != expected.keys():
+        others = sorted(made.keys() ^ expected.keys())
+        raise UnsupportedArchitectureError(f"{', '.join(others[:3])} came out of only one of the two")
+    for name, tensor in made.items():
+        error = _apart(tensor, expected[name])
+        if error > TOLERANCE:
+            raise UnsupportedArchitectureError(f"{name} is {error:.1e} of its largest value off")
+
+
+def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
+    """Cutting parts what shares a weight, and loading would join it again."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for s in sublayers:
+        for path in (s.block.output, *s.block.inputs):
+            if has(s.layer, path) and len(shared := names[id(s.layer.get_submodule(path).weight)]) > 1:
+                raise UnsupportedArchitectureError(f"{' and '.join(shared)} are one and the same weight")
+
+
+def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> None:
+    """Raise `UnsupportedArchitectureError` unless `model` ends the same, run sublayer by sublayer and from end to end."""
+    sublayers, state = find_sublayers(model, by), State()
+    for position in range(len(sublayers)):
+        with _seeded():
+            state = run_sublayer(model, inputs, sublayers, position, state).above
+    with torch.no_grad(), _seeded():
+        tops = run_to_top(model, inputs, sublayers).inputs
+    _check_same(state.inputs, tops)
+    with resumed(sublayers, len(sublayers), state):
+        made = _outputs(model, inputs, ())
+    _check_same(made, _outputs(model, inputs, ()))
+
+
+def _prove_loading(student: PreTrainedModel) -> None:
+    config = type(student.config).from_dict(copy.deepcopy(student.config.to_dict()))
+    with torch.device("meta"):
+        again = type(student)(config)
+    made, expected = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (again, student))
+    if made != expected:
+        which = sorted(n for n in made.keys() | expected.keys() if made.get(n) != expected.get(n))
+        raise UnsupportedArchitectureError(f"{', '.join(which[:3])} would have another size")

@@ -1,0 +1,105 @@
+"""Which towers of a model made of several can be pruned on the calibration rows at hand. The others are left alone.
+
+The model runs once on a few rows: a tower that does not run on them, as that of images on texts, cannot be measured. Nor can
+one that the model looks into, as where it reads an inner layer of it. One after the other, from the last, each tower is
+carried from sublayer to sublayer as pruning will carry it, and what comes out is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration.collate import fitted, running
+from ..errors import UnsupportedModelError
+from .hooks import only_tokens
+from .proof import prove_carrying, quiet
+from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers, with_own_tables
+
+
+@contextmanager
+def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
+    """Within this context `find_sublayers` passes over the towers at these paths, in `model` and its copies."""
+    before = model.__dict__.get(LEFT_ALONE)
+    model.__dict__[LEFT_ALONE] = frozenset(paths)
+    try:
+        yield
+    finally:
+        model.__dict__.pop(LEFT_ALONE, None)
+        if before is not None:
+            model.__dict__[LEFT_ALONE] = before
+
+
+def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> dict[str, str]:
+    """The towers of `model` that cannot be pruned on `inputs`, a few rows, by their paths, each with the reason.
+
+    Args:
+        model: In evaluation mode; not changed.
+        inputs: What its `forward` takes.
+        by: What a unit is, `KPruneArguments.head_unit`.
+
+    Raises:
+        CalibrationError: If the model does not run on these inputs.
+        UnsupportedModelError: If no tower is left.
+    """
+    inputs = fitted(inputs, model)
+    towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
+    for sublayer in find_sublayers(model, by):
+        towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
+    if len(towers) == 1:
+        return {}
+    runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
+    reasons: dict[str, str] = {}
+    walkable: list[str] = []
+    for path, sublayers in reversed(towers.items()):
+        counts = {runs[s.name] for s in sublayers}
+        if counts == {0}:
+            reasons[path] = "it does not run on the calibration rows"
+        elif counts != {1}:
+            reasons[path] = "on the calibration rows not all of its layers run once"
+        elif not walks(model, inputs, by, towers.keys() - {*walkable, path}):
+            reasons[path] = "the model looks into it, so that its layers cannot be carried one by one"
+        else:
+            walkable.append(path)
+    if not walkable:
+        told = "; ".join(f"{path.rstrip('.')}: {reason}" for path, reason in reasons.items())
+        raise UnsupportedModelError(
+            f"no part of {type(model).__name__} can be pruned on these calibration rows, which have {', '.join(inputs)} "
+            f"({told}); give rows on which it runs as a whole, or prune a part by itself"
+        )
+    return reasons
+
+
+def count_runs(
+    model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]
+) -> dict[str, int]:
+    """How often each sublayer runs. Raises `CalibrationError` if the model does not run on `inputs`."""
+    runs = dict.fromkeys((s.name for s in sublayers), 0)
+    with ExitStack() as hooks:
+        for s in sublayers:
+
+            def count(*_: Any, name: str = s.name) -> None:
+                runs[name] += 1
+
+            hooks.callback(s.output.register_forward_hook(count).remove)
+        head = model.get_output_embeddings() if model.can_generate() else None
+        hooks.enter_context(nullcontext() if head is None else only_tokens(head, 0, 1))
+        with running(model, inputs), torch.no_grad(), torch.random.fork_rng():
+            model(**inputs)
+    return runs
+
+
+def walks(model: PreTrainedModel, inputs: Mapping[str, Any], by: str, others: Collection[str]) -> bool:
+    """Whether the towers but for `others` can be carried from sublayer to sublayer."""
+    with leaving(model, others), quiet():
+        try:
+            prove_carrying(with_own_tables(model), inputs, by)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # whatever a forward pass raises that finds something missing
+            return False
+    return True
