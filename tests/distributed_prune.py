@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pandas as pd
 import torch
 from accelerate.utils import gather_object
-from conftest import PACK, collate, rows, tiny
+from data import PACK, collate, rows
+from models import tiny
 
 from hf_kprune import KPruneArguments, KPrunePruner
 

@@ -25,8 +25,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from conftest import collate, rows, tiny
-from test_checkpoint import files, pruned, report, tokenizer
+from checks import files, report
+from data import collate, rows, tokenizer
+from models import pruned, tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NEVER_CUT, ROOT, collate, rows, tiny, untouched
+from checks import NEVER_CUT, untouched
+from data import ROOT, collate, rows
+from models import tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make

@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import collate, masked, rows, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from checks import Collator, assert_same_plan_and_weights, calibration, masked, plan_and_weights
+from data import collate, plain_tokenizer, rows, text
+from models import tiny
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import hf_kprune.calibration.calibration
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
@@ -25,24 +25,6 @@ from hf_kprune.calibration.tasks import Knowledge, knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.least_squares import NormalEquations
 from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
-
-
-Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w2 ... w59 with their numbers as ids, padded with 1; `tokenizer(text)` adds nothing, a pair gets w2 between."""
-    vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 60)}}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(
-        single="$A", pair="$A w2 $B:1", special_tokens=[("w2", 2)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
-
-
-def text(row: dict[str, Any]) -> str:
-    return " ".join(f"w{i}" for i in row["input_ids"])
 
 
 def wide(count: int) -> Collator:
@@ -97,7 +79,7 @@ def test_every_kind_of_dataset_gives_the_same_rows() -> None:
     data = rows(30)
     expected = drawn(data, num_tokens=100)
     assert 100 <= expected.tokens < 112
-    words = tokenizer()
+    words = plain_tokenizer()
     frozen = datasets.Dataset.from_list(data)
     kinds = {
         "datasets": drawn(frozen, num_tokens=100),
@@ -123,17 +105,17 @@ def test_a_stream_is_read_from_its_beginning() -> None:
 
 
 def test_pairs_of_texts_are_one_row() -> None:
-    made = drawn([("w5 w6", "w7"), ["w8", "w9 w10"]], tokenizer())
+    made = drawn([("w5 w6", "w7"), ["w8", "w9 w10"]], plain_tokenizer())
     assert sorted(ids(made)) == [[5, 6, 2, 7], [8, 2, 9, 10]]
 
 
 def test_texts_are_truncated_to_what_is_asked_or_to_what_the_model_takes() -> None:
     long = " ".join(["w7"] * 60)
-    assert drawn([long], tokenizer(), max_seq_length=9).tokens == 9
-    assert drawn([long], tokenizer(), max_seq_length=50).tokens == 40
-    assert drawn([long], tokenizer()).tokens == 40
+    assert drawn([long], plain_tokenizer(), max_seq_length=9).tokens == 9
+    assert drawn([long], plain_tokenizer(), max_seq_length=50).tokens == 40
+    assert drawn([long], plain_tokenizer()).tokens == 40
     roberta = tiny("roberta")  # it numbers positions from 2
-    assert draw_rows(roberta, [long], tokenizer(), KPruneArguments(), False).tokens == 38
+    assert draw_rows(roberta, [long], plain_tokenizer(), KPruneArguments(), False).tokens == 38
     inputs = {"input_ids": torch.full((1, 38), 7)}
     assert bool(torch.isfinite(roberta(**inputs).logits).all())
 
@@ -196,7 +178,7 @@ def test_a_text_and_a_dict_of_splits_are_no_datasets() -> None:
         with pytest.raises(
             CalibrationError, match=f"is a {name}, expected a dataset of rows or a list of texts"
         ):
-            drawn(dataset, tokenizer())
+            drawn(dataset, plain_tokenizer())
 
 
 def test_choices_count_each_and_may_differ_in_length() -> None:
@@ -228,7 +210,7 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
 )
 def test_rows_that_cannot_be_used_are_refused(row: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        drawn([row], tokenizer())
+        drawn([row], plain_tokenizer())
 
 
 def test_texts_without_a_tokenizer_and_surplus_columns_are_refused() -> None:
@@ -252,19 +234,6 @@ def test_labels_are_dropped_or_left_to_the_caller_s_collator() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sums
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def calibration(
-    model: PreTrainedModel,
-    data: list[dict[str, Any]],
-    collator: Collator | None = collate,
-    measured: int = -1,
-    **options: Any,
-) -> Calibration:
-    """Of all rows in order, whatever their number of tokens."""
-    tokens = sum(map(row_tokens, data))
-    drawn_rows = Rows(data, len(data) if measured < 0 else measured, tokens, {})
-    return Calibration(Accelerator(cpu=True), drawn_rows, collator, None, model, KPruneArguments(**options))
 
 
 def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
@@ -525,25 +494,12 @@ def test_nan_in_activations_names_the_sublayer() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prune(dataset: Any, **kwargs: Any) -> tuple[list[list[int]], dict[str, Tensor]]:
-    options = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True, **kwargs.pop("options", {})}
-    pruner = KPrunePruner(tiny(), KPruneArguments(**options), dataset, **kwargs)
-    report = pruner.prune()
-    return [s.kept for s in report.sublayers], pruner.model.state_dict()
-
-
-def check_same(one: Any, other: Any, **tolerance: float) -> None:
-    assert one[0] == other[0]
-    for name, value in one[1].items():
-        torch.testing.assert_close(other[1][name], value, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
 @pytest.mark.parametrize("collated", [False, True])
 def test_labels_do_not_matter(collated: bool) -> None:
     """Right, shuffled, absurd and no labels: the identical plan and weights, to the bit."""
     data = rows(24)
     labels = torch.randint(2, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    words = tokenizer()
+    words = plain_tokenizer()
     seen: list[bool] = []
 
     def collator(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -552,44 +508,57 @@ def test_labels_do_not_matter(collated: bool) -> None:
         return {**made, "labels": torch.tensor([row["labels"] for row in batch])} if seen[-1] else made
 
     how: dict[str, Any] = {"data_collator": collator} if collated else {"processing_class": words}
-    expected = prune(data, **how)
+    expected = plan_and_weights(data, **how)
     assert any(len(kept) < 12 for kept in expected[0])
     for answers in (labels, labels[::-1], [-100 + i for i in range(24)]):
-        check_same(
-            expected, prune([{**row, "labels": y} for row, y in zip(data, answers, strict=True)], **how)
+        assert_same_plan_and_weights(
+            expected,
+            plan_and_weights([{**row, "labels": y} for row, y in zip(data, answers, strict=True)], **how),
         )
     assert any(seen) == collated
 
 
 def test_texts_and_datasets_prune_alike() -> None:
-    data, words = rows(24), tokenizer()
-    expected = prune(data, processing_class=words)
-    check_same(expected, prune([text(row) for row in data], processing_class=words))
-    check_same(expected, prune(datasets.Dataset.from_list(data), processing_class=words))
-    check_same(expected, prune(MapStyle(data, torch.tensor), processing_class=words))
-    check_same(expected, prune(data, data_collator=collate))
+    data, words = rows(24), plain_tokenizer()
+    expected = plan_and_weights(data, processing_class=words)
+    assert_same_plan_and_weights(
+        expected, plan_and_weights([text(row) for row in data], processing_class=words)
+    )
+    assert_same_plan_and_weights(
+        expected, plan_and_weights(datasets.Dataset.from_list(data), processing_class=words)
+    )
+    assert_same_plan_and_weights(
+        expected, plan_and_weights(MapStyle(data, torch.tensor), processing_class=words)
+    )
+    assert_same_plan_and_weights(expected, plan_and_weights(data, data_collator=collate))
 
 
 def test_batch_size_does_not_change_plan_or_weights() -> None:
     data, exact = rows(24), {"statistics_dtype": "float64"}
-    expected = prune(data, data_collator=collate, options=exact)
+    expected = plan_and_weights(data, data_collator=collate, options=exact)
     for batch in (1, 5):
-        made = prune(data, data_collator=collate, options={"per_device_batch_size": batch, **exact})
-        check_same(expected, made, rtol=1e-3, atol=1e-4)
-    check_same(expected, prune(data, data_collator=wide(9), options=exact), rtol=1e-3, atol=1e-4)
+        made = plan_and_weights(
+            data, data_collator=collate, options={"per_device_batch_size": batch, **exact}
+        )
+        assert_same_plan_and_weights(expected, made, rtol=1e-3, atol=1e-4)
+    assert_same_plan_and_weights(
+        expected, plan_and_weights(data, data_collator=wide(9), options=exact), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_rows_of_different_length_need_something_that_pads() -> None:
     with pytest.raises(ArgumentError, match="differ in length.*pass processing_class"):
-        prune(rows(24))
-    assert prune([row for row in rows(400) if len(row["input_ids"]) == 7])[0]
+        plan_and_weights(rows(24))
+    assert plan_and_weights([row for row in rows(400) if len(row["input_ids"]) == 7])[0]
 
 
 def test_what_a_collator_makes_up_is_refused() -> None:
     with pytest.raises(
         CalibrationError, match=r"made \['texts'\], expected tensors that BertForSequenceClassification takes"
     ):
-        prune(rows(24), data_collator=lambda batch: {**collate(batch), "texts": ["?"] * len(batch)})
+        plan_and_weights(
+            rows(24), data_collator=lambda batch: {**collate(batch), "texts": ["?"] * len(batch)}
+        )
 
 
 def test_a_family_that_orders_its_blocks_wrongly_is_refused_and_the_model_left_alone(

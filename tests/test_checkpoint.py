@@ -17,10 +17,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODEL_TYPES, classes, collate, logits, rows, tiny
+from checks import (
+    EMBEDDING,
+    KEY,
+    NORM,
+    assert_same,
+    assert_same_state,
+    close,
+    edit_weights,
+    files,
+    logits,
+    report,
+)
+from data import collate, rows, tokenizer
+from models import KEPT, MODEL_TYPES, classes, cut_randomly, pruned, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -31,7 +43,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -47,11 +58,10 @@ from hf_kprune import (
 )
 from hf_kprune.checkpoint.saving import install, save_atomically
 from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
-from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 TESTS = Path(__file__).parent
-KEPT = (2, 5, 0, 12, 3, 0)  # units in the sublayers of the three layers: 4 heads and 12 neurons each before
 AUTO = {
     "": "AutoModel",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -80,71 +90,6 @@ PIPELINES = {
     "TOKEN_CLASSIFICATION": "token-classification",
 }
 TEXT = "w20 w21 <mask> w7"
-
-
-def prune(model: PreTrainedModel, kept: tuple[int, ...] = KEPT, seed: int = 1) -> PreTrainedModel:
-    """Cut random units, so that `kept` are left."""
-    sublayers = find_sublayers(model)
-    generator = torch.Generator().manual_seed(seed)
-    for sublayer, units in zip(sublayers, kept, strict=True):
-        keep = torch.zeros(sublayer.num_units, dtype=torch.bool)
-        keep[torch.randperm(sublayer.num_units, generator=generator)[:units]] = True
-        cut(sublayer, keep)
-    write_plan(model, sublayers)
-    return model
-
-
-def pruned(model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", **config: Any) -> PreTrainedModel:
-    return prune(tiny(model_type, head, **config))
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """60 words; `<pad>` is 1 as in the configs of the models."""
-    vocabulary = {
-        word: i
-        for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *(f"w{i}" for i in range(55))])
-    }
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        cls_token="<s>",
-        sep_token="</s>",
-        model_max_length=30,
-    )
-
-
-def report() -> PruningReport:
-    return PruningReport(model="a model", method="kprune", knowledge="kl", asked={"sparsity": 0.5})
-
-
-def assert_same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype, name
-        assert torch.equal(value, other[name]), name
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    """The same numbers, up to the alignment of memory."""
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def assert_same(one: PreTrainedModel, other: PreTrainedModel, head: str = "SEQUENCE_CLASSIFICATION") -> None:
-    assert_same_state(one.state_dict(), other.state_dict())
-    close(logits(one, head), logits(other, head))
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +275,7 @@ def test_tokenizer_generation_config_report_and_card_travel_along(tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("model_type", ["bert", "mpnet"])
 def test_other_dtypes_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
-    model = prune(tiny(model_type).to(dtype))
+    model = cut_randomly(tiny(model_type).to(dtype))
     KPrunePruner(model).save_model(str(tmp_path / "out"))
     assert {v.dtype for v in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -390,7 +335,7 @@ def test_loading_never_holds_the_dense_layers_in_memory(
     dense = {(17, 16), (16, 17)}  # no other matrix has 17 rows or columns
     model = tiny(intermediate_size=17)
     model.save_pretrained(tmp_path / "dense")
-    prune(model).save_pretrained(tmp_path / "pruned")
+    cut_randomly(model).save_pretrained(tmp_path / "pruned")
     with InMemory() as seen:
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
     assert seen.shapes & dense
@@ -409,7 +354,7 @@ def test_loading_never_holds_the_dense_layers_in_memory(
 def test_pruning_a_pruned_checkpoint_again(tmp_path: Path, model_type: str) -> None:
     once = pruned(model_type)
     once.save_pretrained(tmp_path / "once")
-    twice = prune(
+    twice = cut_randomly(
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "once"), (1, 5, 0, 3, 2, 0), seed=2
     )
     twice.save_pretrained(tmp_path / "twice")
@@ -418,7 +363,7 @@ def test_pruning_a_pruned_checkpoint_again(tmp_path: Path, model_type: str) -> N
     blocks = loaded.config.kprune["stacks"][0]["blocks"]
     assert [(b["of"], b["kept"]) for b in blocks] == [(4, [1, 0, 2]), (12, [5, 3, 0])]
     # as the same cuts made without saving in between
-    assert_same(prune(pruned(model_type), (1, 5, 0, 3, 2, 0), seed=2), twice)
+    assert_same(cut_randomly(pruned(model_type), (1, 5, 0, 3, 2, 0), seed=2), twice)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
@@ -583,18 +528,6 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def edit_weights(edit: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
-    def write(file: Path) -> None:
-        tensors = load_file(file)
-        edit(tensors)
-        save_file(tensors, file, metadata={"format": "pt"})
-
-    return write
-
-
-KEY = "bert.encoder.layer.0.attention.self.query.weight"
-EMBEDDING = "bert.embeddings.word_embeddings.weight"
-NORM = "bert.embeddings.LayerNorm.weight"
 EMPTIED = "bert.encoder.layer.2.output.dense.weight"
 MISFIT = "do not belong together"
 BROKEN_WEIGHTS: dict[str, Broken] = {
@@ -629,7 +562,7 @@ BROKEN_WEIGHTS: dict[str, Broken] = {
         "is I64 of .16. in .* where F32 of .16. was saved",
     ),
     "weights of another plan": (
-        edit_weights(lambda t: t.update(prune(tiny(), (2, 5, 1, 12, 2, 0)).state_dict())),
+        edit_weights(lambda t: t.update(cut_randomly(tiny(), (2, 5, 1, 12, 2, 0)).state_dict())),
         MISFIT,
     ),
 }
@@ -894,7 +827,7 @@ def test_the_class_of_the_file_and_hf_kprune_together(tmp_path: Path) -> None:
     assert type(loaded) is not type(model)
     KPrunePruner(loaded).save_model(str(tmp_path / "2"))
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "2"), model)
-    again = prune(loaded, (1, 5, 0, 3, 2, 0))
+    again = cut_randomly(loaded, (1, 5, 0, 3, 2, 0))
     again.save_pretrained(tmp_path / "3")
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "3"), again)
 
@@ -934,7 +867,7 @@ def test_dense_models_are_left_alone(tmp_path: Path, model_type: str) -> None:
 
 
 def test_a_plan_that_keeps_everything_is_no_plan(tmp_path: Path) -> None:
-    model = prune(tiny(), (4, 12, 4, 12, 4, 12))
+    model = cut_randomly(tiny(), (4, 12, 4, 12, 4, 12))
     model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 

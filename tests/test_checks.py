@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import collate, rows, tiny
+from data import collate, rows
+from models import tiny
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel

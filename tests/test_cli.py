@@ -15,23 +15,24 @@ import datasets
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, classes, tiny
+from checks import kept
+from data import ROOT, save_with_words, texts
+from models import classes, tiny
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertTokenizer,
     CanineConfig,
     XLNetConfig,
 )
 
-from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__, parser
+from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__
 from hf_kprune.arguments import METHOD_NAMES
+from hf_kprune.cli import parser
 from hf_kprune.cli.commands import main
 from hf_kprune.methods import METHODS
 
 
-WORDS = [f"w{i}" for i in range(55)]
 METRIC = '''
 import datasets
 import evaluate
@@ -50,23 +51,9 @@ class Share(evaluate.Metric):
 '''
 
 
-def texts(count: int, seed: int) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 10, (count,), generator=generator).tolist()
-    return [" ".join(WORDS[int(i)] for i in torch.randint(0, 55, (n,), generator=generator)) for n in lengths]
-
-
-def save(model: Any, path: Path) -> str:
-    model.save_pretrained(path)
-    BertTokenizer(
-        {w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    ).save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tiny(), tmp_path_factory.mktemp("dense"))
+    return save_with_words(tiny(), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +103,6 @@ def options(dense: str, data: Path, **more: Any) -> list[Any]:
     }
     chosen |= more
     return [x for key, value in chosen.items() if value is not None for x in (f"--{key}", value)]
-
-
-def kept(report: PruningReport) -> dict[str, list[int]]:
-    return {s.name: s.kept for s in report.sublayers}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +206,7 @@ def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp
 
 def test_regression_is_evaluated_without_classes(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
     model = tiny(num_labels=1)
-    path = save(model, tmp_path / "regression")
+    path = save_with_words(model, tmp_path / "regression")
     chosen = options(path, data, sparsity=0, output_dir=tmp_path / "out", eval_file=data / "train.csv")
     code, stdout, _ = hf_kprune("prune", *chosen)
     assert code == 0
@@ -249,7 +232,7 @@ def test_task_picks_the_class(
     hf_kprune: Any, data: Path, tmp_path: Path, task: str, head: str, more: Any
 ) -> None:
     """The same class as the config names, so the same plan with and without `--task`."""
-    path, plans = save(tiny(head=head), tmp_path / "dense"), []
+    path, plans = save_with_words(tiny(head=head), tmp_path / "dense"), []
     for number, chosen_task in enumerate((None, task)):
         out = tmp_path / str(number)
         code, _, stderr = hf_kprune("prune", *options(path, data, task=chosen_task, output_dir=out, **more))
@@ -261,7 +244,7 @@ def test_task_picks_the_class(
 
 
 def test_multiple_choice_is_evaluated(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
-    path = save(tiny(head="MULTIPLE_CHOICE"), tmp_path / "dense")
+    path = save_with_words(tiny(head="MULTIPLE_CHOICE"), tmp_path / "dense")
     evaluation = {
         "eval_file": data / "train.csv",
         "metric": data / "share.py",
@@ -273,7 +256,7 @@ def test_multiple_choice_is_evaluated(hf_kprune: Any, data: Path, tmp_path: Path
 
 
 def test_words_are_tokenised_as_words(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
-    path, lines = save(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "dense"), texts(30, 0)
+    path, lines = save_with_words(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "dense"), texts(30, 0)
     pd.DataFrame({"text": [line.split() for line in lines]}).to_parquet(tmp_path / "words.parquet")
     chosen = options(path, data, dataset_file=tmp_path / "words.parquet", output_dir=tmp_path / "out")
     assert hf_kprune("prune", *chosen)[0] == 0
@@ -608,9 +591,9 @@ def test_errors_are_one_clear_line(hf_kprune: Any, dense: str, data: Path, tmp_p
     changes, message = ERRORS[case]
     places = {"data": str(data), "base": "", "tokens": ""}
     if case == "other task":
-        places["base"] = save(tiny(head=""), tmp_path / "base")
+        places["base"] = save_with_words(tiny(head=""), tmp_path / "base")
     if case == "evaluation of tokens":
-        places["tokens"] = save(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "tokens")
+        places["tokens"] = save_with_words(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "tokens")
     changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
     code, stdout, stderr = hf_kprune(
         "prune", *options(dense, data, **{"output_dir": tmp_path / "out", **changes})

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, tiny
+from data import ROOT
+from models import tiny
 
 from hf_kprune import __version__
 from hf_kprune.cli.terminal import NO_READER, main

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rows
+from data import rows
 from torch import Tensor, nn
 from transformers import (
     AlbertModel,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import collate, rows, tiny
+from data import collate, rows
+from models import tiny
 from transformers import BertTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport

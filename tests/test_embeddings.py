@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
-from test_cli import save, texts
+from checks import files
+from data import save_with_words, texts
+from models import tiny
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 
@@ -67,7 +68,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def transformer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tiny("bert", ""), tmp_path_factory.mktemp("transformer"))
+    return save_with_words(tiny("bert", ""), tmp_path_factory.mktemp("transformer"))
 
 
 def build(
@@ -104,11 +105,6 @@ def in_place(folder: str, model: PreTrainedModel) -> Tensor:
     dense = SentenceTransformer(folder, device="cpu")
     dense[0].model = model.eval()
     return torch.from_numpy(dense.encode(texts(12, 5), show_progress_bar=False))
-
-
-def files(folder: str | Path) -> dict[str, bytes]:
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 WRITTEN = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}

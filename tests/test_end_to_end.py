@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collate, rows
+from data import Padding, rows
 from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of
 
@@ -36,16 +36,6 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
                     row[f"{prefix}input_ids"] = row[f"{prefix}input_ids"][mask.bool()].tolist()
             made.append(row)
     return made
-
-
-class Padding:
-    """What pads token ids, as a tokenizer does."""
-
-    def pad(self, batch: list[dict[str, Any]], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
-        return collate([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in batch])
-
-    def save_pretrained(self, folder: str) -> None:
-        """Nothing to save."""
 
 
 def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tensor:

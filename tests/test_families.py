@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODEL_TYPES, by_column, classes, cut_all, logits, masked, tiny
+from checks import by_column, logits, masked
+from models import MODEL_TYPES, classes, cut_all, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import by_column, masked, tiny
-from conftest import collate as pad_right
-from conftest import rows as plain_rows
+from checks import by_column, masked
+from data import collate as pad_right
+from data import rows as plain_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import tiny
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import CheckpointError, KPruneArguments, KPruneError, KPrunePruner, PruningReport

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import by_column, cut_all, masked
-from test_zoo import plans
+from checks import by_column, masked, plans
+from models import cut_all
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from zoo import ZOO, inputs_for, make

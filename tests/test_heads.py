@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, classes, collate, rows, tiny
+from data import collate, rows
+from models import MODEL_TYPES, classes, tiny
 from torch import Tensor
 from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
 from transformers.modeling_outputs import (

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, classes, collate, masked, rows, tiny
+from checks import masked
+from data import collate, rows
+from models import MODEL_TYPES, classes, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of

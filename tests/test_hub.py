@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import collate, rows, tiny
+from checks import assert_same, files, report
+from data import collate, rows, tokenizer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from test_checkpoint import assert_same, files, pruned, report, tokenizer
+from models import pruned, tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner

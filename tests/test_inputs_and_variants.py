@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from test_end_to_end import Padding
+from data import Padding
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import logits
+from checks import EMBEDDING, KEY, NORM, edit_weights, logits
+from models import pruned
 from safetensors.torch import load_file
-from test_checkpoint import EMBEDDING, KEY, NORM, edit_weights, pruned
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 

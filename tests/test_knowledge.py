@@ -6,6 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from data import normal
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 from torch.distributions import kl_divergence as torch_kl
@@ -19,10 +20,6 @@ from hf_kprune.methods.knowledge import (
     representational,
     squared_error,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cut_all, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import cut_all, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import ZOO, make

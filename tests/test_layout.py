@@ -118,3 +118,14 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 def test_numerics_and_data_know_few_libraries(names: tuple[str, ...], allowed: set[str]) -> None:
     for name in names:
         assert imports(name)[1] - {"__future__"} == allowed, name
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several tests need is in models.py, zoo.py, data.py and checks.py; conftest.py holds fixtures and options."""
+    tests = Path(__file__).parent
+    alone = {path.stem for path in tests.glob("*.py") if path.stem not in ("models", "zoo", "data", "checks")}
+    for path in tests.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not alone & set(names), f"{path.name} imports {alone & set(names)}"

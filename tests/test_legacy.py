@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import masked
+from checks import masked
+from data import tokenizer
 from safetensors.torch import load_file, save_file
-from test_checkpoint import tokenizer
 from torch import Tensor
 from transformers import (
     AutoConfig,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import collate, rows, tiny
-from test_checkpoint import pruned
+from data import collate, rows
+from models import pruned, tiny
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny
+from data import save_with_words, texts
+from models import tiny
 from scipy import stats
-from test_cli import save, texts
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -90,7 +90,7 @@ def test_a_name_gives_one_figure_and_other_names_are_for_evaluate() -> None:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tiny("bert", "QUESTION_ANSWERING"), tmp_path_factory.mktemp("qa"))
+    return save_with_words(tiny("bert", "QUESTION_ANSWERING"), tmp_path_factory.mktemp("qa"))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = OPTConfig(
         vocab_size=60, num_hidden_layers=2, max_position_embeddings=20, pad_token_id=1, **sizes
     )
-    return save(OPTForCausalLM(config), tmp_path_factory.mktemp("lm"))
+    return save_with_words(OPTForCausalLM(config), tmp_path_factory.mktemp("lm"))
 
 
 def test_the_best_span_is_inside_the_context_in_order_and_short() -> None:
@@ -213,7 +213,7 @@ def test_the_command_line_reports_the_figures_of_the_task(
     """Dense and pruned, by default; without evaluation data one line says how."""
     models = {"reader": reader, "writer": writer}
     if kind not in models:
-        models[kind] = save(tiny(num_labels=2 if kind == "classifier" else 1), tmp_path / "dense")
+        models[kind] = save_with_words(tiny(num_labels=2 if kind == "classifier" else 1), tmp_path / "dense")
     frame = pd.DataFrame({"text": texts(30, 0)})
     evaluation = pd.DataFrame(
         {"text": texts(12, 1), "label": [i % 2 + (0.25 * i if kind == "regressor" else 0) for i in range(12)]}
@@ -263,7 +263,7 @@ def test_the_command_line_reports_the_figures_of_the_task(
 def test_evaluation_rows_among_the_calibration_rows_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save(tiny(), tmp_path / "dense")
+    model = save_with_words(tiny(), tmp_path / "dense")
     pd.DataFrame({"text": texts(30, 0), "label": [0, 1] * 15}).to_csv(tmp_path / "all.csv", index=False)
     some = pd.DataFrame({"text": [*texts(30, 0)[:4], "w1 w1 w1", "w2 w2 w2"], "label": [0, 1] * 3})
     some.to_csv(tmp_path / "some.csv", index=False)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collate, rows, tiny
-from test_calibration import check_same, prune, text, tokenizer
+from checks import assert_same_plan_and_weights, plan_and_weights
+from data import collate, plain_tokenizer, rows, text
+from models import tiny
 from torch import Tensor
 from zoo import make
 
@@ -59,11 +60,11 @@ def test_tokens_have_the_positions_that_they_have_in_a_row_by_itself(name: str, 
 def test_a_tokenizer_that_pads_on_the_left_prunes_as_one_that_pads_on_the_right() -> None:
     results = []
     for side in ("right", "left"):
-        words = tokenizer()
+        words = plain_tokenizer()
         words.padding_side = side
-        results.append(prune([text(row) for row in rows()], processing_class=words))
+        results.append(plan_and_weights([text(row) for row in rows()], processing_class=words))
     assert results[0][0] == results[1][0]
-    check_same(*results)
+    assert_same_plan_and_weights(*results)
 
 
 def test_what_belongs_to_a_token_goes_along_with_it() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collate, rows, tiny
-from test_pruner import unchanged
+from checks import unchanged
+from data import collate, rows
+from models import tiny
 from transformers import PreTrainedModel
 from zoo import make
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import datasets
 import peft
 import pytest
 import torch
-from conftest import collate, logits, rows, tiny
+from checks import kept, logits, state, unchanged
+from data import collate, rows
+from models import tiny
 from transformers import (
     BertForSequenceClassification,
     BertTokenizer,
@@ -66,10 +67,6 @@ def prune(model: Any, data: Any = None, **options: Any) -> PruningReport:
     return make_pruner(model, data, **options).prune()
 
 
-def kept(report: PruningReport) -> dict[str, list[int]]:
-    return {s.name: s.kept for s in report.sublayers}
-
-
 def unit_costs(report: PruningReport) -> dict[str, float]:
     """FLOPs of a head and of a neuron by the formulas of the paper."""
     s = report.sequence_length
@@ -79,35 +76,6 @@ def unit_costs(report: PruningReport) -> dict[str, float]:
 def cost(report: PruningReport) -> float:
     """FLOPs of what is kept."""
     return sum(unit_costs(report)[s.kind] * len(s.kept) for s in report.sublayers)
-
-
-def state(model: torch.nn.Module) -> dict[str, Any]:
-    """Everything about a model that must stay when it is refused: bits, flags, hooks, config, overridden forwards."""
-    return {
-        "tensors": {
-            k: v.detach().contiguous().view(torch.uint8).clone() for k, v in model.state_dict().items()
-        },
-        "training": {name: module.training for name, module in model.named_modules()},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-        "forwards": sum("forward" in vars(m) for m in model.modules()),
-        "config": model.config.to_dict(),
-    }
-
-
-def check_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
-    assert before["tensors"].keys() == after["tensors"].keys()
-    for name, bits in before["tensors"].items():
-        assert torch.equal(bits, after["tensors"][name]), name
-    for key in before.keys() - {"tensors"}:
-        assert before[key] == after[key], key
-
-
-@contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    before = state(model)
-    yield
-    check_same_state(before, state(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from data import ROOT
 from transformers import AutoTokenizer
 
 from hf_kprune import KPruneArguments, KPrunePruner

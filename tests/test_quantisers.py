@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import logits, tiny
-from test_checkpoint import pruned
+from checks import logits
+from models import pruned, tiny
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 

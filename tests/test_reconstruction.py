@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from data import normal
 from torch import Tensor
 
 from hf_kprune.methods.least_squares import NormalEquations, relative_error, tune_weight
 
 
 TOKENS, COLUMNS, WIDTH = 120, 7, 5
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def problem(columns: int = COLUMNS, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, collate, rows, tiny
-from test_checkpoint import files, pruned
+from checks import files
+from data import collate, rows
+from models import CONFIGS, pruned, tiny
 from transformers import (
     AutoConfig,
     AutoModel,

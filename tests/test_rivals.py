@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collate, logits, rows, tiny
+from checks import logits
+from data import collate, normal, rows
+from models import tiny
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -30,10 +32,6 @@ from hf_kprune.methods.search import TOLERANCE, group_sizes, threshold_search
 
 
 TOKENS, WIDTH = 90, 5
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def make(name: str, **options: Any) -> Method:

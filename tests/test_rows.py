@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from data import CHAT, PLAIN, TELLING, draw, word_tokenizer
+from models import CONFIGS_BY_CLASS, TEXT_SIZES, tiny, tiny_of_class
 from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
 
-from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, PruningReport
+from hf_kprune import ArgumentError, CalibrationError, PruningReport
 from hf_kprune.calibration.rows import (
-    Rows,
-    draw_rows,
     has_choices,
     max_positions,
     needs_targets,
@@ -34,124 +29,8 @@ from hf_kprune.calibration.rows import (
 from hf_kprune.cli.commands import main
 
 
-VOCABULARY = 60
-SIZES = {
-    "d_model": 8,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 8,
-    "decoder_ffn_dim": 8,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 20,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": None,
-}
-T5 = {
-    "d_model": 8,
-    "d_kv": 4,
-    "d_ff": 8,
-    "num_layers": 1,
-    "num_heads": 2,
-    "vocab_size": VOCABULARY,
-    "decoder_start_token_id": 1,
-    "pad_token_id": 1,
-}
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-TEXT = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 20,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Bart": SIZES,
-    "Pegasus": SIZES,
-    "Whisper": {
-        **SIZES,
-        "max_position_embeddings": None,
-        "max_source_positions": 8,
-        "max_target_positions": 12,
-        "num_mel_bins": 4,
-        "suppress_tokens": None,
-    },
-    "T5": T5,
-    "ViT": VISION,
-    "CLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
-    "Wav2Vec2": {
-        **TEXT,
-        "conv_dim": [8],
-        "conv_kernel": [4],
-        "conv_stride": [2],
-        "num_conv_pos_embeddings": 4,
-    }
-    | {"num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "num_feat_extract_layers": 1},
-    "GPT2": {
-        "n_embd": 8,
-        "n_layer": 1,
-        "n_head": 2,
-        "n_positions": 20,
-        "vocab_size": VOCABULARY,
-        "bos_token_id": 3,
-    }
-    | {"eos_token_id": 3},
-}
-
-
-def made(name: str) -> PreTrainedModel:
-    """A tiny random model of a class."""
-    family = next(family for family in CONFIGS if name.startswith(family))
-    torch.manual_seed(0)
-    return getattr(transformers, name)(getattr(transformers, f"{family}Config")(**CONFIGS[family])).eval()
-
-
-def tokenizer(end: bool = True) -> PreTrainedTokenizerFast:
-    """Words w4 ... w59 with their numbers as ids, padded with 1; nothing is added to a text, a pair gets w4 between."""
-    vocabulary = {
-        "[UNK]": 0,
-        "[PAD]": 1,
-        "[BOS]": 2,
-        "[EOS]": 3,
-        **{f"w{i}": i for i in range(4, VOCABULARY)},
-    }
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="$A", pair="$A w4 $B:1", special_tokens=[("w4", 4)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", **({"eos_token": "[EOS]"} if end else {})}
-    return PreTrainedTokenizerFast(tokenizer_object=words, return_token_type_ids=False, **special)
-
-
-def drawn(
-    model: PreTrainedModel | str,
-    dataset: Any,
-    processing_class: Any = None,
-    tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
-    keep_labels: bool = False,
-    **options: Any,
-) -> Rows:
-    model = made(model) if isinstance(model, str) else model
-    return draw_rows(
-        model, dataset, processing_class, KPruneArguments(**options), keep_labels, tokens_per_row
-    )
-
-
 def one(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    (row,) = drawn(*args, **kwargs).rows
+    (row,) = draw(*args, **kwargs).rows
     return {key: value if isinstance(value, torch.Tensor) else list(value) for key, value in row.items()}
 
 
@@ -183,7 +62,7 @@ class ImageProcessor:
 class Processor:
     """An image processor and a tokenizer in one."""
 
-    tokenizer = tokenizer()
+    tokenizer = word_tokenizer()
 
     def __call__(self, images: Any, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
         features = ImageProcessor()(images, return_tensors)
@@ -197,7 +76,7 @@ class Image:
 
 def test_rows_of_pixels_in_every_kind_of_dataset_are_the_same() -> None:
     data = images()
-    expected = drawn(
+    expected = draw(
         "ViTModel", [{"pixel_values": image} for image in data], tokens_per_row=patches, num_tokens=12
     )
     assert (expected.tokens, len(expected.rows), expected.sequences) == (15, 3, 3)
@@ -213,13 +92,13 @@ def test_rows_of_pixels_in_every_kind_of_dataset_are_the_same() -> None:
         "a column of images": [{"image": row["pixel_values"], "label": 1} for row in half],
     }
     for kind, dataset in kinds.items():
-        rows = drawn("ViTModel", dataset, ImageProcessor(), patches, num_tokens=12)
+        rows = draw("ViTModel", dataset, ImageProcessor(), patches, num_tokens=12)
         for row, wanted in zip(rows.rows, expected.rows, strict=True):
             assert row.keys() == {"pixel_values"}, kind
             torch.testing.assert_close(row["pixel_values"], wanted["pixel_values"], rtol=0, atol=0)
         assert rows.fingerprint["sha256"] == expected.fingerprint["sha256"], kind
         assert rows.tokens == expected.tokens, kind
-    other = drawn(
+    other = draw(
         "ViTModel",
         images(seed=1),
         lambda x, return_tensors: {"pixel_values": x[None]},
@@ -235,7 +114,7 @@ def test_what_a_processor_makes_beyond_the_models_inputs_is_no_surplus_column() 
         "pixel_values"
     }
     with pytest.raises(CalibrationError, match="drop the other columns or set remove_unused_columns=True"):
-        drawn("ViTModel", [{**row, "file": "a"}], ImageProcessor(), patches, remove_unused_columns=False)
+        draw("ViTModel", [{**row, "file": "a"}], ImageProcessor(), patches, remove_unused_columns=False)
 
 
 def test_tokens_and_lengths_of_rows_without_ids_are_the_callers() -> None:
@@ -247,14 +126,14 @@ def test_tokens_and_lengths_of_rows_without_ids_are_the_callers() -> None:
         ):
             count(row)
     with pytest.raises(ArgumentError, match="pass tokens_per_row"):
-        drawn("ViTModel", [row])
+        draw("ViTModel", [row])
 
 
 def test_an_image_and_its_text_are_one_row() -> None:
     image = images(1)[0]
     prepared = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "pixel_values": image}
-    expected = drawn("CLIPModel", [prepared])
-    rows = drawn("CLIPModel", [{"image": Image(image / 2), "text": "w5 w6 w7", "url": "a"}], Processor())
+    expected = draw("CLIPModel", [prepared])
+    rows = draw("CLIPModel", [{"image": Image(image / 2), "text": "w5 w6 w7", "url": "a"}], Processor())
     for row in (*expected.rows, *rows.rows):
         assert row.keys() == prepared.keys()
         assert torch.as_tensor(row["input_ids"]).tolist() == [5, 6, 7]
@@ -262,13 +141,13 @@ def test_an_image_and_its_text_are_one_row() -> None:
     assert expected.tokens == rows.tokens == 3
     assert one("CLIPModel", ["w5"], Processor())["input_ids"] == [5]  # by the processor's tokenizer
     assert rows.fingerprint["sha256"] == expected.fingerprint["sha256"]
-    dimmer = drawn("CLIPModel", [{**prepared, "pixel_values": image / 2}])
+    dimmer = draw("CLIPModel", [{**prepared, "pixel_values": image / 2}])
     assert dimmer.fingerprint["sha256"] != expected.fingerprint["sha256"]
-    assert max_positions(made("CLIPModel")) == 20
+    assert max_positions(tiny_of_class("CLIPModel")) == 20
     with pytest.raises(CalibrationError, match="has 21 tokens, CLIPModel takes at most 20"):
-        drawn("CLIPModel", [{**prepared, "input_ids": [5] * 21}])
+        draw("CLIPModel", [{**prepared, "input_ids": [5] * 21}])
     with pytest.raises(CalibrationError, match="token ids 5 to 60, the model's vocabulary has 60"):
-        drawn("CLIPModel", [{**prepared, "input_ids": [5, 60, 6]}])
+        draw("CLIPModel", [{**prepared, "input_ids": [5, 60, 6]}])
 
 
 def sound(length: int = 40, seed: int = 0) -> np.ndarray:
@@ -291,7 +170,7 @@ def test_sound_goes_through_the_feature_extractor() -> None:
         assert row.keys() == {"input_values", "attention_mask"}
         torch.testing.assert_close(row["input_values"], torch.tensor(expected))
         assert int(row["attention_mask"].sum()) == 40
-    rows = drawn(
+    rows = draw(
         "Wav2Vec2ForCTC",
         [sound(n, n) for n in (40, 30)],
         extractor,
@@ -304,25 +183,25 @@ def test_sound_goes_through_the_feature_extractor() -> None:
     with pytest.raises(
         CalibrationError, match=r"audio at 16000 Hz, Wav2Vec2FeatureExtractor takes 8000 Hz; resample"
     ):
-        drawn("Wav2Vec2ForCTC", [{"audio": {**audio, "sampling_rate": 16000}}], extractor, len)
+        draw("Wav2Vec2ForCTC", [{"audio": {**audio, "sampling_rate": 16000}}], extractor, len)
     with pytest.raises(
         CalibrationError, match=r"made \{'input_values': \(2, 40\)\D.* of one audio, expected one row"
     ):
-        drawn("Wav2Vec2ForCTC", [np.stack([wave, wave])], extractor, len)
+        draw("Wav2Vec2ForCTC", [np.stack([wave, wave])], extractor, len)
 
 
 def test_speech_and_its_transcript_are_one_row() -> None:
     extractor = WhisperFeatureExtractor(
         feature_size=4, sampling_rate=8000, chunk_length=1, hop_length=500, n_fft=64
     )
-    processor = transformers.WhisperProcessor(extractor, tokenizer())
+    processor = transformers.WhisperProcessor(extractor, word_tokenizer())
     audio = {"array": sound(4000), "sampling_rate": 8000}
     name, frames = "WhisperForConditionalGeneration", lambda row: 8
     row = one(name, [{"audio": audio, "text": "w5 w6"}], processor, frames)
     assert row.keys() == {"input_features", "labels"}
     assert (row["input_features"].shape, row["labels"].tolist()) == ((4, 16), [5, 6])
-    same = drawn(name, [{"input_features": row["input_features"].tolist(), "labels": [5, 6]}], None, frames)
-    assert same.fingerprint["sha256"] == drawn(name, [row], None, frames).fingerprint["sha256"]
+    same = draw(name, [{"input_features": row["input_features"].tolist(), "labels": [5, 6]}], None, frames)
+    assert same.fingerprint["sha256"] == draw(name, [row], None, frames).fingerprint["sha256"]
     assert one(name, [{**row, "decoder_input_ids": [2, 5]}], None, frames).keys() == {
         "input_features",
         "decoder_input_ids",
@@ -335,11 +214,11 @@ def test_speech_and_its_transcript_are_one_row() -> None:
             CalibrationError,
             match="the decoder of Whisper.* nothing to read; pass .* labels or decoder_input_ids",
         ):
-            drawn(name, alone, given, frames)
+            draw(name, alone, given, frames)
     with pytest.raises(
         CalibrationError, match="target of calibration row 0 has 13 tokens, .* takes at most 12"
     ):
-        drawn(name, [{**row, "labels": [5] * 13}], None, frames)
+        draw(name, [{**row, "labels": [5] * 13}], None, frames)
     assert one("WhisperForAudioClassification", [{"audio": audio}], extractor, frames).keys() == {
         "input_features"
     }
@@ -361,7 +240,7 @@ class Twice:
         ),
         (
             {"image": 1},
-            tokenizer(),
+            word_tokenizer(),
             ArgumentError,
             "processing_class is .*Token.*; pass the model's image processor",
         ),
@@ -379,13 +258,13 @@ class Twice:
         ),
         (
             {"text": "w5"},
-            tokenizer(),
+            word_tokenizer(),
             CalibrationError,
             r"the columns \['text'\], ViTModel takes",
         ),
         (
             "w5",
-            tokenizer(),
+            word_tokenizer(),
             CalibrationError,
             "a calibration row is 'w5', expected .* pixel_values among them",
         ),
@@ -407,7 +286,7 @@ def test_images_that_cannot_be_used_are_refused(
     row: Any, processing_class: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        drawn("ViTModel", [row], processing_class, patches)
+        draw("ViTModel", [row], processing_class, patches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,10 +317,10 @@ TARGETS = {
 @pytest.mark.parametrize("name", TARGETS)
 def test_models_whose_decoder_must_be_told_what_to_read(name: str) -> None:
     """Where no target is asked for, the model runs without; where one is, it does not, BART alone repeats the source."""
-    model = made(name)
+    model = tiny_of_class(name)
     assert needs_targets(model) == TARGETS[name]
     if model.main_input_name == "input_ids" and name != "CLIPModel":
-        inputs = {"input_ids": torch.tensor([[5, 6, made(name).config.eos_token_id or 3]])}
+        inputs = {"input_ids": torch.tensor([[5, 6, tiny_of_class(name).config.eos_token_id or 3]])}
         if not TARGETS[name] or name.startswith("Bart"):
             model(**inputs)
         else:
@@ -451,18 +330,18 @@ def test_models_whose_decoder_must_be_told_what_to_read(name: str) -> None:
 
 def test_a_pair_is_a_source_and_a_target() -> None:
     name, data = "T5ForConditionalGeneration", [("w5 w6 w7", "w8 w9"), ["w10", "w11 w12 w13"]]
-    rows = drawn(name, data, tokenizer())
+    rows = draw(name, data, word_tokenizer())
     by_source = {row["input_ids"][0]: row for row in rows.rows}
     assert by_source[5] == {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [8, 9]}
     assert by_source[10] == {"input_ids": [10], "attention_mask": [1], "labels": [11, 12, 13]}
     assert rows.tokens == 4  # of the sources
     frozen = datasets.Dataset.from_list([{**by_source[i], "id": i} for i in (5, 10)])
-    assert drawn(name, frozen).rows == rows.rows
+    assert draw(name, frozen).rows == rows.rows
     swapped = [(source, "w9 w8") for source, _ in data]
-    assert drawn(name, swapped, tokenizer()).fingerprint["sha256"] != rows.fingerprint["sha256"]
-    cut = one(name, data[:1], tokenizer(), max_seq_length=2)
+    assert draw(name, swapped, word_tokenizer()).fingerprint["sha256"] != rows.fingerprint["sha256"]
+    cut = one(name, data[:1], word_tokenizer(), max_seq_length=2)
     assert (cut["input_ids"], cut["labels"]) == ([5, 6], [8, 9])
-    assert one("BartForSequenceClassification", data[:1], tokenizer())["input_ids"] == [
+    assert one("BartForSequenceClassification", data[:1], word_tokenizer())["input_ids"] == [
         5,
         6,
         7,
@@ -471,8 +350,8 @@ def test_a_pair_is_a_source_and_a_target() -> None:
         9,
     ]  # not a target
     masked = {"input_ids": [5, 6], "attention_mask": [1.0, 1.0]}
-    assert drawn("T5EncoderModel", [masked]).rows == [masked]  # lists that a tokenizer can pad
-    assert one("T5EncoderModel", ["w5 w6"], tokenizer()).keys() == {"input_ids", "attention_mask"}
+    assert draw("T5EncoderModel", [masked]).rows == [masked]  # lists that a tokenizer can pad
+    assert one("T5EncoderModel", ["w5 w6"], word_tokenizer()).keys() == {"input_ids", "attention_mask"}
 
 
 def test_decoder_inputs_may_be_given_and_then_labels_are_not_kept() -> None:
@@ -480,7 +359,7 @@ def test_decoder_inputs_may_be_given_and_then_labels_are_not_kept() -> None:
     assert one("T5Model", [row]) == {"input_ids": [5, 6], "decoder_input_ids": [2, 7, 8]}
     assert one("T5Model", [row], keep_labels=True) == row
     other = {**row, "decoder_input_ids": [2, 8, 7]}
-    assert drawn("T5Model", [row]).fingerprint["sha256"] != drawn("T5Model", [other]).fingerprint["sha256"]
+    assert draw("T5Model", [row]).fingerprint["sha256"] != draw("T5Model", [other]).fingerprint["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -512,7 +391,7 @@ def test_decoder_inputs_may_be_given_and_then_labels_are_not_kept() -> None:
 )
 def test_sources_without_a_target_that_can_be_read_are_refused(name: str, row: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        drawn(name, [row], tokenizer())
+        draw(name, [row], word_tokenizer())
 
 
 def test_rows_with_an_empty_target_are_passed_over() -> None:
@@ -521,9 +400,9 @@ def test_rows_with_an_empty_target_are_passed_over() -> None:
 
 
 def test_each_half_of_an_encoder_decoder_has_limits_of_its_own() -> None:
-    bert = {**TEXT, "is_decoder": True, "add_cross_attention": True}
+    bert = {**TEXT_SIZES, "is_decoder": True, "add_cross_attention": True}
     parts = (
-        transformers.BertConfig(**TEXT),
+        transformers.BertConfig(**TEXT_SIZES),
         transformers.BertConfig(**{**bert, "vocab_size": 30, "max_position_embeddings": 9}),
     )
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
@@ -537,7 +416,7 @@ def test_each_half_of_an_encoder_decoder_has_limits_of_its_own() -> None:
         ("labels", [5] * 10, "target of calibration row 0 has 10 tokens, .* at most 9"),
     ):
         with pytest.raises(CalibrationError, match=message):
-            drawn(model, [{**fits, key: value}])
+            draw(model, [{**fits, key: value}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,7 +429,7 @@ def test_labels_of_causal_models_are_kept_for_the_positions_that_they_leave_out(
     masked = {"input_ids": [8, 9], "labels": [-100, 9]}
     assert one("GPT2LMHeadModel", [plain]).keys() == {"input_ids"}
     assert one("GPT2LMHeadModel", [masked]) == masked
-    both = drawn("GPT2LMHeadModel", [plain, masked]).rows  # they are batched: all have labels, or none has
+    both = draw("GPT2LMHeadModel", [plain, masked]).rows  # they are batched: all have labels, or none has
     assert {tuple(row["input_ids"]): list(row["labels"]) for row in both} == {
         (5, 6, 7): [5, 6, 7],
         (8, 9): [-100, 9],
@@ -565,24 +444,12 @@ def test_labels_of_causal_models_are_kept_for_the_positions_that_they_leave_out(
     }  # of a task, not of tokens
     assert one(tiny(head="MASKED_LM"), [masked]).keys() == {"input_ids"}
     with pytest.raises(CalibrationError, match="row 0 has 1 labels for 2 tokens; expected one each"):
-        drawn("GPT2LMHeadModel", [{**masked, "labels": [-100]}])
-
-
-CHAT = [
-    {"role": "user", "content": "w5 w6"},
-    {"role": "assistant", "content": "w7 w8 w9"},
-    {"role": "user", "content": "w10"},
-]
-PLAIN = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-TELLING = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{{ ' ' }}"
-    "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
-)
+        draw("GPT2LMHeadModel", [{**masked, "labels": [-100]}])
 
 
 @pytest.mark.parametrize("raw", [CHAT, {"messages": CHAT}, {"messages": CHAT, "source": "a"}])
 def test_chats(raw: Any) -> None:
-    words = tokenizer()
+    words = word_tokenizer()
     words.chat_template = PLAIN
     ids = [5, 6, 7, 8, 9, 10]
     assert one("GPT2LMHeadModel", [raw], words) == {"input_ids": ids, "attention_mask": [1] * 6}
@@ -600,9 +467,9 @@ def test_chats(raw: Any) -> None:
 
 def test_chats_without_a_template_or_a_tokenizer_are_refused() -> None:
     with pytest.raises(ArgumentError, match="holds chats, .* has no chat_template: set it, or pass texts"):
-        drawn("GPT2LMHeadModel", [CHAT], tokenizer())
+        draw("GPT2LMHeadModel", [CHAT], word_tokenizer())
     with pytest.raises(ArgumentError, match="holds chats: pass processing_class"):
-        drawn("GPT2LMHeadModel", [{"messages": CHAT}])
+        draw("GPT2LMHeadModel", [{"messages": CHAT}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,21 +479,21 @@ def test_chats_without_a_template_or_a_tokenizer_are_refused() -> None:
 
 def test_a_column_of_texts_is_tokenised_if_its_name_is_known() -> None:
     texts = ["w5 w6", "w7"]
-    expected = drawn("GPT2LMHeadModel", texts, tokenizer())
+    expected = draw("GPT2LMHeadModel", texts, word_tokenizer())
     for dataset in (
         datasets.Dataset.from_dict({"text": texts}),
         datasets.Dataset.from_dict({"text": texts, "label": [0, 1]}),
         [{"text": text} for text in texts],
     ):
-        assert drawn("GPT2LMHeadModel", dataset, tokenizer()).rows == expected.rows
+        assert draw("GPT2LMHeadModel", dataset, word_tokenizer()).rows == expected.rows
         with pytest.raises(CalibrationError, match="has the columns .*'text'.* tokenise the texts"):
-            drawn("GPT2LMHeadModel", dataset)
+            draw("GPT2LMHeadModel", dataset)
     with pytest.raises(
         CalibrationError, match=r"has the columns \['headline', 'title'\].* in text_columns, the names"
     ):
-        drawn("GPT2LMHeadModel", [{"headline": "w5", "title": "w6"}], tokenizer())
+        draw("GPT2LMHeadModel", [{"headline": "w5", "title": "w6"}], word_tokenizer())
     with pytest.raises(CalibrationError, match="a calibration text is None, expected a string"):
-        drawn("GPT2LMHeadModel", [{"text": None}], tokenizer())
+        draw("GPT2LMHeadModel", [{"text": None}], word_tokenizer())
 
 
 TEXTS = [words([*range(4 + i, 4 + i + n)]) if n else " \n" for i, n in enumerate((3, 0, 5, 47, 1, 0, 9))]
@@ -647,34 +514,34 @@ def test_packed_texts_are_cut_into_blocks(end: bool, length: int | None, block: 
     blocks = [expected[i : i + block] for i in range(0, len(expected) - block + 1, block)]
     options: dict[str, Any] = {"packing": True, "max_seq_length": length}
     for dataset in (TEXTS, datasets.Dataset.from_dict({"text": TEXTS, "id": range(7)})):
-        rows = drawn("GPT2LMHeadModel", dataset, tokenizer(end), **options)
+        rows = draw("GPT2LMHeadModel", dataset, word_tokenizer(end), **options)
         assert all(row.keys() == {"input_ids"} for row in rows.rows)
         ids = [row["input_ids"] for row in rows.rows]
         assert sorted(ids) == sorted(blocks)
         assert len(blocks) < 5 or ids != blocks
         assert rows.tokens == len(blocks) * block
         again, other = (
-            drawn("GPT2LMHeadModel", dataset, tokenizer(end), seed=seed, **options) for seed in (42, 1)
+            draw("GPT2LMHeadModel", dataset, word_tokenizer(end), seed=seed, **options) for seed in (42, 1)
         )
         assert again.fingerprint == rows.fingerprint
         assert len(blocks) < 5 or other.fingerprint["sha256"] != rows.fingerprint["sha256"]
-    streamed = drawn("GPT2LMHeadModel", iter(TEXTS), tokenizer(end), num_tokens=2 * block, **options)
+    streamed = draw("GPT2LMHeadModel", iter(TEXTS), word_tokenizer(end), num_tokens=2 * block, **options)
     assert [row["input_ids"] for row in streamed.rows] == blocks[:2]
 
 
 def test_a_text_that_ends_by_itself_gets_no_second_end() -> None:
-    rows = drawn("GPT2LMHeadModel", ["w5 [EOS]", "w6", "w7"], tokenizer(), packing=True, max_seq_length=5)
+    rows = draw("GPT2LMHeadModel", ["w5 [EOS]", "w6", "w7"], word_tokenizer(), packing=True, max_seq_length=5)
     assert rows.rows == [{"input_ids": [5, 3, 6, 3, 7]}]
 
 
 def test_blocks_are_no_longer_than_1024_unless_asked_to_be() -> None:
     text = [words([5] * 1100)] * 2
-    config = transformers.GPT2Config(**{**CONFIGS["GPT2"], "n_positions": 3000})
-    for model in (transformers.GPT2LMHeadModel(config), made("T5EncoderModel")):
+    config = transformers.GPT2Config(**{**CONFIGS_BY_CLASS["GPT2"], "n_positions": 3000})
+    for model in (transformers.GPT2LMHeadModel(config), tiny_of_class("T5EncoderModel")):
         lengths = [
             [
                 len(row["input_ids"])
-                for row in drawn(model, text, tokenizer(), packing=True, max_seq_length=n).rows
+                for row in draw(model, text, word_tokenizer(), packing=True, max_seq_length=n).rows
             ]
             for n in (None, 2000)
         ]
@@ -682,12 +549,12 @@ def test_blocks_are_no_longer_than_1024_unless_asked_to_be() -> None:
 
 
 def test_long_documents_are_packed_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    short = tokenizer()
+    short = word_tokenizer()
     short.model_max_length = 5
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        drawn("GPT2LMHeadModel", [words([5] * 60)], short, packing=True)
+        draw("GPT2LMHeadModel", [words([5] * 60)], short, packing=True)
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
@@ -699,46 +566,52 @@ def test_long_documents_are_packed_without_a_warning(caplog: pytest.LogCaptureFi
         (
             "GPT2LMHeadModel",
             ["w5 w6"],
-            tokenizer(),
+            word_tokenizer(),
             CalibrationError,
             "hold 2 tokens, fewer than a block of 20; give more texts",
         ),
-        ("GPT2LMHeadModel", [" ", ""], tokenizer(), CalibrationError, "the calibration dataset is empty"),
+        (
+            "GPT2LMHeadModel",
+            [" ", ""],
+            word_tokenizer(),
+            CalibrationError,
+            "the calibration dataset is empty",
+        ),
         ("GPT2LMHeadModel", ["w5"], None, ArgumentError, "holds texts: pass processing_class"),
         (
             "GPT2LMHeadModel",
             [{"input_ids": [5]}],
-            tokenizer(),
+            word_tokenizer(),
             CalibrationError,
             r"takes strings.*the columns \['input_ids'\]",
         ),
         (
             "GPT2LMHeadModel",
             [("w5", "w6")],
-            tokenizer(),
+            word_tokenizer(),
             CalibrationError,
             r"packing takes strings.* has \('w5', 'w6'\)",
         ),
         (
             "ViTModel",
             ["w5"],
-            tokenizer(),
+            word_tokenizer(),
             ArgumentError,
             "packing is True, expected False: ViTModel takes pixel_values, no texts",
         ),
-        ("T5Model", TEXTS, tokenizer(), CalibrationError, "the decoder of T5Model nothing to read"),
+        ("T5Model", TEXTS, word_tokenizer(), CalibrationError, "the decoder of T5Model nothing to read"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(
     name: str, dataset: Any, processing_class: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        drawn(name, dataset, processing_class, packing=True, max_seq_length=20)
+        draw(name, dataset, processing_class, packing=True, max_seq_length=20)
 
 
 def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny().save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     data, out = tmp_path / "lines.txt", tmp_path / "out"
     data.write_text("\n".join(TEXTS * 4))
     options = [
@@ -752,7 +625,7 @@ def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert main([str(option) for option in ("prune", *options, "--output_dir", out, "--disable_tqdm")]) == 0
     calibration = PruningReport.from_json((out / "kprune_report.json").read_text()).calibration
-    expected = drawn(tiny(), TEXTS * 4, tokenizer(), packing=True, max_seq_length=8)
+    expected = draw(tiny(), TEXTS * 4, word_tokenizer(), packing=True, max_seq_length=8)
     assert calibration["sha256"] == expected.fingerprint["sha256"]
     assert main([str(option) for option in ("plan", *options, "--text_columns", "text,other")]) == 2
     assert "joins the texts of one column, --text_columns names 2" in capsys.readouterr().err

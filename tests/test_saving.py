@@ -21,12 +21,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import ROOT, collate, rows, tiny
-from test_checkpoint import assert_same, files, pruned, report, tokenizer
+from checks import assert_same, files, report
+from data import ROOT, collate, rows, tokenizer
+from models import pruned, tiny
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner, saving
+from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.budget import expected_bytes
+from hf_kprune.checkpoint import saving
 from hf_kprune.checkpoint.saving import save_atomically
 from hf_kprune.cli.commands import main
 from hf_kprune.files.exchange import aside, workplaces

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny
-from test_rows import CHAT, PLAIN, drawn, made, tokenizer
+from data import CHAT, PLAIN, TELLING, draw, word_tokenizer
+from models import tiny, tiny_of_class
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, TensorDataset
 from transformers import BatchEncoding, DataCollatorWithPadding
@@ -31,7 +31,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1,
 
 def read(dataset: Any, *, stream: bool = False, **options: Any) -> list[list[int]]:
     """The real tokens of the rows that are drawn, sorted."""
-    rows = drawn(GPT, dataset, tokenizer(), **options).rows
+    rows = draw(GPT, dataset, word_tokenizer(), **options).rows
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     masks = [
         torch.as_tensor(row.get("attention_mask", torch.ones_like(i))).bool()
@@ -41,7 +41,7 @@ def read(dataset: Any, *, stream: bool = False, **options: Any) -> list[list[int
 
 
 def encoded(**options: Any) -> BatchEncoding:
-    return tokenizer()(TEXTS, **options)
+    return word_tokenizer()(TEXTS, **options)
 
 
 class Numbered:
@@ -73,7 +73,7 @@ class Unsized(Numbered):
 
 
 def collated(rows: list[Any]) -> dict[str, Tensor]:
-    return dict(DataCollatorWithPadding(tokenizer())([tokenizer()(text) for text in rows]))
+    return dict(DataCollatorWithPadding(word_tokenizer())([word_tokenizer()(text) for text in rows]))
 
 
 CONTAINERS: dict[str, Any] = {
@@ -90,11 +90,11 @@ CONTAINERS: dict[str, Any] = {
     "strings with labels in tensors": lambda: [(text, torch.tensor(1)) for text in TEXTS],
     "a BatchEncoding": lambda: encoded(),
     "a BatchEncoding of tensors": lambda: encoded(return_tensors="pt"),
-    "BatchEncodings of single rows": lambda: [tokenizer()(text) for text in TEXTS],
-    "BatchEncodings of (1, L)": lambda: [tokenizer()(text, return_tensors="pt") for text in TEXTS],
+    "BatchEncodings of single rows": lambda: [word_tokenizer()(text) for text in TEXTS],
+    "BatchEncodings of (1, L)": lambda: [word_tokenizer()(text, return_tensors="pt") for text in TEXTS],
     "BatchEncodings of batches": lambda: [
-        tokenizer()(TEXTS[:3], return_tensors="pt"),
-        tokenizer()(TEXTS[3:]),
+        word_tokenizer()(TEXTS[:3], return_tensors="pt"),
+        word_tokenizer()(TEXTS[3:]),
     ],
     "a dict of lists": lambda: {"input_ids": IDS, "label": [0, 1, 0, 1, 0]},
     "a dict of tensors": lambda: {"input_ids": TENSOR},
@@ -189,21 +189,21 @@ def test_columns_of_pairs_are_known(names: tuple[str, str]) -> None:
 @pytest.mark.parametrize("names", TARGET_COLUMNS)
 def test_columns_of_sources_and_targets_are_known(names: tuple[str, str]) -> None:
     row = {names[0]: "w5 w6", names[1]: "w7"}
-    (source,) = drawn("T5ForConditionalGeneration", [row], tokenizer()).rows
+    (source,) = draw("T5ForConditionalGeneration", [row], word_tokenizer()).rows
     assert (source["input_ids"], source["labels"]) == ([5, 6], [7])
     question = {"question": "w5 w6", "answer": "w7"}
-    (chosen,) = drawn(
-        "T5ForConditionalGeneration", [question], tokenizer(), text_columns=["question", "answer"]
+    (chosen,) = draw(
+        "T5ForConditionalGeneration", [question], word_tokenizer(), text_columns=["question", "answer"]
     ).rows
     assert chosen == source
 
 
 def test_a_question_and_its_choices() -> None:
     row = {"question": "w5", "a": "w6", "b": "w7 w8"}
-    (made,) = drawn(
-        tiny(head="MULTIPLE_CHOICE"), [row], tokenizer(), text_columns=["question", "a", "b"]
+    (row,) = draw(
+        tiny(head="MULTIPLE_CHOICE"), [row], word_tokenizer(), text_columns=["question", "a", "b"]
     ).rows
-    assert made["input_ids"] == [[5, 4, 6], [5, 4, 7, 8]]
+    assert row["input_ids"] == [[5, 4, 6], [5, 4, 7, 8]]
 
 
 SHARED = [
@@ -217,11 +217,11 @@ PARTS = [{"role": turn["role"], "content": [{"type": "text", "text": turn["conte
 @pytest.mark.parametrize("chat", [CHAT, SHARED, PARTS])
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation", None])
 def test_chats_in_every_way_of_writing_them(chat: Any, column: str | None) -> None:
-    words = tokenizer()
+    words = word_tokenizer()
     words.chat_template = PLAIN
     row = chat if column is None else {column: chat, "id": "a"}
-    assert drawn(GPT, [row], words).rows[0]["input_ids"] == [5, 6, 7, 8, 9, 10]
-    assert drawn(GPT, {column or "messages": [chat, chat]}, words).tokens == 12
+    assert draw(GPT, [row], words).rows[0]["input_ids"] == [5, 6, 7, 8, 9, 10]
+    assert draw(GPT, {column or "messages": [chat, chat]}, words).tokens == 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,10 +293,10 @@ def test_chats_in_every_way_of_writing_them(chat: Any, column: str | None) -> No
     ],
 )
 def test_what_holds_no_texts_or_ids_is_refused(dataset: Any, options: dict[str, Any], message: str) -> None:
-    words = tokenizer()
+    words = word_tokenizer()
     words.chat_template = PLAIN
     with pytest.raises(KPruneError, match=message):
-        drawn(GPT, dataset, words, **options)
+        draw(GPT, dataset, words, **options)
 
 
 @pytest.mark.parametrize(
@@ -365,16 +365,16 @@ def test_what_holds_no_texts_or_ids_is_refused(dataset: Any, options: dict[str, 
 )
 def test_ids_and_masks_that_are_none_are_refused(row: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        drawn(tiny(), [row], tokenizer())
+        draw(tiny(), [row], word_tokenizer())
 
 
 def test_a_missing_value_is_like_no_column() -> None:
     row = {"input_ids": [5, 6], "attention_mask": None, "token_type_ids": None, "label": None}
-    assert drawn(tiny(), [row]).rows == [{"input_ids": [5, 6]}]
+    assert draw(tiny(), [row]).rows == [{"input_ids": [5, 6]}]
     with pytest.raises(
         CalibrationError, match="some calibration rows have the columns .*; give all rows the same columns"
     ):
-        drawn(tiny(), [row, {"input_ids": [7], "attention_mask": [1]}])
+        draw(tiny(), [row, {"input_ids": [7], "attention_mask": [1]}])
 
 
 def test_a_single_text_is_no_choice() -> None:
@@ -382,15 +382,15 @@ def test_a_single_text_is_no_choice() -> None:
         with pytest.raises(
             CalibrationError, match="compares choices|expected a question and each of its choices"
         ):
-            drawn(tiny(head="MULTIPLE_CHOICE"), [row], tokenizer())
+            draw(tiny(head="MULTIPLE_CHOICE"), [row], word_tokenizer())
 
 
 def test_names_that_are_no_inputs_are_not_listed_and_a_default_is_no_advice() -> None:
     with pytest.raises(CalibrationError) as error:
-        drawn(GPT, [{"kwargs": 1, "args": 2}])
+        draw(GPT, [{"kwargs": 1, "args": 2}])
     assert "'kwargs'" not in str(error.value).split(" takes ")[1]
     assert "remove_unused_columns" not in str(error.value)
-    assert drawn(GPT, [{"input_ids": [5], "kwargs": 1}]).rows == [{"input_ids": [5]}]
+    assert draw(GPT, [{"input_ids": [5], "kwargs": 1}]).rows == [{"input_ids": [5]}]
 
 
 @pytest.mark.parametrize("value", [[], [5], [""], {"a": 1}])
@@ -457,7 +457,7 @@ class NoLength(Numbered):
 )
 def test_a_dataset_that_fails_is_named_with_the_row(dataset: Any, message: str, packing: bool) -> None:
     with pytest.raises(CalibrationError, match=message) as error:
-        drawn(GPT, dataset(), tokenizer(), packing=packing, max_seq_length=4)
+        draw(GPT, dataset(), word_tokenizer(), packing=packing, max_seq_length=4)
     assert error.value.__cause__ is not None
 
 
@@ -467,7 +467,7 @@ def test_refusals_of_a_dataset_come_through_as_they_are() -> None:
             raise ArgumentError("as I said")
 
     with pytest.raises(ArgumentError, match="^as I said$"):
-        drawn(GPT, Refusing(TEXTS), tokenizer())
+        draw(GPT, Refusing(TEXTS), word_tokenizer())
 
 
 def test_a_length_beyond_all_memory_is_drawn_from() -> None:
@@ -478,7 +478,7 @@ def test_a_length_beyond_all_memory_is_drawn_from() -> None:
         def __getitem__(self, index: int) -> Any:
             return {"input_ids": [5 + index % 50]}
 
-    assert drawn(GPT, Endless(), num_tokens=20).tokens == 20
+    assert draw(GPT, Endless(), num_tokens=20).tokens == 20
 
 
 @pytest.mark.parametrize(
@@ -494,27 +494,27 @@ def test_an_endless_stream_without_tokens_ends(
     with pytest.raises(
         CalibrationError, match="200 rows of the calibration stream, one after the other, hold no"
     ):
-        drawn(
+        draw(
             GPT,
             itertools.chain(TEXTS[:2] if packing else [], itertools.repeat(row)),
-            tokenizer(),
+            word_tokenizer(),
             packing=packing,
         )
 
 
 def test_an_endless_stream_of_texts_is_read_as_far_as_it_is_needed() -> None:
-    assert drawn(GPT, itertools.cycle(["", *TEXTS]), tokenizer(), num_tokens=40).tokens == 40
-    packed = drawn(
-        GPT, itertools.cycle(["", *TEXTS]), tokenizer(), num_tokens=40, packing=True, max_seq_length=8
+    assert draw(GPT, itertools.cycle(["", *TEXTS]), word_tokenizer(), num_tokens=40).tokens == 40
+    packed = draw(
+        GPT, itertools.cycle(["", *TEXTS]), word_tokenizer(), num_tokens=40, packing=True, max_seq_length=8
     )
     assert packed.tokens == 40
 
 
 def test_an_iterator_is_read_once() -> None:
     rows = iter(TEXTS)
-    drawn(GPT, rows, tokenizer())
+    draw(GPT, rows, word_tokenizer())
     with pytest.raises(CalibrationError, match="is empty.* .an iterator can be read only once"):
-        drawn(GPT, rows, tokenizer())
+        draw(GPT, rows, word_tokenizer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ class Counting:
     """The tokenizer, and how many characters it was given."""
 
     def __init__(self, side: str = "right"):
-        self.inner, self.characters = tokenizer(), 0
+        self.inner, self.characters = word_tokenizer(), 0
         self.inner.truncation_side = side
 
     def __getattr__(self, name: str) -> Any:
@@ -559,40 +559,38 @@ def test_a_long_text_gives_what_all_of_it_gives(kind: str, side: str) -> None:
     counting = Counting(side)
     if not whole:
         with pytest.raises(CalibrationError, match="is empty"):
-            drawn(GPT, [text], counting, max_seq_length=9)
+            draw(GPT, [text], counting, max_seq_length=9)
         return
-    assert drawn(GPT, [text], counting, max_seq_length=9).rows[0]["input_ids"] == whole
+    assert draw(GPT, [text], counting, max_seq_length=9).rows[0]["input_ids"] == whole
     if LONG in pair:  # and not where spaces or a long word come first
         assert counting.characters <= 3 * len(pair) * CHARACTERS * 9
 
 
 def test_a_long_source_and_a_long_target_are_cut_first() -> None:
     counting = Counting()
-    (row,) = drawn("T5ForConditionalGeneration", [(LONG, LONG)], counting, max_seq_length=9).rows
-    expected = tokenizer()(LONG, truncation=True, max_length=9)["input_ids"]
+    (row,) = draw("T5ForConditionalGeneration", [(LONG, LONG)], counting, max_seq_length=9).rows
+    expected = word_tokenizer()(LONG, truncation=True, max_length=9)["input_ids"]
     assert (row["input_ids"], row["labels"]) == (expected, expected)
     assert counting.characters <= 6 * CHARACTERS * 9
 
 
 def test_long_words_chats_and_packed_streams_are_cut_first() -> None:
-    expected = tokenizer()(LONG, truncation=True, max_length=9)["input_ids"]
+    expected = word_tokenizer()(LONG, truncation=True, max_length=9)["input_ids"]
     assert read([{"words": LONG.split()}], max_seq_length=9) == [expected]
     counting = Counting()
-    blocks = drawn(GPT, iter([LONG]), counting, packing=True, max_seq_length=8, num_tokens=40)
-    whole = tokenizer()(LONG)["input_ids"]
+    blocks = draw(GPT, iter([LONG]), counting, packing=True, max_seq_length=8, num_tokens=40)
+    whole = word_tokenizer()(LONG)["input_ids"]
     assert [row["input_ids"] for row in blocks.rows] == [whole[i : i + 8] for i in range(0, 40, 8)]
     assert counting.characters <= 3 * CHARACTERS * 48
 
 
 @pytest.mark.parametrize("tells", [False, True])
 def test_a_long_chat_gives_what_all_of_it_gives(tells: bool) -> None:
-    from test_rows import TELLING
-
-    words = tokenizer()
+    words = word_tokenizer()
     words.chat_template = TELLING if tells else PLAIN
     chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": LONG}]
     whole = words.apply_chat_template(chat, return_dict=True, truncation=True, max_length=9)["input_ids"]
-    (row,) = drawn(GPT, [chat], words, max_seq_length=9).rows
+    (row,) = draw(GPT, [chat], words, max_seq_length=9).rows
     assert row["input_ids"] == whole
     if tells:
         assert row["labels"] == [-100, -100, *whole[2:]]
@@ -632,9 +630,9 @@ def test_what_a_collator_makes_is_checked(result: Any, message: str) -> None:
 
 
 def test_a_model_made_from_ids_of_every_container_is_the_same() -> None:
-    first = drawn(GPT, [{"input_ids": row} for row in IDS])
+    first = draw(GPT, [{"input_ids": row} for row in IDS])
     for dataset in (IDS, np.array(IDS), list(TENSOR.split(1)), {"input_ids": TENSOR}):
-        assert drawn(made(GPT), dataset).fingerprint["sha256"] == first.fingerprint["sha256"]
+        assert draw(tiny_of_class(GPT), dataset).fingerprint["sha256"] == first.fingerprint["sha256"]
 
 
 def test_rows_that_the_model_does_not_run_on_are_refused_with_the_cause() -> None:
@@ -643,4 +641,4 @@ def test_rows_that_the_model_does_not_run_on_are_refused_with_the_cause() -> Non
     with pytest.raises(
         CalibrationError, match="does not run on the first calibration rows, .* the .*Error shown above"
     ):
-        KPrunePruner(tiny(), arguments, rows, processing_class=tokenizer()).prune()
+        KPrunePruner(tiny(), arguments, rows, processing_class=word_tokenizer()).prune()

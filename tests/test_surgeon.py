@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collate, rows, tiny
+from checks import calibration
+from data import collate, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibration import calibration
+from models import tiny
 from torch import Tensor
 
 import hf_kprune.methods.elimination

@@ -10,9 +10,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import collate, rows, tiny
+from data import collate, rows
 from hypothesis import given
 from hypothesis import strategies as st
+from models import tiny
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner

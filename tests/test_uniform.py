@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import collate, rows
+from data import collate, rows
 from zoo import ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner, UnsupportedArchitectureError

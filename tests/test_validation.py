@@ -12,7 +12,8 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import collate, rows, tiny
+from data import collate, rows
+from models import tiny
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 from hf_kprune import ArgumentError, KPruneArguments, KPruneCallback, KPrunePruner

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import by_column, cut_all, masked
+from checks import by_column, masked, plans
+from models import cut_all
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from zoo import NAMED, ZOO, inputs_for, make, outputs_of
@@ -31,19 +32,6 @@ Record = Callable[[str, object], None]
 every = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in NAMED else pytest.mark.slow) for n in ZOO]
 )
-
-
-def plans(units: list[int]) -> dict[str, list[Tensor]]:
-    """Keep-masks: complementary ones, so that every unit is cut once and kept once; each sublayer emptied; all emptied."""
-    numbers = [torch.arange(n) for n in units]
-    made = {
-        "even": [n % 2 == 0 for n in numbers],
-        "odd": [n % 2 == 1 for n in numbers],
-        "nothing": [n < 0 for n in numbers],
-    }
-    for i in range(len(units)):
-        made[f"without {i}"] = [n < 0 if k == i else n % 2 == k % 2 for k, n in enumerate(numbers)]
-    return made
 
 
 def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str, by: str | None = None) -> Tensor:
