@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kprune.checkpoint.loading import load_model
-from hf_kprune.latency.table import compare, example_inputs
+from hf_kprune.latency.table import compare
+from hf_kprune.structure.facts import text_inputs
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     )
     for batch in args.batch:
         for length in args.length:
-            dense, pruned = compare(models, example_inputs(models[0], batch, length), args.repeats)
+            dense, pruned = compare(models, text_inputs(models[0], batch, length), args.repeats)
             ratio = prunable_flops(models[0], length) / prunable_flops(models[1], length)
             print(
                 f"| {batch} | {length} | {1e3 * dense:.1f} | {1e3 * pruned:.1f} | {dense / pruned:.2f}x | {ratio:.2f}x |",

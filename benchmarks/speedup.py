@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from tasks import append_line, load_model, read_lines
 
-from hf_kprune.latency.table import compare, cut_to, example_inputs
+from hf_kprune.latency.table import compare, cut_to
+from hf_kprune.structure.facts import text_inputs
 
 
 Line = dict[str, Any]
@@ -68,7 +69,7 @@ def main() -> None:
         models = [dense, *(cut_to(dense, line["kept"]) for points in found.values() for line in points)]
         mean = round(statistics.mean(line["tokens_per_sequence"] for line in lines))
         for batch, length in ((batch, length) for batch in args.batch for length in (mean, 128)):
-            dense_seconds, *seconds = compare(models, example_inputs(dense, batch, length), args.repeats)
+            dense_seconds, *seconds = compare(models, text_inputs(dense, batch, length), args.repeats)
             rest = iter(seconds)
             for method, points in found.items():
                 line = {

@@ -27,6 +27,7 @@ from .methods.least_squares import correct_drift
 from .methods.search import TOLERANCE, group_sizes, split, uniform_search
 from .progress import Work, steps_of
 from .report import PruningReport, Size, SublayerReport
+from .structure.facts import in_half_precision
 from .structure.hooks import State
 from .structure.sublayers import (
     Sublayer,
@@ -155,7 +156,7 @@ class Pruning:
         self.hold_out, self.fitted = hold_out, calibration
         self.timed, self.phase, self.tell = timed, phase, tell
         # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
-        half = model.dtype in (torch.float16, torch.bfloat16)
+        half = in_half_precision(model)
         # of weights that were made in inference mode no graph can be built
         frozen = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
         copied = copy.deepcopy(model) if half or frozen else model

@@ -24,11 +24,11 @@ from transformers.utils import logging
 from .algorithm import Pruning, Timed
 from .arguments import LATENCY_BATCH, TARGETS, TIMES, KPruneArguments, Unasked
 from .budget import BudgetTerms, BudgetWarning, expected_bytes, model_size, peak_memory, prunable_flops
-from .calibration.calibration import Calibration, in_eval_mode, tokens_of
+from .calibration.calibration import Calibration, tokens_of
 from .calibration.collate import collate
 from .calibration.embeddings import folder_of, refuse_wrapper
 from .calibration.metrics import evaluate_texts, metrics_of
-from .calibration.rows import draw_rows, is_causal, row_tokens
+from .calibration.rows import draw_rows, row_tokens
 from .calibration.tasks import BY_PRODUCTS, Knowledge, KnowledgeLoss, knowledge_loss
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
@@ -38,7 +38,7 @@ from .checkpoint.remote_code import check_code_travels
 from .checkpoint.saving import save_atomically
 from .errors import ArgumentError, CheckpointError, KPruneError
 from .files.destination import as_text, origins
-from .latency.table import LatencyTable, compare, example_inputs
+from .latency.table import LatencyTable, compare
 from .methods import METHODS
 from .methods.base import Method
 from .processes import accompanied, check_alike, together
@@ -46,6 +46,7 @@ from .progress import Work
 from .report import PruningReport, Size
 from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
+from .structure.facts import in_eval_mode, is_causal, text_inputs
 from .structure.reach import leaving, towers_left_alone
 from .structure.sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
 from .structure.surroundings import plain_modes, undisturbed
@@ -665,7 +666,7 @@ class KPrunePruner:
                 inputs = calibration.batches[0].inputs
                 if "input_ids" in inputs and "pixel_values" not in inputs:
                     length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
-                    inputs = dict(example_inputs(model, self.args.latency_batch_size, length))
+                    inputs = dict(text_inputs(model, self.args.latency_batch_size, length))
                 self._tell("on_phase_begin", "time", model=model)
                 made = LatencyTable.cached(model, inputs, by=self.args.head_unit), inputs
         table, inputs = broadcast_object_list([made])[0]

@@ -33,7 +33,8 @@ from hf_kprune import (
     register_family,
 )
 from hf_kprune.modeling_kprune import get_size
-from hf_kprune.structure.detect import as_code, describe, detect, example_inputs, keep
+from hf_kprune.structure.detect import as_code, describe, detect, keep
+from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State, run_sublayer
 from hf_kprune.structure.proof import prove, step, twin
 from hf_kprune.structure.sublayers import find_sublayers, read

@@ -26,11 +26,11 @@ from hf_kprune.latency.table import (
     compare,
     counts_to_measure,
     cut_to,
-    example_inputs,
     search_latency,
     time_model,
 )
 from hf_kprune.methods.search import group_sizes, threshold_search
+from hf_kprune.structure.facts import text_inputs
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -71,7 +71,7 @@ def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(
     models[1].eval()
     costs, slowdown = [2 / 1024, 1 / 1024, 6 / 1024], [9, 7, 1, 1, 5, 1, 8]
     clock = Clock(monkeypatch, dict(zip(models, costs, strict=True)), slowdown)
-    assert compare(models, example_inputs(models[0], 2, 5), rounds=5) == costs
+    assert compare(models, text_inputs(models[0], 2, 5), rounds=5) == costs
     rounds = latency.WARM_UP + 5
     assert clock.order == [m for _ in range(rounds) for m in models for _ in range(2)]
     assert [m.training for m in models] == [True, False, True]
@@ -80,7 +80,7 @@ def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(
 def test_the_median_of_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     Clock(monkeypatch, {model: 1 / 1024}, [50, 4, 2, 30])
-    assert time_model(model, example_inputs(model, 2, 5), repeats=3) == 4 / 1024
+    assert time_model(model, text_inputs(model, 2, 5), repeats=3) == 4 / 1024
 
 
 def test_where_nobody_says_how_many_passes_are_as_many_as_there_is_patience_for(
@@ -93,13 +93,13 @@ def test_where_nobody_says_how_many_passes_are_as_many_as_there_is_patience_for(
     ):
         model = tiny()
         clock = Clock(monkeypatch, {model: cost}, [1] * 30)
-        assert time_model(model, example_inputs(model, 2, 5)) == pytest.approx(cost)
+        assert time_model(model, text_inputs(model, 2, 5)) == pytest.approx(cost)
         assert len(clock.order) == passes
 
 
 def test_the_real_clock_runs_forward() -> None:
     model = tiny()
-    assert 0 < time_model(model, example_inputs(model, 1, 3), repeats=1) < float("inf")
+    assert 0 < time_model(model, text_inputs(model, 1, 3), repeats=1) < float("inf")
 
 
 # Inputs
@@ -111,7 +111,7 @@ TEXT = "bert roberta longformer modernbert deberta-v2 nomic_bert gpt2 opt llama 
 @pytest.mark.parametrize("name", TEXT.split())
 def test_made_up_inputs_run(name: str) -> None:
     model = make(name) if name in ZOO else tiny(name)
-    inputs = example_inputs(model, 3, 7)
+    inputs = text_inputs(model, 3, 7)
     with torch.no_grad():
         model(**inputs)
     decoder = "decoder_input_ids" in inputs
@@ -126,7 +126,7 @@ def test_made_up_inputs_run(name: str) -> None:
 @pytest.mark.parametrize("head", ["", "MULTIPLE_CHOICE", "QUESTION_ANSWERING", "MASKED_LM"])
 def test_made_up_inputs_run_with_any_head(head: str) -> None:
     model = tiny(head=head)
-    inputs = example_inputs(model, 3, 7)
+    inputs = text_inputs(model, 3, 7)
     with torch.no_grad():
         outputs = model(**inputs)
     assert inputs["input_ids"].shape == ((3, 1, 7) if head == "MULTIPLE_CHOICE" else (3, 7))
@@ -138,7 +138,7 @@ def test_every_row_ends_with_one_end_of_sequence() -> None:
 
     model = make("bart")
     classifier = transformers.BartForSequenceClassification(model.config).eval()
-    inputs = example_inputs(classifier, 4, 6)
+    inputs = text_inputs(classifier, 4, 6)
     assert list(inputs) == ["input_ids", "attention_mask"]
     ends = inputs["input_ids"] == model.config.eos_token_id
     assert ends.nonzero()[:, 1].tolist() == [5] * 4
@@ -149,19 +149,19 @@ def test_every_row_ends_with_one_end_of_sequence() -> None:
 def test_special_tokens_outside_of_the_vocabulary_are_not_used() -> None:
     model = tiny()
     model.config.eos_token_id = [model.config.vocab_size + 7, 3]
-    assert int(example_inputs(model, 8, 9)["input_ids"].max()) < model.config.vocab_size
+    assert int(text_inputs(model, 8, 9)["input_ids"].max()) < model.config.vocab_size
 
 
 @pytest.mark.parametrize("name", ["vit", "clip", "wav2vec2", "whisper"])
 def test_inputs_that_cannot_be_made_up(name: str) -> None:
     with pytest.raises(ArgumentError, match="cannot be made up, it takes .*; pass inputs"):
-        example_inputs(make(name), 2, 4)
+        text_inputs(make(name), 2, 4)
 
 
 @pytest.mark.parametrize(("shape", "limit"), [((0, 4), ""), ((2, 0), ""), ((2, 41), "at most 40 tokens")])
 def test_inputs_of_a_shape_that_cannot_be(shape: tuple[int, int], limit: str) -> None:
     with pytest.raises(ArgumentError, match=f"asked for inputs of {shape[0]} x {shape[1]} tokens.*{limit}"):
-        example_inputs(tiny(), *shape)
+        text_inputs(tiny(), *shape)
 
 
 def test_cut_to_keeps_so_many_and_leaves_the_model() -> None:
@@ -306,7 +306,7 @@ def plans(units: Sequence[int], count: int = 6) -> list[list[int]]:
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_table_predicts_every_plan(name: str, machine: list[int]) -> None:
     model = make(name) if name in ZOO else tiny(name)
-    table = LatencyTable.measure(model, example_inputs(model, 2, 5))
+    table = LatencyTable.measure(model, text_inputs(model, 2, 5))
     sublayers = find_sublayers(model)
     assert table.units == [s.num_units for s in sublayers]
     assert (
@@ -325,7 +325,7 @@ def test_table_of_a_model_that_is_pruned_already(machine: list[int]) -> None:
     units = [s.num_units for s in find_sublayers(model)]
     masks = [torch.arange(u) < n for u, n in zip(units, [3, 12, 0, 7, 4, 0], strict=True)]
     pruned = cut_all(model, masks)
-    table = LatencyTable.measure(pruned, example_inputs(pruned, 2, 5))
+    table = LatencyTable.measure(pruned, text_inputs(pruned, 2, 5))
     assert table.units == [3, 12, 0, 7, 4, 0]
     for counts in plans(table.units):
         [expected] = by_law([cut_to(pruned, counts)])
@@ -346,7 +346,7 @@ def test_ends_of_the_table_hold_where_times_are_no_straight_lines(monkeypatch: p
 
 def test_table_is_saved_and_loaded(tmp_path: Path, machine: list[int]) -> None:
     model = tiny()
-    table = LatencyTable.measure(model, example_inputs(model, 2, 5))
+    table = LatencyTable.measure(model, text_inputs(model, 2, 5))
     path = tmp_path / "new" / "table.json"
     table.save(path)
     again = LatencyTable.load(path)
@@ -382,18 +382,18 @@ def test_a_table_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[LatencyTable]
 ) -> None:
     model, other = tiny(seed=0), tiny(seed=1)
-    inputs = example_inputs(model, 2, 5)
+    inputs = text_inputs(model, 2, 5)
     first = LatencyTable.cached(model, inputs, tmp_path)
     assert LatencyTable.cached(model, inputs, tmp_path) == first
     assert (
-        LatencyTable.cached(other, example_inputs(other, 2, 5), tmp_path) == first
+        LatencyTable.cached(other, text_inputs(other, 2, 5), tmp_path) == first
     )  # other weights of the same shapes
     assert measured == [first]
     assert len(list(tmp_path.iterdir())) == 1
 
     for changed, taken in (
-        (model, example_inputs(model, 3, 5)),
-        (model, example_inputs(model, 2, 6)),
+        (model, text_inputs(model, 3, 5)),
+        (model, text_inputs(model, 2, 6)),
         (tiny().to(torch.bfloat16), inputs),
         (cut_to(model, [1] * 6), inputs),
         (tiny(hidden_act="relu"), inputs),
@@ -410,7 +410,7 @@ def test_tables_lie_where_hugging_face_libraries_keep_theirs(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path))
     model = tiny()
-    table = LatencyTable.cached(model, example_inputs(model, 2, 5))
+    table = LatencyTable.cached(model, text_inputs(model, 2, 5))
     [path] = tmp_path.rglob("*.json")
     assert path.relative_to(tmp_path).parts[:2] == ("hf_kprune", "latency")
     assert LatencyTable.load(path) == table

@@ -33,7 +33,6 @@ FLOORS = [
 
 STILL = {
     ("errors", "modeling_kprune"),
-    ("structure", "calibration"),
     ("methods", "arguments"),
     ("progress", "methods"),
     ("progress", "calibration"),

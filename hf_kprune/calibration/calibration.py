@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
@@ -27,6 +27,15 @@ from ..methods.base import Statistics
 from ..methods.least_squares import Centred, NormalEquations, add_products
 from ..processes import together
 from ..structure.checks import prove_projections
+from ..structure.facts import (
+    first_run,
+    frame_mask,
+    in_eval_mode,
+    in_half_precision,
+    masks_frames,
+    max_positions,
+    to_model,
+)
 from ..structure.hooks import (
     State,
     by_token,
@@ -43,8 +52,8 @@ from ..structure.hooks import (
     run_to_top,
 )
 from ..structure.sublayers import Sublayer, find_sublayers, in_unit_order, oriented
-from .collate import Collator, collate, fitted, running
-from .rows import Rows, max_positions, row_length
+from .collate import Collator, collate
+from .rows import Rows, row_length
 from .tasks import Draws, Knowledge, check_loss
 
 
@@ -59,22 +68,10 @@ that memory does not grow with depth."""
 GRADIENTS = "gradients of the knowledge loss to the output"
 
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def in_float32(outputs: Any) -> Any:
     """Model outputs with their half-precision tensors in float32."""
     for key, value in outputs.items():
-        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        if isinstance(value, Tensor) and in_half_precision(value):
             outputs[key] = value.float()
     return outputs
 
@@ -89,8 +86,8 @@ def tokens_of(
         shape = tuple(row[model.main_input_name].shape)
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
-            with in_eval_mode(model), running(model, inputs):
-                known[shape] = run_to_bottom(model, fitted(inputs, model), sublayers[0]).shape[1]
+            with in_eval_mode(model), first_run(model, inputs):
+                known[shape] = run_to_bottom(model, to_model(inputs, model), sublayers[0]).shape[1]
         return int(known[shape])
 
     return count
@@ -238,13 +235,13 @@ class Calibration:
         if (
             mask is not None or name not in self.tokens
         ):  # images, audio: how many tokens they make is the model's business
-            with in_eval_mode(model), running(model, inputs):
-                bottom = run_to_bottom(model, fitted(inputs, model), sublayer)
+            with in_eval_mode(model), first_run(model, inputs):
+                bottom = run_to_bottom(model, to_model(inputs, model), sublayer)
             self.tokens[name] = bottom.shape[1]
             if mask is not None and mask.shape == (samples, self.tokens[name]):
                 return cast(Tensor, mask.bool())
-            if mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
-                return cast(Tensor, model._get_feature_vector_attention_mask(self.tokens[name], mask).bool())
+            if mask is not None and masks_frames(model):
+                return frame_mask(model, mask, self.tokens[name])
         return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
 
     @cached_property
@@ -436,7 +433,7 @@ class Calibration:
             chunk = self.chunk(model, sample) if loss.per_token else 0
             counted = sample.counted[:, :chunk] if chunk else sample.counted
             few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
-            with few, running(model, sample.inputs), outputs_of(sublayers) as activations:
+            with few, first_run(model, sample.inputs), outputs_of(sublayers) as activations:
                 outputs = in_float32(model(**sample.inputs, return_dict=True))
             for place, y in activations.items():
                 y = by_token(y, sample.valid[sublayers[place].stack_name].unsqueeze(-1))
@@ -745,7 +742,7 @@ class Calibration:
                 for start in range(0, whole.samples if whole.held_out else 0, size):
                     batch = whole.part(start, min(start + size, whole.samples))
                     both = (
-                        (m, fitted(batch.inputs, m)) for m in (student, teacher)
+                        (m, to_model(batch.inputs, m)) for m in (student, teacher)
                     )  # which may differ in dtype
                     made, expected = (in_float32(m(**inputs, return_dict=True)) for m, inputs in both)
                     losses = losses_of(loss, made, expected, batch)

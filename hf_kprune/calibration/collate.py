@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, default_data_collator
-from transformers.utils import find_labels
 
-from ..errors import ArgumentError, CalibrationError, KPruneError
+from ..errors import ArgumentError, CalibrationError
+from ..structure.facts import input_names, is_causal, label_names, needs_targets
 from ..structure.sublayers import text_config
-from .rows import has_choices, inputs_of, is_causal, needs_targets
+from .rows import has_choices
 
 
 IGNORED = -100
-SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
-"""Inputs without which some models do not run."""
 
 Collator = Callable[[list[Any]], dict[str, Any]]
-
-
-def fitted(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Inputs on the device of `model`, floats in its dtype."""
-
-    def fit(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-
-    return {key: fit(value) for key, value in inputs.items()}
-
-
-@contextmanager
-def running(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Raise `CalibrationError` if `model` does not run on `inputs`, the first that it sees."""
-    try:
-        yield
-    except (KPruneError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        others = sorted(inputs_of(model) & {*SENSES} - inputs.keys())
-        raise CalibrationError(
-            f"{type(model).__name__} does not run on the first calibration rows, which have {', '.join(inputs)}: it raised "
-            f"the {type(error).__name__} shown above; give rows as it is used with"
-            + (
-                f", it also takes {' and '.join(others)}"
-                if others
-                else ", or a data_collator that makes its inputs"
-            )
-        ) from error
 
 
 def pad(sequences: list[Any], value: int) -> Tensor:
@@ -171,8 +137,8 @@ def collate(
         ArgumentError: If rows must be padded and there is nothing to do it with.
         CalibrationError: If the collator makes what the model does not take.
     """
-    labels = {"label", "labels", "label_ids", *find_labels(type(model))}
-    accepted = inputs_of(model)
+    labels = label_names(model)
+    accepted = input_names(model)
     if collator is not None:
         batch = collator([dict(row) for row in rows])
         if not isinstance(batch, Mapping):

@@ -19,8 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError
-from .collate import fitted
-from .rows import is_causal, max_positions
+from ..structure.facts import in_eval_mode, is_causal, max_positions, to_model
 from .sources import text_columns
 
 
@@ -165,17 +164,11 @@ def evaluate_texts(
     first = next(iter(dataset), None)
     if tokenizer is None or first is None or (isinstance(first, Mapping) and "input_ids" in first):
         return None
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if is_one_of(model, "QUESTION_ANSWERING"):
-                return answer_figures(model, list(dataset), tokenizer, args)
-            if is_causal(model):
-                return {"perplexity": perplexity(model, texts_of(dataset, first, args), tokenizer, args)}
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model), torch.no_grad():
+        if is_one_of(model, "QUESTION_ANSWERING"):
+            return answer_figures(model, list(dataset), tokenizer, args)
+        if is_causal(model):
+            return {"perplexity": perplexity(model, texts_of(dataset, first, args), tokenizer, args)}
     return None
 
 
@@ -215,7 +208,7 @@ def perplexity(model: PreTrainedModel, texts: Iterable[str], tokenizer: Any, arg
     ids = torch.tensor(tokens)
     for start in range(0, len(ids) - 1, length):
         window = ids[start : start + length + 1].unsqueeze(0)
-        logits = model(**fitted({"input_ids": window[:, :-1]}, model)).logits[0].float()
+        logits = model(**to_model({"input_ids": window[:, :-1]}, model)).logits[0].float()
         total += float(F.cross_entropy(logits, window[0, 1:].to(logits.device), reduction="sum"))
     return math.exp(min(total / (len(ids) - 1), 700.0))
 
@@ -277,7 +270,7 @@ def answer_figures(
     for start in range(0, len(windows), size):
         batch = windows[start : start + size]
         inputs = tokenizer.pad([window.inputs for window in batch], padding_side="right", return_tensors="pt")
-        outputs = model(**fitted(inputs, model), return_dict=True)
+        outputs = model(**to_model(inputs, model), return_dict=True)
         for window, first, last in zip(
             batch, outputs.start_logits.float(), outputs.end_logits.float(), strict=True
         ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import find_labels, logging
+from transformers.utils import logging
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
-from ..structure.sublayers import family_of, text_config
+from ..structure.facts import input_names, is_causal, label_names, max_positions, needs_targets, vocabulary
+from ..structure.sublayers import text_config
 from .sources import CHAT_COLUMNS, depth, is_sized, read_rows, rows_of, split_rows, text_columns
 from .texts import Texts, check_not_endless
 
@@ -30,52 +29,10 @@ TokensPerRow = Callable[[dict[str, Any]], int]
 """Tokens that the model makes of a row without `input_ids`: patches of an image, frames of sound."""
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that the model's position embeddings can tell apart; None if nothing limits them."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # models that number positions from padding_idx + 1 (RoBERTa's kin) lose the first ones
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    config = text_config(model.config)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
-    return None if limit is None else int(limit)
-
-
-def vocabulary(model: PreTrainedModel, part: Any) -> int | None:
-    """Token ids that a part of the model (itself, its decoder) can embed; None if it does not say."""
-    try:
-        return int(part.get_input_embeddings().num_embeddings)
-    except (AttributeError, NotImplementedError):  # two towers, or a plain module
-        return getattr(text_config(model.config), "vocab_size", None)
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the model is a causal language model, whose labels are those of its own inputs."""
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return any(cls.__name__ in causal for cls in type(model).__mro__)
-
-
-def needs_targets(model: PreTrainedModel) -> bool:
-    """Whether the model has a decoder that must be told what to read: `labels` or `decoder_input_ids`."""
-    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
-    alone = (
-        "Classification" in name or "QuestionAnswering" in name
-    )  # their decoders read the encoder's tokens again
-    alone = alone or (name.endswith("Model") and any(stack.shifts for stack in family_of(model) or ()))
-    return getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and not alone
-
-
 def flat(value: Any) -> Iterator[Any]:
     """The numbers in a list, array or tensor, or in lists of them of any lengths (choices)."""
     for entry in value.tolist() if hasattr(value, "tolist") else value:
         yield from flat(entry) if depth(entry) else (entry,)
-
-
-def inputs_of(model: PreTrainedModel) -> set[str]:
-    """Names of the inputs of a model, without those for labels."""
-    names = {"label", "labels", "label_ids", *find_labels(type(model))}
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - names
 
 
 def plain(value: Any) -> Any:
@@ -177,8 +134,8 @@ class Reader:
         self.args, self.keep_labels = args, keep_labels
         names = model.main_input_name
         self.main: str = names if isinstance(names, str) else names[0]
-        self.labels = {"label", "labels", "label_ids", *find_labels(type(model))}
-        self.accepted = inputs_of(model)
+        self.labels = label_names(model)
+        self.accepted = input_names(model)
         self.dims = {"pixel_values": 3, "input_features": 2}.get(
             self.main, 2 if "MultipleChoice" in self.name else 1
         )

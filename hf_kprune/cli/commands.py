@@ -26,7 +26,6 @@ from ..arguments import KPruneArguments
 from ..budget import expected_bytes, model_size
 from ..calibration.embeddings import SentenceFolder, folder_of, read_folder
 from ..calibration.metrics import ALIASES, QA_COLUMNS, figures_of, named_metric
-from ..calibration.rows import max_positions, needs_targets
 from ..calibration.sources import text_columns
 from ..checkpoint.hub import check_push
 from ..checkpoint.integrity import verify_weights
@@ -40,6 +39,7 @@ from ..progress import quiet
 from ..pruner import KPrunePruner
 from ..report import JSON_NAME, MARKDOWN_NAME, PruningReport
 from ..structure.detect import describe
+from ..structure.facts import max_positions, needs_targets
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..sweep import check_plot

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -26,13 +25,11 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.calibration import in_eval_mode
-from ..calibration.collate import fitted
-from ..calibration.rows import max_positions, needs_targets, vocabulary
 from ..errors import ArgumentError, BudgetError
 from ..methods.search import TOLERANCE, group_sizes, threshold_search
+from ..structure.facts import in_eval_mode, to_model
 from ..structure.proof import cut_twin
-from ..structure.sublayers import find_sublayers, text_config, with_own_tables
+from ..structure.sublayers import find_sublayers, with_own_tables
 from ..version import __version__
 
 
@@ -80,7 +77,7 @@ def compare(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(in_eval_mode(model))
-        given = [fitted(inputs, model) for model in models]
+        given = [to_model(inputs, model) for model in models]
         while len(taken) < WARM_UP + (rounds or 20):
             taken.append([])
             for model, own in zip(models, given, strict=True):
@@ -120,53 +117,6 @@ def cut_to(model: PreTrainedModel, counts: Sequence[int], by: str = "group") -> 
     return cut_twin(
         model, [torch.arange(s.num_units) < n for s, n in zip(sublayers, counts, strict=True)], by
     )
-
-
-def example_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
-    """Random token ids, (batch_size, length), without padding, and as many for a decoder that must be told what to read.
-
-    The last one is the end-of-sequence token, if there is one; there are no other special ones. Of a model for multiple
-    choice each row has one choice.
-
-    Raises:
-        ArgumentError: If the model does not run on token ids alone, or not on so many.
-    """
-    accepted, name = inspect.signature(model.forward).parameters, type(model).__name__
-    other = accepted.keys() & {"pixel_values", "input_values", "input_features"}
-    if "input_ids" not in accepted or other:
-        raise ArgumentError(
-            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
-            "a batch of the calibration data"
-        )
-    ends = {
-        key: value for key, value in text_config(model.config).to_dict().items() if key.endswith("_token_id")
-    }
-    special = {
-        key: tokens if isinstance(tokens, list) else [tokens]
-        for key, tokens in ends.items()
-        if tokens is not None
-    }
-    generator, inputs = torch.Generator().manual_seed(0), {}
-    for prefix, reader in {
-        "": model,
-        **({"decoder_": model.get_decoder()} if needs_targets(model) else {}),
-    }.items():
-        limit = max_positions(reader) if isinstance(reader, PreTrainedModel) else None
-        if batch_size < 1 or not 1 <= length <= (limit or length):
-            raise ArgumentError(
-                f"asked for inputs of {batch_size} x {length} tokens, expected at least 1 x 1"
-                + (f", and {name} takes at most {limit} tokens" if limit else "")
-            )
-        words = set(range(vocabulary(model, reader) or 0))
-        plain = torch.tensor(sorted(words.difference(*special.values())))
-        ids = plain[torch.randint(len(plain), (batch_size, length), generator=generator)]
-        for end in words.intersection(special.get("eos_token_id", [])[:1]):
-            ids[:, -1] = end
-        inputs[f"{prefix}input_ids"] = ids
-        if f"{prefix}attention_mask" in accepted:
-            inputs[f"{prefix}attention_mask"] = torch.ones_like(ids)
-    choices = "MultipleChoice" in name
-    return {key: (value.unsqueeze(1) if choices else value).to(model.device) for key, value in inputs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..calibration.tasks import check_problem_type
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import has, inner_models, plan_of
+from .facts import in_half_precision
 from .proof import quiet
 from .sublayers import described, find_sublayers, oriented
 
@@ -233,7 +234,7 @@ def _check_linear(what: str, projection: Any, x: Tensor, y: Any) -> None:
         if like and y.numel()
         else 1.0 - like
     )
-    if apart > (1e-2 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4):
+    if apart > (1e-2 if in_half_precision(expected) else 1e-4):
         raise UnsupportedModelError(
             f"{what} does not compute x W' + b of its weight and bias ({apart:.2%} off), so it cannot "
             "be fitted; merge what it adds into the weight, take hooks off, or replace it by nn.Linear"

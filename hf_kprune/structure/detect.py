@@ -6,7 +6,6 @@ whether heads can be told apart) each is tried, and proof.py decides.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, replace
@@ -14,17 +13,15 @@ from itertools import product
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration.collate import fitted
-from ..calibration.rows import flat
-from ..calibration.sources import depth
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import plan_of
+from .facts import evaluation_copy, example_inputs, masks_frames, to_model
 from .families import FAMILIES, REFUSED, Block, Stack
-from .proof import evaluation_copy, implementations, plans, prove, prove_cuts, quiet, step
-from .sublayers import find_sublayers, read, text_config
+from .proof import implementations, plans, prove, prove_cuts, quiet, step
+from .sublayers import find_sublayers, read
 from .watch import PROJECTIONS, Seen, Watch
 
 
@@ -124,7 +121,7 @@ def detect(model: PreTrainedModel, inputs: Mapping[str, Any], leave: Collection[
     Raises `UnsupportedArchitectureError` if its layers are not made of attentions and FFNs whose weights are projections.
     """
     dense = evaluation_copy(model)
-    inputs = fitted(inputs, dense)
+    inputs = to_model(inputs, dense)
     found = [_layers(dense, name, layers) for name, layers in _layer_lists(dense).items()]
     found = [layers for layers in found if layers.config.model_type not in leave]
     with ExitStack() as hooks, torch.enable_grad(), torch.random.fork_rng():
@@ -238,7 +235,7 @@ def _first_guess(
                 f"what {layers.name} makes keys of comes from no layers of its model"
             )
         reads = others[0]
-    elif hasattr(model, "_get_feature_vector_attention_mask"):
+    elif masks_frames(model):
         mask = "attention_mask"
     for prefix in ("", "decoder_") if memory else ("",):
         ids = inputs.get(f"{prefix}input_ids")
@@ -433,59 +430,3 @@ def as_code(model_type: str, stacks: Sequence[Stack]) -> str:
 
     lines = "".join(f"    {written(stack, '    ')},\n" for stack in stacks)
     return f"register_family(\n    {model_type!r},\n{lines})"
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """A batch of three random samples that `model` runs on, guessed from the names of its inputs and its config.
-
-    Raises `UnsupportedArchitectureError` if it runs on none of the guesses.
-    """
-    takes, config, generator = (
-        inspect.signature(model.forward).parameters,
-        model.config,
-        torch.Generator().manual_seed(0),
-    )
-    text, image = text_config(config), getattr(config, "vision_config", config)
-
-    def size(of: Any, names: str, default: int) -> int:
-        values = [v for name in names.split() if (v := read(of, name)) is not None]
-        numbers = [*flat(values[0] if depth(values[0]) else values[:1])] if values else []
-        return next((n for n in numbers if isinstance(n, int) and n > 0), default)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(3, *shape, generator=generator)
-
-    def ids(length: int, prefix: str = "") -> dict[str, Tensor]:
-        words = size(text, "vocab_size", 100)
-        made, mask = (
-            torch.randint(min(4, words // 2), words, (3, length), generator=generator),
-            torch.ones(3, length).long(),
-        )
-        mask[1, -2:] = 0
-        return {f"{prefix}input_ids": made, f"{prefix}attention_mask": mask}
-
-    side, channels = size(image, "image_size input_size", 32), size(image, "num_channels", 3)
-    bins, frames = size(config, "num_mel_bins feature_size", 80), 2 * size(config, "max_source_positions", 50)
-    picture, decoder = noise(channels, side, side), ids(7, "decoder_") if config.is_encoder_decoder else {}
-    guesses: list[dict[str, Any]] = [
-        {**ids(11), "pixel_values": picture},
-        {**ids(11), **decoder},
-        {"pixel_values": picture},
-        {"pixel_values": noise(size(image, "num_frames", 2), channels, side, side)},
-        {"input_values": noise(size(config, "max_length", 100), bins)},
-        {"input_values": noise(4000), **decoder},
-        {"input_features": noise(bins, frames), **decoder},
-        {"input_features": noise(frames, bins), **decoder},
-    ]
-    for guess in guesses:
-        inputs: dict[str, Any] = {key: value.to(model.device) for key, value in guess.items() if key in takes}
-        inputs |= {"use_cache": False} if "use_cache" in takes else {}
-        try:
-            with torch.no_grad():
-                evaluation_copy(model)(**inputs)
-            return inputs
-        except Exception:  # it wants others
-            continue
-    raise UnsupportedArchitectureError(
-        "no inputs for it could be guessed; pass a batch: hf_kprune.describe(model, inputs)"
-    )

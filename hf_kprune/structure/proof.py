@@ -23,9 +23,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration.collate import fitted
 from ..errors import CheckpointError, KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
+from .facts import evaluation_copy, to_model
 from .hooks import State, check_order, resumed, run_sublayer, run_to_top
 from .sublayers import Sublayer, cut, find_sublayers, row_indices, twin, with_own_tables, write_plan
 
@@ -50,7 +50,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
     """
     with quiet():
         dense = with_own_tables(evaluation_copy(model))
-        inputs = fitted(inputs, dense)
+        inputs = to_model(inputs, dense)
         sublayers = find_sublayers(dense, by)
         _check_unshared(dense, sublayers)
         with step("run twice from the same seed"):
@@ -71,12 +71,6 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
             "its config makes no such model, as the error above shows",
         ):
             _prove_loading(emptied)
-
-
-def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in evaluation mode: a twin, or, of a model in half precision, one in float32."""
-    half = model.dtype in (torch.float16, torch.bfloat16)
-    return copy.deepcopy(model).float().eval() if half else twin(model).eval()
 
 
 def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.collate import fitted, running
 from ..errors import UnsupportedModelError
+from .facts import first_run, to_model
 from .hooks import only_tokens
 from .proof import prove_carrying, quiet
 from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers, with_own_tables
@@ -46,7 +46,7 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], by: str
         CalibrationError: If the model does not run on these inputs.
         UnsupportedModelError: If no tower is left.
     """
-    inputs = fitted(inputs, model)
+    inputs = to_model(inputs, model)
     towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
     for sublayer in find_sublayers(model, by):
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
@@ -88,7 +88,7 @@ def count_runs(
             hooks.callback(s.output.register_forward_hook(count).remove)
         head = model.get_output_embeddings() if model.can_generate() else None
         hooks.enter_context(nullcontext() if head is None else only_tokens(head, 0, 1))
-        with running(model, inputs), torch.no_grad(), torch.random.fork_rng():
+        with first_run(model, inputs), torch.no_grad(), torch.random.fork_rng():
             model(**inputs)
     return runs
 

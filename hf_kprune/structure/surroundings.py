@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .facts import same_modes
+
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
@@ -40,7 +42,6 @@ def plain_modes() -> Iterator[None]:
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Take back what `Trainer` sets for itself: seeds of all generators, the verbosity, values in configs and of the model,
     and the mode of each module."""
-    modes = {module: module.training for module in model.modules()}
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     holders: dict[int, Any] = {id(holder): holder for holder in (model, *configs)}
     if getattr(model, "generation_config", None) is not None:
@@ -48,7 +49,7 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     values = [(holder, dict(holder.__dict__)) for holder in holders.values()]
     verbosity, states = logging.get_verbosity(), (random.getstate(), np.random.get_state())
     try:
-        with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
+        with same_modes(model), torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
             yield
     finally:
         random.setstate(states[0])
@@ -57,5 +58,3 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
         for holder, before in values:
             holder.__dict__.clear()
             holder.__dict__.update(before)
-        for module, mode in modes.items():
-            module.training = mode

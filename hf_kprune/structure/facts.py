@@ -1,0 +1,270 @@
+"""What is known about a model without looking into its layers: its inputs, its limits, its precision, its modes.
+
+Shapes: B rows, T tokens, S samples of a sound.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_labels
+
+from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
+from .sublayers import family_of, read, text_config, twin
+
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
+"""Inputs without which some models do not run."""
+
+FRAME_MASK = "_get_feature_vector_attention_mask"
+"""The method by which models of the wav2vec 2.0 family turn a mask of samples into one of frames."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs and limits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def label_names(model: PreTrainedModel) -> set[str]:
+    """Names under which `model`, a dataset or a collator may have labels."""
+    return {"label", "labels", "label_ids", *find_labels(type(model))}
+
+
+def input_names(model: PreTrainedModel) -> set[str]:
+    """Names of the inputs that the forward pass of `model` takes, without those of labels."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return names - label_names(model)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the position embeddings of `model` can tell apart; None if nothing limits them."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # models that number positions from padding_idx + 1 (RoBERTa's kin) lose the first ones
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    config = text_config(model.config)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    return None if limit is None else int(limit)
+
+
+def vocabulary(model: PreTrainedModel, part: Any) -> int | None:
+    """Token ids that a part of `model` (itself, its decoder) can embed; None if it does not say."""
+    try:
+        return int(part.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):  # two towers, or a plain module
+        return getattr(text_config(model.config), "vocab_size", None)
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether `model` is a causal language model, whose labels are those of its own inputs."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return any(cls.__name__ in names for cls in type(model).__mro__)
+
+
+def needs_targets(model: PreTrainedModel) -> bool:
+    """Whether `model` has a decoder that must be told what to read: `labels` or `decoder_input_ids`."""
+    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
+    # the decoders of these read the encoder's tokens again
+    alone = "Classification" in name or "QuestionAnswering" in name
+    alone = alone or (name.endswith("Model") and any(stack.shifts for stack in family_of(model) or ()))
+    return getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and not alone
+
+
+def masks_frames(model: PreTrainedModel) -> bool:
+    """Whether `model` reads a mask of the samples of a sound."""
+    return hasattr(model, FRAME_MASK)
+
+
+def frame_mask(model: PreTrainedModel, mask: Tensor, frames: int) -> Tensor:
+    """Which of the frames that `model`, one that `masks_frames`, makes of sounds are real: (B, S) -> (B, frames)."""
+    return cast(Tensor, getattr(model, FRAME_MASK)(frames, mask).bool())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision and modes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
+    """Whether a model or a tensor is of 16 bits a number."""
+    return value.dtype in HALF_PRECISION
+
+
+def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in evaluation mode, which shares the weights of `model`, or has them in float32 if they are of 16 bits."""
+    return (copy.deepcopy(model).float() if in_half_precision(model) else twin(model)).eval()
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module of `model` its own mode (training or evaluation) back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set `model` to evaluation mode, and give every module its own mode back at the end."""
+    with same_modes(model):
+        model.eval()
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_model(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Inputs on the device of `model`, floats in its dtype."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+
+    return {key: move(value) for key, value in inputs.items()}
+
+
+@contextmanager
+def first_run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise `CalibrationError` if `model` does not run on `inputs`, the first that it sees."""
+    try:
+        yield
+    except (KPruneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        others = sorted(input_names(model) & {*SENSES} - inputs.keys())
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the first calibration rows, which have {', '.join(inputs)}: it raised "
+            f"the {type(error).__name__} shown above; give rows as it is used with"
+            + (
+                f", it also takes {' and '.join(others)}"
+                if others
+                else ", or a data_collator that makes its inputs"
+            )
+        ) from error
+
+
+def text_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Random token ids, (batch_size, length), without padding, and as many for a decoder that must be told what to read.
+
+    The last one is the end-of-sequence token, if there is one; there are no other special ones. Of a model for multiple
+    choice each row has one choice.
+
+    Raises:
+        ArgumentError: If the model does not run on token ids alone, or not on so many.
+    """
+    accepted, name = inspect.signature(model.forward).parameters, type(model).__name__
+    other = accepted.keys() & {"pixel_values", "input_values", "input_features"}
+    if "input_ids" not in accepted or other:
+        raise ArgumentError(
+            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
+            "a batch of the calibration data"
+        )
+    config = text_config(model.config).to_dict()
+    ids_of = {key: ids for key, ids in config.items() if key.endswith("_token_id") and ids is not None}
+    special = {key: ids if isinstance(ids, list) else [ids] for key, ids in ids_of.items()}
+    readers = {"": model, **({"decoder_": model.get_decoder()} if needs_targets(model) else {})}
+    generator, inputs = torch.Generator().manual_seed(0), {}
+    for prefix, reader in readers.items():
+        limit = max_positions(reader) if isinstance(reader, PreTrainedModel) else None
+        if batch_size < 1 or not 1 <= length <= (limit or length):
+            raise ArgumentError(
+                f"asked for inputs of {batch_size} x {length} tokens, expected at least 1 x 1"
+                + (f", and {name} takes at most {limit} tokens" if limit else "")
+            )
+        words = set(range(vocabulary(model, reader) or 0))
+        plain = torch.tensor(sorted(words.difference(*special.values())))
+        ids = plain[torch.randint(len(plain), (batch_size, length), generator=generator)]
+        for end in words.intersection(special.get("eos_token_id", [])[:1]):
+            ids[:, -1] = end
+        inputs[f"{prefix}input_ids"] = ids
+        if f"{prefix}attention_mask" in accepted:
+            inputs[f"{prefix}attention_mask"] = torch.ones_like(ids)
+    choices = "MultipleChoice" in name
+    return {key: (value.unsqueeze(1) if choices else value).to(model.device) for key, value in inputs.items()}
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """A batch of three random samples that `model` runs on, guessed from the names of its inputs and its config.
+
+    Raises:
+        UnsupportedArchitectureError: If the model runs on none of the guesses.
+    """
+    takes = inspect.signature(model.forward).parameters
+    for guess in _guesses(model.config):
+        inputs: dict[str, Any] = {key: value.to(model.device) for key, value in guess.items() if key in takes}
+        inputs |= {"use_cache": False} if "use_cache" in takes else {}
+        try:
+            with torch.no_grad():
+                evaluation_copy(model)(**inputs)
+            return inputs
+        except Exception:  # it wants others
+            continue
+    raise UnsupportedArchitectureError(
+        "no inputs for it could be guessed; pass a batch: hf_kprune.describe(model, inputs)"
+    )
+
+
+def _guesses(config: Any) -> list[dict[str, Tensor]]:
+    """Random inputs, three samples each, that models with such a config may run on."""
+    generator = torch.Generator().manual_seed(0)
+    text, image = text_config(config), getattr(config, "vision_config", config)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(3, *shape, generator=generator)
+
+    def ids(length: int, prefix: str = "") -> dict[str, Tensor]:
+        words = _size(text, "vocab_size", 100)
+        tokens = torch.randint(min(4, words // 2), words, (3, length), generator=generator)
+        mask = torch.ones(3, length).long()
+        mask[1, -2:] = 0
+        return {f"{prefix}input_ids": tokens, f"{prefix}attention_mask": mask}
+
+    side, channels = _size(image, "image_size input_size", 32), _size(image, "num_channels", 3)
+    bins, frames = (
+        _size(config, "num_mel_bins feature_size", 80),
+        2 * _size(config, "max_source_positions", 50),
+    )
+    picture, decoder = noise(channels, side, side), ids(7, "decoder_") if config.is_encoder_decoder else {}
+    return [
+        {**ids(11), "pixel_values": picture},
+        {**ids(11), **decoder},
+        {"pixel_values": picture},
+        {"pixel_values": noise(_size(image, "num_frames", 2), channels, side, side)},
+        {"input_values": noise(_size(config, "max_length", 100), bins)},
+        {"input_values": noise(4000), **decoder},
+        {"input_features": noise(bins, frames), **decoder},
+        {"input_features": noise(frames, bins), **decoder},
+    ]
+
+
+def _size(config: Any, names: str, default: int) -> int:
+    """The first positive number that a config has under the first of these names that it knows."""
+    values = [value for name in names.split() if (value := read(config, name)) is not None]
+    return next((number for number in _integers(values[:1]) if number > 0), default)
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """The integers in lists in lists."""
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _integers(entry)
+    elif isinstance(value, int):
+        yield value
