@@ -26,6 +26,7 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..methods.knowledge import bernoulli_kl_divergence, kl_divergence, mean_over_tokens, squared_error
+from ..structure.facts import check_problem_type
 
 
 KnowledgeLoss = Callable[[Any, Any, Tensor], Tensor]
@@ -148,25 +149,8 @@ class Knowledge:
         return {key: kind for key, kind in self.kinds.items() if outputs.get(key) is not None}
 
 
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-
-
-def check_problem_type(config: Any) -> None:
-    """Raise `ArgumentError` if a config contradicts itself, so that there would be nothing to preserve."""
-    problem = getattr(config, "problem_type", None)
-    if problem is not None and problem not in PROBLEMS:
-        raise ArgumentError(
-            f"config.problem_type is {problem!r}, expected None or one of {', '.join(PROBLEMS)}"
-        )
-    if problem == "single_label_classification" and config.num_labels == 1:
-        raise ArgumentError(
-            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every prediction is "
-            "certain; set config.problem_type = 'regression', or 'multi_label_classification' for one yes or no"
-        )
-
-
 def problem_type(config: Any, label: Any = None) -> str:
-    """What a sequence head answers: one of `PROBLEMS`.
+    """What a sequence head answers: one of `PROBLEMS` (structure/facts.py).
 
     Args:
         config: With `num_labels` and, if it says what these are, `problem_type`.

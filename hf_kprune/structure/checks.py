@@ -21,10 +21,9 @@ from transformers import PreTrainedModel, initialization
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..calibration.tasks import check_problem_type
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import has, inner_models, plan_of
-from .facts import in_half_precision
+from .facts import check_problem_type, in_half_precision
 from .proof import quiet
 from .sublayers import described, find_sublayers, oriented
 

@@ -26,6 +26,9 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
 """Inputs without which some models do not run."""
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+"""What a sequence head may answer, as `config.problem_type` says it."""
+
 FRAME_MASK = "_get_feature_vector_attention_mask"
 """The method by which models of the wav2vec 2.0 family turn a mask of samples into one of frames."""
 
@@ -79,6 +82,20 @@ def needs_targets(model: PreTrainedModel) -> bool:
     alone = "Classification" in name or "QuestionAnswering" in name
     alone = alone or (name.endswith("Model") and any(stack.shifts for stack in family_of(model) or ()))
     return getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and not alone
+
+
+def check_problem_type(config: Any) -> None:
+    """Raise `ArgumentError` if a config contradicts itself, so that there would be nothing to preserve."""
+    problem = getattr(config, "problem_type", None)
+    if problem is not None and problem not in PROBLEMS:
+        raise ArgumentError(
+            f"config.problem_type is {problem!r}, expected None or one of {', '.join(PROBLEMS)}"
+        )
+    if problem == "single_label_classification" and config.num_labels == 1:
+        raise ArgumentError(
+            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every prediction is "
+            "certain; set config.problem_type = 'regression', or 'multi_label_classification' for one yes or no"
+        )
 
 
 def masks_frames(model: PreTrainedModel) -> bool:
