@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -57,14 +59,31 @@ class KPruneCallback:
 
 
 class CallbackHandler:
-    """Calls its callbacks in order."""
+    """Calls its callbacks in order.
+
+    Args:
+        callbacks: Those to call.
+    """
 
     def __init__(self, callbacks: list[KPruneCallback]):
         self.callbacks = callbacks
+        self.runs = 0
+        """How many runs are going on, one within the other."""
 
     def call(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Call the method of that name of every callback."""
         for callback in self.callbacks:
             getattr(callback, event)(*args, **kwargs)
+
+    @contextmanager
+    def unreported(self) -> Iterator[None]:
+        """Keep what is no pruning run of the model itself from `report_to`."""
+        callbacks = self.callbacks
+        self.callbacks = [c for c in callbacks if not isinstance(c, ReportingCallback)]
+        try:
+            yield
+        finally:
+            self.callbacks = callbacks
 
 
 class PrinterCallback(KPruneCallback):

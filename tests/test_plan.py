@@ -24,7 +24,7 @@ from hf_kprune import (
 )
 from hf_kprune.budget import model_size
 from hf_kprune.methods import METHODS
-from hf_kprune.pruner import PLAN_TOKENS
+from hf_kprune.preparation import PLAN_TOKENS
 from hf_kprune.structure.sublayers import find_sublayers
 
 

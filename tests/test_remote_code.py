@@ -222,7 +222,7 @@ def test_a_class_of_a_script_is_saved_for_that_class_with_a_word_before_it_is_pr
 def test_a_way_in_that_is_broken_is_found_before_the_checkpoint_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    def spoil(self: Any, directory: str) -> None:
+    def spoil(_: Any, directory: str) -> None:
         config = json.loads(Path(directory, "config.json").read_text())
         if lost == "modeling_kprune.py":
             Path(directory, lost).unlink()
@@ -232,7 +232,7 @@ def test_a_way_in_that_is_broken_is_found_before_the_checkpoint_counts(
             config["auto_map"][AUTO] = "modeling_kprune.BertForTokenClassification"
         Path(directory, "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(KPrunePruner, "_save_beside", spoil)
+    monkeypatch.setattr("hf_kprune.state.write_beside", spoil)
     with pytest.raises(CheckpointError, match="does not load as BertForSequenceClassification"):
         KPrunePruner(pruned(), KPruneArguments(output_dir=str(tmp_path / "out"))).save_model()
     assert os.listdir(tmp_path) == []

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 from types import SimpleNamespace
@@ -31,7 +32,9 @@ from hf_kprune.budget import expected_bytes
 from hf_kprune.checkpoint import saving
 from hf_kprune.checkpoint.saving import save_atomically
 from hf_kprune.cli.commands import main
+from hf_kprune.files import exchange
 from hf_kprune.files.exchange import aside, workplaces
+from hf_kprune.state import write_beside
 
 
 TESTS = Path(__file__).parent
@@ -242,7 +245,7 @@ def test_what_only_looks_like_a_checkpoint_is_not_replaced(tmp_path: Path, case:
     for attempt in (
         pruner.prune,
         pruner.save_model,
-        lambda: save_atomically(pruner.model, str(out), "5GB", pruner._save_beside),
+        lambda: save_atomically(pruner.model, str(out), "5GB", partial(write_beside, pruner)),
     ):
         with unchanged(tmp_path), pytest.raises(ArgumentError, match=f"holds {named}.* no checkpoint wrote"):
             attempt()
@@ -368,7 +371,7 @@ def test_a_plan_of_moves_that_leads_elsewhere_is_not_followed(tmp_path: Path) ->
     _, inside = workplaces(out)
     for name in ("../../secret", str(tmp_path / "secret"), 3):
         (inside / "new").mkdir(parents=True, exist_ok=True)
-        (inside / saving.READY).write_text(json.dumps({"old": [name], "new": []}))
+        (inside / exchange.READY).write_text(json.dumps({"old": [name], "new": []}))
         with pytest.raises(CheckpointError, match="is not what this program wrote"):
             AutoModelForSequenceClassification.from_pretrained(out)
     assert (tmp_path / "secret").read_text() == "key"
@@ -426,7 +429,7 @@ def test_where_folders_cannot_be_exchanged_files_are_moved(
         rename(source, place)
 
     monkeypatch.setattr(os, "rename", refuse)
-    monkeypatch.setattr(saving, "rename_exchange", None)
+    monkeypatch.setattr(exchange, "rename_exchange", None)
     make_pruner(overwrite_output_dir=True).save_model(str(out))
     assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
     assert len(list(out.glob("*.safetensors"))) == 1
@@ -639,7 +642,7 @@ def test_the_readme_run_twice_does_not_prune_twice(tmp_path: Path, monkeypatch: 
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "config.json").write_text("{}")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.setattr(KPrunePruner, "_pruning", None)
+    monkeypatch.setattr("hf_kprune.preparation.Run.open", None)
     with pytest.raises(ArgumentError, match="output_dir 'pruned' is not empty"):
         exec(code.split("```")[0], {})
 

@@ -154,7 +154,7 @@ def clock_of_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
         return [units(model) for model in models]
 
-    for module in ("algorithm", "latency", "pruner"):
+    for module in ("algorithm", "latency.table", "sweeper"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ..errors import ArgumentError, CalibrationError, KPruneError
+from ..validation import show
 
 
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -249,3 +251,37 @@ def numbers(length: int, seed: int | None) -> Iterator[int]:
         if number not in past:
             past.add(number)
             yield number
+
+
+def check_processing_class(processing_class: Any) -> None:
+    """Raise `ArgumentError` for what cannot turn data into inputs: a name, a class, a model, a config."""
+    if processing_class is None:
+        return
+    able = callable(processing_class) or hasattr(processing_class, "pad")
+    if not able or isinstance(processing_class, (str, type, torch.nn.Module)):
+        name = repr(str(processing_class)) if isinstance(processing_class, (str, os.PathLike)) else "..."
+        raise ArgumentError(
+            f"processing_class is {show(processing_class)}, expected a tokenizer or processor: "
+            f"AutoTokenizer.from_pretrained({name})"
+        )
+
+
+def check_rows(name: str, dataset: Any) -> None:
+    """Raise `ArgumentError` for what is no dataset of rows."""
+    able = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
+    if not able or isinstance(dataset, (str, bytes, os.PathLike)):
+        raise ArgumentError(
+            f"{name} is {show(dataset)}, expected a dataset of tokenised rows: pass one as {name}"
+        )
+
+
+def first_label(dataset: Any) -> Any:
+    """The label of the first row of a dataset that can be looked into; None if it has none."""
+    if (
+        not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+        or isinstance(dataset, Mapping)
+        or not len(dataset)
+    ):
+        return None
+    row = dataset[0]
+    return row.get("labels", row.get("label")) if isinstance(row, Mapping) else None

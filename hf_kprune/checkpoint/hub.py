@@ -22,7 +22,7 @@ from ..text import in_markdown, printable, public_name
 from .lineage import earlier_cuts
 
 
-def model_card(
+def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     model: PreTrainedModel,
     report: PruningReport | None,
     language: str | None = None,

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
-from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..calibration.embeddings import read_folder
 from ..errors import ArgumentError
 from ..progress import quiet
+from ..validation import show
 from .remote_code import brings_code
 
 
@@ -116,3 +118,19 @@ def load_tokenizer(name: str) -> Any:
         ):
             return None
         return AutoTokenizer.from_pretrained(name)
+
+
+def check_is_model(model: Any) -> None:
+    """Raise `ArgumentError`, with the way out, for what is neither a module nor a name."""
+    if isinstance(model, (torch.nn.Module, os.PathLike)) or (isinstance(model, str) and model.strip()):
+        return
+    way_out = ""
+    if isinstance(model, PreTrainedConfig):
+        way_out = ": AutoModel.from_config() makes one of a config, from_pretrained() loads a trained one"
+    elif isinstance(model, type):
+        way_out = f": {model.__name__}.from_pretrained() loads one"
+    elif isinstance(getattr(model, "model", None), PreTrainedModel):
+        way_out = ": pass its .model"
+    raise ArgumentError(
+        f"model is {show(model)}, expected a transformers PreTrainedModel or the name or path of one{way_out}"
+    )

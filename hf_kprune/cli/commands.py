@@ -38,6 +38,7 @@ from ..processes import together
 from ..progress import quiet
 from ..pruner import KPrunePruner
 from ..report import JSON_NAME, MARKDOWN_NAME, PruningReport
+from ..state import one_run
 from ..structure.detect import describe
 from ..structure.facts import max_positions, needs_targets
 from ..structure.families import FAMILIES, REFUSED
@@ -292,7 +293,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
 
 def evaluate_quietly(pruner: KPrunePruner) -> dict[str, float]:
     """Evaluate as a run of its own, with the bar of all runs in place of the one of `Trainer`."""
-    with pruner._run():
+    with one_run(pruner):
         return pruner.evaluate()
 
 

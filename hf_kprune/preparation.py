@@ -1,0 +1,349 @@
+"""One run of a pruner: inputs are checked and rows drawn before anything is measured; then a student is made
+per budget.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .algorithm import Pruning, Timed
+from .arguments import LATENCY_BATCH, TIMES, KPruneArguments
+from .budget import BudgetTerms, BudgetWarning, model_size, peak_memory, prunable_flops
+from .calibration.calibration import Calibration, tokens_of
+from .calibration.collate import collate
+from .calibration.rows import draw_rows, row_tokens
+from .calibration.sources import first_label
+from .calibration.tasks import BY_PRODUCTS, Knowledge, knowledge_loss
+from .checkpoint.lineage import earlier_cuts, write_cuts
+from .errors import ArgumentError
+from .latency.table import LatencyTable
+from .methods import METHODS
+from .methods.base import Method
+from .processes import accompanied, check_alike, together
+from .progress import Work
+from .report import PruningReport
+from .state import Pruner, call, in_place, one_run
+from .structure.checks import check_described, check_model, unwrapped
+from .structure.detect import describe
+from .structure.facts import in_eval_mode, text_inputs
+from .structure.reach import leaving, towers_left_alone
+from .structure.sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
+from .structure.surroundings import plain_modes
+from .text import public_name
+from .version import versions
+
+
+logger = logging.get_logger(__name__)
+
+PLAN_TOKENS = 2_000
+"""Tokens that a plan measures at most."""
+
+MAY_DIFFER = ("output_dir", "overwrite_output_dir", "disable_tqdm", "report_to", "run_name")
+"""Options that change nothing of the result, and that some scripts set on the main process only."""
+
+
+class Run:
+    """A teacher that students are made of.
+
+    Args:
+        pruner: It holds the model, the options and the listeners. Its model is left as it is.
+        dataset: The calibration data. None: those of the pruner.
+        budgets: The options of each student to come.
+        hold_out: Whether students are measured and tuned without the rows that they are judged by.
+        dry: Whether students are estimates without weights, as `KPrunePruner.plan` asks for.
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        dataset: Any,
+        budgets: Sequence[KPruneArguments],
+        hold_out: bool = False,
+        dry: bool = False,
+    ):
+        self.pruner, self.model, self.args = pruner, pruner.model, pruner.args
+        self.dataset = pruner.calibration_dataset if dataset is None else dataset
+        self.datasets = dataset, pruner.calibration_dataset, pruner.eval_dataset
+        self.budgets, self.hold_out, self.dry = budgets, hold_out, dry
+        self.is_main_process = pruner.accelerator.is_main_process
+        self.seconds = dict[str, float]()
+        self.left_alone = dict[str, str]()
+        self.pruning: Pruning
+
+    @contextmanager
+    def open(self) -> Iterator[Run]:
+        """Prepare the run, and keep the teacher in evaluation mode while students are made.
+
+        All that can be refused is refused here, before anything is measured.
+        """
+        with one_run(self.pruner):
+            with self.phase("prepare"), together(self.pruner.accelerator):
+                self.args.check()
+                self.pruner.model = self.model = bare_model(self.model)
+            # no tower is left alone until it is known which of them run
+            with accompanied(self.pruner.accelerator), leaving(self.model, ()):
+                with self.phase("prepare"):
+                    self.pruning = self.prepare()
+                with in_eval_mode(self.pruning.teacher):
+                    self.check_loss()
+                    yield self
+
+    def prepare(self) -> Pruning:
+        """Draw the rows, and check budgets and all else."""
+        args, model = self.args, self.model
+        with together(self.pruner.accelerator):
+            describe_units(model, args)
+        alike = {name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER}
+        alike |= {"the budget": [each.budget for each in self.budgets], "the config": model.config.to_dict()}
+        check_alike(self.pruner.accelerator, model, alike)
+        with together(self.pruner.accelerator):
+            calibration = self.calibrate()
+        calibration.check_same_rows()
+        calibration.check_flops_length(model)
+        lengths = calibration.flops_lengths  # are sums over processes, so what follows is the same on all
+        calibration.check_enough_tokens()
+        teacher = with_own_tables(model)
+        before = model_size(teacher, find_sublayers(teacher), prunable_flops(calibration.sublayers, lengths))
+        in_time = any(budget.budget[0] in TIMES for budget in self.budgets)
+        timed = self.time(teacher, calibration) if in_time else None
+        table = timed.table if timed else None
+        remarks = [
+            f"{path} is left alone, as {reason}; the budget is of the rest"
+            for path, reason in self.left_alone.items()
+        ]
+        for budget in self.budgets:
+            remarks += BudgetTerms(calibration.sublayers, budget, lengths, before, table).remarks()
+        if not in_time and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
+            remarks.append(
+                "latency_batch_size and latency_length have no effect without target_latency or "
+                "target_speedup"
+            )
+        for remark in dict.fromkeys(remarks):
+            warnings.warn(remark, BudgetWarning, stacklevel=6)
+        if args.uniform:
+            uniform_names(calibration.sublayers, args.prune_heads, args.prune_ffn)
+        loss = self.knowledge()
+        if self.pruner.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        work = Work(lambda done: self.tell("on_progress", done), len(self.budgets))
+        calibration.step = work.step
+        context = args, self.hold_out, self.phase, self.tell, work, self.dry
+        return Pruning(model, calibration, loss, before, timed, *context)
+
+    def calibrate(self) -> Calibration:
+        """Draw the rows; find out which towers of the model run on them.
+
+        Raises:
+            ArgumentError: If there are no data.
+        """
+        if self.dataset is None:
+            raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
+        model, pruner, processing_class = self.model, self.pruner, self.pruner.processing_class
+        count = tokens_of(model, pruner.data_collator, processing_class)
+        args, method = copy.copy(self.args), METHODS[self.args.method](self.args)
+        if pruner.sentence_folder is not None:
+            args.max_seq_length = pruner.sentence_folder.longest(args.max_seq_length, processing_class)
+            processing_class = pruner.sentence_folder.reader(processing_class)
+        if args.num_measure_tokens is None and method.measure_tokens is not None:
+            args.num_measure_tokens = min(method.measure_tokens, args.num_tokens)
+        args.statistics_dtype = args.statistics_dtype or method.dtype
+        collates = pruner.data_collator is not None
+        rows = draw_rows(model, self.dataset, processing_class, args, collates, count)
+        readers = pruner.data_collator, pruner.processing_class, model
+        inputs, _ = collate(rows.rows[:2], *readers)
+        with in_eval_mode(model):
+            left_alone = towers_left_alone(model, inputs, args.head_unit)
+        model.__dict__[LEFT_ALONE] = frozenset(left_alone)  # until `leaving` ends
+        self.left_alone = {path.rstrip("."): reason for path, reason in left_alone.items()}
+        few = PLAN_TOKENS if self.dry else None
+        return Calibration(self.pruner.accelerator, rows, *readers, args, count, few)
+
+    def time(self, model: PreTrainedModel, calibration: Calibration) -> Timed:
+        """The look-up table of a model, which the main process measures, or finds in the cache."""
+        entry = None
+        with together(self.pruner.accelerator):
+            if self.pruner.accelerator.is_main_process:
+                inputs = calibration.batches[0].inputs
+                if "input_ids" in inputs and "pixel_values" not in inputs:
+                    length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
+                    inputs = dict(text_inputs(model, self.args.latency_batch_size, length))
+                self.tell("on_phase_begin", "time", model=model)
+                entry = LatencyTable.cached(model, inputs, by=self.args.head_unit), inputs
+        table, inputs = broadcast_object_list([entry])[0]
+        return Timed(model, table, inputs)
+
+    def knowledge(self) -> Knowledge:
+        """The distance of outputs: the caller's, that of what `encode` gives, or that of the model's head."""
+        args, folder = self.args, self.pruner.sentence_folder
+        if self.pruner.compute_loss is not None:
+            return Knowledge("custom", self.pruner.compute_loss, args.temperature, None)
+        if folder is not None and args.pooling is None:
+            loss = folder.knowledge(args.temperature)
+            if loss is not None:
+                return loss
+        labels = (first_label(dataset) for dataset in self.datasets)
+        label = next((label for label in labels if label is not None), None)
+        return knowledge_loss(self.model, args.temperature, args.pooling or "mean", label)
+
+    def check_loss(self) -> None:
+        """Try the knowledge loss on a batch; say which outputs it reads, and warn of answers that it does
+        not.
+        """
+        pruning, name = self.pruning, type(self.model).__name__
+        loss = pruning.loss
+        with together(self.pruner.accelerator):
+            names = pruning.calibration.try_loss(pruning.teacher, loss)
+        pruning.compared, pruning.ignored = broadcast_object_list([names])[0]
+        logger.info("%s compares the outputs %s of %s", loss.name, ", ".join(pruning.compared), name)
+        answers = [output for output in pruning.ignored if output not in BY_PRODUCTS]
+        if answers:
+            how = "pass compute_loss to count them"
+            advice = how if self.pruner.compute_loss is None else "count them in compute_loss too"
+            warnings.warn(
+                f"the knowledge loss ({loss.name}) compares {', '.join(pruning.compared)} of {name} and "
+                f"ignores {', '.join(answers)}, which pruning may change; {advice}",
+                stacklevel=5,
+            )
+
+    def student(self, args: KPruneArguments) -> tuple[PreTrainedModel, PruningReport]:
+        """A pruned copy of the model, with flags and dtypes of the model, and the report of it."""
+        begin = time.perf_counter()
+        model, pruning, pruner = self.model, self.pruning, self.pruner
+        report = self.report(args)
+        with in_place(pruner, pruner.model, report):
+            student = pruning.student(args, report)
+        restore(student, model, pruning.modes)
+        result = student if report.cut_something else model
+        report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
+        report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
+        if pruning.timed is not None and args.budget[0] in TIMES:
+            if self.dry:
+                counts = [len(entry.kept) for entry in report.sublayers]
+                report.achieved = pruning.timed.foreseen(counts, args.budget[0])
+            else:
+                report.achieved = pruning.timed.achieved(student, args.budget[0])
+        total = self.seconds.get("prepare", 0.0) + time.perf_counter() - begin
+        report.seconds = {**self.seconds, "total": total}
+        self.seconds.clear()
+        report.peak_memory = peak_memory(self.pruner.accelerator.device)
+        write_cuts(student, [*report.lineage, report.cut()])
+        report.left_alone = dict(self.left_alone)
+        student.__dict__.pop(LEFT_ALONE, None)
+        return student, report
+
+    def report(self, args: KPruneArguments) -> PruningReport:
+        """The report of a student, as far as it is known beforehand."""
+        model, pruning, calibration = self.model, self.pruning, self.pruning.calibration
+        sublayers, lengths = find_sublayers(model, args.head_unit), calibration.flops_lengths
+        place = None if args.output_dir is None else public_name(args.output_dir)
+        report = PruningReport(
+            model=f"{public_name(model.config.name_or_path or 'a model')} ({type(model).__name__})",
+            method=args.method,
+            knowledge=pruning.loss.name,
+            compared=pruning.compared,
+            ignored=pruning.ignored,
+            asked=dict([args.budget]),
+            before=model_size(model, sublayers, prunable_flops(sublayers, lengths)),
+            sequence_length=sum(lengths.values()) / len(lengths),
+            calibration=calibration.rows.fingerprint,
+            arguments={**args.to_dict(), "output_dir": place},
+            versions=versions(),
+            device=f"{self.pruner.accelerator.device}, {self.pruner.accelerator.num_processes} process(es)",
+            lineage=earlier_cuts(model, self.pruner.report),
+        )
+        if self.dry:
+            report.estimate, counts = self.estimate(METHODS[args.method](args))
+            report.calibration = report.calibration | counts
+        return report
+
+    def estimate(self, method: Method) -> tuple[str, dict[str, int]]:
+        """What a plan is estimated from, and what pruning does otherwise; counts of rows and tokens
+        measured.
+        """
+        calibration = self.pruning.calibration
+        count = tokens_of(self.model, self.pruner.data_collator, self.pruner.processing_class)
+        tokens = sum(row_tokens(row, count) for row in calibration.rows.rows[: calibration.sample])
+        text = (
+            f"Estimated from {tokens:,} tokens ({calibration.sample:,} of {len(calibration.rows.rows):,} "
+            "calibration rows), measured on the dense model, by one search and without tuning. "
+        )
+        if not method.one_shot:
+            text += "prune() decides sublayer by sublayer, on what is pruned so far"
+        else:
+            ways = len(method.exponents)
+            trials = f" and tries {ways} ways to split the budget over depth" if ways > 1 else ""
+            text += f"prune() measures {calibration.rows.measured:,} rows{trials}"
+        text += ": a sublayer may keep other units than here, and more or fewer of them."
+        if self.args.budget[0] in TIMES:
+            text += " Times are those of the look-up table; prune() measures cut models against them."
+        return text, {"rows_measured": calibration.sample, "tokens_measured": tokens}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Tell listeners of a phase, and count its seconds."""
+        begin = time.perf_counter()
+        self.tell("on_phase_begin", name)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def tell(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Tell listeners of an event, as the function `tell` does, but ask once only which process this
+        is.
+        """
+        if self.is_main_process:
+            call(self.pruner, event, *args, **kwargs)
+
+
+def restore(student: nn.Module, model: PreTrainedModel, modes: dict[str, bool]) -> None:
+    """Give the modules of a student the modes of the model's, and its tensors their dtypes and flags.
+
+    Args:
+        student: A pruned copy, changed in place.
+        model: The one that it is a copy of.
+        modes: Whether each module of the model was in training mode, by name.
+    """
+    for name, module in student.named_modules():
+        module.training = modes.get(name, modes[""])
+    originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
+        original = originals.get(name)  # a table of positions of its own has none
+        tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
+        tensor.requires_grad_(original is None or original.requires_grad)
+
+
+def bare_model(model: Any) -> PreTrainedModel:
+    """The model without what others have wrapped around it.
+
+    Raises:
+        UnsupportedModelError: If anything about it forbids to prune it.
+    """
+    with plain_modes():
+        model = unwrapped(model)
+        check_model(model)
+    return cast(PreTrainedModel, model)
+
+
+def describe_units(model: PreTrainedModel, args: KPruneArguments) -> None:
+    """See to it that heads and neurons are known and can be cut, and that what is saved can be loaded."""
+    with plain_modes():
+        describe(model, by=args.head_unit)
+        check_described(model, args.head_unit)
+
+
+def warn_of(report: PruningReport) -> None:
+    """Warn of a cut that empties sublayers, or that leaves little of a kind of unit."""
+    if remarks := report.remarks():
+        out = "ask for less, set min_heads or min_neurons, or spare a kind with prune_heads=False or prune_ffn=False"
+        warnings.warn(f"{'; '.join(remarks)}. If that is too much: {out}", BudgetWarning, stacklevel=4)

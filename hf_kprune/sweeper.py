@@ -1,0 +1,210 @@
+"""Makes the models of a sweep: for every budget a student of one run, judged in the place of the dense
+model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from .arguments import TARGETS, KPruneArguments, Unasked
+from .budget import BudgetWarning, expected_bytes, model_size, prunable_flops
+from .checkpoint.hub import check_push
+from .errors import ArgumentError
+from .files.destination import as_text
+from .latency.table import compare
+from .preparation import Run, warn_of
+from .processes import together
+from .report import PruningReport, Size
+from .state import Pruner, adopt, in_place, origins_of, tell_of_the_save, write
+from .sweep import Sweep, SweepPoint, smallest_within
+
+
+@dataclass
+class Sweeper:
+    """A sweep that is to be made. `KPrunePruner.sweep` documents its options.
+
+    Args:
+        pruner: It holds the dense model, and judges the others in the place of it.
+    """
+
+    pruner: Pruner
+    budgets: Sequence[float | dict[str, float]]
+    calibration_dataset: Any
+    metric: str | None
+    greater_is_better: bool
+    max_drop: float | None
+    refine: int
+    output_dir: str | None
+
+    def __post_init__(self) -> None:
+        self.dense = self.pruner.model
+        self.best: tuple[SweepPoint, PreTrainedModel, PruningReport] | None = None
+        self.table: Sweep
+        self.run: Run
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """Each budget by the name of its option."""
+        return [
+            budget if isinstance(budget, dict) else {"sparsity": float(budget)} for budget in self.budgets
+        ]
+
+    def sweep(self) -> Sweep:
+        """Prune for every budget and compare; with `max_drop`, let the pruner adopt the smallest model good
+        enough.
+        """
+        self.pruner.args.check()
+        self.check_metric()
+        self.check_budgets()
+        self.check_places()
+        budgets, hold_out = list(map(self.arguments, self.asked)), self.pruner.eval_dataset is None
+        self.run = Run(self.pruner, self.calibration_dataset, budgets, hold_out)
+        with self.pruner.callback_handler.unreported(), self.run.open():
+            self.dense = self.pruner.model
+            self.run.pruning.calibration.check_held_out()
+            self.table = Sweep([self.judge_dense()], self.key, self.greater_is_better)
+            if self.max_drop is None:
+                self.table.points += sorted(map(self.point, self.asked), key=lambda point: point.sparsity)
+            else:
+                sparsities = [budget["sparsity"] for budget in self.asked]
+                smallest_within(self.point_at, self.table, sparsities, self.max_drop, self.refine)
+        if self.best is not None and self.table.best:
+            point, student, report = self.best
+            assert point is self.table.points[self.table.best]
+            warn_of(report)
+            adopt(self.pruner, student, report)
+        return self.table
+
+    # ----------------------------------------------------------------------------------------------------
+    # What can be refused before anything runs
+    # ----------------------------------------------------------------------------------------------------
+
+    def check_metric(self) -> None:
+        """Raise `ArgumentError` for a metric that nothing gives, and for what is said of none."""
+        if self.metric is not None and self.pruner.eval_dataset is None:
+            raise ArgumentError(
+                f"metric is {self.metric!r}, but there is no eval_dataset: pass it to KPrunePruner"
+            )
+        if self.metric is None and not self.greater_is_better:
+            raise ArgumentError(
+                "greater_is_better is False, but there is no metric that it is said of; pass metric"
+            )
+        if self.refine < 0:
+            raise ArgumentError(f"refine is {self.refine}, expected at least 0")
+
+    def check_budgets(self) -> None:
+        """Raise `ArgumentError` for budgets that cannot be swept over; warn of one in the options, which has
+        no effect.
+        """
+        asked, budgets, max_drop = self.asked, list(self.budgets), self.max_drop
+        if not asked or any(len(each) != 1 or not each.keys() <= {"sparsity", *TARGETS} for each in asked):
+            raise ArgumentError(
+                f"budgets are {budgets}, expected at least one, each a fraction or a dict of one budget"
+            )
+        if max_drop is not None and (max_drop < 0 or any("sparsity" not in each for each in asked)):
+            raise ArgumentError(
+                f"max_drop is {max_drop} and budgets are {budgets}, expected at least 0, and fractions to "
+                "remove"
+            )
+        if len({tuple(each.items()) for each in asked}) < len(asked):
+            raise ArgumentError(f"budgets are {budgets}, expected each of them once")
+        if not isinstance(self.pruner.args.sparsity, Unasked):
+            name, value = self.pruner.args.budget
+            warnings.warn(
+                f"{name} is {value:,.6g} in the arguments, which a sweep does not use: it tries its own "
+                "budgets",
+                BudgetWarning,
+                stacklevel=5,
+            )
+
+    def check_places(self) -> None:
+        """Raise `ArgumentError` for budgets and directories that cannot be."""
+        pruner, args = self.pruner, self.pruner.args
+        if self.output_dir is not None and args.push_to_hub:
+            raise ArgumentError(
+                "push_to_hub is True, but a sweep makes many models: push the one that you choose"
+            )
+        budgets, read = list(map(self.arguments, self.asked)), origins_of(pruner, self.calibration_dataset)
+        if self.output_dir is not None:
+            as_text(self.output_dir)
+        with together(pruner.accelerator):
+            if pruner.accelerator.is_main_process:
+                if self.output_dir is not None:
+                    size = sum(expected_bytes(pruner.model, budget) for budget in budgets)
+                    for budget in self.asked:
+                        args.check_output_dir(self.place(budget), read, size)
+                elif self.max_drop is not None and args.output_dir is not None:
+                    args.check_output_dir(None, read)
+                if args.push_to_hub:
+                    check_push(args, args.output_dir)
+
+    # ----------------------------------------------------------------------------------------------------
+    # One model after the other
+    # ----------------------------------------------------------------------------------------------------
+
+    def arguments(self, budget: dict[str, Any]) -> KPruneArguments:
+        """The options of the pruner with another budget."""
+        return replace(self.pruner.args, **{**dict.fromkeys(("sparsity", *TARGETS)), **budget})
+
+    def place(self, budget: dict[str, Any]) -> str | None:
+        """Where the model for a budget is saved, if it is."""
+        if self.output_dir is None:
+            return None
+        name = "-".join(f"{option}-{value:g}" for option, value in budget.items())
+        return os.path.join(as_text(self.output_dir), name)
+
+    def point_at(self, sparsity: float) -> SweepPoint:
+        """The model of which a fraction of the prunable FLOPs is removed."""
+        return self.point({"sparsity": sparsity})
+
+    def point(self, budget: dict[str, Any]) -> SweepPoint:
+        """Make the model for a budget, judge it, and save it if that was asked for."""
+        student, report = self.run.student(self.arguments(budget))
+        with in_place(self.pruner, student, report):
+            point = self.judge(budget, report.after, report.sparsity)
+            point.path = self.place(budget)
+            if point.path is not None:
+                tell_of_the_save(self.pruner, write(self.pruner, point.path))
+        if self.max_drop is not None:
+            least = self.table.quality(self.table.points[0]) - self.max_drop
+            smallest = self.best is None or point.flops <= self.best[0].flops
+            if smallest and self.table.quality(point) >= least:
+                self.best = point, student, report
+        return point
+
+    def judge_dense(self) -> SweepPoint:
+        """The dense model, which the others are compared with."""
+        references, lengths = self.run.pruning.references, self.run.pruning.calibration.flops_lengths
+        return self.judge({}, model_size(self.dense, references, prunable_flops(references, lengths)), 0.0)
+
+    def judge(self, budget: dict[str, Any], size: Size, sparsity: float) -> SweepPoint:
+        """Judge the model that is in the place of the dense one.
+
+        Raises:
+            ArgumentError: If the metric is no number.
+        """
+        pruner, pruning = self.pruner, self.run.pruning
+        metrics = pruner.evaluate() if pruner.eval_dataset is not None else {}
+        if self.key is not None and not math.isfinite(metrics.get(self.key, math.nan)):
+            raise ArgumentError(f"metric is {self.metric!r}, expected a number among {metrics}")
+        distance = pruning.calibration.distance(pruner.model, pruning.teacher, pruning.loss)
+        speedup = 1.0
+        if pruner.accelerator.is_main_process and pruner.model is not self.dense:
+            seconds = compare([self.dense, pruner.model], pruning.calibration.batches[-1].inputs)
+            speedup = seconds[0] / seconds[1]
+        (speedup,) = broadcast_object_list([speedup])
+        return SweepPoint(budget, sparsity, size.flops, size.parameters, distance, speedup, metrics)
+
+    @property
+    def key(self) -> str | None:
+        """The metric as `evaluate()` calls it."""
+        metric = self.metric
+        return metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
