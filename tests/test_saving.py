@@ -29,7 +29,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.budget import expected_bytes
-from hf_kprune.checkpoint import saving
 from hf_kprune.checkpoint.saving import save_atomically
 from hf_kprune.cli.commands import main
 from hf_kprune.files import exchange
