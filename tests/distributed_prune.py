@@ -16,13 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from data import PACK, collate, rows
 from models import tiny
 
 from hf_kprune import KPruneArguments, KPrunePruner
+
+
+tiny()  # the modules of transformers that a model needs are imported by now, once for all processes that are forked
 
 
 class Failing:
@@ -40,7 +42,7 @@ class Failing:
         return self.data[index]
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("model", nargs="?", default="bert")
@@ -59,9 +61,10 @@ def main() -> None:
     parser.add_argument(
         "--die", action="store_true", help="The last process ends without a word, in the middle."
     )
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    return parser.parse_args(arguments)
 
+
+def make_pruner(args: argparse.Namespace) -> KPrunePruner:
     options = KPruneArguments(
         method=args.method,
         sparsity=0.6,
@@ -74,12 +77,36 @@ def main() -> None:
     options.ridge = args.ridge  # the least squares of so few tokens would magnify rounding
     options.output_dir = str(args.out / "model")
     if args.model == "pack":
+        import pandas as pd
+
         texts = pd.read_parquet(PACK / "data/sst2/train.parquet")["sentence"][:600].tolist()
         options.num_tokens, options.num_measure_tokens, options.per_device_batch_size = 4000, 1000, 32
-        pruner = KPrunePruner(str(PACK / "models/minilm-sst2"), options, texts)
-    else:
-        options.num_measure_tokens = 130
-        pruner = KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)
+        return KPrunePruner(str(PACK / "models/minilm-sst2"), options, texts)
+    options.num_measure_tokens = 130
+    return KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)
+
+
+def fail_at_call_20(model: torch.nn.Module, dies: bool) -> None:
+    """Make the forward of the model's class raise, or end the process without a word, when it runs for the 20th time."""
+    forward, calls = type(model).forward, 0
+
+    @functools.wraps(forward)
+    def counted(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20 and dies:
+            os._exit(7)
+        if calls == 20:
+            raise RuntimeError("the disk of this process is gone")
+        return forward(self, *inputs, **kwargs)
+
+    type(model).forward = counted  # type: ignore[method-assign]
+
+
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
+    torch.set_num_threads(1)
+    pruner = make_pruner(args)
     rank = pruner.accelerator.process_index
     assert pruner.accelerator.num_processes == args.world_size
     if args.seeds:
@@ -87,28 +114,15 @@ def main() -> None:
         torch.nn.init.normal_(pruner.model.classifier.weight)
     if args.sparsities and rank:
         pruner.args.sparsity = 0.5
-    if rank == args.world_size - 1 and args.raise_before:
+    last = rank == args.world_size - 1
+    if last and args.raise_before:
         raise RuntimeError("this process raises before all others wait")
     if args.split:
         pruner.calibration_dataset = rows(args.rows, seed=rank)
     if args.fail is not None and not args.fail_late:
         pruner.calibration_dataset = Failing(pruner.calibration_dataset, rank == args.fail)
-    dies = args.die and rank == args.world_size - 1
-    if dies or (args.fail_late and rank == args.fail):
-        original = type(pruner.model).forward
-        calls = 0
-
-        @functools.wraps(original)
-        def fail(self: Any, *inputs: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 20 and dies:
-                os._exit(7)
-            if calls == 20:
-                raise RuntimeError("the disk of this process is gone")
-            return original(self, *inputs, **kwargs)
-
-        type(pruner.model).forward = fail
+    if (args.die and last) or (args.fail_late and rank == args.fail):
+        fail_at_call_20(pruner.model, args.die)
 
     report = pruner.prune()
     pruner.save_model()
@@ -123,5 +137,16 @@ def main() -> None:
     pruner.accelerator.end_training()
 
 
+def run_as(rank: int, port: int, out: str, arguments: list[str]) -> None:
+    """Be process `rank` of those that `arguments` count, as a launcher would have started it; print to files in `out`."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(f"{out}/{name}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, descriptor)
+    count = arguments[arguments.index("--world_size") + 1]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    main([out, *arguments])
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

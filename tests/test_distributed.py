@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +20,94 @@ import torch
 
 
 SCRIPT = Path(__file__).with_name("distributed_prune.py")
+BERT = ("bert",)
 
 
-def launch(
-    processes: int, out: Path, *arguments: str, accelerate: bool = False, timeout: float = 500
-) -> subprocess.CompletedProcess[str]:
+@dataclass
+class Ended:
+    """What processes have left: the exit codes, and what all of them printed."""
+
+    codes: list[int]
+    printed: str
+    errors: str
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    """A process that has imported all, from which the processes of each test are forked: imports take most of the time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distributed_prune"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context.Process(target=int).start()
+    return context
+
+
+def fork(
+    server: ForkServerContext, processes: int, out: Path, *arguments: str, timeout: float = 240
+) -> Ended:
+    """Run the script in processes that no launcher watches over: each has to notice by itself that another is gone."""
+    import distributed_prune
+
+    out.mkdir()
+    counted = [*arguments, "--world_size", str(processes)]
+    port = free_port()
+    started = [
+        server.Process(target=distributed_prune.run_as, args=(rank, port, str(out), counted))
+        for rank in range(processes)
+    ]
+    try:
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout)
+        codes = [process.exitcode for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert None not in codes, f"processes still run after {timeout} s: exit codes {codes}"
+    text = [
+        "".join((out / f"{name}.{rank}").read_text() for rank in range(processes))
+        for name in ("stdout", "stderr")
+    ]
+    return Ended([int(code or 0) for code in codes], *text)
+
+
+def launch(launcher: list[str], processes: int, out: Path, *arguments: str, timeout: float = 500) -> Ended:
+    """Run the script by a launcher, as users do."""
     out.mkdir()
     count = str(processes)
-    launcher = (
-        [
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            count,
-            "--num_machines",
-            "1",
-        ]  # --cpu starts one
-        if accelerate
-        else ["torch.distributed.run", "--nproc_per_node", count]
-    )
-    command = [
-        sys.executable,
-        *(["-m", *launcher] if processes > 1 else []),
-        str(SCRIPT),
-        str(out),
-        *arguments,
-    ]
-    port = str(29500 + os.getpid() % 1000)
-    command += ["--world_size", count]  # which the script asserts
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port}
+    command = [sys.executable, "-m", *launcher, str(SCRIPT), str(out), *arguments, "--world_size", count]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": str(free_port()),
+    }
     env["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), env.get("PYTHONPATH", "")])
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
         try:
-            printed, error = process.communicate(timeout=timeout)
+            printed, errors = process.communicate(timeout=timeout)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)  # the launcher and all that it has started
             raise
-    return subprocess.CompletedProcess(command, process.returncode, printed, error)
+    return Ended([process.returncode], printed, errors)
 
 
-def result(done: subprocess.CompletedProcess[str], out: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    assert done.returncode == 0, done.stderr[-3000:]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]  # --cpu starts one process
+TORCHRUN = ["torch.distributed.run"]
+
+
+def result(ended: Ended, out: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    assert not any(ended.codes), ended.errors[-3000:]
     return json.loads((out / "plan.json").read_text()), torch.load(out / "weights.pt")
 
 
@@ -68,101 +118,95 @@ def check_same(one: Any, many: Any, atol: float = 1e-5) -> None:
         torch.testing.assert_close(many[1][name], value, rtol=1e-4, atol=atol)
 
 
-def test_one_process_equals_two_and_three_with_uneven_shards(tmp_path: Path) -> None:
+def check_failed(ended: Ended, out: Path, message: str) -> None:
+    assert any(ended.codes)
+    assert re.search(message, ended.errors), ended.errors[-3000:]
+    assert not (out / "model").exists()
+
+
+def test_one_process_equals_two_and_three_with_uneven_shards(
+    server: ForkServerContext, tmp_path: Path
+) -> None:
     """31 rows: 16 + 15 and 11 + 10 + 10. Only the main process prints, so its lines come once."""
-    done = launch(1, tmp_path / "1")
-    one = result(done, tmp_path / "1")
-    lines = [line for line in done.stdout.splitlines() if ": kept " in line]
-    assert len(lines) == len(one[0]["kept"])
-    for processes, accelerate in ((2, True), (3, False)):
+    ended = fork(server, 1, tmp_path / "1")
+    one = result(ended, tmp_path / "1")
+    assert ended.printed.count(": kept ") == len(one[0]["kept"]) == 6
+    for processes in (2, 3):
         out = tmp_path / str(processes)
-        done = launch(processes, out, accelerate=accelerate)
-        check_same(one, result(done, out))
-        assert len([line for line in done.stdout.splitlines() if ": kept " in line]) == len(lines)
+        ended = (
+            launch([*ACCELERATE, "--num_processes", "2"], 2, out)
+            if processes == 2
+            else fork(server, processes, out)
+        )
+        check_same(one, result(ended, out))
+        assert ended.printed.count(": kept ") == 6
         assert (out / "model" / "model.safetensors").exists()
 
 
-def test_a_process_without_rows_takes_part(tmp_path: Path) -> None:
-    arguments = ("bert", "--rows", "2", "--ridge", "0.1")
-    one = result(launch(1, tmp_path / "1", *arguments), tmp_path / "1")
-    check_same(one, result(launch(3, tmp_path / "3", *arguments), tmp_path / "3"))
+def test_a_process_without_rows_takes_part(server: ForkServerContext, tmp_path: Path) -> None:
+    arguments = (*BERT, "--rows", "2", "--ridge", "0.1")
+    one = result(fork(server, 1, tmp_path / "1", *arguments), tmp_path / "1")
+    check_same(one, result(fork(server, 3, tmp_path / "3", *arguments), tmp_path / "3"))
 
 
-@pytest.mark.parametrize("late", [[], ["--fail_late"]], ids=["at the start", "in the middle"])
-def test_a_failure_on_one_process_ends_all_with_its_message(tmp_path: Path, late: list[str]) -> None:
-    done = launch(2, tmp_path / "2", "bert", "--fail", "1", *late)
-    assert done.returncode != 0
-    assert "RuntimeError: the disk of this process is gone" in done.stderr
-    assert not (tmp_path / "2" / "model").exists()
+FAILURES = {
+    "a failure at the start": (["--fail", "1"], "RuntimeError: the disk of this process is gone"),
+    "a failure in the middle": (
+        ["--fail", "1", "--fail_late"],
+        "RuntimeError: the disk of this process is gone",
+    ),
+    "different weights": (
+        ["--seeds"],
+        "ArgumentError: processes 0 and 1 hold different models .* such as classifier",
+    ),
+    "different options": (
+        ["--sparsities"],
+        "ArgumentError: sparsity is 0.6 on process 0 and 0.5 on process 1",
+    ),
+    "rows shared out beforehand": (["--split"], "the processes drew different calibration rows"),
+    "raises before the first collective": (
+        ["--raise_before"],
+        "RuntimeError: this process raises before all others wait",
+    ),
+    "dies in the middle": (["--die"], "process 0 waited for another one that has ended"),
+}
 
 
-def test_processes_with_different_weights_or_options_are_refused(tmp_path: Path) -> None:
-    for arguments, message in (
-        (["--seeds"], "processes 0 and 1 hold different models .* such as classifier"),
-        (["--sparsities"], "sparsity is 0.6 on process 0 and 0.5 on process 1"),
-    ):
-        out = tmp_path / arguments[0]
-        done = launch(2, out, "bert", *arguments)
-        assert done.returncode != 0
-        assert re.search(f"ArgumentError: {message}", done.stderr), done.stderr[-3000:]
-        assert not (out / "model").exists()
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_goes_wrong_on_one_process_ends_all(
+    server: ForkServerContext, tmp_path: Path, failure: str
+) -> None:
+    arguments, message = FAILURES[failure]
+    ended = fork(server, 2, tmp_path / "2", *BERT, *arguments)
+    assert all(ended.codes), "a process ended as if nothing had happened"
+    check_failed(ended, tmp_path / "2", message)
+    if failure == "dies in the middle":
+        assert ended.codes[1] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--fail", "1", "--fail_late"], "RuntimeError: the disk of this process is gone"),
         (["--raise_before"], "RuntimeError: this process raises before all others wait"),
         (["--die"], "exitcode *: 7|waited for another one that has ended"),
     ],
-    ids=["raises before the first collective", "dies in the middle"],
+    ids=["fails in the middle", "raises before the first collective", "dies in the middle"],
 )
-def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = launch(2, tmp_path / "2", "bert", *arguments)
-    assert done.returncode != 0
-    assert re.search(message, done.stderr), done.stderr[-3000:]
-    assert not (tmp_path / "2" / "model").exists()
-
-
-def test_a_process_without_a_launcher_says_that_the_other_one_is_gone(tmp_path: Path) -> None:
-    """Nothing watches over them: the connection alone tells."""
-    port, out = str(29500 + os.getpid() % 1000), tmp_path / "2"
-    out.mkdir()
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "MASTER_PORT": port,
-        "MASTER_ADDR": "localhost",
-    }
-    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [sys.executable, str(SCRIPT), str(out), "bert", "--die", "--world_size", "2"]
-    processes = [
-        subprocess.Popen(
-            command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        _, error = processes[0].communicate(timeout=240)
-        processes[1].communicate(timeout=240)
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[1].returncode == 7
-    assert "process 0 waited for another one that has ended" in error
-
-
-def test_rows_shared_out_beforehand_are_refused(tmp_path: Path) -> None:
-    done = launch(2, tmp_path / "2", "bert", "--split")
-    assert done.returncode != 0
-    assert "the processes drew different calibration rows" in done.stderr
+def test_a_launcher_ends_all_too(tmp_path: Path, arguments: list[str], message: str) -> None:
+    launcher = [*TORCHRUN, "--nproc_per_node", "2"]
+    check_failed(launch(launcher, 2, tmp_path / "2", *BERT, *arguments), tmp_path / "2", message)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("processes", [2, 3])
-def test_one_process_equals_many_on_a_real_model(tmp_path: Path, pack: Path, processes: int) -> None:
+def test_one_process_equals_many_on_a_real_model(
+    server: ForkServerContext, tmp_path: Path, pack: Path
+) -> None:
     """K-prune: of a thousand neurons, ours finds many as good as others, and rounding chooses among them."""
     arguments = ("pack", "--method", "kprune")
-    one = result(launch(1, tmp_path / "1", *arguments), tmp_path / "1")
-    check_same(one, result(launch(processes, tmp_path / "many", *arguments), tmp_path / "many"), atol=1e-4)
+    one = result(fork(server, 1, tmp_path / "1", *arguments, timeout=900), tmp_path / "1")
+    for processes in (2, 3):
+        out = tmp_path / str(processes)
+        check_same(one, result(fork(server, processes, out, *arguments, timeout=900), out), atol=1e-4)
