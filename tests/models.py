@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
@@ -52,6 +53,32 @@ def classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
     tables = {head: f"MODEL_FOR_{head}_MAPPING_NAMES" if head else "MODEL_MAPPING_NAMES" for head in HEADS}
     names = {head: getattr(modeling_auto, table).get(model_type) for head, table in tables.items()}
     return {head: getattr(transformers, name) for head, name in names.items() if name}
+
+
+def slow_unless_in(default: Collection[Any], every: Iterable[Any]) -> list[Any]:
+    """Parameters for a test of each of `every`; of those that are not in `default` it is a slow test."""
+    marks = {True: (), False: pytest.mark.slow}
+    return [
+        pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=marks[one in default])
+        for one in every
+    ]
+
+
+ONE_HEAD = [
+    ("bert", "SEQUENCE_CLASSIFICATION"),
+    ("distilbert", "MASKED_LM"),
+    ("electra", "SEQUENCE_CLASSIFICATION"),
+    ("mpnet", "TOKEN_CLASSIFICATION"),
+    ("roberta", "MASKED_LM"),
+    ("camembert", "QUESTION_ANSWERING"),
+    ("xlm-roberta", ""),
+]
+"""A head for each model type."""
+EVERY_HEAD = slow_unless_in(
+    [*ONE_HEAD, *(("bert", head) for head in HEADS)],
+    [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)],
+)
+"""All heads of all model types: by default each head of one type, and one head of each type."""
 
 
 def tiny(

@@ -30,7 +30,7 @@ from checks import (
     report,
 )
 from data import collate, rows, tokenizer
-from models import KEPT, MODEL_TYPES, classes, cut_randomly, pruned, tiny
+from models import EVERY_HEAD, KEPT, MODEL_TYPES, ONE_HEAD, classes, cut_randomly, pruned, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -73,16 +73,6 @@ AUTO = {
     "SEQUENCE_CLASSIFICATION": "AutoModelForSequenceClassification",
     "TOKEN_CLASSIFICATION": "AutoModelForTokenClassification",
 }
-EVERY_HEAD = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
-ONE_HEAD = [
-    ("bert", "SEQUENCE_CLASSIFICATION"),
-    ("distilbert", "MASKED_LM"),
-    ("electra", "SEQUENCE_CLASSIFICATION"),
-    ("mpnet", "TOKEN_CLASSIFICATION"),
-    ("roberta", "MASKED_LM"),
-    ("camembert", "QUESTION_ANSWERING"),
-    ("xlm-roberta", ""),
-]
 PIPELINES = {
     "": "feature-extraction",
     "MASKED_LM": "fill-mask",

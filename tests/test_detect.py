@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from data import rows
+from models import slow_unless_in
 from torch import Tensor, nn
 from transformers import (
     AlbertModel,
@@ -21,7 +22,7 @@ from transformers import (
     ViTMAEModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from zoo import DECODER, ENCODER, IMAGE, ZOO, inputs_for, make
+from zoo import DECODER, DISTINCT, ENCODER, IMAGE, ZOO, inputs_for, make
 
 import hf_kprune.structure.families
 from hf_kprune import (
@@ -87,7 +88,7 @@ def facts(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]
     return told
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", slow_unless_in(DISTINCT, SAME))
 def test_detected_equals_listed(name: str) -> None:
     model = make(name)
     inputs = inputs_for(model, ZOO[name][2], batch=3)

@@ -8,17 +8,12 @@ from typing import Any
 import pytest
 import torch
 from data import Padding, rows
+from models import slow_unless_in
 from transformers import PreTrainedModel
-from zoo import ZOO, inputs_for, make, outputs_of
+from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.structure.sublayers import find_sublayers
-
-
-FIRST = (
-    "opt gpt2 llama falcon falcon:new gemma2 gpt_neox phi3 bloom granite olmo2 mixtral t5 bart whisper vit dinov2 clip "
-    "wav2vec2 deberta-v2 modernbert longformer"
-).split()
 
 
 def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list[dict[str, Any]]:
@@ -44,9 +39,7 @@ def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tens
     return torch.stack([(student[key] - teacher[key]).square().mean((1, 2)) for key in keys]).sum(0)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in ZOO], ids=list(ZOO)
-)
+@pytest.mark.parametrize("name", slow_unless_in(DISTINCT, ZOO))
 def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     model, kind = make(name), ZOO[name][2]
     dense = outputs_of(model, kind)

@@ -10,16 +10,13 @@ import pytest
 import torch
 import transformers
 from checks import by_column, logits, masked
-from models import MODEL_TYPES, classes, cut_all, tiny
+from models import EVERY_HEAD, MODEL_TYPES, cut_all, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices
-
-
-CLASSES = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
 
 
 def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
@@ -57,7 +54,7 @@ def check_cut_equals_masked(model: PreTrainedModel, head: str) -> None:
         assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
 
 
-@pytest.mark.parametrize(("model_type", "head"), CLASSES)
+@pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
 def test_cut_equals_masked_for_every_head(model_type: str, head: str) -> None:
     layers = "n_layers" if model_type == "distilbert" else "num_hidden_layers"
     check_cut_equals_masked(tiny(model_type, head, **{layers: 2}), head)
@@ -74,7 +71,7 @@ def test_cut_equals_masked_in_sdpa_and_in_eager(model_type: str) -> None:
         check_cut_equals_masked(model, "SEQUENCE_CLASSIFICATION")
 
 
-@pytest.mark.parametrize(("model_type", "head"), CLASSES)
+@pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
 def test_keeping_all_changes_nothing(model_type: str, head: str) -> None:
     model = tiny(model_type, head)
     config, state = model.config.to_dict(), model.state_dict()

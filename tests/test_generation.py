@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 from checks import by_column, masked, plans
-from models import cut_all
+from models import cut_all, slow_unless_in
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from zoo import ZOO, inputs_for, make
+from zoo import DISTINCT, ZOO, inputs_for, make
 
 from hf_kprune.budget import cache_bytes_per_token
 from hf_kprune.structure.sublayers import find_sublayers
@@ -74,7 +74,7 @@ def check(name: str, ways: dict[str, dict[str, Any]]) -> None:
             assert torch.equal(made, expected), f"{plan}, {way}"
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *SEQ2SEQ])
+@pytest.mark.parametrize("name", slow_unless_in(DISTINCT, [*DECODERS, *SEQ2SEQ]))
 def test_generates_the_same_tokens(name: str, record_property: Record) -> None:
     record_property("family", (name, "generate"))
     check(name, {way: WAYS[way] for way in ("greedy", "beams")})
@@ -82,7 +82,10 @@ def test_generates_the_same_tokens(name: str, record_property: Record) -> None:
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "beams")])
 @pytest.mark.parametrize(
-    "name", [n for n in ("opt", "gpt2", "llama", "gpt_neox", "gemma2", "mistral", "t5", "bart") if n in ZOO]
+    "name",
+    slow_unless_in(
+        ("llama", "gemma2", "t5"), ("opt", "gpt2", "llama", "gpt_neox", "gemma2", "mistral", "t5", "bart")
+    ),
 )
 def test_generates_the_same_tokens_in_every_way(name: str, way: str) -> None:
     if way == "prompt lookup" and name in SEQ2SEQ:
@@ -90,7 +93,9 @@ def test_generates_the_same_tokens_in_every_way(name: str, way: str) -> None:
     check(name, {way: WAYS[way]})
 
 
-@pytest.mark.parametrize("name", [n for n in ("llama", "mistral", "gemma2", "opt", "gpt2") if n in ZOO])
+@pytest.mark.parametrize(
+    "name", slow_unless_in(("llama", "opt"), ("llama", "mistral", "gemma2", "opt", "gpt2"))
+)
 @pytest.mark.parametrize("plan", CUTS)
 def test_assisted_by_the_pruned_model_the_dense_one_says_the_same(name: str, plan: str) -> None:
     model, kind = make(name), ZOO[name][2]
@@ -103,7 +108,7 @@ def test_assisted_by_the_pruned_model_the_dense_one_says_the_same(name: str, pla
     assert torch.equal(student.generate(**inputs, assistant_model=model, **settings), expected)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", slow_unless_in(DISTINCT, DECODERS))
 @torch.no_grad()
 def test_a_cache_goes_on_across_calls(name: str) -> None:
     """The model in two calls with one cache == in one call, though attentions at the bottom, or all, are gone."""
@@ -123,7 +128,7 @@ def test_a_cache_goes_on_across_calls(name: str) -> None:
         torch.testing.assert_close(made, whole.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in DECODERS if ":" not in n])
+@pytest.mark.parametrize("name", slow_unless_in(DISTINCT, [n for n in DECODERS if ":" not in n]))
 @torch.no_grad()
 def test_the_cache_is_as_large_as_told(name: str) -> None:
     model = make(name)
@@ -144,7 +149,7 @@ def test_the_cache_is_as_large_as_told(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
-@pytest.mark.parametrize("name", [n for n in ("llama", "opt") if n in ZOO])
+@pytest.mark.parametrize("name", ["llama", "opt"])
 def test_compiled_generates_the_same_tokens(name: str) -> None:
     model, kind = make(name), ZOO[name][2]
     for plan in ("odd", "without 0"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from data import collate, rows
-from models import MODEL_TYPES, classes, tiny
+from models import EVERY_HEAD, classes, tiny
 from torch import Tensor
 from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
 from transformers.modeling_outputs import (
@@ -35,7 +35,6 @@ NAMES = {
     "SEQUENCE_CLASSIFICATION": "classification",
     "TOKEN_CLASSIFICATION": "token classification",
 }
-EVERY_HEAD = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
 PROBLEMS = [
     ("classification", {"num_labels": 3, "problem_type": "single_label_classification"}),
     ("classification", {"num_labels": 2}),

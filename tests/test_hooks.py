@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import masked
 from data import collate, rows
-from models import MODEL_TYPES, classes, tiny
+from models import EVERY_HEAD, MODEL_TYPES, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of
@@ -21,9 +21,6 @@ from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.hooks import State, probed, resumed, run_sublayer, run_to_top
 from hf_kprune.structure.sublayers import Sublayer, cut, find_sublayers, with_own_tables, write_plan
-
-
-HEADS = [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)]
 
 
 def batch(head: str = "") -> dict[str, Tensor]:
@@ -87,7 +84,7 @@ def check_walk(model: PreTrainedModel, head: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(floats(model(**inputs)), expected, strict=True))
 
 
-@pytest.mark.parametrize(("model_type", "head"), HEADS)
+@pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
 def test_walking_up_is_running_the_model(model_type: str, head: str) -> None:
     check_walk(tiny(model_type, head), head)
 

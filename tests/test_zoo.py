@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 from checks import by_column, masked, plans
-from models import cut_all
+from models import cut_all, slow_unless_in
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
-from zoo import NAMED, ZOO, inputs_for, make, outputs_of
+from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedModelError
 from hf_kprune.structure.families import FAMILIES, REFUSED
@@ -29,9 +29,7 @@ from hf_kprune.structure.sublayers import find_sublayers, with_own_tables
 
 
 Record = Callable[[str, object], None]
-every = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in NAMED else pytest.mark.slow) for n in ZOO]
-)
+every = pytest.mark.parametrize("name", slow_unless_in(DISTINCT, ZOO))
 
 
 def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str, by: str | None = None) -> Tensor:
