@@ -23,7 +23,8 @@ from transformers.utils import logging
 from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.detect import describe
 from hf_kprune.structure.families import FAMILIES, REFUSED
-from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import cut, write_plan
 
 
 TEXT: dict[str, Any] = {
@@ -435,9 +436,9 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
         for s, keep in zip(sublayers, kept, strict=True):
             d = s.unit.head_dim
             if s.unit.strided:
-                columns = keep.view(1, -1, 1).expand(s.unit.q // d, -1, d).flatten().float()
+                columns = keep.view(1, -1, 1).expand(s.unit.heads, -1, d).flatten().float()
             else:
-                columns = keep.repeat_interleave(s.unit.q).float()
+                columns = keep.repeat_interleave(s.unit.width).float()
             hooks.append(
                 s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:]))
             )

@@ -24,7 +24,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_kprune import PruningReport
-from hf_kprune.structure.sublayers import cut, find_sublayers
+from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import cut
 
 
 KEY = ("model", "method", "sparsity", "seed", "window", "options")

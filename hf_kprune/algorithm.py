@@ -29,21 +29,19 @@ from .progress import Work, steps_of
 from .report import PruningReport, Size, SublayerReport
 from .structure.facts import in_half_precision
 from .structure.hooks import State
-from .structure.sublayers import (
-    Sublayer,
+from .structure.sublayers import Sublayer, find_sublayers
+from .structure.surgery import (
     correct_inputs,
     cut,
-    find_sublayers,
     frozen,
     has_bias,
     in_unit_order,
     set_output,
     twin,
-    uniform_names,
     with_own_tables,
     write_plan,
-    write_stock_config,
 )
+from .structure.uniform import uniform_names, write_stock_config
 
 
 Decision = Callable[[int, list[State], bool], tuple[Tensor, Tensor | None]]
@@ -63,7 +61,7 @@ class Timed:
     inputs: dict[str, Any]
     ratio: float = 1.0
 
-    def masks(self, worth: list[Tensor], terms: BudgetTerms, by: str) -> list[Tensor]:
+    def masks(self, worth: list[Tensor], terms: BudgetTerms, head_unit: str) -> list[Tensor]:
         """The best masks of which a cut model is measured to take the time that there is.
 
         The table's sums are a few per cent off, so what it is asked for is corrected, up to three times, by how far off
@@ -76,7 +74,7 @@ class Timed:
         for _ in range(4):
             masks = self.first_masks(worth, terms)
             whole, taken = compare(
-                [self.model, cut_to(self.model, [int(m.sum()) for m in masks], by)], self.inputs
+                [self.model, cut_to(self.model, [int(m.sum()) for m in masks], head_unit)], self.inputs
             )
             ratio = (
                 taken / whole * self.table.dense / terms.seconds
@@ -214,7 +212,7 @@ class Pruning:
             decide = self.deciding(student, sublayers, method, terms)
         self.bottom_up(student, sublayers, self.fitted, method, decide, report)
         if args.uniform:
-            write_stock_config(student, sublayers)
+            write_stock_config(sublayers)
         else:
             write_plan(student, sublayers)
         report.after.flops = prunable_flops(sublayers, self.calibration.flops_lengths)
@@ -306,7 +304,7 @@ class Pruning:
                     statistics.cost = cost
                 scores = [method.score(s) for s in measured]
                 if args.uniform and not terms.fixed:
-                    alike = uniform_names(sublayers, args.prune_heads, args.prune_ffn)[i:]
+                    alike = uniform_names(sublayers, args)[i:]
                     left = (
                         terms.costs[i:],
                         budget,
@@ -391,7 +389,7 @@ class Pruning:
                 return method.arrange(self.measured, self.timed.first_masks(worth, terms))
             return method.arrange(self.measured, self.timed.masks(worth, terms, self.args.head_unit))
         if self.args.uniform:
-            alike = uniform_names(terms.sublayers, self.args.prune_heads, self.args.prune_ffn)
+            alike = uniform_names(terms.sublayers, self.args)
             given = terms.costs, terms.budget, terms.minimum, terms.multiple, alike, terms.allowed
             terms = copy.copy(terms)
             terms.fix(uniform_search(scores, *given))

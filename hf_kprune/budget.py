@@ -16,7 +16,9 @@ from .errors import BudgetError
 from .latency.table import LatencyTable
 from .methods.search import TOLERANCE, group_sizes
 from .report import Size
-from .structure.sublayers import Sublayer, find_sublayers, uniform_choices
+from .structure.sublayers import Sublayer, find_sublayers
+from .structure.uniform import uniform_choices
+from .structure.units import UNITS
 
 
 MEANING = {
@@ -78,9 +80,8 @@ class BudgetTerms:
         accepted = {of: uniform_choices(s) for of, s in choices.items()}  # the same in all layers
         self.allowed = [accepted.get((id(s.owner), s.block.output)) for s in sublayers]
         for s, allowed in zip(sublayers, self.allowed, strict=True):
-            heads = s.kind != "ffn"
-            free, least = (args.prune_heads, args.min_heads) if heads else (args.prune_ffn, args.min_neurons)
-            self.multiple.append(1 if heads else args.round_to)
+            free, least = getattr(args, s.unit.prunes), getattr(args, s.unit.minimum)
+            self.multiple.append(getattr(args, s.unit.multiple) if s.unit.multiple else 1)
             if args.uniform and free:  # none is left empty, and the config must accept the number
                 numbers = allowed or range(max(least, 1), s.num_units)
                 least = min((n for n in numbers if n >= least), default=s.num_units)
@@ -129,22 +130,21 @@ class BudgetTerms:
                 f"{self.name} is {self.asked:,.6g}, {MEANING[self.name]}; the model is at "
                 f"{dense.get(self.name, self.fixed_cost + self.total):,.6g} as it is, so nothing is cut"
             )
-        for heads, name, least, free in (
-            (True, "min_heads", args.min_heads, args.prune_heads),
-            (False, "min_neurons", args.min_neurons, args.prune_ffn),
-        ):
-            largest = max((s.num_units for s in self.sublayers if (s.kind != "ffn") == heads), default=0)
-            kind = ("heads", "attention") if heads else ("neurons", "FFN")
-            if free and 0 < largest <= least:
+        for kind in dict.fromkeys(UNITS.values()):
+            alike = [s for s in self.sublayers if isinstance(s.unit, kind)]
+            largest, least = max((s.num_units for s in alike), default=0), getattr(args, kind.minimum)
+            if getattr(args, kind.prunes) and 0 < largest <= least:
                 found.append(
-                    f"{name} is {least:,}, and no {kind[1]} has more than {largest:,} {kind[0]}: none of them is pruned"
+                    f"{kind.minimum} is {least:,}, and no {kind.holder} has more than {largest:,} {kind.plural}: none of them "
+                    "is pruned"
                 )
-        narrow = [s for s in self.sublayers if s.kind == "ffn" and 0 < s.num_units < args.round_to]
-        if narrow and args.prune_ffn:
-            found.append(
-                f"round_to is {args.round_to:,}, and {narrow[0].name} has {narrow[0].num_units:,} neurons: it is kept whole "
-                "or goes whole"
-            )
+        for s, multiple in zip(self.sublayers, self.multiple, strict=True):
+            if 0 < s.num_units < multiple and getattr(args, s.unit.prunes):
+                found.append(
+                    f"{s.unit.multiple} is {multiple:,}, and {s.name} has {s.num_units:,} {s.unit.plural}: it is kept whole "
+                    "or goes whole"
+                )
+                break
         return found
 
     def achieved(self) -> float:
@@ -181,8 +181,8 @@ def cache_bytes_per_token(model: PreTrainedModel, sublayers: Sequence[Sublayer])
     total = 0
     for s in sublayers:
         if s.stack_name == sublayers[-1].stack_name and s.kind == "attention":
-            width = s.unit.q if s.unit.strided else s.num_units * s.unit.kv
-            total += 2 * (width if s.num_units else 1) * s.weight.element_size()
+            numbers = s.unit.cached(s.num_units) if s.num_units else 1
+            total += 2 * numbers * s.weight.element_size()
     return total
 
 

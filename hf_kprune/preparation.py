@@ -39,8 +39,10 @@ from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
 from .structure.facts import in_eval_mode, text_inputs
 from .structure.reach import leaving, towers_left_alone
-from .structure.sublayers import LEFT_ALONE, find_sublayers, uniform_names, with_own_tables
+from .structure.sublayers import LEFT_ALONE, find_sublayers
+from .structure.surgery import with_own_tables
 from .structure.surroundings import plain_modes
+from .structure.uniform import uniform_names
 from .text import public_name
 from .version import versions
 
@@ -133,7 +135,7 @@ class Run:
         for remark in dict.fromkeys(remarks):
             warnings.warn(remark, BudgetWarning, stacklevel=6)
         if args.uniform:
-            uniform_names(calibration.sublayers, args.prune_heads, args.prune_ffn)
+            uniform_names(calibration.sublayers, args)
         loss = self.knowledge()
         if self.pruner.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -180,7 +182,7 @@ class Run:
                     length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
                     inputs = dict(text_inputs(model, self.args.latency_batch_size, length))
                 self.tell("on_phase_begin", "time", model=model)
-                entry = LatencyTable.cached(model, inputs, by=self.args.head_unit), inputs
+                entry = LatencyTable.cached(model, inputs, head_unit=self.args.head_unit), inputs
         table, inputs = broadcast_object_list([entry])[0]
         return Timed(model, table, inputs)
 
@@ -338,7 +340,7 @@ def bare_model(model: Any) -> PreTrainedModel:
 def describe_units(model: PreTrainedModel, args: KPruneArguments) -> None:
     """See to it that heads and neurons are known and can be cut, and that what is saved can be loaded."""
     with plain_modes():
-        describe(model, by=args.head_unit)
+        describe(model, head_unit=args.head_unit)
         check_described(model, args.head_unit)
 
 

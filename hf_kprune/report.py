@@ -1,4 +1,4 @@
-"""What a pruning run did: data, JSON and Markdown. Standard library only."""
+"""What a pruning run did: data, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
+from .structure.units import UNITS
 from .text import in_markdown, printable, public_name
 
 
@@ -65,10 +66,9 @@ class SublayerReport:
             error += f" | {self.undetermined} features undetermined"
         if self.score_damping > 1e-9:
             error += f" | scored with a damping of {self.score_damping:.0e}"
-        unit = "neurons" if self.kind == "ffn" else "heads"
         return (
-            f"{printable(self.name)}: kept {len(self.kept)}/{self.units} {unit} | {self.flops_left / 1e9:.4g} GFLOPs left"
-            f"{error} | {self.seconds:.1f} s"
+            f"{printable(self.name)}: kept {len(self.kept)}/{self.units} {UNITS[self.kind].plural} | "
+            f"{self.flops_left / 1e9:.4g} GFLOPs left{error} | {self.seconds:.1f} s"
         )
 
 

@@ -42,9 +42,9 @@ def by_column(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> l
     for sublayer, mask in zip(sublayers, masks, strict=True):
         unit, d = sublayer.unit, sublayer.unit.head_dim
         if unit.strided:  # unit j is query head j of every group
-            columns.append(mask.view(1, -1, 1).expand(unit.q // d, -1, d).flatten().float())
+            columns.append(mask.view(1, -1, 1).expand(unit.heads, -1, d).flatten().float())
         else:
-            columns.append(mask.repeat_interleave(unit.q).float())
+            columns.append(mask.repeat_interleave(unit.width).float())
     return columns
 
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from zoo import ENCODER
 
-from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import cut, write_plan
 
 
 BERT_LIKE = {**ENCODER, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

@@ -24,7 +24,8 @@ from hf_kprune.calibration.rows import Rows, draw_rows, row_length, row_tokens
 from hf_kprune.calibration.tasks import Knowledge, knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.least_squares import NormalEquations
-from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import cut, write_plan
 
 
 def wide(count: int) -> Collator:

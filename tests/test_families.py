@@ -16,7 +16,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.structure.families import FAMILIES
-from hf_kprune.structure.sublayers import Sublayer, Unit, cut, find_sublayers, row_indices
+from hf_kprune.structure.sublayers import Sublayer, find_sublayers
+from hf_kprune.structure.surgery import cut
+from hf_kprune.structure.units import Head, Neuron
 
 
 def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
@@ -195,14 +197,14 @@ def hand_built(layout: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("layout", ["q", "kv", "qkv", "qkv:perhead", "f", "2f"])
 def test_rows_of_a_unit(layout: str) -> None:
-    unit = Unit(1, 1, 1) if "f" in layout else Unit(GROUP * HEAD_DIM, HEAD_DIM, HEAD_DIM)
-    assert row_indices(layout, HEADS, unit).tolist() == hand_built(layout)
-    assert row_indices(layout, 0, unit).shape == (0, len(hand_built(layout)[0]))
+    unit = Neuron() if "f" in layout else Head(HEAD_DIM, GROUP)
+    assert unit.rows(layout, HEADS).tolist() == hand_built(layout)
+    assert unit.rows(layout, 0).shape == (0, len(hand_built(layout)[0]))
 
 
 def test_an_unknown_layout_is_an_error() -> None:
     with pytest.raises(KeyError):
-        row_indices("kqv", 2, Unit(4, 4, 4))
+        Head(4).rows("kqv", 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

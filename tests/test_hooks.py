@@ -20,7 +20,8 @@ from zoo import ZOO, inputs_for, make, outputs_of
 from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.hooks import State, probed, resumed, run_sublayer, run_to_top
-from hf_kprune.structure.sublayers import Sublayer, cut, find_sublayers, with_own_tables, write_plan
+from hf_kprune.structure.sublayers import Sublayer, find_sublayers
+from hf_kprune.structure.surgery import cut, with_own_tables, write_plan
 
 
 def batch(head: str = "") -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from hf_kprune.calibration.collate import shifted_right
 from hf_kprune.calibration.rows import draw_rows
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.structure.hooks import State, run_sublayer
-from hf_kprune.structure.sublayers import cut, find_sublayers, write_plan
+from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import cut, write_plan
 
 
 def text_rows(count: int = 40, **more: Any) -> list[dict[str, Any]]:

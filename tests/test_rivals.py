@@ -45,7 +45,9 @@ def statistics(
     a, g = normal(TOKENS, units * width, seed=seed) + 0.3, normal(12, units, seed=seed + 1)
     weight = normal(WIDTH, units * width, seed=seed + 2)
     magnitude = weight.square().sum(0).view(units, width).sum(1)
-    made = Statistics(kind, width, cost, weight, True, magnitude, a.square().sum(0), a.sum(0), TOKENS, len(g))
+    made = Statistics(
+        kind != "ffn", width, cost, weight, True, magnitude, a.square().sum(0), a.sum(0), TOKENS, len(g)
+    )
     made.fisher, made.absolute = g.T @ g, g.abs().sum(0)
     return made
 
@@ -86,7 +88,7 @@ def test_budget_minimum_and_multiple_hold(name: str, share: float, make_model: A
     budget = share * total_cost(measured)
     minimum, multiple = (
         [1 + i % 2 for i in range(len(measured))],
-        [1 if s.kind != "ffn" else 3 for s in measured],
+        [1 if s.has_heads else 3 for s in measured],
     )
     masks = method.search(measured, [method.score(s) for s in measured], budget, minimum, multiple)
     assert spent(masks, measured) <= budget * (1 + TOLERANCE)
@@ -175,7 +177,7 @@ def test_kwon_holds_more_than_any_threshold_where_costs_differ(seed: int) -> Non
     scores, costs = [method.score(s) for s in measured], [s.cost for s in measured]
     worth = [score * cost for score, cost in zip(scores, costs, strict=True)]
     budget = 0.4 * total_cost(measured)
-    counts = count_search(scores, costs, budget, [0] * 5, [1] * 5, [s.kind == "ffn" for s in measured])
+    counts = count_search(scores, costs, budget, [0] * 5, [1] * 5, [not s.has_heads for s in measured])
     found = sum(float(w.sort(descending=True).values[:n].sum()) for w, n in zip(worth, counts, strict=True))
     for threshold in torch.cat(scores):
         above = [score >= threshold for score in scores]
@@ -326,10 +328,8 @@ def test_filters_that_others_resemble_represent_themselves_less() -> None:
 def test_kcm_keeps_all_heads_and_says_how_far_it_goes() -> None:
     method, measured = KCM(KPruneArguments()), encoder()
     scores = [method.score(s) for s in measured]
-    heads = sum(s.cost * len(s.magnitude) for s in measured if s.kind != "ffn")
-    assert (
-        min(float(score.min()) for score, s in zip(scores, measured, strict=True) if s.kind != "ffn") == FIRST
-    )
+    heads = sum(s.cost * len(s.magnitude) for s in measured if s.has_heads)
+    assert min(float(score.min()) for score, s in zip(scores, measured, strict=True) if s.has_heads) == FIRST
     masks = method.search(measured, scores, heads + 5, [0] * 4, [1] * 4)
     assert [int(mask.sum()) for mask in masks[::2]] == [3, 3]
     assert sum(int(mask.sum()) for mask in masks[1::2]) == 5

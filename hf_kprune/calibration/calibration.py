@@ -51,7 +51,8 @@ from ..structure.hooks import (
     run_to_inputs,
     run_to_top,
 )
-from ..structure.sublayers import Sublayer, find_sublayers, in_unit_order, oriented
+from ..structure.sublayers import Sublayer, find_sublayers, oriented
+from ..structure.surgery import in_unit_order
 from .collate import Collator, collate
 from .rows import Rows, row_length
 from .tasks import Draws, Knowledge, check_loss
@@ -700,7 +701,7 @@ class Calibration:
         }
         by_two = {"gram": sums["gram"][order][:, order]} if "gram" in sums else {}
         return Statistics(
-            sublayer.kind,
+            sublayer.unit.has_heads,
             sublayer.unit_width,
             sublayer.unit_flops(self.flops_lengths),
             in_unit_order(sublayer),

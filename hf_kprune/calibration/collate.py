@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, default_data_collator
 
 from ..errors import ArgumentError, CalibrationError
+from ..structure.configs import text_config
 from ..structure.facts import input_names, is_causal, label_names, needs_targets
-from ..structure.sublayers import text_config
 from .rows import has_choices
 
 

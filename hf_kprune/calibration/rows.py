@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
+from ..structure.configs import text_config
 from ..structure.facts import input_names, is_causal, label_names, max_positions, needs_targets, vocabulary
-from ..structure.sublayers import text_config
 from .sources import CHAT_COLUMNS, depth, is_sized, read_rows, rows_of, split_rows, text_columns
 from .texts import Texts, check_not_endless
 

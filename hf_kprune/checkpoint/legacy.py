@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedModelError
 from ..modeling_kprune import HUB_OPTIONS, has, is_pruned, kind_of
-from ..structure.sublayers import Sublayer, find_sublayers, write_plan
+from ..structure.sublayers import Sublayer, find_sublayers
+from ..structure.surgery import write_plan
 from . import loading
 
 
@@ -127,7 +128,7 @@ def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, 
             raise CheckpointError(
                 f"{name}: pruned_heads is {entry!r}, expected a list of heads for each layer"
             ) from None
-        attentions = [s for s in sublayers if s.owner is owner and s.kind != "ffn"]
+        attentions = [s for s in sublayers if s.owner is owner and s.unit.has_heads]
         if gone and len({(id(s.layers), s.kind) for s in attentions}) > 1:
             raise CheckpointError(
                 f"{name}: pruned_heads does not say which of several stacks of layers it means"
@@ -169,7 +170,7 @@ def narrow(
             f"{name}: {layer}.{s.block.output} has {columns} columns in the weight files, expected a multiple of "
             f"{s.unit_width} and at most {s.plan['of'] * s.unit_width}"
         )
-    if s.kind != "ffn":
+    if s.unit.has_heads:
         left = [head for head in range(s.plan["of"] * s.plan["heads"]) if head not in gone]
         if len(left) != units * s.plan["heads"]:
             raise CheckpointError(

@@ -29,7 +29,8 @@ from ..errors import ArgumentError, BudgetError
 from ..methods.search import TOLERANCE, group_sizes, threshold_search
 from ..structure.facts import in_eval_mode, to_model
 from ..structure.proof import cut_twin
-from ..structure.sublayers import find_sublayers, with_own_tables
+from ..structure.sublayers import find_sublayers
+from ..structure.surgery import with_own_tables
 from ..version import __version__
 
 
@@ -111,11 +112,11 @@ def time_model(model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int |
     return compare([model], inputs, repeats)[0]
 
 
-def cut_to(model: PreTrainedModel, counts: Sequence[int], by: str = "group") -> PreTrainedModel:
+def cut_to(model: PreTrainedModel, counts: Sequence[int], head_unit: str = "group") -> PreTrainedModel:
     """A copy that keeps the first `counts` units of each sublayer, as fast as any that keeps as many. Others are shared."""
-    sublayers = find_sublayers(model, by)
+    sublayers = find_sublayers(model, head_unit)
     return cut_twin(
-        model, [torch.arange(s.num_units) < n for s, n in zip(sublayers, counts, strict=True)], by
+        model, [torch.arange(s.num_units) < n for s, n in zip(sublayers, counts, strict=True)], head_unit
     )
 
 
@@ -188,7 +189,11 @@ class LatencyTable:
 
     @classmethod
     def measure(
-        cls, model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group", rounds: int | None = None
+        cls,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        head_unit: str = "group",
+        rounds: int | None = None,
     ) -> LatencyTable:
         """Time the whole model, in turns with copies of it in which all sublayers of one kind are cut to n units.
 
@@ -199,18 +204,18 @@ class LatencyTable:
         Args:
             model: Is not changed. Beside it up to four copies of the weights of one kind of sublayer are held.
             inputs: As for `compare`.
-            by: As for `find_sublayers`.
+            head_unit: As for `find_sublayers`.
             rounds: Timed passes of each copy. None: as many as the model does in a second, from 3 to 50.
         """
         model = with_own_tables(model)
         rounds = rounds or max(3, min(50, int(1 / time_model(model, inputs, 1))))
-        sublayers = find_sublayers(model, by)
+        sublayers = find_sublayers(model, head_unit)
         units, kinds = (
             [s.num_units for s in sublayers],
             [f"{s.stack_name}.*.{s.block.output}" for s in sublayers],
         )
         hollow, live = (
-            cut_to(model, [0] * len(units), by),
+            cut_to(model, [0] * len(units), head_unit),
             Counter(k for k, u in zip(kinds, units, strict=True) if u),
         )
         numbers = {
@@ -225,7 +230,7 @@ class LatencyTable:
                 [min(u, n) if k == kind else u for k, u in zip(kinds, units, strict=True)] for kind, n in some
             ]
             whole, least, *seconds = compare(
-                [model, hollow, *(cut_to(model, p, by) for p in plans)], inputs, rounds
+                [model, hollow, *(cut_to(model, p, head_unit) for p in plans)], inputs, rounds
             )
             ends.append((whole, least / whole))
             shares |= {task: taken / whole for task, taken in zip(some, seconds, strict=True)}
@@ -242,7 +247,7 @@ class LatencyTable:
         model: PreTrainedModel,
         inputs: Mapping[str, Any],
         folder: str | os.PathLike[str] | None = None,
-        by: str = "group",
+        head_unit: str = "group",
     ) -> LatencyTable:
         """`measure`, once for each machine, model shape and input shape.
 
@@ -251,13 +256,13 @@ class LatencyTable:
             inputs: As for `measure`.
             folder: Where tables are kept; delete one to have it measured again. None: where the Hugging Face libraries keep
                 such files (`huggingface_hub.cached_assets_path`, inside `HF_HOME`), which the user may have moved already.
-            by: As for `measure`.
+            head_unit: As for `measure`.
         """
         folder = cached_assets_path("hf_kprune", "latency") if folder is None else folder
-        path = Path(folder, f"{_digest(model, inputs, by)}.json")
+        path = Path(folder, f"{_digest(model, inputs, head_unit)}.json")
         if path.exists():
             return cls.load(path)
-        table = cls.measure(model, inputs, by)
+        table = cls.measure(model, inputs, head_unit)
         table.save(path)
         return table
 
@@ -326,7 +331,7 @@ def counts_to_measure(units: int) -> list[int]:
     return sorted({units, *(step * max(1, round(part * units / step)) for part in parts)})
 
 
-def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> str:
+def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> str:
     """Of all that the time of `model` depends on: shapes rather than values, and where it runs."""
     device = model.device
     told = {
@@ -339,7 +344,7 @@ def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> str:
         "attention": model.config._attn_implementation,
         "parameters": {name: [tuple(p.shape), p.dtype] for name, p in model.named_parameters()},
         "inputs": {k: [tuple(v.shape), v.dtype] if isinstance(v, Tensor) else v for k, v in inputs.items()},
-        "by": by,
+        "by": head_unit,
         "device": [
             device.type,
             torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),

@@ -63,7 +63,7 @@ class KPrune:
         knowledge = args.lambda_pred * predictive + args.lambda_rep * representational(
             s.energy, s.weight, s.tokens
         )
-        mu = (s.unit_width if args.mu is None else args.mu) if s.kind != "ffn" else 1
+        mu = (s.unit_width if args.mu is None else args.mu) if s.has_heads else 1
         return mu * per_unit(knowledge, s.unit_width) / (s.cost / 1e9)
 
     def search(

@@ -16,7 +16,7 @@ class Statistics:
     """What was measured of one sublayer, summed over the calibration sequences. C columns, U units, D the residual width.
 
     Args:
-        kind: `"attention"`, `"cross_attention"` or `"ffn"`.
+        has_heads: Whether its units are attention heads; else they are neurons.
         unit_width: Columns of a unit; C = U * unit_width.
         cost: What one unit costs, FLOPs unless the budget is in something else.
         weight: Output projection, (D, C), columns unit by unit, like all that has C entries.
@@ -39,7 +39,7 @@ class Statistics:
             its mean, as they were singular up to rounding.
     """
 
-    kind: str
+    has_heads: bool
     unit_width: int
     cost: float
     weight: Tensor

@@ -98,7 +98,7 @@ class Kwon(Rival):
         minimum: Sequence[int],
         multiple: Sequence[int],
     ) -> list[Tensor]:
-        neurons = [s.kind == "ffn" for s in measured]
+        neurons = [not s.has_heads for s in measured]
         counts = count_search(scores, [s.cost for s in measured], budget, minimum, multiple, neurons)
         return self.arrange(measured, super().search(measured, scores, budget, counts, multiple))
 
@@ -127,7 +127,7 @@ class KCM(Rival):
 
     def score(self, statistics: Statistics) -> Tensor:
         s = statistics
-        if s.kind != "ffn":
+        if s.has_heads:
             return torch.full_like(s.magnitude, FIRST)
         ranking = representative(s.weight.T.float()).diagonal().double()
         return from_0_to_1(ranking) * from_0_to_1((s.energy / s.tokens).sqrt()) / s.cost
@@ -142,7 +142,7 @@ class KCM(Rival):
     ) -> list[Tensor]:
         """As `threshold_search`, all heads kept. Raises `BudgetError` if they alone, with the least neurons, exceed it."""
         least = [
-            low if s.kind == "ffn" else len(score)
+            len(score) if s.has_heads else low
             for s, score, low in zip(measured, scores, minimum, strict=True)
         ]
         rows = list(zip(measured, scores, least, multiple, strict=True))

@@ -162,26 +162,26 @@ def _check_tensors(model: PreTrainedModel) -> None:
             )
 
 
-def check_described(model: PreTrainedModel, by: str | None = None) -> None:
+def check_described(model: PreTrainedModel, head_unit: str | None = None) -> None:
     """Refuse a model whose projections are more than weights and biases, or that its config alone does not make.
 
     Args:
         model: That `find_sublayers` knows.
-        by: What a unit is, see `find_sublayers`.
+        head_unit: What a unit is, see `find_sublayers`.
 
     Raises:
         UnsupportedModelError: With the name of the module or tensor.
     """
-    for name, projection in _projections(model, by):
+    for name, projection in _projections(model, head_unit):
         _check_projection(model, name, projection)
     check_problem_type(model.config)
     _check_built_again(model)
 
 
-def _projections(model: PreTrainedModel, by: str | None) -> Iterator[tuple[str, nn.Module]]:
+def _projections(model: PreTrainedModel, head_unit: str | None) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose rows or columns are the units', with their names in the model."""
     names = {id(module): name for name, module in model.named_modules()}
-    for sublayer in find_sublayers(model, by):
+    for sublayer in find_sublayers(model, head_unit):
         for path in (*sublayer.block.inputs, sublayer.block.output):
             if has(sublayer.layer, path):
                 projection = sublayer.layer.get_submodule(path)
@@ -240,10 +240,10 @@ def _check_linear(what: str, projection: Any, x: Tensor, y: Any) -> None:
         )
 
 
-def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], by: str | None) -> None:
+def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str | None) -> None:
     """Raise `UnsupportedModelError` unless each projection of which that is not known computes  x W^T + b  on these inputs."""
     doubtful = [
-        (name, projection) for name, projection in _projections(model, by) if not _is_bare(projection)
+        (name, projection) for name, projection in _projections(model, head_unit) if not _is_bare(projection)
     ]
     with ExitStack() as hooks, torch.no_grad():
         for name, projection in doubtful:

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import plan_of
+from .configs import read
 from .facts import evaluation_copy, example_inputs, masks_frames, to_model
 from .families import FAMILIES, REFUSED, Block, Stack
 from .proof import implementations, plans, prove, prove_cuts, quiet, step
-from .sublayers import find_sublayers, read
+from .sublayers import find_sublayers
+from .units import UNITS
 from .watch import PROJECTIONS, Seen, Watch
 
 
@@ -31,7 +33,9 @@ Families = Mapping[str, tuple[Stack, ...]]
 WHOLE = "cutting one of its heads changes others"
 
 
-def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, by: str = "group") -> None:
+def describe(
+    model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, head_unit: str = "group"
+) -> None:
     """See to it that hf_kprune knows where the heads and neurons of `model` are.
 
     Nothing is done if its model type is listed. Else its layers are detected, the description is proved, and only then
@@ -40,14 +44,14 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, by
     Args:
         model: Dense; not changed.
         inputs: A small batch that runs all of it, with several tokens in each sample. Default: `example_inputs(model)`.
-        by: `KPruneArguments.head_unit`.
+        head_unit: `KPruneArguments.head_unit`.
 
     Raises:
         UnsupportedArchitectureError: What cannot be told or failed, with a description to start from if there is one.
     """
     try:
         with step("", f"{type(model).__name__} is not built as its family says, as the error above shows"):
-            find_sublayers(model, by)
+            find_sublayers(model, head_unit)
         return
     except UnsupportedArchitectureError:
         if model.config.model_type in {*FAMILIES, *REFUSED}:
@@ -68,7 +72,7 @@ def describe(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, by
             inputs = example_inputs(model) if inputs is None else inputs
             found = detect(model, inputs, leave=FAMILIES)
         with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
-            prove(keep(evaluation_copy(model), found), inputs, by)
+            prove(keep(evaluation_copy(model), found), inputs, head_unit)
     except UnsupportedArchitectureError as error:
         start = "".join(
             f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in found.items()
@@ -273,7 +277,7 @@ def _settle(
     _, stack, left = min(settled, key=lambda entry: entry[0])
     for block in left:
         block = replace(block, whole=WHOLE)
-        if block.kind == "ffn" or not right(stack, block):
+        if not UNITS[block.kind].has_heads or not right(stack, block):
             raise UnsupportedArchitectureError(
                 f"of all that was tried, nothing was right: {wrong[block.output]}"
             )
@@ -302,7 +306,7 @@ def _try(dense: PreTrainedModel, inputs: Mapping[str, Any], name: str, block: Bl
 
 def _names(layers: _Layers) -> Iterator[dict[str, Any]]:
     """The config attributes that may tell numbers and size of the heads of the layers: those that fit the shapes."""
-    attentions, config = [s for s in layers.seen if s.block.kind != "ffn"], layers.config
+    attentions, config = [s for s in layers.seen if UNITS[s.block.kind].has_heads], layers.config
     if not attentions:
         yield {}
         return
@@ -355,7 +359,7 @@ def _groups(seen: Seen, heads: int) -> float:
 
 def _variants(seen: Seen, config: Any, names: Mapping[str, str]) -> Iterator[Block]:
     """The ways in which a sublayer may have to be described, plain ones first."""
-    if seen.block.kind == "ffn":
+    if not UNITS[seen.block.kind].has_heads:
         yield seen.block
         return
     core, width, heads = seen.block.core, seen.columns, read(config, names["heads"])

@@ -18,7 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import find_labels
 
 from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
-from .sublayers import family_of, read, text_config, twin
+from .configs import read, text_config
+from .sublayers import family_of
+from .surgery import twin
 
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)

@@ -27,7 +27,8 @@ from ..errors import CheckpointError, KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
 from .facts import evaluation_copy, to_model
 from .hooks import State, check_order, resumed, run_sublayer, run_to_top
-from .sublayers import Sublayer, cut, find_sublayers, row_indices, twin, with_own_tables, write_plan
+from .sublayers import Sublayer, find_sublayers
+from .surgery import cut, twin, with_own_tables, write_plan
 
 
 TOLERANCE = 1e-4
@@ -37,13 +38,13 @@ Masks = Sequence[Tensor]
 """Which units to keep, boolean, for each sublayer."""
 
 
-def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") -> None:
+def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "group") -> None:
     """Prove that the family of `model` describes it.
 
     Args:
         model: Dense. It is not changed, and only those of its weights are copied that are cut.
         inputs: A small batch that runs all of it.
-        by: What a unit is where queries are grouped, see `head_unit`.
+        head_unit: What a unit is where queries are grouped, see `KPruneArguments.head_unit`.
 
     Raises:
         UnsupportedArchitectureError: Which step failed, where, and how far off.
@@ -51,7 +52,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
     with quiet():
         dense = with_own_tables(evaluation_copy(model))
         inputs = to_model(inputs, dense)
-        sublayers = find_sublayers(dense, by)
+        sublayers = find_sublayers(dense, head_unit)
         _check_unshared(dense, sublayers)
         with step("run twice from the same seed"):
             _check_same(*(_outputs(dense, inputs, sublayers) for _ in range(2)))
@@ -61,11 +62,11 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], by: str = "group") 
         with step("run with each function of attention"):
             dense_ones = implementations(dense)
         for attention in dense_ones:
-            prove_cuts(attention, inputs, masks, by)
-        emptied = cut_twin(dense, list(masks.values())[-1], by)
+            prove_cuts(attention, inputs, masks, head_unit)
+        emptied = cut_twin(dense, list(masks.values())[-1], head_unit)
         for what, carried in (("", dense), (" when some are empty", emptied)):
             with step(f"carried from sublayer to sublayer{what}"):
-                prove_carrying(carried, inputs, by)
+                prove_carrying(carried, inputs, head_unit)
         with step(
             "built from the config that would be saved",
             "its config makes no such model, as the error above shows",
@@ -80,10 +81,10 @@ def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [model] if model.config._attn_implementation == "eager" else [model, plain]
 
 
-def cut_twin(model: PreTrainedModel, masks: Masks, by: str = "group") -> PreTrainedModel:
+def cut_twin(model: PreTrainedModel, masks: Masks, head_unit: str = "group") -> PreTrainedModel:
     """A twin that keeps the units that `masks` tell."""
     student = twin(model).eval()
-    sublayers = find_sublayers(student, by)
+    sublayers = find_sublayers(student, head_unit)
     for sublayer, mask in zip(sublayers, masks, strict=True):
         cut(sublayer, mask)
     write_plan(student, sublayers)
@@ -109,7 +110,7 @@ def prove_cuts(
     dense: PreTrainedModel,
     inputs: Mapping[str, Any],
     masks: Mapping[str, Masks],
-    by: str = "group",
+    head_unit: str = "group",
     generate: bool = True,
 ) -> None:
     """Cut == masked, and not by chance, for each of several masks; unless told not to, also while it generates."""
@@ -117,14 +118,14 @@ def prove_cuts(
     def made_by(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> dict[str, Tensor]:
         return {**_outputs(model, inputs, sublayers), **(_generated(model, inputs) if generate else {})}
 
-    sublayers = find_sublayers(dense, by)
+    sublayers = find_sublayers(dense, head_unit)
     before = _outputs(dense, inputs, sublayers)
     for what, keep in masks.items():
         with step(what):
             with _masked(sublayers, keep) as lost:
                 expected = made_by(dense, sublayers)
-            student = cut_twin(dense, keep, by)
-            found = find_sublayers(student, by)
+            student = cut_twin(dense, keep, head_unit)
+            found = find_sublayers(student, head_unit)
             _check_same(made_by(student, found), expected)
             if [s.num_units for s in found] != [int(mask.sum()) for mask in keep]:
                 raise UnsupportedArchitectureError("other units are left than were kept")
@@ -224,7 +225,7 @@ def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, f
             if bool(keep.all()):
                 continue
             columns = torch.zeros(s.weight.shape[1], device=s.weight.device)
-            columns[row_indices("q", s.num_units, s.unit)[keep].flatten()] = 1
+            columns[s.columns[keep].flatten()] = 1
 
             def scale(_: nn.Module, args: Any, columns: Tensor = columns, s: Sublayer = s) -> tuple[Any, ...]:
                 gone, all_ = (linear(t, s.weight).abs().max() for t in (args[0] * (1 - columns), args[0]))
@@ -265,9 +266,9 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
                 raise UnsupportedArchitectureError(f"{' and '.join(shared)} are one and the same weight")
 
 
-def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> None:
+def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> None:
     """Raise `UnsupportedArchitectureError` unless `model` ends the same, run sublayer by sublayer and from end to end."""
-    sublayers, state = find_sublayers(model, by), State()
+    sublayers, state = find_sublayers(model, head_unit), State()
     for position in range(len(sublayers)):
         with _seeded():
             state = run_sublayer(model, inputs, sublayers, position, state).above

@@ -18,7 +18,8 @@ from ..errors import UnsupportedModelError
 from .facts import first_run, to_model
 from .hooks import only_tokens
 from .proof import prove_carrying, quiet
-from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers, with_own_tables
+from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
+from .surgery import with_own_tables
 
 
 @contextmanager
@@ -34,13 +35,13 @@ def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
             model.__dict__[LEFT_ALONE] = before
 
 
-def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], by: str) -> dict[str, str]:
+def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> dict[str, str]:
     """The towers of `model` that cannot be pruned on `inputs`, a few rows, by their paths, each with the reason.
 
     Args:
         model: In evaluation mode; not changed.
         inputs: What its `forward` takes.
-        by: What a unit is, `KPruneArguments.head_unit`.
+        head_unit: What a unit is, `KPruneArguments.head_unit`.
 
     Raises:
         CalibrationError: If the model does not run on these inputs.
@@ -48,7 +49,7 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], by: str
     """
     inputs = to_model(inputs, model)
     towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
-    for sublayer in find_sublayers(model, by):
+    for sublayer in find_sublayers(model, head_unit):
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
     if len(towers) == 1:
         return {}
@@ -61,7 +62,7 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], by: str
             reasons[path] = "it does not run on the calibration rows"
         elif counts != {1}:
             reasons[path] = "on the calibration rows not all of its layers run once"
-        elif not walks(model, inputs, by, towers.keys() - {*walkable, path}):
+        elif not walks(model, inputs, head_unit, towers.keys() - {*walkable, path}):
             reasons[path] = "the model looks into it, so that its layers cannot be carried one by one"
         else:
             walkable.append(path)
@@ -93,11 +94,11 @@ def count_runs(
     return runs
 
 
-def walks(model: PreTrainedModel, inputs: Mapping[str, Any], by: str, others: Collection[str]) -> bool:
+def walks(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str, others: Collection[str]) -> bool:
     """Whether the towers but for `others` can be carried from sublayer to sublayer."""
     with leaving(model, others), quiet():
         try:
-            prove_carrying(with_own_tables(model), inputs, by)
+            prove_carrying(with_own_tables(model), inputs, head_unit)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception:  # whatever a forward pass raises that finds something missing

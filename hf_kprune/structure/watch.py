@@ -21,6 +21,7 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import parameter_names
 from .families import Block
 from .proof import floats
+from .units import UNITS
 
 
 PROJECTIONS = (nn.Linear, Conv1D)
@@ -204,7 +205,7 @@ class Watch:
         """With its stream, and for an attention the smallest module around it that returns its output or features."""
         last = calls[seen.block.output]
         block = replace(seen.block, stream=self.stream(last))
-        if block.kind == "ffn":
+        if not UNITS[block.kind].has_heads:
             return replace(seen, block=block)
         parts = zip(*(path.split(".")[:-1] for path in seen.rows), strict=False)
         shared = [names[0] for names in parts if len(set(names)) == 1]

@@ -1,0 +1,35 @@
+"""Read the config of a model of any type, which may lack a value, or have one for each layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UnsupportedArchitectureError
+
+
+def read(config: Any, name: str) -> Any:
+    """The value of a config attribute, None if there is none.
+
+    Raises:
+        UnsupportedArchitectureError: If the config has no one value for all layers.
+    """
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # such attributes raise what they like
+        raise UnsupportedArchitectureError(
+            f"the layers differ in {name}, for which {type(config).__name__} has no one value"
+        ) from error
+
+
+def ask(config: Any, name: str) -> Any:
+    """The value of a config attribute, None if there is none; of `"flag ? this : that"`, of the one that the flag chooses."""
+    flag, _, names = name.partition(" ? ")
+    return read(config, names.split(" : ")[not read(config, flag)] if names else name)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about texts; all of it if it has several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config

@@ -1,0 +1,177 @@
+"""Change a live model: cut units, replace weights, copy without copying tensors, write the sizes into the config.
+
+Shapes: U units of a sublayer, C columns of its output projection, D the width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..modeling_kprune import (
+    FORMAT,
+    HOW_TO_LOAD,
+    SIZES,
+    digest,
+    has,
+    kind_of,
+    own_tables,
+    plan_of,
+    set_slices,
+    shrink_layer,
+)
+from ..version import __version__
+from .sublayers import Sublayer, find_sublayers, oriented
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear module another weight (rows, columns), of any size, and another bias unless that is None."""
+    transposed = kind_of(projection) != "linear"
+    for name, value in (("weight", weight.T if transposed else weight), ("bias", bias)):
+        if value is not None:
+            old = cast(Tensor, getattr(projection, name))
+            setattr(projection, name, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
+    for attribute, size in zip(SIZES[kind_of(projection)], weight.shape, strict=True):
+        if hasattr(projection, attribute):
+            setattr(projection, attribute, size)
+
+
+@torch.no_grad()
+def cut(sublayer: Sublayer, keep: Tensor) -> None:
+    """Keep only the units in `keep`, boolean (U,), of a sublayer, in place."""
+    layer, plan, unit, num_units = sublayer.layer, sublayer.plan, sublayer.unit, sublayer.num_units
+    kept = keep.nonzero().flatten().cpu()
+    if len(kept) == num_units:
+        return
+    for path, layout in sublayer.block.inputs.items():
+        if path in plan["rows"] and has(layer, path):
+            _keep_rows(layer.get_submodule(path), unit.rows(layout, num_units), kept)
+    for path, (dim, width) in plan["slices"].items():
+        set_slices(layer, path, dim, unit.columns(num_units, width)[kept].flatten().sort().values)
+    columns = sublayer.columns[kept].flatten().sort().values
+    set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
+    heads = columns[:: unit.head_dim] // unit.head_dim
+    own_tables(sublayer.layers, plan)
+    for path in plan["table"]:
+        table = cast(nn.Embedding, layer.get_submodule(path))
+        weight = table.weight[:, heads.to(table.weight.device)]
+        table.weight, table.embedding_dim = nn.Parameter(weight, table.weight.requires_grad), len(heads)
+    plan["kept"][sublayer.index] = len(kept)
+    for _, indices in plan["select"].values():
+        indices[sublayer.index] = [indices[sublayer.index][i] for i in heads.tolist()]
+    shrink_layer(layer, plan, sublayer.index)
+
+
+def _keep_rows(projection: nn.Module, rows: Tensor, kept: Tensor) -> None:
+    """Drop the rows of a projection that belong to units which are not kept.
+
+    Args:
+        projection: Any linear module.
+        rows: Its rows that belong to each unit, (U, rows of a unit).
+        kept: Numbers of the units that are kept.
+    """
+    weight, bias = oriented(projection), cast("Tensor | None", projection.bias)
+    gone = torch.ones(len(rows), dtype=torch.bool).index_fill(0, kept, False)
+    stays = torch.ones(len(weight), dtype=torch.bool).index_fill(0, rows[gone].flatten(), False)
+    places = stays.nonzero().flatten().to(weight.device)  # numbers: a mask cannot index what has no memory
+    set_projection(projection, weight[places], None if bias is None else bias[places])
+
+
+def in_unit_order(sublayer: Sublayer) -> Tensor:
+    """The output weight, (D, C), with the columns of each unit side by side."""
+    weight = sublayer.weight
+    return weight[:, sublayer.columns.flatten().to(weight.device)] if sublayer.unit.strided else weight
+
+
+@torch.no_grad()
+def set_output(sublayer: Sublayer, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give the output projection a weight (D, C), columns unit by unit, and a bias (D,); None: the one that it has."""
+    old = sublayer.weight
+    order = sublayer.columns.flatten().argsort().to(old.device)
+    new_bias = None if bias is None or sublayer.bias is None else bias.to(old)
+    set_projection(sublayer.output, weight.to(old)[:, order], new_bias)
+
+
+def has_bias(sublayer: Sublayer, paths: Sequence[str]) -> bool:
+    """Whether the first of these projections has a bias."""
+    return sublayer.layer.get_submodule(paths[0]).bias is not None
+
+
+@torch.no_grad()
+def correct_inputs(sublayer: Sublayer, paths: Sequence[str], matrix: Tensor, shift: Tensor) -> None:
+    """Let these input projections read  M x + c  for x: M (D, D), c (D,), which is zero for those without a bias."""
+    for path in paths:
+        projection = sublayer.layer.get_submodule(path)
+        weight, bias = oriented(projection), cast("Tensor | None", projection.bias)
+        exact = weight.to(matrix.dtype)
+        new_bias = None if bias is None else (bias + exact @ shift).to(bias.dtype)
+        set_projection(projection, (exact @ matrix).to(weight.dtype), new_bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the tensors of `model`; cutting it replaces them."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
+    """A copy of `model` that takes no gradients and shares its memory, or, on the device `meta`, has shapes alone."""
+    tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
+    parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, {**tensors, **parameters})
+
+
+def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its own (T5).
+
+    Then every layer can run by itself.
+    """
+    if not any(s.plan["table"] for s in find_sublayers(model)):
+        return model
+    copied = twin(model)
+    for sublayer in find_sublayers(copied):
+        own_tables(sublayer.layers, sublayer.plan)
+        shrink_layer(sublayer.layer, sublayer.plan, sublayer.index)
+    return copied
+
+
+def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
+    """Write the sizes of `sublayers`, all those of `model`, into its config; none if nothing is pruned."""
+    for owner in {id(s.owner): s.owner for s in sublayers}.values():
+        stacks: dict[int, dict[str, Any]] = {}
+        for sublayer in sublayers:
+            if sublayer.owner is owner:
+                entry = stacks.setdefault(
+                    id(sublayer.layers), {"layers": sublayer.stack.layers, "blocks": []}
+                )
+                if sublayer.plan not in entry["blocks"]:
+                    entry["blocks"].append(sublayer.plan)
+                sublayer.layers.__dict__["kprune_stack"] = entry
+        blocks = [plan for entry in stacks.values() for plan in entry["blocks"]]
+        if all(units in (None, plan["of"]) for plan in blocks for units in plan["kept"]):
+            if plan_of(owner.config) is not None:
+                del owner.config.kprune
+            continue
+        history = (plan_of(owner.config) or {}).get("history")
+        owner.config.kprune = {
+            **({"history": history} if history else {}),
+            "format": FORMAT,
+            "created_by": f"hf_kprune {__version__}",
+            "how_to_load": HOW_TO_LOAD,
+            "sha256": digest(list(stacks.values())),
+            "stacks": list(stacks.values()),
+        }

@@ -1,0 +1,75 @@
+"""Uniform sizes: models all of whose layers are alike, which a stock config can describe and stock classes load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import plan_of
+from .sublayers import Sublayer
+
+
+def uniform_names(sublayers: Sequence[Sublayer], options: Any) -> list[tuple[int, str]]:
+    """For each sublayer, whose config and which attribute of it tell its size: those that share it must be alike.
+
+    Args:
+        sublayers: All those of a model.
+        options: `KPruneArguments`, of which those are read that say what is pruned at all.
+
+    Raises:
+        UnsupportedArchitectureError: If the config cannot tell what is to be pruned.
+    """
+    names = []
+    for s in sublayers:
+        if plan_of(s.owner.config) is not None:
+            raise UnsupportedArchitectureError(
+                f"uniform is True, but {type(s.owner).__name__} was pruned unevenly before; start from the dense model"
+            )
+        if getattr(options, s.unit.prunes) and not _has_attribute(s):
+            raise UnsupportedArchitectureError(
+                f"uniform is True, but {type(s.owner.config).__name__} cannot say {s.unit.uniform_change}, so stock "
+                f"transformers could not load the result; pass {s.unit.prunes}=False to prune the rest, or uniform=False"
+            )
+        names.append((id(s.owner), s.stack.uniform.get(s.unit.uniform, s.stack_name + s.kind)))
+    return names
+
+
+def uniform_choices(sublayer: Sublayer) -> list[int] | None:
+    """Numbers of units that the stock config accepts; None if it accepts any."""
+    if sublayer.unit.any_number:
+        return None
+    accepted = []
+    for units in range(1, sublayer.num_units + 1):
+        config = copy.deepcopy(sublayer.owner.config)
+        _set_stock_size(config, sublayer, units)
+        try:
+            type(config).from_dict(config.to_dict())
+        except (ValueError, StrictDataclassError):
+            continue
+        accepted.append(units)
+    return accepted
+
+
+def write_stock_config(sublayers: Sequence[Sublayer]) -> None:
+    """Write the sizes of `sublayers`, alike in all layers, where the stock config has them; nothing else is needed then."""
+    for s in sublayers:
+        _set_stock_size(s.owner.config, s, s.num_units)
+        for module in s.layer.modules():
+            view = module.__dict__.get("config")
+            if hasattr(view, "kprune_config"):
+                module.__dict__["config"] = s.owner.config
+
+
+def _has_attribute(sublayer: Sublayer) -> bool:
+    """Whether the stock config has an attribute for the size of a sublayer. No family has one for cross-attention."""
+    return sublayer.unit.uniform in sublayer.stack.uniform and sublayer.kind != "cross_attention"
+
+
+def _set_stock_size(config: Any, sublayer: Sublayer, units: int) -> None:
+    if _has_attribute(sublayer):
+        for name, value in sublayer.unit.stock_sizes(sublayer.stack, units).items():
+            setattr(config, name, value)

@@ -1,0 +1,218 @@
+"""The kinds of unit: where the rows and columns of one head or one neuron lie, what it costs, and what it is called.
+
+A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer, and it owns rows
+of the input projections. What depends on the kind of unit is in the class of that kind, and nothing outside this file tests
+which kind a unit is. A further kind (an expert, a whole layer, a channel of the hidden dimension) is a further subclass of
+`Unit` with its entry in `UNITS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedArchitectureError
+from .configs import ask, read
+from .families import Block, Stack
+
+
+@dataclass(frozen=True)
+class Unit(ABC):
+    """One unit of a sublayer, and what is true of its kind.
+
+    Args:
+        head_dim: Columns of one head in the output projection.
+        heads: Query heads in a unit; 1 for what has none.
+        kv_heads: Key-value heads in a unit; 1 for what has none.
+    """
+
+    plural: ClassVar[str]
+    """What several of them are called."""
+    holder: ClassVar[str]
+    """What a sublayer of them is called."""
+    prunes: ClassVar[str]
+    """Name of the option that says whether they are pruned at all."""
+    minimum: ClassVar[str]
+    """Name of the option that says how many of them each sublayer must keep."""
+    multiple: ClassVar[str] = ""
+    """Name of the option that says of which number each sublayer keeps a multiple; `""` if it may keep any number."""
+    uniform: ClassVar[str]
+    """Key of `Stack.uniform` for the config attribute that can say how many of them all layers have."""
+    uniform_change: ClassVar[str]
+    """What a config says that has such an attribute."""
+    any_number: ClassVar[bool] = True
+    """Whether such a config accepts any number of them."""
+    has_heads: ClassVar[bool] = False
+    """Whether a unit is made of attention heads."""
+    strided: ClassVar[bool] = False
+    """Whether the columns of a unit lie apart, those of others between them."""
+
+    head_dim: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Any, stack: Stack, block: Block, head_unit: str) -> Unit:
+        """What a unit of a block is, from the dense model's config, which stays as it is after pruning.
+
+        Args:
+            config: The config of the model that owns the stack.
+            stack: Its `heads`, `kv_heads` and `head_dim` name the attributes.
+            block: One of `stack.blocks`.
+            head_unit: With grouped queries, `"group"` for a key-value head with its query heads, or `"query"` for one query
+                head of every group.
+        """
+
+    @property
+    def width(self) -> int:
+        """Columns of a unit in the output projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a unit adds to each of the sizes that `Block.sizes` names; 0 where it changes nothing."""
+        return {"heads": self.heads, "kv_heads": self.kv_heads, "width": self.width, "groups": 0}
+
+    @abstractmethod
+    def parts(self, layout: str) -> list[int]:
+        """Rows of a unit in each part of a projection, parts being fused one after the other. See `Block.inputs`."""
+
+    def columns(self, count: int, width: int | None = None) -> Tensor:
+        """Columns of the output projection that belong to each of `count` units, (count, width).
+
+        Args:
+            count: Units of the sublayer.
+            width: Entries of a unit in something else that is laid out like these columns. Default: `self.width`.
+        """
+        width = self.width if width is None else width
+        return torch.arange(count).unsqueeze(1) * width + torch.arange(width)
+
+    def rows(self, layout: str, count: int) -> Tensor:
+        """Rows of an input projection that belong to each of `count` units, (count, rows of a unit)."""
+        parts = self.parts(layout)
+        starts = [count * sum(parts[:place]) for place in range(len(parts))]
+        return torch.cat([s + self.columns(count, width) for s, width in zip(starts, parts, strict=True)], 1)
+
+    def token_flops(self, tokens: float, keys: float) -> float:
+        """FLOPs of a unit where no weight takes part, a multiply-add counted as 2.
+
+        Args:
+            tokens: Tokens of a sequence.
+            keys: Tokens that each of them reads.
+        """
+        return 0
+
+    def cached(self, count: int) -> int:
+        """Numbers of keys, and as many of values, that `count` units hold in a cache for each token."""
+        return 0
+
+    @abstractmethod
+    def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
+        """The config attributes, with their values, that say of a stock model that each layer has `count` units.
+
+        Args:
+            stack: Its `uniform` names the attributes.
+            count: Units of each layer.
+        """
+
+
+class Neuron(Unit):
+    """A neuron of an FFN: one feature, with its row in the first projection and in that of the gate."""
+
+    plural, holder = "neurons", "FFN"
+    prunes, minimum, multiple = "prune_ffn", "min_neurons", "round_to"
+    uniform, uniform_change = "ffn", "another FFN width"
+
+    @classmethod
+    def of(cls, config: Any, stack: Stack, block: Block, head_unit: str) -> Neuron:
+        return cls()
+
+    def parts(self, layout: str) -> list[int]:
+        return {"f": [1], "2f": [1, 1]}[layout]
+
+    def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
+        return {stack.uniform["ffn"]: count}
+
+
+class Head(Unit):
+    """An attention head; with grouped queries, a key-value head with its query heads; or all heads of an attention.
+
+    It has the d rows of each of its query heads and the d rows of each key and value head, d being `head_dim`.
+    """
+
+    plural, holder = "heads", "attention"
+    prunes, minimum = "prune_heads", "min_heads"
+    uniform, uniform_change = "heads", "fewer heads of the same size, which it derives from their number"
+    any_number = False  # many want a divisor of the hidden size
+    has_heads = True
+
+    @classmethod
+    def of(cls, config: Any, stack: Stack, block: Block, head_unit: str) -> Head:
+        heads = read(config, stack.heads)
+        d = read(config, stack.head_dim) or (read(config, "hidden_size") or 0) // (heads or 1)
+        if not heads or not d:
+            raise UnsupportedArchitectureError(
+                f"{type(config).__name__} has {stack.heads} of {heads} and a head size ({stack.head_dim}) of {d}, by which "
+                "its family tells heads; expected both over 0. Describe this variant: docs/add_a_family.md"
+            )
+        kv_heads = int(ask(config, stack.kv_heads) or heads)  # True is one for all
+        if block.whole and getattr(config, block.whole, True):
+            return Head(d, heads, kv_heads)
+        if kv_heads < heads and (head_unit == "query" or kv_heads == 1):
+            return QueryHead(d, kv_heads, 0)
+        return Head(d, heads // kv_heads)
+
+    def parts(self, layout: str) -> list[int]:
+        q, kv = self.width, self.kv_heads * self.head_dim
+        return {"q": [q], "kv": [kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}[layout]
+
+    def token_flops(self, tokens: float, keys: float) -> float:
+        """Those of the products of queries with keys, 2 s s' d, and of as many of attention weights with values."""
+        return 4 * tokens * keys * self.width
+
+    def cached(self, count: int) -> int:
+        return count * self.kv_heads * self.head_dim
+
+    def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
+        names = stack.uniform
+        sizes = {stack.head_dim: self.head_dim, names["heads"]: count * self.heads}
+        if "kv_heads" in names and self.kv_heads:
+            sizes[names["kv_heads"]] = count * self.kv_heads
+        return sizes
+
+
+class QueryHead(Head):
+    """One query head of each of `heads` groups; `kv_heads` is 0, as keys and values stay whole.
+
+    A projection has the query heads of a group side by side, so those of a unit lie apart. With a single key-value head for
+    all, a unit is one query head.
+    """
+
+    strided = True
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return super().sizes | {"groups": 1}
+
+    def columns(self, count: int, width: int | None = None, extra: int = 0) -> Tensor:
+        """As `Unit.columns`, with so many `extra` entries, that belong to no unit, after those of each group."""
+        d = (self.width if width is None else width) // self.heads
+        groups = torch.arange(self.heads).view(1, -1, 1) * (count * d + extra)
+        return (groups + torch.arange(count).view(-1, 1, 1) * d + torch.arange(d)).flatten(1)
+
+    def rows(self, layout: str, count: int) -> Tensor:
+        if layout == "kv":
+            return torch.zeros(count, 0, dtype=torch.long)
+        return self.columns(count, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
+
+    def cached(self, count: int) -> int:
+        return self.width
+
+
+UNITS: dict[str, type[Unit]] = {"attention": Head, "cross_attention": Head, "ffn": Neuron}
+"""What the units of a block are, by `Block.kind`."""
