@@ -1,4 +1,4 @@
-"""What a pruning run did: data, JSON and Markdown."""
+"""What a pruning run did: data, and what is said of them. reports/ renders it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentError
+from .reports import FORMATS, Document, Table, to_markdown
 from .structure.units import UNITS
-from .text import in_markdown, printable, public_name
+from .text import printable, public_name
 
 
 LITTLE = 0.1
@@ -21,7 +22,9 @@ KINDS = {
     "ffn": ("neurons", "FFNs"),
 }
 
-JSON_NAME, MARKDOWN_NAME = "kprune_report.json", "kprune_report.md"
+NAME = "kprune_report"
+JSON_NAME, MARKDOWN_NAME = f"{NAME}.json", f"{NAME}.md"
+"""The files that a report is saved in: its data, and what is said of them in each of `reports.FORMATS`."""
 
 
 @dataclass
@@ -35,13 +38,13 @@ class SublayerReport:
         kept: Indices of the kept units among those before.
         scores: Importance per cost of each unit before; None if it needed no decision.
         flops_left: Prunable FLOPs of the model if everything above stayed as it is.
-        error_before: Distance from the teacher after the cut, relative to the teacher (`Fit.error_before`); None if
-            it was not measured because tuning is off or student and teacher are still the same.
+        error_before: Distance from the teacher after the cut, relative to the teacher (`Fit.error_before`);
+            None if it was not measured because tuning is off or student and teacher are still the same.
         error_after: The same after tuning.
         damping: Damping of the solve, relative to the mean diagonal.
         undetermined: Features that the data do not tell apart from others (`Fit.undetermined`).
-        score_damping: Damping of the features' second moments that units were scored by, beyond the ridge, relative to their
-            mean; more than 1e-10 where rounding left them singular.
+        score_damping: Damping of the features' second moments that units were scored by, beyond the ridge,
+            relative to their mean; more than 1e-10 where rounding left them singular.
         seconds: Wall-clock time of the sublayer.
     """
 
@@ -74,11 +77,11 @@ class SublayerReport:
 
 @dataclass
 class Size:
-    """Size of a model: parameters and bytes, also without embeddings, FLOPs of the prunable sublayers per sequence, and, of
-    a model that generates, the bytes that its cache of keys and values grows by per token.
+    """Size of a model: parameters and bytes, also without embeddings, FLOPs of the prunable sublayers per
+    sequence, and, of a model that generates, the bytes that its cache of keys and values grows by per token.
 
-    `prunable_parameters` are those of heads and neurons, `all_flops` the FLOPs of the whole model, with untouched experts and
-    the head over the vocabulary; 0 where they were not counted.
+    `prunable_parameters` are those of heads and neurons, `all_flops` the FLOPs of the whole model, with
+    untouched experts and the head over the vocabulary; 0 where they were not counted.
     """
 
     parameters: int = 0
@@ -105,17 +108,20 @@ class PruningReport:
         achieved: What came out of it.
         sparsity: Fraction that was removed.
         before, after: Sizes.
-        sequence_length: Tokens per sequence that FLOPs are counted for: `flops_length`, or the mean of the calibration rows
-            (and of the stacks, where they differ).
+        sequence_length: Tokens per sequence that FLOPs are counted for: `flops_length`, or the mean of the
+            calibration rows (and of the stacks, where they differ).
         sublayers: Bottom to top.
-        calibration: Fingerprint of the calibration rows: dataset, rows, tokens, seed, sha256 of the token ids.
+        calibration: Fingerprint of the calibration rows: dataset, rows, tokens, seed, sha256 of the token
+            ids.
         arguments: All options.
         versions: Of Python and the packages.
-        trials: Knowledge loss on rows held out, for each exponent by which the budget was split (`search.split`).
+        trials: Knowledge loss on rows held out, for each exponent by which the budget was split
+            (`search.split`).
         seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
         peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
         estimate: Of a plan, what it is estimated from and what pruning does otherwise; empty after pruning.
-        removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty without texts.
+        removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty
+            without texts.
         device: Where it ran, and in how many processes.
         left_alone: Towers of the model that were not pruned, by their paths, and why.
         lineage: The cuts that were made in the model before, the oldest first, as `cut` gives them.
@@ -163,7 +169,9 @@ class PruningReport:
         }
 
     def shares(self) -> tuple[float, float]:
-        """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not counted."""
+        """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not
+        counted.
+        """
         size = self.before
         return size.prunable_parameters / max(
             size.parameters, 1
@@ -171,17 +179,19 @@ class PruningReport:
 
     def remarks(self) -> list[str]:
         """Which sublayers are emptied, and of which kind of unit less than `LITTLE` is left."""
-        found, are = [], "would be" if self.estimate else "are"
+        remarks, are = [], "would be" if self.estimate else "are"
         for kind, (units, places) in KINDS.items():
-            some = [s for s in self.sublayers if s.kind == kind and s.units]
-            emptied = [s.name for s in some if not s.kept]
-            share = sum(len(s.kept) for s in some) / max(sum(s.units for s in some), 1)
-            if emptied:
-                names = ", ".join(map(in_markdown, emptied[:3])) + (", ..." if len(emptied) > 3 else "")
-                found.append(f"{len(emptied)} of {len(some)} {places} {are} left without {units} ({names})")
-            if some and share < LITTLE:
-                found.append(f"{share:.1%} of the {units} {are} left, less than {LITTLE:.0%}")
-        return found
+            sublayers = [s for s in self.sublayers if s.kind == kind and s.units]
+            empty = [s.name for s in sublayers if not s.kept]
+            share = sum(len(s.kept) for s in sublayers) / max(sum(s.units for s in sublayers), 1)
+            if empty:
+                names = ", ".join(map(printable, empty[:3])) + (", ..." if len(empty) > 3 else "")
+                remarks.append(
+                    f"{len(empty)} of {len(sublayers)} {places} {are} left without {units} ({names})"
+                )
+            if sublayers and share < LITTLE:
+                remarks.append(f"{share:.1%} of the {units} {are} left, less than {LITTLE:.0%}")
+        return remarks
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -197,144 +207,136 @@ class PruningReport:
             report.to_markdown()  # which fails where a field is of another kind
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArgumentError(
-                f"{JSON_NAME} is damaged or of another version of hf_kprune; take the one that was saved with the model, or "
-                "delete it"
+                f"{JSON_NAME} is damaged or of another version of hf_kprune; take the one that was saved "
+                "with the model, or delete it"
             ) from error
         return report
 
     def to_markdown(self) -> str:
+        return to_markdown(self.document())
+
+    def document(self) -> Document:
+        """All that is said of a run: a title, notes, the sizes, every sublayer, and how it came about."""
+        return [[self.title()], self.notes(), self.sizes(), self.table(), [self.circumstances()]]
+
+    def sizes(self) -> Table:
+        """Each size before and after, and the share that is left."""
+        before, after = self.before, self.after
         rows = [
-            ("parameters", self.before.parameters, self.after.parameters, ",.0f"),
+            ("parameters", before.parameters, after.parameters, ",.0f"),
             (
                 "without embeddings",
-                self.before.parameters_without_embeddings,
-                self.after.parameters_without_embeddings,
+                before.parameters_without_embeddings,
+                after.parameters_without_embeddings,
                 ",.0f",
             ),
-            ("megabytes", self.before.bytes / 1e6, self.after.bytes / 1e6, ".1f"),
+            ("megabytes", before.bytes / 1e6, after.bytes / 1e6, ".1f"),
             (
                 "without embeddings",
-                self.before.bytes_without_embeddings / 1e6,
-                self.after.bytes_without_embeddings / 1e6,
+                before.bytes_without_embeddings / 1e6,
+                after.bytes_without_embeddings / 1e6,
                 ".1f",
             ),
             (
                 f"prunable GFLOPs at {self.sequence_length:.1f} tokens",
-                self.before.flops / 1e9,
-                self.after.flops / 1e9,
+                before.flops / 1e9,
+                after.flops / 1e9,
                 ".4g",
             ),
         ]
-        if self.before.all_flops:
-            rows.append(("all GFLOPs", self.before.all_flops / 1e9, self.after.all_flops / 1e9, ".4g"))
-        if self.before.cache_bytes_per_token:
-            caches = self.before.cache_bytes_per_token, self.after.cache_bytes_per_token
+        if before.all_flops:
+            rows.append(("all GFLOPs", before.all_flops / 1e9, after.all_flops / 1e9, ".4g"))
+        if before.cache_bytes_per_token:
+            caches = before.cache_bytes_per_token, after.cache_bytes_per_token
             rows.append(("KV-cache bytes per token", *caches, ",.0f"))
-        lines = [
-            self.title(),
-            "",
-            *self.notes(),
-            "",
-            "| | before | after | left |",
-            "| --- | ---: | ---: | ---: |",
+        cells = [
+            (name, f"{old:{form}}", f"{new:{form}}", f"{new / old:.1%}" if old else "-")
+            for name, old, new, form in rows
         ]
-        for name, before, after, form in rows:
-            share = f"{after / before:.1%}" if before else "-"
-            lines.append(f"| {name} | {before:{form}} | {after:{form}} | {share} |")
-        lines += [
-            "",
-            "| sublayer | kept | of | error cut | error tuned | s |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
+        return Table(("", "before", "after", "left"), cells, "lrrr")
+
+    def table(self) -> Table:
+        """What is left of each sublayer, and its errors after the cut and after tuning."""
+        rows = []
         for s in self.sublayers:
-            errors = ["-" if e is None else f"{e:.4f}" for e in (s.error_before, s.error_after)]
-            lines.append(
-                f"| {in_markdown(s.name)} | {len(s.kept)} | {s.units} | {errors[0]} | {errors[1]} | {s.seconds:.1f} |"
-            )
-        knowledge = (
-            f"{self.knowledge}, of the outputs {', '.join(self.compared)}"
-            if self.compared
-            else self.knowledge
+            errors = ["-" if error is None else f"{error:.4f}" for error in (s.error_before, s.error_after)]
+            rows.append((s.name, f"{len(s.kept)}", f"{s.units}", *errors, f"{s.seconds:.1f}"))
+        return Table(("sublayer", "kept", "of", "error cut", "error tuned", "s"), rows, "lrrrrr")
+
+    def circumstances(self) -> str:
+        """What errors are relative to, what was measured by what, on which data, and where."""
+        outputs = f", of the outputs {', '.join(self.compared)}" if self.compared else ""
+        outputs += f", without {', '.join(self.ignored)}" if self.ignored else ""
+        data = self.calibration
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            "Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: "
+            f"{self.knowledge}{outputs}. Calibration: {data.get('rows', 0):,} rows, "
+            f"{data.get('tokens', 0):,} tokens of {data.get('dataset')}, seed {data.get('seed')}. "
+            f"{self.device}, peak memory {self.peak_memory / 2**30:.2f} GiB. {versions}."
         )
-        knowledge, device, dataset = map(
-            in_markdown, (knowledge, self.device, self.calibration.get("dataset"))
-        )
-        versions = ", ".join(
-            f"{in_markdown(name)} {in_markdown(version)}" for name, version in self.versions.items()
-        )
-        knowledge += f", without {', '.join(self.ignored)}" if self.ignored else ""
-        lines += [
-            "",
-            f"Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: {knowledge}. "
-            f"Calibration: {self.calibration.get('rows', 0):,} rows, {self.calibration.get('tokens', 0):,} tokens of "
-            f"{dataset}, seed {in_markdown(self.calibration.get('seed'))}. {device}, peak memory "
-            f"{self.peak_memory / 2**30:.2f} GiB. " + versions + ".",
-        ]
-        return "\n".join(lines) + "\n"
 
     def title(self) -> str:
         """What was pruned by which method, what is gone and what was asked, in one line."""
         asked = ", ".join(
             f"{value:.2%} asked"
             if name == "sparsity"
-            else f"{in_markdown(name)} {value:,.6g} asked, {self.achieved:,.6g} achieved"
+            else f"{name} {value:,.6g} asked, {self.achieved:,.6g} achieved"
             for name, value in self.asked.items()
         )
-        model, method = in_markdown(self.model), in_markdown(self.method)
-        subject = f"K-pruned {model}" if self.method == "kprune" else f"{model} pruned by {method}"
+        verb = "K-pruned" if self.method == "kprune" else f"pruned by {self.method}"
+        subject, removed = f"{self.model} {verb}", "removed"
+        if self.method == "kprune":
+            subject = f"K-pruned {self.model}"
         if self.estimate:
-            subject = (
-                f"Plan: {model} would be {'K-pruned' if self.method == 'kprune' else f'pruned by {method}'}"
-            )
-        removed = "would be removed" if self.estimate else "removed"
-        seconds = self.seconds.get("total", 0)
-        return f"{subject}: {self.sparsity:.2%} of the prunable FLOPs {removed} ({asked}), {seconds:.0f} s"
+            subject, removed = f"Plan: {self.model} would be {verb}", "would be removed"
+        share, seconds = f"{self.sparsity:.2%} of the prunable FLOPs", self.seconds.get("total", 0)
+        return f"{subject}: {share} {removed} ({asked}), {seconds:.0f} s"
 
     def summary(self) -> str:
-        """The report in ten lines at most."""
-        lines = [self.title()]
+        """The report in ten lines at most, for a terminal."""
+        before, after = self.before, self.after
         sizes = (
-            ("parameters", self.before.parameters, self.after.parameters, ",.0f"),
-            ("megabytes", self.before.bytes / 1e6, self.after.bytes / 1e6, ",.1f"),
+            ("parameters", before.parameters, after.parameters, ",.0f"),
+            ("megabytes", before.bytes / 1e6, after.bytes / 1e6, ",.1f"),
             (
                 f"prunable GFLOPs at {self.sequence_length:.0f} tokens",
-                self.before.flops / 1e9,
-                self.after.flops / 1e9,
+                before.flops / 1e9,
+                after.flops / 1e9,
                 ".4g",
             ),
         )
-        for name, before, after, form in sizes:
-            lines.append(
-                f"  {name}: {before:{form}} -> {after:{form}}"
-                + (f" ({after / before:.1%})" if before else "")
-            )
-        counts = []
-        for kind, (units, places) in KINDS.items():
-            some = [s for s in self.sublayers if s.kind == kind]
-            if some:
-                kept, emptied = sum(len(s.kept) for s in some), sum(not s.kept for s in some)
-                counts.append(
-                    f"{kept:,} of {sum(s.units for s in some):,} {units} in {len(some)} {places}, {emptied} emptied"
-                )
-        lines.append(f"  kept: {'; '.join(counts)}")
+        lines = [
+            f"{name}: {old:{form}} -> {new:{form}}" + (f" ({new / old:.1%})" if old else "")
+            for name, old, new, form in sizes
+        ]
+        lines.append(f"kept: {'; '.join(self.counts())}")
         errors = sorted((s.error_after, s.name) for s in self.sublayers if s.error_after is not None)
         if errors:
             middle, (largest, name) = errors[len(errors) // 2][0], errors[-1]
-            lines.append(
-                f"  error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({in_markdown(name)})"
-            )
+            lines.append(f"error after tuning: {middle:.3f} in the median, {largest:.3f} at most ({name})")
         rows, tokens = (self.calibration.get(key, 0) for key in ("rows", "tokens"))
-        lines.append(
-            f"  calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {in_markdown(self.knowledge)}"
-        )
-        spent = ", ".join(
-            f"{phase} {seconds:.0f} s" for phase, seconds in self.seconds.items() if phase != "total"
-        )
-        lines.append(f"  time: {spent}; peak memory {self.peak_memory / 2**30:.2f} GiB")
-        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks()[:2])]) + "\n"
+        lines.append(f"calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {self.knowledge}")
+        phases = (f"{phase} {spent:.0f} s" for phase, spent in self.seconds.items() if phase != "total")
+        lines.append(f"time: {', '.join(phases)}; peak memory {self.peak_memory / 2**30:.2f} GiB")
+        lines += self.remarks()[:2]
+        return "\n".join(map(printable, [self.title(), *(f"  {line}" for line in lines)])) + "\n"
+
+    def counts(self) -> list[str]:
+        """How many units of each kind are left in how many sublayers."""
+        counts = []
+        for kind, (units, places) in KINDS.items():
+            sublayers = [s for s in self.sublayers if s.kind == kind]
+            if sublayers:
+                left, total = sum(len(s.kept) for s in sublayers), sum(s.units for s in sublayers)
+                empty = sum(not s.kept for s in sublayers)
+                counts.append(f"{left:,} of {total:,} {units} in {len(sublayers)} {places}, {empty} emptied")
+        return counts
 
     def notes(self) -> list[str]:
-        """Sentences on what the budget is a share of, for which lengths it holds, and what is worth a warning."""
+        """Sentences on what the budget is a share of, for which lengths it holds, and what is worth a
+        warning.
+        """
         parameters, flops = self.shares()
         lines = [self.estimate] if self.estimate else []
         if self.lineage:
@@ -342,9 +344,9 @@ class PruningReport:
         if parameters and flops:
             lines.append(f"Prunable are {parameters:.1%} of all parameters and {flops:.1%} of all FLOPs.")
         if self.removed_at:
-            told = ", ".join(f"{share:.2%} at {length} tokens" for length, share in self.removed_at.items())
+            shares = ", ".join(f"{share:.2%} at {length} tokens" for length, share in self.removed_at.items())
             verb = "would be" if self.estimate else "are"
-            lines.append(f"Of the prunable FLOPs {verb} removed: {told}.")
+            lines.append(f"Of the prunable FLOPs {verb} removed: {shares}.")
         lines += [f"Left alone: {path}, as {reason}." for path, reason in self.left_alone.items()]
         return lines + [f"Note: {remark}." for remark in self.remarks()]
 
@@ -352,16 +354,17 @@ class PruningReport:
         return self.to_markdown()
 
     def save(self, directory: str | Path) -> None:
-        """Write both forms into `directory`."""
+        """Write the data, and what is said of them in every format, into `directory`."""
         Path(directory, JSON_NAME).write_text(self.to_json(), encoding="utf-8")
-        Path(directory, MARKDOWN_NAME).write_text(self.to_markdown(), encoding="utf-8")
+        for ending, render in FORMATS.items():
+            Path(directory, NAME + ending).write_text(render(self.document()), encoding="utf-8")
 
 
 def in_words(cuts: list[dict[str, Any]]) -> str:
     """The dense model, every cut in it, the oldest first, and what they come to."""
     known = [cut for cut in cuts if cut]
     steps = [
-        f"{cut['sparsity']:.2%} of the prunable FLOPs removed by {in_markdown(cut['method'])} "
+        f"{cut['sparsity']:.2%} of the prunable FLOPs removed by {cut['method']} "
         f"({cut['parameters'][0]:,} to {cut['parameters'][1]:,} parameters)"
         if cut
         else "a cut of which no record is left"
@@ -369,7 +372,7 @@ def in_words(cuts: list[dict[str, Any]]) -> str:
     ]
     if not known:
         return "It was pruned before, by a run of which no record is left."
-    text = f"The dense model is {in_markdown(cuts[0]['model'])}: " if cuts[0] else ""
+    text = f"The dense model is {cuts[0]['model']}: " if cuts[0] else ""
     text += f"{len(cuts)} cuts: " if len(cuts) > 1 else ""
     text += "; then ".join(steps)
     left = 1.0

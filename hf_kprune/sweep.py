@@ -1,4 +1,6 @@
-"""Many budgets from one measurement: a table, a plot, and the smallest model that is good enough. Data only."""
+"""Many budgets from one measurement: a table, a plot, and the smallest model that is good enough. Data
+only.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .errors import ArgumentError
-from .text import in_markdown
+from .reports import Table, to_markdown
 
 
 @dataclass
@@ -22,9 +24,10 @@ class SweepPoint:
         sparsity: Fraction of the prunable FLOPs that is gone.
         flops: Prunable FLOPs of a sequence of mean length.
         parameters: All of them.
-        distance: Knowledge loss on calibration rows, which needs no labels. Without an evaluation dataset nothing was fitted
-            on those rows.
-        speedup: How many times as fast as the dense model, on one batch of the calibration data, both in turn in one run.
+        distance: Knowledge loss on calibration rows, which needs no labels. Without an evaluation dataset
+            nothing was fitted on those rows.
+        speedup: How many times as fast as the dense model, on one batch of the calibration data, both in turn
+            in one run.
         metrics: Of `evaluate()`; none without an evaluation dataset.
         path: Where it was saved, if it was.
     """
@@ -71,19 +74,22 @@ class Sweep:
         ]
 
     def to_markdown(self) -> str:
-        name = in_markdown(self.metric or "distance")
-        lines = [
-            f"| removed | {name} | parameters | GFLOPs | speed-up | Pareto | saved |",
-            "| ---: | ---: | ---: | ---: | ---: | :---: | --- |",
-        ]
-        for place, (point, optimal) in enumerate(zip(self.points, self.pareto(), strict=True)):
-            value = point.distance if self.metric is None else point.metrics[self.metric]
-            chosen = " **best**" if place == self.best else ""
-            lines.append(
-                f"| {point.sparsity:.1%} | {value:.4f}{chosen} | {point.parameters:,} | {point.flops / 1e9:.4g} | "
-                f"{point.speedup:.2f}x | {'x' if optimal else ''} | {in_markdown(point.path or '')} |"
-            )
-        return "\n".join(lines) + "\n"
+        rows = []
+        for point, optimal in zip(self.points, self.pareto(), strict=True):
+            quality = point.distance if self.metric is None else point.metrics[self.metric]
+            size = f"{point.parameters:,}", f"{point.flops / 1e9:.4g}", f"{point.speedup:.2f}x"
+            rows.append((f"{point.sparsity:.1%}", f"{quality:.4f}", *size, "x" * optimal, point.path or ""))
+        columns = (
+            "removed",
+            self.metric or "distance",
+            "parameters",
+            "GFLOPs",
+            "speed-up",
+            "Pareto",
+            "saved",
+        )
+        marks = {} if self.best is None else {(self.best, 1): "best"}
+        return to_markdown([Table(columns, rows, "rrrrrcl", marks)])
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -92,7 +98,8 @@ class Sweep:
         return json.dumps(asdict(self), indent=1)
 
     def plot(self, path: str, file: io.BytesIO | None = None) -> None:
-        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install "hf_kprune[sweep]"`).
+        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install
+        "hf_kprune[sweep]"`).
 
         Args:
             path: File to write, in the format of its ending.
@@ -117,7 +124,9 @@ class Sweep:
 
 
 def check_plot(path: str) -> None:
-    """Raise `ArgumentError` for a file that `Sweep.plot` could not write, before there is anything to draw."""
+    """Raise `ArgumentError` for a file that `Sweep.plot` could not write, before there is anything to
+    draw.
+    """
     try:
         Sweep([]).plot(path, io.BytesIO())
         with tempfile.TemporaryFile(dir=Path(path).parent):
@@ -140,7 +149,8 @@ def smallest_within(
     max_drop: float,
     refine: int,
 ) -> None:
-    """Evaluate at `sparsities`, then `refine` times between the sparsest good enough and the next, and set `sweep.best`.
+    """Evaluate at `sparsities`, then `refine` times between the sparsest good enough and the next, and set
+    `sweep.best`.
 
     Args:
         evaluate: Makes the point of a sparsity.

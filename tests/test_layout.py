@@ -15,7 +15,7 @@ PACKAGE = Path(hf_kprune.__file__).parent
 
 FLOORS = [
     ["errors", "version", "text", "modeling_kprune"],
-    ["validation", "processes", "progress", "files", "methods"],
+    ["validation", "processes", "progress", "files", "methods", "reports"],
     ["arguments", "structure"],
     ["calibration"],
     ["latency"],

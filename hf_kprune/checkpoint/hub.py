@@ -64,8 +64,10 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     body = ""
     if pruned:
         cuts = earlier_cuts(model)
-        told = report.to_markdown() if report is not None else f"{in_words(cuts)}\n" if cuts else ""
-        body = f"## How it was pruned\n\n{told}" if told else ""
+        history = (
+            report.to_markdown() if report is not None else f"{in_markdown(in_words(cuts))}\n" if cuts else ""
+        )
+        body = f"## How it was pruned\n\n{history}" if history else ""
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{loading}{body}"
 
 

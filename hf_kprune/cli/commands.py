@@ -38,13 +38,14 @@ from ..processes import together
 from ..progress import quiet
 from ..pruner import KPrunePruner
 from ..report import JSON_NAME, MARKDOWN_NAME, PruningReport
+from ..reports import Table, to_markdown
 from ..state import one_run
 from ..structure.detect import describe
 from ..structure.facts import max_positions, needs_targets
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..sweep import check_plot
-from ..text import in_markdown, printable
+from ..text import printable
 from .data_files import load_data
 from .parser import DataArguments, SweepArguments
 from .terminal import main, say
@@ -275,13 +276,12 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     )
     if dense:
         pruned = evaluate_quietly(pruner)
-        say("| evaluation | dense | pruned |\n| --- | ---: | ---: |")
-        figures = [
-            key
-            for key in dense
-            if isinstance(dense[key], float) and not key.endswith(("_per_second", "time"))
+        rows = [
+            (name, f"{value:.4f}", f"{pruned[name]:.4f}")
+            for name, value in dense.items()
+            if isinstance(value, float) and not name.endswith(("_per_second", "time"))
         ]
-        say("\n".join(f"| {key} | {dense[key]:.4f} | {pruned[key]:.4f} |" for key in figures) + "\n")
+        say(to_markdown([Table(("evaluation", "dense", "pruned"), rows, "lrr")]))
     else:
         names = ", ".join(figures_of(pruner.model)) or "the loss"
         say(f"No evaluation data: --eval_file FILE shows {names} of the dense and the pruned model.\n")
@@ -376,7 +376,8 @@ def inspect(name: str, verify: bool = False) -> None:
     try:
         sublayers, source = structure(model)
         say(f"family: {kind}, can be pruned; its structure is {source}\n")
-        say(to_table(sublayers))
+        say(to_markdown([layers_of(sublayers)]))
+        say("\n\n".join(projections_of(sublayers)))
     except UnsupportedArchitectureError as error:
         say(f"cannot be pruned{' again' if pruned else ''}: {error}")
     if pruned:
@@ -420,23 +421,28 @@ def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
     return find_sublayers(dense), "detected, and proved: cutting equals masking, sublayer by sublayer"
 
 
-def to_table(sublayers: Sequence[Sublayer]) -> str:
-    """What is left of each layer, and of how much, and the projections that it is in."""
-    rows: dict[str, dict[str, str]] = {}
-    for s in sublayers:
-        rows.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units} | {s.plan['of']}"
+def layers_of(sublayers: Sequence[Sublayer]) -> Table:
+    """What is left of each layer, and of how much."""
     names = {"attention": "heads", "cross_attention": "cross-attention heads", "ffn": "neurons"}
     kinds = list(dict.fromkeys(s.kind for s in sublayers))
-    lines = ["| layer | " + " | of | ".join(names[kind] for kind in kinds) + " | of |"]
-    lines.append("| --- |" + " ---: | ---: |" * len(kinds))
-    lines += [
-        f"| {in_markdown(layer)} | " + " | ".join(counts.get(k, "- | -") for k in kinds) + " |"
-        for layer, counts in rows.items()
+    counts: dict[str, dict[str, tuple[str, str]]] = {}
+    for s in sublayers:
+        counts.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units}", f"{s.plan['of']}"
+    rows = [
+        (layer, *(cell for kind in kinds for cell in units.get(kind, ("-", "-"))))
+        for layer, units in counts.items()
     ]
+    columns = "layer", *(title for kind in kinds for title in (names[kind], "of"))
+    return Table(columns, rows, "l" + "rr" * len(kinds))
+
+
+def projections_of(sublayers: Sequence[Sublayer]) -> list[str]:
+    """The projections that the units of each stack are in."""
+    lines = []
     for s in {(s.stack_name, s.block.output): s for s in sublayers}.values():
         inputs = ", ".join(path for path in s.block.inputs if has(s.layer, path))
-        lines += ["", f"{s.stack_name}, {s.kind}: {inputs} -> {s.block.output}"]
-    return "\n".join(lines)
+        lines.append(f"{s.stack_name}, {s.kind}: {inputs} -> {s.block.output}")
+    return lines
 
 
 def convert(old: str, new: str) -> None:
