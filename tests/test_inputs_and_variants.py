@@ -87,7 +87,8 @@ def test_labels_of_several_yes_or_no_questions_are_no_tokens() -> None:
         }
 
     model = bert("BertForSequenceClassification", num_labels=3, problem_type="multi_label_classification")
-    batches(model, text_rows(labels=lambda i, length: [0.0, 1.0, 0.0]), collator)
+    for batch in batches(model, text_rows(labels=lambda i, length: [0.0, 1.0, 0.0]), collator):
+        assert torch.equal(batch.counted, next(iter(batch.valid.values())))
 
 
 @pytest.mark.parametrize("key", ["labels", "decoder_input_ids"])
