@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import dataclasses
 import inspect
 import re
+import tomllib
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -147,11 +147,10 @@ def test_the_version_is_one() -> None:
 
 
 def test_the_lower_bounds_are_versions_that_were_run() -> None:
-    """constraints-lowest.txt, with which the bounds were tried, pins what setup.cfg allows at least; torch is one build."""
+    """constraints-lowest.txt, by which the bounds were tried, pins what pyproject.toml asks for; torch is one build."""
     root = PACKAGE.parent
-    setup = configparser.ConfigParser()
-    setup.read(root / "setup.cfg")
-    bounds = dict(re.findall(r"^(\w+)>=([\d.]+)", setup["options"]["install_requires"], re.M))
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = dict(re.findall(r"^(\w+)>=([\d.]+)", "\n".join(project["dependencies"]), re.M))
     pins = dict(
         re.findall(
             r"^([\w-]+)==([\d.]+)", (root / "constraints-lowest.txt").read_text(encoding="utf-8"), re.M
