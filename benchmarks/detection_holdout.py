@@ -449,7 +449,7 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
         left = find_sublayers(student)
         for s, keep in zip(left, kept, strict=True):
             cut(s, keep)
-        write_plan(student, left)
+        write_plan(left)
         with tempfile.TemporaryDirectory() as directory:
             student.save_pretrained(directory)
             loaded = type(model).from_pretrained(directory).eval()

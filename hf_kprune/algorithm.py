@@ -214,7 +214,7 @@ class Pruning:
         if args.uniform:
             write_stock_config(sublayers)
         else:
-            write_plan(student, sublayers)
+            write_plan(sublayers)
         report.after.flops = prunable_flops(sublayers, self.calibration.flops_lengths)
         report.before.all_flops = self.all_flops
         report.removed_at = {

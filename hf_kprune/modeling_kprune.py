@@ -6,15 +6,15 @@ This file travels inside every K-pruned checkpoint, so that
 
 works where `hf_kprune` is not installed; `import hf_kprune` runs the same code for the stock classes themselves. It needs
 torch, transformers and the safetensors of that only, and knows no architecture: which modules are narrower, and by how
-much, is data in the config:
+much, is data in the config, of the form that `Plan` describes:
 
     "kprune": {"format": 1, "sha256": "1f3c...", "stacks": [{"layers": "encoder.layer", "blocks": [
-        {"kind": "attention", "of": 12, "kept": [5, 0, ...],          units before pruning, and kept in each layer
-         "rows": {"attention.self.query": [32, 0], ...},               output rows of a projection per kept unit, and for all
-         "columns": {"attention.output.dense": 32},                    input columns of a projection per kept unit
-         "sizes": {"attention.self.num_attention_heads": 1, ...},      attributes per kept unit
-         "heads": 1, "table": {}, "select": {}, "slices": {},          heads of a unit, and what else has one slice per head
-         "core": "attention.self", "returns": ["y", null]},            what is replaced where no unit is kept
+        {"kind": "attention", "of": 12, "kept": [5, 0, ...], "heads": 1,
+         "rows": {"attention.self.query": [32, 0], ...},
+         "columns": {"attention.output.dense": 32},
+         "sizes": {"attention.self.num_attention_heads": 1, ...},
+         "table": {}, "select": {}, "slices": {},
+         "core": "attention.self", "returns": ["y", null]},
         ...]}]}
 """
 
@@ -25,13 +25,14 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 import transformers
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -48,22 +49,88 @@ LEGACY = "its heads were pruned by an older transformers (pruned_heads in config
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+Returns = str | Sequence[str | None] | None
+"""What a module returns: `"y"` stands for its output, `"y+x"` for that with its argument `x` added, None for None."""
+
+
+class BlockPlan(TypedDict):
+    """What is kept of one block of a layer, in all layers of a stack. All paths are seen from the layer."""
+
+    kind: str
+    """`"attention"`, `"cross_attention"` or `"ffn"`."""
+    by: str
+    """What its units are where queries are grouped, `"group"` or `"query"`."""
+    of: int
+    """Units of each layer before pruning."""
+    kept: list[int | None]
+    """Units that each layer has; None in one that lacks the block."""
+    heads: int
+    """Query heads in a unit."""
+    rows: dict[str, list[int]]
+    """Output rows of a projection for each kept unit, and those that are there for none."""
+    columns: dict[str, int]
+    """Input columns of a projection for each kept unit."""
+    sizes: dict[str, int]
+    """What an attribute of a module is, for each kept unit."""
+    table: dict[str, int]
+    """Columns of an embedding of positions for each kept unit."""
+    slices: dict[str, list[int]]
+    """The dimension in which a parameter has one slice for each head, and its entries there for each kept unit."""
+    select: dict[str, list[Any]]
+    """Where an argument of the core has one slice for each head, see `SelectHeads`, and the heads that each layer keeps."""
+    core: str
+    """The module that is replaced where no unit is kept; `""` if there is none."""
+    returns: Returns
+    """What the core returns."""
+    weights: NotRequired[bool]
+    """Whether the model can take the attention weights of no heads. Default: True."""
+
+
+class StackPlan(TypedDict):
+    """What is kept of a list of layers."""
+
+    layers: str
+    """Path of the list, seen from the base model."""
+    blocks: list[BlockPlan]
+
+
+class Plan(TypedDict):
+    """`config.kprune`."""
+
+    format: int
+    created_by: str
+    how_to_load: str
+    sha256: str
+    """`digest` of the stacks."""
+    stacks: list[StackPlan]
+    history: NotRequired[list[dict[str, Any]]]
+    """The cuts that were made before, the oldest first. Loading does not read them."""
+
+
+class FileRecord(TypedDict):
+    """What a weight file was when it was saved."""
+
+    sha256: str
+    tensors: dict[str, list[Any]]
+    """Dtype and shape of each tensor."""
+
+
 class CheckpointError(ValueError):
     """A K-pruned checkpoint whose plan, config or weights contradict each other."""
 
 
-def fill(returns: Any, y: Any, arguments: dict[str, Any]) -> Any:
-    """What a module returns, by the template of its family: `"y"` is its output, `"y+x"` has its argument `x` added."""
-    if isinstance(returns, (list, tuple)):
-        return tuple(fill(entry, y, arguments) for entry in returns)
+def fill(returns: Returns, y: Tensor, arguments: dict[str, Any]) -> Any:
+    """What a module returns that gives y for these arguments."""
     if returns is None:
         return None
+    if not isinstance(returns, str):
+        return tuple(fill(entry, y, arguments) for entry in returns)
     name, _, added = returns.partition("+")
     assert name == "y"
     return y + arguments[added] if added else y
 
 
-def with_weights(result: Any, weights: Any, appended: bool) -> Any:
+def with_weights(result: Any, weights: Tensor | None, appended: bool) -> Any:
     """What an attention returned, with its attention weights in the place for them: the last one that is empty.
 
     If there is none, and the module was asked for weights (`appended`), they come after all else.
@@ -91,7 +158,7 @@ class EmptyAttention(nn.Module):
 
     is_kprune_stand_in = True
 
-    def __init__(self, attention: nn.Module, block: dict[str, Any], output: str | None):
+    def __init__(self, attention: nn.Module, block: BlockPlan, output: str | None):
         nn.Module.__init__(self)
         for name, value in vars(
             attention
@@ -137,13 +204,13 @@ class EmptyAttention(nn.Module):
         weights = hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], keys) if asked else None
         return with_weights(fill(self.returns, y, arguments), weights, "output_attentions" in arguments)
 
-    def keep_in_step(self, cache: Any, hidden: Any) -> int | None:
+    def keep_in_step(self, cache: Any, hidden: Tensor) -> int | None:
         """Fill this layer's slot with zeros: models read the number of cached tokens from any of the slots.
 
         Returns how many keys the attention would see; None if they are not those of the cache.
         """
-        told: Any = getattr(self, "layer_idx", None)
-        index: Any = getattr(self, "layer_id", None) if told is None else told
+        index: Any = getattr(self, "layer_idx", None)
+        index = getattr(self, "layer_id", None) if index is None else index
         if self.kind == "cross_attention":  # filled once, and not counted
             if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(index):
                 zeros = hidden.new_zeros(hidden.shape[0], 1, 1, 1)
@@ -153,8 +220,8 @@ class EmptyAttention(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         slot = cache.layers[index] if index < len(cache.layers) else None
-        held = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
-        heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
+        keys = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
+        heads, width = (1, 1) if keys is None else (keys.shape[1], keys.shape[-1])
         zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], width)
         return int(cache.update(zeros, zeros, index)[0].shape[-2])
 
@@ -184,8 +251,8 @@ class EmptyProjection(nn.Module):
         )
         self.bias = projection.bias
 
-    def forward(self, hidden: Any) -> Any:
-        bias: Any = self.bias
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias: Tensor = self.bias
         return bias.expand(*hidden.shape[:-1], -1)
 
 
@@ -194,11 +261,11 @@ class EmptyLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
 
     is_kprune_empty = True
 
-    def forward(self, hidden: Any) -> Any:
+    def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden.to(self.weight.dtype)).to(hidden.dtype)
 
 
-def spare_empty(model: Any) -> None:
+def spare_empty(model: PreTrainedModel) -> None:
     """Have what quantises `model` while it is loaded pass over the modules without inputs or outputs."""
     if getattr(model.config, "quantization_config", None) is not None:
         empty = {name for name, module in model.named_modules() if getattr(module, "is_kprune_empty", False)}
@@ -303,7 +370,7 @@ def kind_of(module: nn.Module) -> str:
     )
 
 
-def own_tables(layers: nn.ModuleList, block: dict[str, Any]) -> None:
+def own_tables(layers: nn.ModuleList, block: BlockPlan) -> None:
     """Give every layer its own table of relative positions, of which the dense model has one for all (T5)."""
     for path in block["table"]:
         owner, _, name = path.rpartition(".")
@@ -345,7 +412,7 @@ def set_slices(layer: nn.Module, path: str, dim: int, indices: torch.Tensor) -> 
         setattr(layer.get_submodule(owner), name, nn.Parameter(part, requires_grad=old.requires_grad))
 
 
-def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
+def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
     """Set the modules of one block in layer number `index` to the sizes of `block["kept"][index]` units."""
     kept = block["kept"][index]
     core = layer.get_submodule(block["core"]) if block["core"] and kept is not None else None
@@ -370,7 +437,12 @@ def shrink_layer(layer: nn.Module, block: dict[str, Any], index: int) -> None:
         inside = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
         replaced: Any = type(core)
         layer.set_submodule(block["core"], empty_attention(replaced)(core, block, inside))
-        return
+    else:
+        select_heads(core, block, index)
+
+
+def select_heads(core: nn.Module, block: BlockPlan, index: int) -> None:
+    """Pass on to the attention `core` of layer number `index` only what is for the heads that it keeps."""
     for key in [key for key, hook in core._forward_pre_hooks.items() if getattr(hook, "argument", None)]:
         del core._forward_pre_hooks[key], core._forward_pre_hooks_with_kwargs[key]
     for argument, (where, heads) in block["select"].items():
@@ -387,50 +459,47 @@ def has(layer: nn.Module, path: str) -> bool:
     return True
 
 
-def digest(stacks: list[dict[str, Any]]) -> str:
+def digest(stacks: list[StackPlan]) -> str:
     """Checksum of the plan: some edits, such as other kept heads, would leave all sizes as they are."""
     return hashlib.sha256(json.dumps(stacks, sort_keys=True).encode()).hexdigest()
 
 
-def check_plan(stack: dict[str, Any], layers: nn.ModuleList) -> None:
+def dense_sizes(layer: nn.Module, block: BlockPlan) -> Iterator[tuple[str, Any, int, int]]:
+    """What of a dense layer a block makes narrower: its path, its size, and of that what each unit has, and none has."""
+    for path, (width, fixed) in block["rows"].items():
+        if has(layer, path):
+            name = f"{path}.{SIZES[kind_of(layer.get_submodule(path))][0]}"
+            yield name, get_size(layer, name), width, fixed
+    for path, width in block["columns"].items():
+        name = f"{path}.{SIZES[kind_of(layer.get_submodule(path))][1]}"
+        yield name, get_size(layer, name), width, 0
+    for path, width in block["sizes"].items():
+        if (size := get_size(layer, path)) is not None:
+            yield path, size, width, 0
+    for path, (dim, width) in block["slices"].items():
+        if (parameter := get_size(layer, path)) is not None:
+            yield path, parameter.shape[dim], width, 0
+
+
+def check_plan(stack: StackPlan, layers: nn.ModuleList) -> None:
     """Refuse a stack of the plan that does not fit the dense `layers`, before anything is built from it."""
     where = f"config.json: the kprune plan of {stack['layers']}"
     for block in stack["blocks"]:
         kept, of, kind = block["kept"], block["of"], block["kind"]
         if len(kept) != len(layers):
             raise CheckpointError(f"{where} lists {len(kept)} layers for {kind}, the model has {len(layers)}")
-        for index, layer in enumerate(layers):
-            if kept[index] is None and not has(layer, *block["columns"]):
+        for index, (layer, units) in enumerate(zip(layers, kept, strict=True)):
+            if units is None and not has(layer, *block["columns"]):
                 continue
-            sizes = [
-                (f"{path}.{SIZES[kind_of(layer.get_submodule(path))][0]}", width, fixed)
-                for path, (width, fixed) in block["rows"].items()
-                if has(layer, path)
-            ]
-            sizes += [
-                (f"{path}.{SIZES[kind_of(layer.get_submodule(path))][1]}", width, 0)
-                for path, width in block["columns"].items()
-            ]
-            sizes += [
-                (path, factor, 0)
-                for path, factor in block["sizes"].items()
-                if get_size(layer, path) is not None
-            ]
-            found = [(path, get_size(layer, path), width, fixed) for path, width, fixed in sizes]
-            found += [
-                (path, parameter.shape[dim], width, 0)
-                for path, (dim, width) in block["slices"].items()
-                if (parameter := get_size(layer, path)) is not None
-            ]
-            for path, size, width, fixed in found:
+            for path, size, width, fixed in dense_sizes(layer, block):
                 if size != of * width + fixed:
                     raise CheckpointError(
                         f"{where} prunes {of!r} {kind} units of size {width!r} of {path}, which is {size} in the "
                         "model that the rest of the config describes"
                     )
-            if type(kept[index]) is not int or not 0 <= kept[index] <= of:
+            if type(units) is not int or not 0 <= units <= of:
                 raise CheckpointError(
-                    f"{where} keeps {kept[index]!r} {kind} units in layer {index}, expected a whole number from 0 to {of}"
+                    f"{where} keeps {units!r} {kind} units in layer {index}, expected a whole number from 0 to {of}"
                 )
 
 
@@ -474,10 +543,18 @@ def shrink(model: nn.Module) -> nn.Module:
     return model
 
 
-def plan_of(config: Any) -> dict[str, Any] | None:
+def plan_of(config: Any) -> Plan | None:
     """The plan in a config or its dictionary; None if there is none, also where `kprune` is a field of somebody else's."""
     plan = config.get("kprune") if isinstance(config, dict) else getattr(config, "kprune", None)
-    return plan if isinstance(plan, dict) and len({"format", "sha256", "stacks"} & plan.keys()) > 1 else None
+    if isinstance(plan, dict) and len({"format", "sha256", "stacks"} & plan.keys()) > 1:
+        return cast(Plan, plan)
+    return None
+
+
+def stacks_of(config: Any) -> list[StackPlan]:
+    """The stacks of the plan in a config; none if there is no plan."""
+    plan = plan_of(config)
+    return plan["stacks"] if plan else []
 
 
 def is_pruned(config: Any) -> bool:
@@ -546,7 +623,7 @@ def record_weights(directory: str | os.PathLike[str]) -> None:
         edit_config(directory, **{RECORD: record or None})
 
 
-def check_record(name: Any, record: dict[str, Any], **options: Any) -> None:
+def check_record(name: Any, record: dict[str, FileRecord], **options: Any) -> None:
     """Refuse weight files that lack tensors which were saved in them, or hold others by their names.
 
     Values are not looked at, which takes about a second for a gigabyte: `hf-kprune inspect --verify` does.
@@ -578,7 +655,7 @@ def check_record(name: Any, record: dict[str, Any], **options: Any) -> None:
                 )
 
 
-def inner_models(model: nn.Module) -> list[Any]:
+def inner_models(model: nn.Module) -> list[PreTrainedModel]:
     """`model` and the models inside it (its base model, its towers), outermost first."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
@@ -600,10 +677,10 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
         raise CheckpointError(f"{name}: {MISFIT}, see the table above") from error
     stacks = []
     for inner in inner_models(model):
-        told = (plan_of(inner.config) or {"stacks": []})["stacks"]
-        stacks += told
-        if inner is model and told and not any(find_layers(model, stack["layers"]) for stack in told):
-            lacked = ", ".join(stack["layers"] for stack in told)
+        named = stacks_of(inner.config)
+        stacks += named
+        if inner is model and named and not any(find_layers(model, stack["layers"]) for stack in named):
+            lacked = ", ".join(stack["layers"] for stack in named)
             raise CheckpointError(
                 f"config.json: {type(model).__name__} lacks {lacked}, which the kprune plan names"
             )

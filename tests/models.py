@@ -101,7 +101,7 @@ def cut_all(model: PreTrainedModel, masks: Sequence[torch.Tensor], by: str | Non
     sublayers = find_sublayers(student, by)
     for sublayer, mask in zip(sublayers, masks, strict=True):
         cut(sublayer, mask)
-    write_plan(student, sublayers)
+    write_plan(sublayers)
     return student
 
 
@@ -116,7 +116,7 @@ def cut_randomly(model: PreTrainedModel, kept: tuple[int, ...] = KEPT, seed: int
         keep = torch.zeros(sublayer.num_units, dtype=torch.bool)
         keep[torch.randperm(sublayer.num_units, generator=generator)[:units]] = True
         cut(sublayer, keep)
-    write_plan(model, sublayers)
+    write_plan(sublayers)
     return model
 
 

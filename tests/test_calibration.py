@@ -248,7 +248,7 @@ def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
         )  # the first FFN is emptied
         with torch.no_grad():
             sublayer.output.weight += 0.1 * torch.randn_like(sublayer.output.weight)
-    write_plan(student, sublayers)
+    write_plan(sublayers)
     return student.requires_grad_(False)
 
 

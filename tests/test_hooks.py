@@ -34,7 +34,7 @@ def pruned(model: PreTrainedModel, empty: int | None = None) -> PreTrainedModel:
     sublayers = find_sublayers(student)
     for i, sublayer in enumerate(sublayers):
         cut(sublayer, torch.arange(sublayer.num_units) % 2 == (i % 2 if i != empty else 2))
-    write_plan(student, sublayers)
+    write_plan(sublayers)
     return student
 
 

@@ -135,7 +135,7 @@ def test_query_heads_of_every_group_can_be_pruned_again_and_not_by_groups() -> N
     model = llama(9, 3, 36)  # as many columns either way
     sublayers = find_sublayers(model, "group")
     cut(sublayers[0], torch.tensor([True, True, False]))
-    write_plan(model, sublayers)
+    write_plan(sublayers)
     with pytest.raises(UnsupportedModelError, match="head_unit is 'query'.* pruned by 'group'"):
         find_sublayers(model, "query")
 

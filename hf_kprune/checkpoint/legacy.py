@@ -109,9 +109,7 @@ def planned(
             f"{name}: {key} is {found[key]} in the weight files, {expected.get(key)} by config.json and the tensors beside it"
         )
     # a block that lost nothing stays out of the plan: T5's tables of positions stay shared
-    write_plan(
-        dense, [s for s in sublayers if any(units not in (None, s.plan["of"]) for units in s.plan["kept"])]
-    )
+    write_plan([s for s in sublayers if any(units not in (None, s.plan["of"]) for units in s.plan["kept"])])
     for owner in {id(s.owner): s.owner for s in sublayers}.values():
         owner.config.__dict__.pop("pruned_heads", None)
     return cast(PreTrainedConfig, dense.config)

@@ -87,7 +87,7 @@ def cut_twin(model: PreTrainedModel, masks: Masks, head_unit: str = "group") -> 
     sublayers = find_sublayers(student, head_unit)
     for sublayer, mask in zip(sublayers, masks, strict=True):
         cut(sublayer, mask)
-    write_plan(student, sublayers)
+    write_plan(sublayers)
     return student
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import find_layers, get_size, has, kind_of, plan_of
+from ..modeling_kprune import BlockPlan, find_layers, get_size, has, kind_of, stacks_of
 from .configs import read
 from .families import FAMILIES, REFUSED, Block, Stack
 from .units import UNITS, Unit
@@ -45,7 +45,7 @@ class Sublayer:
     layers: nn.ModuleList = field(repr=False)
     stack: Stack
     block: Block
-    plan: dict[str, Any]
+    plan: BlockPlan
     index: int
     unit: Unit
 
@@ -231,12 +231,13 @@ def _sublayers_in(
     """The sublayers of one list of layers."""
     for layer in layers:
         _check_projections(owner, layer, stack)
-    stacks = {entry["layers"]: entry for entry in (plan_of(owner.config) or {"stacks": []})["stacks"]}
-    saved = stacks.get(stack.layers, {"blocks": []})["blocks"]
+    saved = [
+        b for entry in stacks_of(owner.config) if entry["layers"] == stack.layers for b in entry["blocks"]
+    ]
     plans = []
     for block in stack.blocks:
         before = next((plan for plan in saved if block.output in plan["columns"]), None)
-        chosen = head_unit or (before or {}).get("by", "group")
+        chosen = head_unit or (before.get("by", "group") if before else "group")
         unit = UNITS[block.kind].of(owner.config, stack, block, chosen)
         plans.append((block, unit, _block_plan(layers, block, unit, chosen, before)))
     reads_nothing = find_layers(owner, stack.reads) is None
@@ -257,8 +258,8 @@ def _sublayers_in(
 
 
 def _block_plan(
-    layers: nn.ModuleList, block: Block, unit: Unit, head_unit: str, before: dict[str, Any] | None
-) -> dict[str, Any]:
+    layers: nn.ModuleList, block: Block, unit: Unit, head_unit: str, before: BlockPlan | None
+) -> BlockPlan:
     """The entry of `config.kprune` for a block, with the sizes that the layers have now.
 
     Args:
@@ -283,7 +284,7 @@ def _block_plan(
         )
     kept = [None if count is None else count // unit.width for count in columns]
     live = [(layer, units) for layer, units in zip(layers, kept, strict=True) if units is not None]
-    plan = {
+    plan: BlockPlan = {
         "kind": block.kind,
         "by": head_unit,
         "of": max((units for _, units in live), default=0),
@@ -309,7 +310,8 @@ def _block_plan(
     if not block.weights:
         plan["weights"] = False
     if before is not None:
-        plan |= {key: before[key] for key in ("of", "select", "rows", "slices")}
+        plan["of"], plan["select"] = before["of"], before["select"]
+        plan["rows"], plan["slices"] = before["rows"], before["slices"]
     return plan
 
 

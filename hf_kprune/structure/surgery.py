@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..modeling_kprune import (
     FORMAT,
     HOW_TO_LOAD,
     SIZES,
+    Plan,
+    StackPlan,
     digest,
     has,
     kind_of,
@@ -149,10 +151,10 @@ def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
-def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
-    """Write the sizes of `sublayers`, all those of `model`, into its config; none if nothing is pruned."""
+def write_plan(sublayers: Sequence[Sublayer]) -> None:
+    """Write the sizes of all sublayers of a model into its config; none if nothing is pruned."""
     for owner in {id(s.owner): s.owner for s in sublayers}.values():
-        stacks: dict[int, dict[str, Any]] = {}
+        stacks: dict[int, StackPlan] = {}
         for sublayer in sublayers:
             if sublayer.owner is owner:
                 entry = stacks.setdefault(
@@ -166,12 +168,14 @@ def write_plan(model: PreTrainedModel, sublayers: list[Sublayer]) -> None:
             if plan_of(owner.config) is not None:
                 del owner.config.kprune
             continue
-        history = (plan_of(owner.config) or {}).get("history")
-        owner.config.kprune = {
-            **({"history": history} if history else {}),
+        before = plan_of(owner.config)
+        plan: Plan = {
             "format": FORMAT,
             "created_by": f"hf_kprune {__version__}",
             "how_to_load": HOW_TO_LOAD,
             "sha256": digest(list(stacks.values())),
             "stacks": list(stacks.values()),
         }
+        if before is not None and before.get("history"):
+            plan["history"] = before["history"]
+        owner.config.kprune = plan
