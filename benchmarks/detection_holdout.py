@@ -1,6 +1,6 @@
 """Detection on model types that were never looked at while it was written: proved, refused, or wrongly accepted.
 
-    python benchmarks/detection_holdout.py            the table of docs/detection.md
+    python benchmarks/detection_holdout.py            the table of benchmarks/results/detection_holdout.md
 
 The list was fixed before the first line of `hf_kprune/detect.py`: tiny configs, and how many attentions and FFNs a person
 counts in each model. An acceptance is judged by what detection does not share: other data, other masks, these counts.

@@ -12,9 +12,9 @@ import argparse
 import torch
 from transformers import PreTrainedModel
 
+from hf_kprune.calibration.tasks import text_inputs
 from hf_kprune.checkpoint.loading import load_model
 from hf_kprune.latency.table import compare
-from hf_kprune.structure.facts import text_inputs
 from hf_kprune.structure.sublayers import find_sublayers
 
 

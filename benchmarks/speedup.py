@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from tasks import append_line, load_model, read_lines
 
+from hf_kprune.calibration.tasks import text_inputs
 from hf_kprune.latency.table import compare, cut_to
-from hf_kprune.structure.facts import text_inputs
 
 
 Line = dict[str, Any]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .arguments import KPruneArguments
 from .budget import BudgetTerms, prunable_flops
 from .calibration.calibration import Calibration
-from .calibration.tasks import Knowledge
+from .calibration.knowledge import Knowledge
 from .errors import BudgetError
 from .latency.table import LatencyTable, compare, cut_to, search_latency
 from .methods import METHODS

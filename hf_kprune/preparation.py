@@ -23,9 +23,11 @@ from .arguments import LATENCY_BATCH, TIMES, KPruneArguments
 from .budget import BudgetTerms, BudgetWarning, model_size, peak_memory, prunable_flops
 from .calibration.calibration import Calibration, tokens_of
 from .calibration.collate import collate
+from .calibration.knowledge import Knowledge
+from .calibration.loss_check import BY_PRODUCTS
 from .calibration.rows import draw_rows, row_tokens
 from .calibration.sources import first_label
-from .calibration.tasks import BY_PRODUCTS, Knowledge, knowledge_loss
+from .calibration.tasks import knowledge_loss, text_inputs
 from .checkpoint.lineage import earlier_cuts, write_cuts
 from .errors import ArgumentError
 from .latency.table import LatencyTable
@@ -37,7 +39,7 @@ from .report import PruningReport
 from .state import Pruner, call, in_place, one_run
 from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
-from .structure.facts import in_eval_mode, text_inputs
+from .structure.facts import in_eval_mode
 from .structure.reach import leaving, towers_left_alone
 from .structure.sublayers import LEFT_ALONE, find_sublayers
 from .structure.surgery import with_own_tables

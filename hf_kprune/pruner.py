@@ -16,9 +16,9 @@ from transformers.trainer_utils import BestRun, PredictionOutput
 
 from .arguments import KPruneArguments
 from .calibration.embeddings import folder_of, refuse_wrapper
+from .calibration.knowledge import KnowledgeLoss
 from .calibration.metrics import evaluate_texts, metrics_of
 from .calibration.sources import check_processing_class, check_rows
-from .calibration.tasks import KnowledgeLoss
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
 from .checkpoint.loading import check_is_model, load_model, load_tokenizer

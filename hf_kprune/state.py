@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .arguments import KPruneArguments
 from .budget import expected_bytes, model_size
 from .calibration.embeddings import SentenceFolder
-from .calibration.tasks import KnowledgeLoss
+from .calibration.knowledge import KnowledgeLoss
 from .callbacks import CallbackHandler
 from .checkpoint.hub import check_push
 from .checkpoint.remote_code import check_code_travels

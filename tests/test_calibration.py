@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 import hf_kprune.calibration.calibration
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
 from hf_kprune.calibration.calibration import Calibration
+from hf_kprune.calibration.knowledge import Knowledge
 from hf_kprune.calibration.rows import Rows, draw_rows, row_length, row_tokens
-from hf_kprune.calibration.tasks import Knowledge, knowledge_loss
+from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.least_squares import NormalEquations
 from hf_kprune.structure.sublayers import find_sublayers

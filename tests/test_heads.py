@@ -19,8 +19,9 @@ from transformers.modeling_outputs import (
 )
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
-from hf_kprune.calibration.tasks import Draws, KnowledgeLoss, embedding_loss, knowledge_loss
-from hf_kprune.methods.knowledge import bernoulli_kl_divergence, kl_divergence, squared_error
+from hf_kprune.calibration.knowledge import Draws, KnowledgeLoss
+from hf_kprune.calibration.losses import bernoulli_kl_divergence, kl_divergence, of_embeddings, squared_error
+from hf_kprune.calibration.tasks import knowledge_loss
 
 
 QUICK: dict[str, Any] = {"sparsity": 0.5, "method": "magnitude", "tune": False, "disable_tqdm": True}
@@ -213,8 +214,10 @@ def test_normalised_embeddings_have_no_scale_and_hidden_states_do() -> None:
     hidden = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(2, 4).bool()
     one, three = (BaseModelOutput(last_hidden_state=hidden * factor) for factor in (1, 3))
-    assert embedding_loss(three, one, valid, "mean").max() < 1e-10
-    torch.testing.assert_close(embedding_loss(three, one, valid, "none"), (4 * hidden.square()).mean((1, 2)))
+    assert of_embeddings(2.0, three, one, valid, "mean").max() < 1e-10
+    torch.testing.assert_close(
+        of_embeddings(2.0, three, one, valid, "none"), (4 * hidden.square()).mean((1, 2))
+    )
 
 
 def test_a_subclass_has_the_head_of_its_parent() -> None:

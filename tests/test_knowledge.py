@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 from torch.distributions import kl_divergence as torch_kl
 
-from hf_kprune.methods.knowledge import (
+from hf_kprune.calibration.losses import (
     bernoulli_kl_divergence,
     kl_divergence,
     mean_over_tokens,
-    mean_squared_gradient,
-    per_unit,
-    representational,
     squared_error,
 )
+from hf_kprune.methods.knowledge import mean_squared_gradient, per_unit, representational
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import ZOO, make
 
+from hf_kprune.calibration.tasks import text_inputs
 from hf_kprune.errors import ArgumentError, BudgetError
 from hf_kprune.latency import table as latency
 from hf_kprune.latency.table import (
@@ -30,7 +31,6 @@ from hf_kprune.latency.table import (
     time_model,
 )
 from hf_kprune.methods.search import group_sizes, threshold_search
-from hf_kprune.structure.facts import text_inputs
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -109,7 +109,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 @pytest.mark.parametrize(
     ("names", "allowed"),
     [
-        (("methods.knowledge", "methods.search", "methods.least_squares"), {"torch"}),
+        (("calibration.losses", "methods.knowledge", "methods.search", "methods.least_squares"), {"torch"}),
         (("structure.families", "version", "text"), set()),
         (("modeling_kprune",), {"safetensors", "torch", "transformers"}),  # it travels alone
         (("structure.hooks",), {"torch"}),

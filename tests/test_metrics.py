@@ -27,11 +27,11 @@ from hf_kprune.calibration.metrics import (
     answer_figures,
     best_span,
     evaluate_texts,
-    figures_of,
     metrics_of,
     named_metric,
     perplexity,
 )
+from hf_kprune.calibration.tasks import task_of
 from hf_kprune.cli.commands import main
 
 
@@ -85,7 +85,7 @@ def test_a_name_gives_one_figure_and_other_names_are_for_evaluate() -> None:
         assert compute(prediction) == {name: 1.0}
     assert named_metric("rouge", tiny()) is None
     assert named_metric("pearsonr", tiny()) is None
-    assert figures_of(tiny("bert", "MASKED_LM")) == ()
+    assert task_of(tiny("bert", "MASKED_LM")).figures == ()
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,10 @@ from transformers import (
 )
 
 from hf_kprune import ArgumentError, CalibrationError, PruningReport
-from hf_kprune.calibration.rows import (
-    has_choices,
-    max_positions,
-    needs_targets,
-    row_length,
-    row_tokens,
-)
+from hf_kprune.calibration.rows import has_choices, row_length, row_tokens
+from hf_kprune.calibration.tasks import needs_targets
 from hf_kprune.cli.commands import main
+from hf_kprune.structure.facts import max_positions
 
 
 def one(*args: Any, **kwargs: Any) -> dict[str, Any]:

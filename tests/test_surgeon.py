@@ -16,7 +16,8 @@ from torch import Tensor
 
 import hf_kprune.methods.elimination
 from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.calibration.tasks import Draws, knowledge_loss
+from hf_kprune.calibration.knowledge import Draws
+from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.elimination import covariance, eliminate
 from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_drift

@@ -54,8 +54,9 @@ from ..structure.hooks import (
 from ..structure.sublayers import Sublayer, find_sublayers, oriented
 from ..structure.surgery import in_unit_order
 from .collate import Collator, collate
+from .knowledge import Draws, Knowledge
+from .loss_check import check_loss
 from .rows import Rows, row_length
-from .tasks import Draws, Knowledge, check_loss
 
 
 LOGITS = 2**24

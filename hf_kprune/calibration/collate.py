@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, default_data_collator
 
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
-from ..structure.facts import input_names, is_causal, label_names, needs_targets
+from ..structure.facts import input_names, is_causal, label_names
 from .rows import has_choices
+from .tasks import needs_targets
 
 
 IGNORED = -100

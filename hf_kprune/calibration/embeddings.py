@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, UnsupportedModelError
-from .tasks import NUDGE, Draws, Knowledge
+from .knowledge import NUDGE, Draws, Knowledge
 
 
 Features = dict[str, Tensor]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError
-from ..structure.facts import in_eval_mode, is_causal, max_positions, to_model
+from ..structure.facts import in_eval_mode, max_positions, to_model
 from .sources import text_columns
+from .tasks import task_of
 
 
 ALIASES = {
@@ -47,44 +47,9 @@ ANSWER_TOKENS = 30
 QA_COLUMNS = ("question", "context", "answers")
 
 
-def is_one_of(model: PreTrainedModel, *tables: str) -> bool:
-    """Whether the model is of a class in one of these `MODEL_FOR_..._MAPPING_NAMES` of transformers, or a subclass."""
-    names: set[str] = set()
-    for table in tables:
-        for entry in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
-            names.update((entry,) if isinstance(entry, str) else entry)
-    return any(cls.__name__ in names for cls in type(model).__mro__)
-
-
-def figures_of(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the figures that `evaluate()` gives of a model by its task; none if its task has none here."""
-    if is_one_of(
-        model,
-        "SEQUENCE_CLASSIFICATION",
-        "IMAGE_CLASSIFICATION",
-        "AUDIO_CLASSIFICATION",
-        "VIDEO_CLASSIFICATION",
-    ):
-        config = model.config
-        if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
-            return ("pearson", "spearman")
-        return (
-            ("accuracy", "f1")
-            if config.problem_type == "multi_label_classification"
-            else ("accuracy", "f1", "matthews")
-        )
-    if is_one_of(model, "TOKEN_CLASSIFICATION"):
-        return ("accuracy", "f1", "matthews")
-    if is_one_of(model, "MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION"):
-        return ("accuracy",)
-    if is_one_of(model, "QUESTION_ANSWERING"):
-        return ("exact_match", "f1")
-    return ("perplexity",) if is_causal(model) else ()
-
-
 def metrics_of(model: PreTrainedModel) -> Callable[[Any], dict[str, float]] | None:
     """`compute_metrics` for the labels of a classifier, a regressor or a tagger; None for other models."""
-    names = figures_of(model)
+    names = task_of(model).figures
     if not names or {"exact_match", "perplexity"} & set(names):
         return None
 
@@ -140,7 +105,7 @@ def correlations(values: Tensor, labels: Tensor) -> dict[str, float]:
 def named_metric(name: str, model: PreTrainedModel) -> Callable[[Any], dict[str, float]] | None:
     """`compute_metrics` for a name of `ALIASES` that fits the model, under that name; None if there is none here."""
     compute, figure = metrics_of(model), ALIASES.get(name)
-    if compute is None or figure not in figures_of(model):
+    if compute is None or figure not in task_of(model).figures:
         return None
     return lambda prediction: {name: compute(prediction)[str(figure)]}
 
@@ -165,9 +130,9 @@ def evaluate_texts(
     if tokenizer is None or first is None or (isinstance(first, Mapping) and "input_ids" in first):
         return None
     with in_eval_mode(model), torch.no_grad():
-        if is_one_of(model, "QUESTION_ANSWERING"):
+        if "exact_match" in task_of(model).figures:
             return answer_figures(model, list(dataset), tokenizer, args)
-        if is_causal(model):
+        if "perplexity" in task_of(model).figures:
             return {"perplexity": perplexity(model, texts_of(dataset, first, args), tokenizer, args)}
     return None
 

@@ -18,8 +18,9 @@ from transformers.utils import logging
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
-from ..structure.facts import input_names, is_causal, label_names, max_positions, needs_targets, vocabulary
+from ..structure.facts import input_names, is_causal, label_names, max_positions, vocabulary
 from .sources import CHAT_COLUMNS, depth, is_sized, read_rows, rows_of, split_rows, text_columns
+from .tasks import needs_targets, task_of
 from .texts import Texts, check_not_endless
 
 
@@ -137,7 +138,7 @@ class Reader:
         self.labels = label_names(model)
         self.accepted = input_names(model)
         self.dims = {"pixel_values": 3, "input_features": 2}.get(
-            self.main, 2 if "MultipleChoice" in self.name else 1
+            self.main, 2 if task_of(model).choices else 1
         )
         sound = self.accepted & {"input_values", "input_features"}
         self.sense = "image" if "pixel_values" in self.accepted else "audio" if sound else None

@@ -1,170 +1,191 @@
-"""Which predictive knowledge a model has, by the head on top of it: `knowledge_loss(model)` chooses.
+"""What the head on top of a model is for, and what follows from that: one table, `TASKS`.
 
-A loss compares the outputs of student and teacher and gives one number per sequence, so nothing depends on how the
-sequences are batched. Padding never counts. Sequence heads give one divergence; token heads the mean over their tokens.
-
-The Fisher information needs gradients where student and teacher are the same, and there the loss has none. It has one
-against a draw from what the teacher predicts, and over many draws the products of these gradients are its curvature, up to
-a factor that is the same for all sublayers: the mean over the n tokens of a row gives 1/n of it, so that a row counts by its
-gradients, not by its length.
+A further head of Transformers is one more entry.
 """
 
 from __future__ import annotations
 
-import copy
+import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from ..errors import ArgumentError, UnsupportedModelError
-from ..methods.knowledge import bernoulli_kl_divergence, kl_divergence, mean_over_tokens, squared_error
-from ..structure.facts import check_problem_type
-
-
-KnowledgeLoss = Callable[[Any, Any, Tensor], Tensor]
-"""(student outputs, teacher outputs, valid tokens (B, T)) -> one loss per sequence, (B,)."""
-
-
-class Draws:
-    """Random numbers that belong to rows and their tokens, whatever batch they are in.
-
-    Args:
-        seed: Of all draws.
-        rows: Number of each row among all rows. A row may be several sequences (choices).
-        valid: Tokens of the sequences that are not padding, (B, T).
-    """
-
-    def __init__(self, seed: int, rows: Sequence[int], valid: Tensor):
-        self.generators = [np.random.default_rng([seed, row]) for row in rows]
-        self.valid = valid
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Numbers in [0, 1) for each sequence, (B, ...)."""
-        return self._made(shape, lambda generator, size: generator.random(size))
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers for each sequence, (B, ...)."""
-        return self._made(shape, lambda generator, size: generator.standard_normal(size))
-
-    def _made(
-        self, shape: tuple[int, ...], draw: Callable[[np.random.Generator, tuple[int, ...]], Any]
-    ) -> Tensor:
-        of = [generator for generator in self.generators for _ in range(shape[0] // len(self.generators))]
-        return torch.tensor(
-            np.stack([draw(g, shape[1:]) for g in of]), dtype=torch.float32, device=self.valid.device
-        )
-
-    def uniform_of_tokens(self) -> Tensor:
-        """Numbers in [0, 1) for each token that is not padding, (B, T)."""
-        made = torch.zeros(self.valid.shape)
-        share = len(made) // len(self.generators)
-        for i, valid in enumerate(self.valid.cpu()):
-            made[i, valid] = torch.from_numpy(self.generators[i // share].random(int(valid.sum()))).float()
-        return made.to(self.valid.device)
-
-
-FAR = 1e4
-"""Logit of what was drawn, the others' being 0: a certainty at every temperature in use."""
-
-NUDGE = 1e-2
-"""Standard deviation of the normal draws: small, for losses that normalise what they compare."""
-
-
-def drawn_class(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Logits (..., K) of one class, drawn from softmax(logits / T) by numbers (...) in [0, 1)."""
-    below = (logits / temperature).softmax(-1).cumsum(-1) <= uniform.unsqueeze(-1)
-    drawn = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    return torch.zeros_like(logits).scatter_(-1, drawn, FAR)
+from ..structure.configs import text_config
+from ..structure.facts import PROBLEMS, check_problem_type, classes_in, max_positions, vocabulary
+from ..structure.sublayers import family_of
+from . import losses
+from .knowledge import CLASS, NORMAL, TOKEN, YES_OR_NO, YES_OR_NO_OF_TOKENS, Draw, Knowledge
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """A knowledge loss, and how to draw from what a teacher predicts.
+class Task:
+    """What a head is for.
 
     Args:
-        name: For the report.
-        loss: The loss.
-        temperature: Of the softmax.
-        kinds: For each output that the loss reads, how it is drawn: `"class"` out of the last dimension, of each token if
-            there are three, `"token"` one out of all tokens, `"yes or no"` each number by itself, `"token: yes or no"` one for
-            each token, or `"normal"`, about the teacher's, the same for all tokens. None: all outputs, normal.
-        per_token: Whether the loss is a mean over tokens of divergences of their `logits`, so that it may be taken in parts.
+        name: What the report calls it.
+        tables: Names of the auto-model tables of Transformers that list the classes with such a head.
+        loss: The loss: temperature, outputs of student and teacher, valid tokens (B, T) -> (B,). See losses.py.
+        draws: How each output that the loss reads is drawn, see knowledge.py.
+        per_token: Whether the loss is a mean over tokens of divergences of their `logits`.
+        figures: Names of the figures that `evaluate()` gives, see metrics.py; none if it gives the loss alone.
+        variant: The `config.problem_type`, or the `pooling`, that the entry is for; `""` if its tables have one entry.
+        modules: Names of modules of which the model must have one; any model will do if there are none.
+        targets: Whether an encoder-decoder must be told what its decoder reads, which else is what its encoder does.
+        choices: Whether a row holds several sequences, so that example inputs are (B, choices, T).
     """
 
     name: str
-    loss: KnowledgeLoss
-    temperature: float
-    kinds: Mapping[str, str] | None
+    tables: tuple[str, ...] = ()
+    loss: Callable[[float, Any, Any, Tensor], Tensor] | None = None
+    draws: Mapping[str, Draw] = field(default_factory=dict)
     per_token: bool = False
+    figures: tuple[str, ...] = ()
+    variant: str = ""
+    modules: frozenset[str] = frozenset()
+    targets: bool = True
+    choices: bool = False
 
-    def __call__(self, student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return self.loss(student, teacher, valid)
 
-    def noise(self, outputs: Any, draws: Draws) -> dict[str, Tensor]:
-        """The random numbers that `draw` takes for these outputs."""
-        made = {}
-        for key, kind in self.kinds_in(outputs).items():
-            shape = outputs[key].shape
-            if kind == "normal":
-                made[key] = draws.normal(shape[0], *shape[1:][-1:]).view(
-                    shape[0], *[1] * (len(shape) - 2), *shape[1:][-1:]
-                )
-            elif kind == "token: yes or no" or (kind == "class" and len(shape) == 3):
-                made[key] = draws.uniform_of_tokens()
-            else:
-                made[key] = draws.uniform(*(shape if kind == "yes or no" else shape[:1]))
-        return made
+def _sequences(name: str, problem: str, loss: Any, draw: Draw, *figures: str) -> Task:
+    """The entry for heads on whole sequences that answer one kind of problem."""
+    tables = tuple(f"MODEL_FOR_{kind}_CLASSIFICATION" for kind in ("SEQUENCE", "IMAGE", "VIDEO", "AUDIO"))
+    return Task(name, tables, loss, {"logits": draw}, figures=figures, variant=problem, targets=False)
 
-    def draw(self, outputs: Any, noise: Mapping[str, Tensor], valid: Tensor) -> Any:
-        """Outputs drawn from what a model with these outputs predicts."""
-        drawn = copy.copy(outputs)
-        for key, kind in self.kinds_in(outputs).items():
-            value = outputs[key].detach()
-            if kind == "normal":
-                drawn[key] = value + NUDGE * noise[key]
-            elif kind.endswith("yes or no"):
-                drawn[key] = FAR * (
-                    2 * (noise[key] < torch.sigmoid(value / self.temperature)).to(value.dtype) - 1
-                )
-            else:
-                if kind == "token":
-                    value = value.masked_fill(~valid, torch.finfo(value.dtype).min / 2)
-                drawn[key] = drawn_class(value, noise[key], self.temperature)
-        return drawn
 
-    def kinds_in(self, outputs: Any) -> dict[str, str]:
-        """How each of these outputs is drawn."""
-        if self.kinds is None:
-            return {
-                k: "normal" for k, v in outputs.items() if isinstance(v, Tensor) and v.is_floating_point()
-            }
-        return {key: kind for key, kind in self.kinds.items() if outputs.get(key) is not None}
+def _choice(name: str, table: str, choices: bool = False) -> Task:
+    return Task(name, (table,), losses.of_classes, {"logits": CLASS}, figures=("accuracy",), choices=choices)
+
+
+def _tokens(name: str, table: str, *figures: str, targets: bool = True) -> Task:
+    return Task(name, (table,), losses.of_tokens, {"logits": CLASS}, True, figures, targets=targets)
+
+
+EMBEDDINGS = dict.fromkeys(("last_hidden_state", "pooler_output", "text_embeds", "image_embeds"), NORMAL)
+
+ONE_TOWER = Task(
+    "embedding of one tower",
+    (),
+    losses.of_towers,
+    EMBEDDINGS,
+    modules=frozenset({"text_projection", "visual_projection"}),
+)
+"""CLIP's tower of text or of images with its projection, which no table lists."""
+
+OTHER = Task("other")
+"""A head that is none of these: the caller has a loss for it."""
+
+CLASS_FIGURES = ("accuracy", "f1", "matthews")
+
+TASKS = (
+    _sequences("regression", "regression", losses.of_numbers, NORMAL, "pearson", "spearman"),
+    _sequences(
+        "multi-label classification",
+        "multi_label_classification",
+        losses.of_labels,
+        YES_OR_NO,
+        "accuracy",
+        "f1",
+    ),
+    _sequences("classification", "single_label_classification", losses.of_classes, CLASS, *CLASS_FIGURES),
+    Task(
+        "extractive question answering",
+        ("MODEL_FOR_QUESTION_ANSWERING",),
+        losses.of_spans,
+        {"start_logits": TOKEN, "end_logits": TOKEN},
+        figures=("exact_match", "f1"),
+        targets=False,
+    ),
+    _tokens("token classification", "MODEL_FOR_TOKEN_CLASSIFICATION", *CLASS_FIGURES, targets=False),
+    _tokens("masked language model", "MODEL_FOR_MASKED_LM"),
+    _tokens("causal language model", "MODEL_FOR_CAUSAL_LM", "perplexity"),
+    _tokens("sequence-to-sequence language model", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"),
+    _tokens("speech-to-text model", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
+    _tokens("speech recognition by CTC", "MODEL_FOR_CTC"),
+    _tokens("audio frame classification", "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION", targets=False),
+    _choice("multiple choice", "MODEL_FOR_MULTIPLE_CHOICE", choices=True),
+    _choice("next sentence prediction", "MODEL_FOR_NEXT_SENTENCE_PREDICTION"),
+    _tokens("language model on images and text", "MODEL_FOR_IMAGE_TEXT_TO_TEXT"),
+    Task(
+        "pretraining heads",
+        ("MODEL_FOR_PRETRAINING",),
+        losses.of_pretraining,
+        {
+            "prediction_logits": CLASS,
+            "seq_relationship_logits": CLASS,
+            "logits": YES_OR_NO_OF_TOKENS,
+        },
+        modules=frozenset({"seq_relationship", "discriminator_predictions"}),
+    ),
+    Task(
+        "embeddings of text and image",
+        ("MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION",),
+        losses.of_towers,
+        EMBEDDINGS,
+    ),
+    *(
+        Task(
+            f"embedding ({pooling})",
+            ("MODEL_FOR_TEXT_ENCODING", "MODEL"),
+            partial(losses.of_embeddings, pooling=pooling),
+            EMBEDDINGS,
+            variant=pooling,
+        )
+        for pooling in ("mean", "cls", "pooler", "none")
+    ),
+)
+"""A class that several tables list has the task of the first."""
+
+
+def task_of(model: PreTrainedModel, problem: str | None = None, pooling: str = "mean") -> Task:
+    """The task of `model`, by the table that lists its class, or else one that it is a subclass of; `OTHER` if none does.
+
+    Args:
+        model: Any.
+        problem: What a sequence head answers. None: what its config says by `problem_type`, or by the number of labels.
+        pooling: How a base model without a head makes an embedding, see `losses.of_embeddings`.
+    """
+    problem = problem or _stated_problem(model.config)
+    modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    variants = [task for task in TASKS if task.variant in ("", problem, pooling)]
+    fitting = [task for task in variants if not task.modules or task.modules & modules]
+    for cls in type(model).__mro__:
+        for task in fitting:
+            if any(cls.__name__ in classes_in(table) for table in task.tables):
+                return task
+    return ONE_TOWER if ONE_TOWER.modules & modules else OTHER
+
+
+def _stated_problem(config: Any) -> str:
+    """What a sequence head answers by its config alone."""
+    problem = getattr(config, "problem_type", None)
+    if problem in PROBLEMS:
+        return str(problem)
+    return "regression" if getattr(config, "num_labels", None) == 1 else "single_label_classification"
 
 
 def problem_type(config: Any, label: Any = None) -> str:
     """What a sequence head answers: one of `PROBLEMS` (structure/facts.py).
 
     Args:
-        config: With `num_labels` and, if it says what these are, `problem_type`.
-        label: Of one row of the data, which tells it too: a class, or a list of yes or no, or of numbers. None: there is none.
+        config: It has `num_labels` and, if it says what these are, `problem_type`.
+        label: The label of one row of the data, which tells it too: a class, or a list of yes or no, or of numbers. None:
+            there is none.
 
     Raises:
         ArgumentError: If the config contradicts itself, so that there would be nothing to preserve.
     """
     check_problem_type(config)
-    problem, count = config.problem_type, config.num_labels
-    if problem is not None:
-        return str(problem)
-    if count == 1:
-        return "regression"
+    problem, count = _stated_problem(config), config.num_labels
+    if config.problem_type is not None or count == 1:
+        return problem
     values = np.ravel(label).tolist() if hasattr(label, "__len__") and not isinstance(label, str) else []
     names = bool(values) and all(isinstance(value, str) for value in values)
     if len(values) == count or names:
@@ -181,7 +202,7 @@ def problem_type(config: Any, label: Any = None) -> str:
             "may be, set model.config.problem_type = 'multi_label_classification', or 'regression' if they are numbers",
             stacklevel=2,
         )
-    return "single_label_classification"
+    return problem
 
 
 def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str, label: Any = None) -> Knowledge:
@@ -189,250 +210,74 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str, lab
 
     Args:
         model: A model of one of the `AutoModelFor...` tables of transformers, or a subclass of one.
-        temperature: Of the softmax, gamma in the paper.
-        pooling: How a base model without a head makes an embedding, see `embedding_loss`.
-        label: Of one row of the data, if there is one, see `problem_type`.
+        temperature: Temperature of the softmax, gamma in the paper.
+        pooling: How a base model without a head makes an embedding, see `losses.of_embeddings`.
+        label: The label of one row of the data, if there is one, see `problem_type`.
 
     Raises:
+        ArgumentError: If the model has no pooler to go by, or its config contradicts itself.
         UnsupportedModelError: If the model has a head that none of the losses is for.
     """
-
-    def divergence(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return kl_divergence(student.logits, teacher.logits, temperature)
-
-    def multi_label(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return bernoulli_kl_divergence(student.logits, teacher.logits, temperature)
-
-    def regression(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return squared_error(student.logits, teacher.logits)
-
-    def per_token(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return mean_over_tokens(kl_divergence(student.logits, teacher.logits, temperature), valid)
-
-    def span(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        def over_tokens(name: str) -> Tensor:
-            # finite, and still so when divided by the temperature and shifted by the softmax
-            lowest = min(temperature, 1) * torch.finfo(student[name].dtype).min / 2
-            s, t = (outputs[name].masked_fill(~valid, lowest) for outputs in (student, teacher))
-            return kl_divergence(s, t, temperature)
-
-        return (over_tokens("start_logits") + over_tokens("end_logits")) / 2
-
-    def pretraining(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        if "seq_relationship_logits" in student:  # masked LM and next sentence, one head each
-            words = kl_divergence(student.prediction_logits, teacher.prediction_logits, temperature)
-            pair = kl_divergence(
-                student.seq_relationship_logits, teacher.seq_relationship_logits, temperature
-            )
-            return mean_over_tokens(words, valid) + pair
-        s, t = (
-            outputs.logits.unsqueeze(-1) for outputs in (student, teacher)
-        )  # ELECTRA: replaced or not, per token
-        return mean_over_tokens(bernoulli_kl_divergence(s, t, temperature), valid)
-
     if pooling == "pooler" and getattr(model.base_model, "pooler", None) is None:
         raise ArgumentError(
             f"pooling is 'pooler', which {type(model).__name__} lacks here; expected mean, cls or none"
         )
-
-    def embedding(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        if "last_hidden_state" not in student and "text_embeds" in student:
-            return towers(student, teacher, valid)
-        return embedding_loss(student, teacher, valid, pooling)
-
-    def towers(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        pairs = [(student[key], teacher[key]) for key in ("text_embeds", "image_embeds") if key in student]
-        distances = [(F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) for s, t in pairs]
-        return torch.stack(distances).sum(0)
-
-    def made(name: str, loss: KnowledgeLoss, kinds: Mapping[str, str], per_token: bool = False) -> Knowledge:
-        return Knowledge(name, loss, temperature, kinds, per_token)
-
-    def sequence() -> Knowledge:
-        problem = problem_type(model.config, label)
-        if problem == "regression":
-            return made("regression", regression, {"logits": "normal"})
-        if problem == "multi_label_classification":
-            return made("multi-label classification", multi_label, {"logits": "yes or no"})
-        return choice("classification")
-
-    def choice(name: str) -> Knowledge:
-        return made(name, divergence, {"logits": "class"})
-
-    def tokens(name: str) -> Knowledge:
-        return made(name, per_token, {"logits": "class"}, per_token=True)
-
-    def embeddings(name: str, loss: KnowledgeLoss = embedding) -> Knowledge:
-        outputs = ("last_hidden_state", "pooler_output", "text_embeds", "image_embeds")
-        return made(name, loss, dict.fromkeys(outputs, "normal"))
-
-    words_and_pair = {
-        "prediction_logits": "class",
-        "seq_relationship_logits": "class",
-        "logits": "token: yes or no",
-    }
-    spans = {"start_logits": "token", "end_logits": "token"}
-
-    modules = [name.rsplit(".", 1)[-1] for name, _ in model.named_modules()]
-    knows_pretraining = "seq_relationship" in modules or "discriminator_predictions" in modules
-    heads: dict[str, Callable[[], Knowledge | None]] = {
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION": sequence,
-        "MODEL_FOR_QUESTION_ANSWERING": lambda: made("extractive question answering", span, spans),
-        "MODEL_FOR_TOKEN_CLASSIFICATION": lambda: tokens("token classification"),
-        "MODEL_FOR_MASKED_LM": lambda: tokens("masked language model"),
-        "MODEL_FOR_CAUSAL_LM": lambda: tokens("causal language model"),
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM": lambda: tokens("sequence-to-sequence language model"),
-        "MODEL_FOR_SPEECH_SEQ_2_SEQ": lambda: tokens("speech-to-text model"),
-        "MODEL_FOR_CTC": lambda: tokens("speech recognition by CTC"),
-        "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION": lambda: tokens("audio frame classification"),
-        "MODEL_FOR_IMAGE_CLASSIFICATION": sequence,
-        "MODEL_FOR_VIDEO_CLASSIFICATION": sequence,
-        "MODEL_FOR_AUDIO_CLASSIFICATION": sequence,
-        "MODEL_FOR_MULTIPLE_CHOICE": lambda: choice("multiple choice"),
-        "MODEL_FOR_NEXT_SENTENCE_PREDICTION": lambda: choice("next sentence prediction"),
-        "MODEL_FOR_IMAGE_TEXT_TO_TEXT": lambda: tokens("language model on images and text"),
-        "MODEL_FOR_PRETRAINING": lambda: (
-            made("pretraining heads", pretraining, words_and_pair) if knows_pretraining else None
-        ),
-        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION": lambda: embeddings(
-            "embeddings of text and image", towers
-        ),
-        "MODEL_FOR_TEXT_ENCODING": lambda: embeddings(f"embedding ({pooling})"),
-        "MODEL": lambda: embeddings(f"embedding ({pooling})"),
-    }
-    for cls in type(model).__mro__:
-        for table, choose in heads.items():
-            listed = getattr(modeling_auto, f"{table}_MAPPING_NAMES").values()
-            if any(cls.__name__ in ((name,) if isinstance(name, str) else name) for name in listed):
-                found = choose()
-                if found is not None:
-                    return found
-    if {"text_projection", "visual_projection"} & set(modules):
-        return embeddings("embedding of one tower", towers)
-    raise UnsupportedModelError(
-        f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
-        "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
-    )
-
-
-def embedding_loss(student: Any, teacher: Any, valid: Tensor, pooling: str) -> Tensor:
-    """Squared distance between what a base model is used for, (B,).
-
-    Args:
-        student: Outputs with `last_hidden_state` (B, T, D) and, for `"pooler"`, `pooler_output` (B, D).
-        teacher: The same.
-        valid: Tokens that are not padding, (B, T).
-        pooling: `"mean"` over tokens, `"cls"` the first token, `"pooler"` the model's own pooler, each normalised to
-            length 1; `"none"` compares the hidden states themselves, as the mean over tokens.
-    """
-    if pooling == "none":
-        return mean_over_tokens(squared_error(student.last_hidden_state, teacher.last_hidden_state), valid)
-
-    def embed(outputs: Any) -> Tensor:
-        if pooling == "mean":
-            return F.normalize(mean_over_tokens(outputs.last_hidden_state, valid), dim=-1)
-        return F.normalize(
-            outputs.last_hidden_state[:, 0] if pooling == "cls" else outputs.pooler_output, dim=-1
+    task = task_of(model, pooling=pooling)
+    if task.variant in PROBLEMS:
+        task = task_of(model, problem_type(model.config, label), pooling)
+    if task.loss is None:
+        raise UnsupportedModelError(
+            f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
+            "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
         )
-
-    return (embed(student) - embed(teacher)).square().sum(-1)
-
-
-BY_PRODUCTS = {
-    "encoder_last_hidden_state",
-    "extract_features",
-    "image_hidden_states",
-    "last_hidden_state",
-    "logits_per_image",
-    "logits_per_text",
-    "past_key_values",
-    "pooler_output",
-    "rope_deltas",
-    "text_model_output",
-    "vision_model_output",
-}
-"""Outputs of Transformers' classes that others follow from, or that follow from others: no answers of their own."""
+    return Knowledge(task.name, partial(task.loss, temperature), temperature, task.draws, task.per_token)
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """The floating tensors in an output: itself, or those of a tuple, such as the hidden states of all layers."""
-    if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in tensors_in(part)]
-    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+def needs_targets(model: PreTrainedModel) -> bool:
+    """Whether `model` has a decoder that must be told what to read: `labels` or `decoder_input_ids`."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    task = task_of(model)
+    # a base model may give its decoder the encoder's tokens, shifted
+    shifts = "MODEL" in task.tables and any(stack.shifts for stack in family_of(model) or ())
+    return task.targets and not shifts and "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
-def leaves_of(value: Any, generator: torch.Generator) -> Any:
-    """The same output with noise, so that it is not the teacher's, as leaves of a graph."""
-    if isinstance(value, (tuple, list)):
-        return (
-            type(value)(leaves_of(part, generator) for part in value)
-            if type(value) in (tuple, list)
-            else value
-        )
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-    return (value.detach() + noise).requires_grad_()
+def text_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Random token ids, (batch_size, length), without padding, and as many for a decoder that must be told what to read.
 
-
-def check_loss(
-    loss: Knowledge, outputs: Any, valid: Tensor, draws: Draws, samples: int
-) -> tuple[list[str], list[str]]:
-    """Try a knowledge loss on outputs of the teacher, and on the same with noise as the student's.
-
-    Args:
-        loss: The loss.
-        outputs: Of the model for a few rows, in float32.
-        valid: Their tokens that count, (B, T).
-        draws: Of these rows.
-        samples: Number of rows.
-
-    Returns:
-        Names of the outputs that the loss reads, and of those that it does not.
+    The last one is the end-of-sequence token, if there is one; there are no other special ones. Of a model for multiple
+    choice each row has one choice.
 
     Raises:
-        ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head, always the same.
+        ArgumentError: If the model does not run on token ids alone, or not on so many.
     """
-    name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
-    expected = "a floating tensor of one differentiable number for each row"
-    generator = torch.Generator().manual_seed(0)
-    drawn = loss.draw(outputs, loss.noise(outputs, draws), valid)
-    student = copy.copy(outputs)
-    for key, value in outputs.items():
-        student[key] = leaves_of(value, generator)
-    with torch.enable_grad():
-        losses = loss(student, drawn, valid)
-    if not isinstance(losses, Tensor):
-        raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
-    if losses.shape != (samples,):
+    accepted, name = inspect.signature(model.forward).parameters, type(model).__name__
+    other = accepted.keys() & {"pixel_values", "input_values", "input_features"}
+    if "input_ids" not in accepted or other:
         raise ArgumentError(
-            f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: {expected}"
+            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
+            "a batch of the calibration data"
         )
-    if not losses.is_floating_point():
-        raise ArgumentError(f"{name} returned numbers of {losses.dtype}, expected {expected}")
-    if not losses.requires_grad:
-        raise ArgumentError(
-            f"{name} returned numbers without a graph, expected {expected}; leave out torch.no_grad(), detach(), item() and "
-            "NumPy on the way from the student's outputs"
-        )
-    if not bool(torch.isfinite(losses).all()):
-        raise ArgumentError(f"{name} returned {losses.tolist()}, expected finite numbers")
-    by_key = {
-        key: [leaf for leaf in tensors_in(value) if leaf.requires_grad] for key, value in student.items()
-    }
-    leaves = [leaf for group in by_key.values() for leaf in group]
-    with torch.enable_grad():
-        total = losses.sum()
-    gradients = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves, allow_unused=True), strict=True))
-    read = [key for key, group in by_key.items() if any(gradients[id(leaf)] is not None for leaf in group)]
-    slopes = [gradient for gradient in gradients.values() if gradient is not None]
-    if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
-        raise ArgumentError(
-            f"the gradient of {name} to {', '.join(read)} is NaN or infinite, expected finite numbers"
-        )
-    if loss.kinds is not None and bool(valid.any()) and not any(bool(slope.any()) for slope in slopes):
-        raise ArgumentError(
-            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
-            "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"
-        )
-    return read, [key for key in outputs if key not in read]
+    config = text_config(model.config).to_dict()
+    ids_of = {key: ids for key, ids in config.items() if key.endswith("_token_id") and ids is not None}
+    special = {key: ids if isinstance(ids, list) else [ids] for key, ids in ids_of.items()}
+    readers = {"": model, **({"decoder_": model.get_decoder()} if needs_targets(model) else {})}
+    generator, inputs = torch.Generator().manual_seed(0), {}
+    for prefix, reader in readers.items():
+        limit = max_positions(reader) if isinstance(reader, PreTrainedModel) else None
+        if batch_size < 1 or not 1 <= length <= (limit or length):
+            raise ArgumentError(
+                f"asked for inputs of {batch_size} x {length} tokens, expected at least 1 x 1"
+                + (f", and {name} takes at most {limit} tokens" if limit else "")
+            )
+        words = set(range(vocabulary(model, reader) or 0))
+        plain = torch.tensor(sorted(words.difference(*special.values())))
+        ids = plain[torch.randint(len(plain), (batch_size, length), generator=generator)]
+        for end in words.intersection(special.get("eos_token_id", [])[:1]):
+            ids[:, -1] = end
+        inputs[f"{prefix}input_ids"] = ids
+        if f"{prefix}attention_mask" in accepted:
+            inputs[f"{prefix}attention_mask"] = torch.ones_like(ids)
+    choices = task_of(model).choices
+    return {key: (value.unsqueeze(1) if choices else value).to(model.device) for key, value in inputs.items()}

@@ -25,8 +25,9 @@ from transformers.utils import cached_file
 from ..arguments import KPruneArguments
 from ..budget import expected_bytes, model_size
 from ..calibration.embeddings import SentenceFolder, folder_of, read_folder
-from ..calibration.metrics import ALIASES, QA_COLUMNS, figures_of, named_metric
+from ..calibration.metrics import ALIASES, QA_COLUMNS, named_metric
 from ..calibration.sources import text_columns
+from ..calibration.tasks import needs_targets, task_of
 from ..checkpoint.hub import check_push
 from ..checkpoint.integrity import verify_weights
 from ..checkpoint.legacy import from_legacy
@@ -41,7 +42,7 @@ from ..report import JSON_NAME, MARKDOWN_NAME, PruningReport
 from ..reports import Table, to_markdown
 from ..state import one_run
 from ..structure.detect import describe
-from ..structure.facts import max_positions, needs_targets
+from ..structure.facts import PROBLEMS, max_positions
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..sweep import check_plot
@@ -117,7 +118,7 @@ def encoder(
 def label_ids(labels: Sequence[Any], model: PreTrainedModel) -> list[Any]:
     """Labels as the loss of `model` takes them. Raises `ArgumentError` for those that it has no class for."""
     config = model.config
-    if "ForMultipleChoice" in type(model).__name__:
+    if task_of(model).choices:
         return list(labels)
     if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
         return [torch.tensor(label, dtype=torch.float32).tolist() for label in labels]
@@ -179,11 +180,11 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
             raise ArgumentError(
                 f"there is no tokenizer with the model {name!r}; save the one it was trained with there"
             )
-        kind, choices = type(model).__name__, "ForMultipleChoice" in type(model).__name__
+        kind, task = type(model).__name__, task_of(model)
         named = args.text_columns and [
             name.strip() for names in args.text_columns for name in names.split(",")
         ]
-        if named and not choices and len(named) > 2:
+        if named and not task.choices and len(named) > 2:
             raise ArgumentError(f"text_columns names {len(named)} columns, {kind} takes one or two")
         if named and args.packing and len(named) > 1:
             raise ArgumentError(f"packing joins the texts of one column, text_columns names {len(named)}")
@@ -203,12 +204,12 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         if folder is not None:
             limits.append(folder.longest(args.max_seq_length, tokenizer) or min(limits))
         encode = encoder(
-            columns, tokenizer if folder is None else folder.reader(tokenizer), min(limits), choices
+            columns, tokenizer if folder is None else folder.reader(tokenizer), min(limits), task.choices
         )
         eval_dataset = None
         if data.eval_dataset_name or data.eval_file:
-            from_texts = {"exact_match", "perplexity"} & set(figures_of(model))
-            if not choices and "ForSequenceClassification" not in kind and not from_texts:
+            from_texts = {"exact_match", "perplexity"} & set(task.figures)
+            if not task.choices and task.variant not in PROBLEMS and not from_texts:
                 raise ArgumentError(
                     f"{kind} cannot be evaluated here: leave that out and use KPrunePruner.evaluate()"
                 )
@@ -218,9 +219,9 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
                 data.eval_dataset_split,
                 data.eval_file,
             )
-            if data.metric and from_texts and ALIASES.get(data.metric) not in figures_of(model):
+            if data.metric and from_texts and ALIASES.get(data.metric) not in task.figures:
                 raise ArgumentError(
-                    f"metric is {data.metric!r}, expected one of {', '.join(figures_of(model))} for {kind}"
+                    f"metric is {data.metric!r}, expected one of {', '.join(task.figures)} for {kind}"
                 )
             needed = (
                 QA_COLUMNS
@@ -250,7 +251,7 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
         say(
             f"{common:,} of {len(rows):,} evaluation rows are calibration rows too: they say little of other texts."
         )
-    collator = collate_choices if choices else None
+    collator = collate_choices if task.choices else None
     calibration = dataset[columns[0]] if args.packing else dataset.with_transform(encode)
     return KPrunePruner(model, args, calibration, collator, eval_dataset, tokenizer, compute_metrics)
 
@@ -283,7 +284,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
         ]
         say(to_markdown([Table(("evaluation", "dense", "pruned"), rows, "lrr")]))
     else:
-        names = ", ".join(figures_of(pruner.model)) or "the loss"
+        names = ", ".join(task_of(pruner.model).figures) or "the loss"
         say(f"No evaluation data: --eval_file FILE shows {names} of the dense and the pruned model.\n")
     say(how_to_load(path, pruner.model, pruner.sentence_folder))
     if push:

@@ -5,42 +5,7 @@ Shapes: B sequences, T tokens, K classes, C columns of an output projection, D r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-
-
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Predictive knowledge, T^2 KL(softmax(z_T / T) || softmax(z_S / T)) over the last dimension: (..., K) -> (...).
-
-    Park et al. 2024, eq. 4, in the direction of the published code.
-    """
-    target = F.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * (target.exp() * (target - F.log_softmax(student / temperature, dim=-1))).sum(-1)
-
-
-def bernoulli_kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The same for K independent yes-or-no decisions (multi-label heads): (..., K) -> (...), summed over them."""
-    two = (
-        torch.stack([student, torch.zeros_like(student)], -1),
-        torch.stack([teacher, torch.zeros_like(teacher)], -1),
-    )
-    return kl_divergence(*two, temperature).sum(-1)
-
-
-def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over the last dimension, (..., K) -> (...). Raises ValueError if the shapes differ."""
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape"
-        )
-    return (student - teacher).square().mean(-1)
-
-
-def mean_over_tokens(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of the values (B, T, ...) of the tokens that are not padding, valid (B, T), for each sequence: (B, ...)."""
-    weight = valid.to(values.dtype).reshape(*valid.shape, *[1] * (values.dim() - 2))
-    return torch.where(weight.bool(), values, 0).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def mean_squared_gradient(gradient_sum: Tensor, gradient_square: Tensor, samples: int, batch: int) -> Tensor:

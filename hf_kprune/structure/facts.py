@@ -9,17 +9,17 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.utils import find_labels
 
 from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
 from .configs import read, text_config
-from .sublayers import family_of
 from .surgery import twin
 
 
@@ -71,19 +71,16 @@ def vocabulary(model: PreTrainedModel, part: Any) -> int | None:
         return getattr(text_config(model.config), "vocab_size", None)
 
 
+@cache
+def classes_in(table: str) -> frozenset[str]:
+    """Names of the classes in an auto-model table of Transformers, such as `"MODEL_FOR_MASKED_LM"`."""
+    entries = getattr(modeling_auto, f"{table}_MAPPING_NAMES").values()
+    return frozenset(name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry))
+
+
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether `model` is a causal language model, whose labels are those of its own inputs."""
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return any(cls.__name__ in names for cls in type(model).__mro__)
-
-
-def needs_targets(model: PreTrainedModel) -> bool:
-    """Whether `model` has a decoder that must be told what to read: `labels` or `decoder_input_ids`."""
-    name, takes = type(model).__name__, inspect.signature(model.forward).parameters
-    # the decoders of these read the encoder's tokens again
-    alone = "Classification" in name or "QuestionAnswering" in name
-    alone = alone or (name.endswith("Model") and any(stack.shifts for stack in family_of(model) or ()))
-    return getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and not alone
+    return any(cls.__name__ in classes_in("MODEL_FOR_CAUSAL_LM") for cls in type(model).__mro__)
 
 
 def check_problem_type(config: Any) -> None:
@@ -178,46 +175,6 @@ def first_run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[Non
                 else ", or a data_collator that makes its inputs"
             )
         ) from error
-
-
-def text_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
-    """Random token ids, (batch_size, length), without padding, and as many for a decoder that must be told what to read.
-
-    The last one is the end-of-sequence token, if there is one; there are no other special ones. Of a model for multiple
-    choice each row has one choice.
-
-    Raises:
-        ArgumentError: If the model does not run on token ids alone, or not on so many.
-    """
-    accepted, name = inspect.signature(model.forward).parameters, type(model).__name__
-    other = accepted.keys() & {"pixel_values", "input_values", "input_features"}
-    if "input_ids" not in accepted or other:
-        raise ArgumentError(
-            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
-            "a batch of the calibration data"
-        )
-    config = text_config(model.config).to_dict()
-    ids_of = {key: ids for key, ids in config.items() if key.endswith("_token_id") and ids is not None}
-    special = {key: ids if isinstance(ids, list) else [ids] for key, ids in ids_of.items()}
-    readers = {"": model, **({"decoder_": model.get_decoder()} if needs_targets(model) else {})}
-    generator, inputs = torch.Generator().manual_seed(0), {}
-    for prefix, reader in readers.items():
-        limit = max_positions(reader) if isinstance(reader, PreTrainedModel) else None
-        if batch_size < 1 or not 1 <= length <= (limit or length):
-            raise ArgumentError(
-                f"asked for inputs of {batch_size} x {length} tokens, expected at least 1 x 1"
-                + (f", and {name} takes at most {limit} tokens" if limit else "")
-            )
-        words = set(range(vocabulary(model, reader) or 0))
-        plain = torch.tensor(sorted(words.difference(*special.values())))
-        ids = plain[torch.randint(len(plain), (batch_size, length), generator=generator)]
-        for end in words.intersection(special.get("eos_token_id", [])[:1]):
-            ids[:, -1] = end
-        inputs[f"{prefix}input_ids"] = ids
-        if f"{prefix}attention_mask" in accepted:
-            inputs[f"{prefix}attention_mask"] = torch.ones_like(ids)
-    choices = "MultipleChoice" in name
-    return {key: (value.unsqueeze(1) if choices else value).to(model.device) for key, value in inputs.items()}
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""A knowledge loss is tried before any work is done with it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .knowledge import Draws, Knowledge
+
+
+BY_PRODUCTS = {
+    "encoder_last_hidden_state",
+    "extract_features",
+    "image_hidden_states",
+    "last_hidden_state",
+    "logits_per_image",
+    "logits_per_text",
+    "past_key_values",
+    "pooler_output",
+    "rope_deltas",
+    "text_model_output",
+    "vision_model_output",
+}
+"""Outputs of Transformers' classes that others follow from, or that follow from others: no answers of their own."""
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The floating tensors in an output: itself, or those of a tuple, such as the hidden states of all layers."""
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
+def leaves_of(value: Any, generator: torch.Generator) -> Any:
+    """The same output with noise, so that it is not the teacher's, as leaves of a graph."""
+    if isinstance(value, (tuple, list)):
+        return (
+            type(value)(leaves_of(part, generator) for part in value)
+            if type(value) in (tuple, list)
+            else value
+        )
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+    return (value.detach() + noise).requires_grad_()
+
+
+def check_loss(
+    loss: Knowledge, outputs: Any, valid: Tensor, draws: Draws, samples: int
+) -> tuple[list[str], list[str]]:
+    """Try a knowledge loss on outputs of the teacher, and on the same with noise as the student's.
+
+    Args:
+        loss: The loss.
+        outputs: Of the model for a few rows, in float32.
+        valid: Their tokens that count, (B, T).
+        draws: Of these rows.
+        samples: Number of rows.
+
+    Returns:
+        Names of the outputs that the loss reads, and of those that it does not.
+
+    Raises:
+        ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head, always the same.
+    """
+    name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
+    expected = "a floating tensor of one differentiable number for each row"
+    generator = torch.Generator().manual_seed(0)
+    drawn = loss.draw(outputs, loss.noise(outputs, draws), valid)
+    student = copy.copy(outputs)
+    for key, value in outputs.items():
+        student[key] = leaves_of(value, generator)
+    with torch.enable_grad():
+        losses = loss(student, drawn, valid)
+    if not isinstance(losses, Tensor):
+        raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
+    if losses.shape != (samples,):
+        raise ArgumentError(
+            f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: {expected}"
+        )
+    if not losses.is_floating_point():
+        raise ArgumentError(f"{name} returned numbers of {losses.dtype}, expected {expected}")
+    if not losses.requires_grad:
+        raise ArgumentError(
+            f"{name} returned numbers without a graph, expected {expected}; leave out torch.no_grad(), detach(), item() and "
+            "NumPy on the way from the student's outputs"
+        )
+    if not bool(torch.isfinite(losses).all()):
+        raise ArgumentError(f"{name} returned {losses.tolist()}, expected finite numbers")
+    by_key = {
+        key: [leaf for leaf in tensors_in(value) if leaf.requires_grad] for key, value in student.items()
+    }
+    leaves = [leaf for group in by_key.values() for leaf in group]
+    with torch.enable_grad():
+        total = losses.sum()
+    gradients = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves, allow_unused=True), strict=True))
+    read = [key for key, group in by_key.items() if any(gradients[id(leaf)] is not None for leaf in group)]
+    slopes = [gradient for gradient in gradients.values() if gradient is not None]
+    if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
+        raise ArgumentError(
+            f"the gradient of {name} to {', '.join(read)} is NaN or infinite, expected finite numbers"
+        )
+    if loss.kinds is not None and bool(valid.any()) and not any(bool(slope.any()) for slope in slopes):
+        raise ArgumentError(
+            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
+            "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"
+        )
+    return read, [key for key in outputs if key not in read]
