@@ -8,59 +8,89 @@ To add a family, describe one of its layers (docs/add_a_family.md walks through 
               output="attention.output.dense", core="attention.self",
               sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"}),
         Block("ffn", inputs={"intermediate.dense": "f"}, output="output.dense", stream="intermediate.dense"))))
+
+What the strings of a description mean:
+
+    field             value               meaning
+    inputs            "q"                 rows of query heads
+                      "kv"                rows of key heads, or of value heads
+                      "qkv"               all three fused, one after the other
+                      "qkv:perhead"       all three fused, group by group
+                      "f"                 rows of neurons
+                      "2f"                gate and up projections fused, one after the other
+    returns           "y"                 the output of an attention, or the hidden states of a layer
+                      "y+x"               that, with the argument x of the attention added
+                      None                None
+                      ("y", None)         a tuple of such; a lone "y" that is in no tuple is written "y"
+    stream            "path"              the module reads the residual stream that the output joins
+                      "a|b"               the one of two modules that runs first, where an option of the model decides
+                      ""                  the stream is the input of the layer
+                      None                the output is normalised or scaled before it joins
+    sizes             "heads"             number of query heads
+                      "kv_heads"          number of key-value heads
+                      "groups"            query heads for each key-value head
+                      "width"             query heads times the size of a head
+    select            0, 1                one slice for each head in this dimension
+                      "0:batch"           the same in dimension 0, with the batch folded in before it
+                      "none"              the argument is replaced by None
+    slices            0, 1                one slice for each head in this dimension
+    kv_heads          "name"              the config attribute
+                      "flag ? a : b"      the attribute a where the attribute flag is true, else b
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
+
+
+Kind = Literal["attention", "cross_attention", "ffn"]
+Layout = Literal["q", "kv", "qkv", "qkv:perhead", "f", "2f"]
+Returns = tuple[str | None, ...] | str
+Size = Literal["heads", "kv_heads", "groups", "width"]
+Place = Literal[0, 1, "0", "1", "0:batch", "none"]
+Dimension = Literal[0, 1, "0", "1"]
+"""Earlier versions took the numbers as strings, which are still taken."""
 
 
 @dataclass(frozen=True)
 class Block:
     """One prunable sublayer of a layer. All paths are module paths relative to the layer.
 
-    A *unit* is what is kept or pruned whole: an attention head (with grouped queries: a key-value head and its query
+    A *unit* is what is kept or pruned as one: an attention head (with grouped queries, a key-value head and its query
     heads, or one query head of every group) or an FFN neuron.
 
-    A layer that lacks the `output` lacks the block (experts in its place, say), and an input that a layer lacks is not
-    asked for, so one entry serves variants. What a layer has and the entry does not name is refused.
+    A layer that lacks the `output` lacks the block (experts may be in its place), and an input that a layer lacks is
+    skipped, so one entry serves variants. What a layer has and the entry does not name is refused.
 
     Args:
-        kind: `"attention"`, `"cross_attention"` or `"ffn"`.
-        inputs: Projections whose output rows belong to units, each with the layout of its rows:
-            `"q"` query heads, `"kv"` key or value heads, `"qkv"` all three fused one after the other, `"qkv:perhead"`
-            the three fused group by group, `"f"` neurons, `"2f"` gate and up projections fused one after the other.
+        kind: Which sublayer it is; its units are of the class in `units.UNITS`.
+        inputs: Projections whose output rows belong to units, each with the layout of its rows.
         output: Projection whose input columns belong to units. Its output is the sublayer's output.
-        stream: Module that reads the residual stream which the output joins (a norm in pre-norm models, the FFN's
-            first projection in post-norm ones); `""` if it is the layer's own input; None if the output is normalised or
-            scaled before it joins: then weight tuning rebuilds the output alone. `"a|b"`: of two, the one that runs first,
-            where an option of the model decides.
+        stream: Module that reads the residual stream which the output joins: a norm in pre-norm models, the first
+            projection of the FFN in post-norm ones. If it is None, weight tuning rebuilds the output alone.
         core: Attention module that is replaced when no head is left.
-        returns: What `core` returns: `"y"` stands for the attention's output, `None` for None. A lone `"y"` that is not
-            in a tuple is written `"y"`.
-        sizes: Attributes to refresh after a cut, `"path.of.module.attribute"`: `"heads"` (query heads), `"kv_heads"`,
-            `"groups"` (query heads per key-value head) or `"width"` (heads x head size). Missing ones are skipped. A path
-            through a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it with that value.
-        select: Arguments of `core` that carry one slice per head, and where: `"1"` in dimension 1, `"0"` in dimension 0,
-            `"0:batch"` in dimension 0 with the batch folded in before it; `"none"` passes None in its place.
-        slices: Parameters, none of a projection, that hold one slice per head, and in which dimension, `"0"` or `"1"`.
-        table: An embedding of relative positions with one column per head, which the first layer of the stack holds for
-            all (T5). In a pruned model every layer has its own.
+        returns: What `core` returns.
+        sizes: Attributes to refresh after a cut, `"path.of.module.attribute"`. Missing ones are skipped. A path through
+            a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it with that value.
+        select: Arguments of `core` that carry one slice for each head, and where.
+        slices: Parameters, none of a projection, that hold one slice for each head, and where.
+        table: An embedding of relative positions with one column for each head, which the first layer of the stack holds
+            for all (T5). In a pruned model every layer has its own.
         whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that says whether
-            they cannot: then all of them are one unit. `""` if they can.
-        weights: Whether its model can take the attention weights of no heads, (B, 0, T, T); else it refuses
+            they cannot. Then all of them are one unit. `""` if they can.
+        weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it refuses
             `output_attentions=True` once an attention is emptied.
     """
 
-    kind: str
-    inputs: Mapping[str, str]
+    kind: Kind
+    inputs: Mapping[str, Layout]
     output: str
     stream: str | None = ""
     core: str = ""
-    returns: tuple[str | None, ...] | str = ("y", None)
-    sizes: Mapping[str, str] = field(default_factory=dict)
-    select: Mapping[str, str] = field(default_factory=dict)
-    slices: Mapping[str, str] = field(default_factory=dict)
+    returns: Returns = ("y", None)
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    select: Mapping[str, Place] = field(default_factory=dict)
+    slices: Mapping[str, Dimension] = field(default_factory=dict)
     table: str = ""
     whole: str = ""
     weights: bool = True
@@ -73,26 +103,26 @@ class Stack:
     Args:
         layers: Path of the `ModuleList`, seen from the base model.
         blocks: The sublayers of one layer, in the order in which they run.
-        returns: What a layer returns: `"y"` (the hidden states alone) or a tuple in which `"y"` stands for them.
+        returns: What a layer returns.
         parallel: Whether all blocks of a layer read the layer's input and their outputs are added up.
         residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""` for none.
         untouched: Module paths in the layer whose projections are left as they are (experts, routers).
         heads: Config attribute with the number of query heads.
         kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for all.
-            `"flag ? this : that"` asks one of two attributes.
-        head_dim: Config attribute with the size of a head, where there is one; else hidden size / heads.
-        mask: Model input that tells padding of this stack's tokens; `""` if there is none.
+        head_dim: Config attribute with the size of a head, where there is one. Else it is hidden size / heads.
+        mask: Model input that marks padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from.
-        shifts: Whether the base model, given nothing for this decoder, gives it the encoder's tokens, shifted.
+        shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens, shifted.
         pads: Whether the model itself pads sequences further, at their end.
         refuses: Config flags with which the description does not hold, and why.
         uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute. A family
-            that does not list `"heads"` derives the head size from them, so stock transformers cannot hold fewer heads.
+            that does not list `"heads"` derives the head size from their number, so stock transformers cannot hold fewer
+            heads of the same size.
     """
 
     layers: str
     blocks: tuple[Block, ...]
-    returns: tuple[str | None, ...] | str = "y"
+    returns: Returns = "y"
     parallel: bool = False
     residual: str = ""
     untouched: tuple[str, ...] = ()
@@ -108,7 +138,7 @@ class Stack:
 
 
 def _attention(
-    module: str, output: str, qkv: str = "q_proj k_proj v_proj", kind: str = "attention", **rest: Any
+    module: str, output: str, qkv: str = "q_proj k_proj v_proj", kind: Kind = "attention", **rest: Any
 ) -> Block:
     """Attention whose `module` holds the three projections."""
     q, k, v = (f"{module}.{name}" for name in qkv.split())
@@ -123,31 +153,31 @@ def _bert(
     reads: str | None = "intermediate.dense", core: str = "attention.self", **rest: Any
 ) -> tuple[Block, Block]:
     """BERT's layer. `reads` is the FFN's stream: a layer norm, where that comes first."""
-    sizes = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
+    sizes: dict[str, Size] = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
     attention = _attention(core, "attention.output.dense", "query key value", sizes=sizes)
     return replace(attention, **rest), _ffn("intermediate.dense", "output.dense", reads)
 
 
 def _bart(
-    pre_norm: bool, shifts: bool = False, sizes: Mapping[str, str] = {"num_heads": "heads"}, **rest: Any
+    pre_norm: bool, shifts: bool = False, sizes: Mapping[str, Size] = {"num_heads": "heads"}, **rest: Any
 ) -> tuple[Stack, Stack]:
     """BART's encoder and decoder. `pre_norm`: layer norms come before what they are for."""
 
-    def attention(module: str, kind: str, stream: str) -> Block:
-        told = {f"{module}.{name}": size for name, size in sizes.items()}
-        return _attention(module, f"{module}.out_proj", kind=kind, stream=stream, sizes=told, **rest)
+    def attention(module: str, kind: Kind, stream: str) -> Block:
+        paths = {f"{module}.{name}": size for name, size in sizes.items()}
+        return _attention(module, f"{module}.out_proj", kind=kind, stream=stream, sizes=paths, **rest)
 
-    own = attention("self_attn", "attention", "")
+    itself = attention("self_attn", "attention", "")
     cross = attention(
         "encoder_attn", "cross_attention", "encoder_attn_layer_norm" if pre_norm else "encoder_attn"
     )
     ffn = _ffn("fc1", "fc2", "final_layer_norm" if pre_norm else "fc1")
     below = Stack(
-        "encoder.layers", (own, ffn), heads="encoder_attention_heads", uniform={"ffn": "encoder_ffn_dim"}
+        "encoder.layers", (itself, ffn), heads="encoder_attention_heads", uniform={"ffn": "encoder_ffn_dim"}
     )
     above = Stack(
         "decoder.layers",
-        (own, cross, ffn),
+        (itself, cross, ffn),
         heads="decoder_attention_heads",
         uniform={"ffn": "decoder_ffn_dim"},
     )
@@ -157,12 +187,12 @@ def _bart(
 def _t5(
     encoder: str = "SelfAttention",
     ffn: str = "DenseReluDense",
-    core: tuple[str | None, ...] = ("y", None, None),
+    core: Returns = ("y", None, None),
     **rest: Any,
 ) -> tuple[Stack, Stack]:
     """T5's encoder and decoder. Every layer asks its own table of positions, not the bias that the layer below passes up."""
 
-    def attention(number: int, name: str, kind: str = "attention") -> Block:
+    def attention(number: int, name: str, kind: Kind = "attention") -> Block:
         module = f"layer.{number}.{name}"
         return _attention(
             module,
@@ -252,7 +282,7 @@ _LLAMA_ATTENTION = _attention(
         "self_attn.num_key_value_heads": "kv_heads",
         "self_attn.num_key_value_groups": "groups",
     },
-    slices={"self_attn.sinks": "0"},
+    slices={"self_attn.sinks": 0},
 )
 _LLAMA_FFN = Block(
     "ffn",
@@ -388,7 +418,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                     "attention.self.pos_proj": "kv",
                     "attention.self.pos_q_proj": "q",
                 },
-                slices={"attention.self.q_bias": "0", "attention.self.v_bias": "0"},
+                slices={"attention.self.q_bias": 0, "attention.self.v_bias": 0},
             ),
         ),
     ),
@@ -464,7 +494,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                         "attention.attn.num_attention_heads": "heads",
                         "attention.attn.all_head_size": "width",
                     },
-                    select={"position_bias": "1"},
+                    select={"position_bias": 1},
                 ),
                 _BERT.blocks[1],
             ),
@@ -503,7 +533,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 False,
                 shifts=True,
                 sizes={"num_heads": "heads", "embed_dim": "width"},
-                select={"attn_prompt": "1"},
+                select={"attn_prompt": 1},
             ),
             (("y", None), ("y",)),
             strict=True,
@@ -529,7 +559,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(
             _VIT,
             blocks=(
-                replace(_VIT.blocks[0], stream=None, select={"attention_mask": "1"}),
+                replace(_VIT.blocks[0], stream=None, select={"attention_mask": 1}),
                 replace(_VIT.blocks[1], stream=None),
             ),
             uniform=_FFN_SIZE,
@@ -542,8 +572,8 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 None,
                 "attention.attention",
                 stream=None,
-                select={"relative_position_bias": "1"},
-                slices={"attention.attention.relative_position_bias.relative_position_bias_table": "1"},
+                select={"relative_position_bias": 1},
+                slices={"attention.attention.relative_position_bias.relative_position_bias_table": 1},
             ),
             mask="",
         ),
@@ -624,7 +654,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(
             _BLOOM,
             blocks=(
-                replace(_BLOOM.blocks[0], returns=("y", None), select={"alibi": "1", "attention_mask": "1"}),
+                replace(_BLOOM.blocks[0], returns=("y", None), select={"alibi": 1, "attention_mask": 1}),
                 replace(_NEOX_FFN, stream=""),
             ),
             parallel=True,
@@ -738,7 +768,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                     output="attn.out_proj",
                     core="attn",
                     sizes={"attn.n_heads": "heads"},
-                    select={"position_bias": "0"},
+                    select={"position_bias": 0},
                 ),
                 _ffn("ffn.up_proj", "ffn.down_proj", "norm_2"),
             ),

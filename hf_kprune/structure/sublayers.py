@@ -303,7 +303,7 @@ def _block_plan(
             if units and (value := get_size(layer, path)) is not None
         },
         "select": {
-            argument: [where, [list(range((units or 0) * unit.heads)) for units in kept]]
+            argument: [str(where), [list(range((units or 0) * unit.heads)) for units in kept]]
             for argument, where in block.select.items()
         },
     }
