@@ -14,12 +14,13 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from .arguments import TARGETS, KPruneArguments, Unasked
+from .arguments import TARGETS, KPruneArguments
 from .budget import BudgetWarning, expected_bytes, model_size, prunable_flops
 from .checkpoint.hub import check_push
 from .errors import ArgumentError
 from .files.destination import as_text
 from .latency.table import compare
+from .options import Unasked
 from .preparation import Run, warn_of
 from .processes import together
 from .report import PruningReport, Size

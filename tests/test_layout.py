@@ -16,6 +16,7 @@ PACKAGE = Path(hf_kprune.__file__).parent
 FLOORS = [
     ["errors", "version", "text", "modeling_kprune"],
     ["validation", "processes", "progress", "files", "methods", "reports"],
+    ["options"],
     ["arguments", "structure"],
     ["calibration"],
     ["latency"],

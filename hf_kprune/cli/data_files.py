@@ -15,7 +15,9 @@ from ..errors import ArgumentError
 
 
 class Format(NamedTuple):
-    """How a kind of file is read: the builder of `datasets`, its options, and in words what the file must hold."""
+    """How a kind of file is read: the builder of `datasets`, its options, and in words what the file must
+    hold.
+    """
 
     builder: str
     options: dict[str, Any]
@@ -46,7 +48,8 @@ def load_data(
     """Load one split of a dataset, or a local file, that must have certain columns.
 
     Args:
-        name: A directory, also one that `save_to_disk` wrote, or a dataset on the Hub. Read if `file` is None.
+        name: A directory, also one that `save_to_disk` wrote, or a dataset on the Hub. Read if `file` is
+            None.
         config: Configuration of that dataset.
         split: Split of that dataset, such as "train" or "train[:1000]".
         file: A local file of one of the kinds in `FORMATS`.
@@ -65,7 +68,9 @@ def load_data(
 
 
 def load_file(file: str) -> datasets.Dataset:
-    """The rows of a local file. Raises `ArgumentError` if it is missing, of another kind, or not well formed."""
+    """The rows of a local file. Raises `ArgumentError` if it is missing, of another kind, or not well
+    formed.
+    """
     path = Path(file)
     ending = path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending not in FORMATS:
@@ -96,7 +101,9 @@ def load_file(file: str) -> datasets.Dataset:
 
 
 def load_split(name: str, config: str | None, split: str) -> datasets.Dataset:
-    """One split of a directory or of a dataset on the Hub. Raises `ArgumentError` if there is no such thing."""
+    """One split of a directory or of a dataset on the Hub. Raises `ArgumentError` if there is no such
+    thing.
+    """
     what = f"cannot load the dataset {name!r} (configuration {config!r}, split {split!r})"
     if {"state.json", "dataset_dict.json"} & set(os.listdir(name) if os.path.isdir(name) else ()):
         return _load_from_disk(name, split, what)
@@ -130,8 +137,8 @@ def _reason(error: Exception, name: str, config: str | None, split: str) -> str:
         if os.path.isdir(name):
             return f"the directory holds no files of data; expected {', '.join(FORMATS)}"
         return (
-            "there is no such directory here, and no dataset of this name that can be read on the Hub; check the name, or log "
-            "in (hf auth login) if it is private"
+            "there is no such directory here, and no dataset of this name that can be read on the Hub; check "
+            "the name, or log in (hf auth login) if it is private"
         )
     try:
         configs = datasets.get_dataset_config_names(name)

@@ -1,6 +1,8 @@
-"""The command line as it is read: its options, their help, and how a message names them. Standard library only.
+"""The command line as it is read: its options, their help, and how a message names them. Standard library
+only.
 
-What the commands do is in cli.py, which is imported when one runs, so that `--help` and `--version` answer at once.
+What the commands do is in commands.py, which is imported when one runs, so that `--help` and `--version`
+answer at once.
 """
 
 from __future__ import annotations
@@ -9,91 +11,14 @@ import argparse
 import re
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError
-from ..validation import check_fields, checked, known_keywords, suggestion
+from ..validation import checked, suggestion
 from ..version import __version__
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@known_keywords
-@dataclass
-class SweepArguments:
-    """Which budgets are tried, and what is good enough."""
-
-    budgets: list[float] = field(
-        default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8],
-        metadata={"help": "Fractions of the prunable FLOPs to REMOVE, one model each."},
-    )
-    compare_by: str | None = _option(
-        None, "Metric that models are compared by, of those printed. Unset: the distance."
-    )
-    lower_is_better: bool = _option(False, "The lower that metric is, the better, as a loss.")
-    max_drop: float | None = _option(
-        None,
-        "How much worse than the dense model's it may be: the smallest such model is saved to output_dir.",
-    )
-    refine: int = _option(
-        2, "With max_drop, how many times to try between the sparsest good enough and the next."
-    )
-    plot: str | None = _option(
-        None, "File for a plot, such as sweep.svg. Needs matplotlib: hf_kprune[sweep]."
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@known_keywords
-@dataclass
-class DataArguments:
-    """What is pruned, and with what data. Calibration needs texts only; labels are for evaluation."""
-
-    model_name_or_path: str = field(metadata={"help": "Model: a directory or a name on the Hub. Required."})
-    task: str | None = _option(
-        None, "Task, such as text-classification or fill-mask. Unset: what the config names."
-    )
-    dataset_name: str | None = _option(
-        None, "Calibration data: a dataset on the Hub or a directory, for load_dataset()."
-    )
-    dataset_config_name: str | None = _option(None, "Configuration of that dataset, such as sst2 of glue.")
-    dataset_split: str = _option("train", "Split of that dataset.")
-    dataset_file: str | None = _option(
-        None, "Calibration data: a local file, .parquet, .csv, .tsv, .json, .jsonl, .txt, or .gz of one."
-    )
-    eval_file: str | None = _option(
-        None, "Labelled data, a local file, on which dense and pruned model are compared."
-    )
-    eval_dataset_name: str | None = _option(None, "The same, a dataset on the Hub or a directory.")
-    eval_dataset_config_name: str | None = _option(None, "Configuration of the evaluation dataset.")
-    eval_dataset_split: str = _option("validation", "Split of the evaluation dataset.")
-    label_column: str = _option(
-        "label", "Column of the labels in the evaluation data: numbers, or names in the config."
-    )
-    metric: str | None = _option(
-        None, "One figure alone, such as accuracy, or a script for evaluate.load(). Unset: those of the task."
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if (self.dataset_name is None) == (self.dataset_file is None):
-            raise ArgumentError("pass the calibration data as either --dataset_name or --dataset_file")
-        if self.eval_dataset_name is not None and self.eval_file is not None:
-            raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
-        if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
-            raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
-
-    @property
-    def origins(self) -> list[str | None]:
-        """What is read in this run, if it is on this machine: nothing is written over it."""
-        files = [self.dataset_file, self.eval_file, self.metric]
-        return [self.model_name_or_path, self.dataset_name, self.eval_dataset_name, *files]
+from .options import DataArguments, SweepArguments
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -153,7 +78,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "how": ("method", "tune", "measure_dtype", "statistics_dtype", "temperature", "pooling", "use_cpu"),
     "how, with --method obs or kprune": ("ridge", "tune_bias", "tune_inputs"),
     "how, with --method kprune": ("lambda_pred", "lambda_rep", "mu"),
-    "what is told": ("verbose", "disable_tqdm", "report_to", "run_name"),
+    "what is printed": ("verbose", "disable_tqdm", "report_to", "run_name"),
 }
 """The options by the question that they answer, in the order of the help. Those in no group come last."""
 
@@ -164,19 +89,22 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     ),
     "plan": (
         (DataArguments, KPruneArguments),
-        "Dry run: print what prune, with the same options, would cut. Nothing is changed or written.",
+        "Print what prune would cut with the same options. Nothing is changed or written.",
     ),
     "sweep": (
         (DataArguments, KPruneArguments, SweepArguments),
-        "Prune for many budgets from one measurement, print a table, and save all models, or the smallest good enough.",
+        "Prune for many budgets from one measurement and print a table. Save all models, or the smallest "
+        "good enough.",
     ),
     "inspect": (
         (),
-        "Print the sizes of a model, layer by layer, and whether it can be pruned, without loading its weights.",
+        "Print the sizes of a model, layer by layer, and whether it can be pruned. Its weights are not "
+        "loaded.",
     ),
     "convert": (
         (),
-        "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can load it.",
+        "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can "
+        "load it.",
     ),
 }
 """The commands, the options that each takes, and what it does."""
@@ -184,8 +112,8 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
 OFF = {
     "prune_heads": "Keep all attention heads.",
     "prune_ffn": "Keep all FFN neurons.",
-    "tune": "Leave the weights of what is kept as they are, which are tuned otherwise.",
-    "remove_unused_columns": "Refuse data with columns that the model does not take, which are dropped otherwise.",
+    "tune": "Leave the weights of the units that stay as they are. Otherwise they are tuned.",
+    "remove_unused_columns": "Refuse data with columns that the model does not take. Otherwise they are dropped.",
 }
 """What the switch does that turns off an option that is on by default."""
 
@@ -265,15 +193,14 @@ def add_option(group: Any, option: Field[Any], kind: Any) -> None:
     flag, required = f"--{option.name}", option.default is MISSING and option.default_factory is MISSING
     default = option.default_factory() if option.default_factory is not MISSING else option.default
     default = None if required else default
-    text = as_options(option.metadata["help"].replace("None:", "Unset:"), list(options_of("sweep")))
-    text = text.replace("Instead of sparsity", "Instead of --sparsity")
+    text = as_options(option.metadata["help"], list(options_of("sweep")))
     if default is not None and kind is not bool:
         text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
     shared: dict[str, Any] = {"dest": option.name, "default": default, "help": text.replace("%", "%%")}
     hidden = {**shared, "help": argparse.SUPPRESS}
     if kind is bool:
         if default is None:
-            shared["help"] += f" --no_{option.name} says no."
+            shared["help"] += f" --no_{option.name} turns it off."
         group.add_argument(flag, action="store_true", **(hidden if default else shared))
         if default:
             shared["help"] = OFF.get(option.name, f"Not so: {text}")
@@ -311,8 +238,8 @@ class Listing(argparse.Action):
 def as_options(message: str, names: Sequence[str]) -> str:
     """A message that names options as Python does, with their names as they are on the command line.
 
-    `raise num_tokens` becomes `raise --num_tokens`, and `prune_ffn=False` becomes `--no_prune_ffn`. A name of one word, which
-    may be meant as a word, only where a value follows. Text in quotes, such as a path, stays.
+    `raise num_tokens` becomes `raise --num_tokens`, and `prune_ffn=False` becomes `--no_prune_ffn`. A name of
+    one word, which may be meant as a word, only where a value follows. Text in quotes, such as a path, stays.
     """
     if not names:
         return message
@@ -357,7 +284,9 @@ def make_parser() -> argparse.ArgumentParser:
             for option in (options[member] for member in members if member in options):
                 add_option(group, option, kinds[option.name])
     commands.choices["inspect"].add_argument("model_name_or_path", help="A directory or a name on the Hub.")
-    verify = "Read the weight files too: whether they are, byte by byte, those that were saved; whether there are NaN or Inf."
+    verify = (
+        "Read the weight files too. They must be those that were saved, byte by byte, and hold no NaN or Inf."
+    )
     commands.choices["inspect"].add_argument("--verify", action="store_true", help=verify)
     commands.choices["convert"].add_argument(
         "old", help="The old checkpoint: a directory or a name on the Hub."
@@ -390,8 +319,8 @@ def parse(argv: Sequence[str]) -> tuple[str, list[Any]]:
         evaluated = values["eval_file"] or values["eval_dataset_name"]
         if values["compare_by"] is not None and not evaluated:
             raise ArgumentError("--compare_by needs evaluation data: --eval_file or --eval_dataset_name")
-        if values["lower_is_better"] and values["compare_by"] is None:
-            raise ArgumentError("--lower_is_better is said of a metric: name it by --compare_by")
+        if values["lower_is_better"] and values["compare_by"] is None and values["metric"] is None:
+            raise ArgumentError("--lower_is_better is said of a metric: name it by --metric")
     classes = COMMANDS[command][0]
     if not classes:
         return command, list(values.values())

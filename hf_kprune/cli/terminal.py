@@ -1,4 +1,6 @@
-"""`hf-kprune` as a process: what is printed and where, warnings and errors in a line, exit codes. Standard library only."""
+"""`hf-kprune` as a process: what is printed and where, warnings and errors in a line, exit codes. Standard
+library only.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def say(text: Any) -> None:
 
 
 def complain(message: str) -> None:
-    """A line on the standard error of the main process; lost if that is closed, as there is nowhere else to say so."""
+    """A line on the standard error of the main process; lost if that is closed, as there is nowhere else to
+    say so.
+    """
     if is_main_process():
         try:
             print(f"hf-kprune: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
@@ -75,7 +79,9 @@ def open_streams() -> None:
 
 
 def show_warning(names: Sequence[str], verbose: bool) -> Callable[..., None]:
-    """A replacement of `warnings.showwarning`: our own warnings in a line; those of libraries only if `verbose`."""
+    """A replacement of `warnings.showwarning`: our own warnings in a line; those of libraries only if
+    `verbose`.
+    """
     package = str(Path(__file__).parents[1])
 
     def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:

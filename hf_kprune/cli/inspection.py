@@ -1,0 +1,121 @@
+"""What `hf-kprune inspect` prints of a model: its sizes, layer by layer, and whether it can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from ..budget import model_size
+from ..calibration.embeddings import read_folder
+from ..checkpoint.integrity import verify_weights
+from ..checkpoint.loading import check_place, model_class, reading
+from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import HOW_TO_LOAD, has, is_pruned
+from ..report import JSON_NAME, PruningReport
+from ..reports import Table, to_markdown
+from ..structure.detect import describe
+from ..structure.families import FAMILIES, REFUSED
+from ..structure.sublayers import Sublayer, find_sublayers
+from ..text import printable
+from .inputs import trying
+from .terminal import say
+
+
+def inspect(name: str, verify: bool = False) -> None:
+    """Print what a model is, from its config alone.
+
+    Args:
+        name: A directory or a name on the Hub.
+        verify: Whether the weight files are read too, and compared with what was saved.
+    """
+    check_place(name)
+    with trying(f"load the model {name!r}"), reading(name):
+        folder = read_folder(name)
+        name = name if folder is None else folder.transformer
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):  # shapes, no memory
+            model = ((folder and folder.transformer_class(config)) or model_class(config))(config)
+        model.to(config.dtype or torch.float32)
+        report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
+    pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")
+    kind = printable(config.model_type)
+    say(f"{printable(name)}: {type(model).__name__} ({kind}), {'K-pruned' if pruned else 'dense'}")
+    say(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
+    say(
+        f"without embeddings: {size.parameters_without_embeddings:,} "
+        f"({size.bytes_without_embeddings / 1e6:,.1f} MB)"
+    )
+    try:
+        sublayers, source = structure(model)
+        say(f"family: {kind}, can be pruned; its structure is {source}\n")
+        say(to_markdown([layers_of(sublayers)]))
+        say("\n\n".join(projections_of(sublayers)))
+    except UnsupportedArchitectureError as error:
+        say(f"cannot be pruned{' again' if pruned else ''}: {error}")
+    if pruned:
+        say(f"\n{HOW_TO_LOAD}")
+    if report is not None:
+        title = (
+            PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0]
+        )
+        say(f"\n{title}")
+    if verify:
+        with trying(f"read the weights of {name!r}"):
+            say("\n" + "\n".join(verify_weights(name)))
+
+
+def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
+    """The sublayers of a model without weights, and how they are known.
+
+    Raises `UnsupportedArchitectureError` if they are not.
+    """
+    config = model.config
+    try:
+        return find_sublayers(model), "listed, and proved by the tests"
+    except UnsupportedArchitectureError:
+        if config.model_type in {*FAMILIES, *REFUSED} or is_pruned(config):
+            raise
+    needed, free = 4 * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise UnsupportedArchitectureError(
+            f"no family describes model_type {config.model_type!r}; to find out what its layers do it has to "
+            f"run, which takes {needed / 1e9:,.1f} GB of memory, of which {free / 1e9:,.1f} are free. "
+            "Describe one of them in ten lines with hf_kprune.register_family: docs/add_a_family.md"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = type(model)(config).float()
+        # so that no bias is zero, no norm one, and nothing scaled to next to nothing
+        for parameter in dense.parameters():
+            parameter.data += (0.1 if parameter.dim() == 1 else 0.02) * torch.randn_like(parameter)
+    describe(dense)
+    return find_sublayers(dense), "detected, and proved: cutting equals masking, sublayer by sublayer"
+
+
+def layers_of(sublayers: Sequence[Sublayer]) -> Table:
+    """What is left of each layer, and of how much."""
+    names = {"attention": "heads", "cross_attention": "cross-attention heads", "ffn": "neurons"}
+    kinds = list(dict.fromkeys(s.kind for s in sublayers))
+    counts: dict[str, dict[str, tuple[str, str]]] = {}
+    for s in sublayers:
+        counts.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units}", f"{s.plan['of']}"
+    rows = [
+        (layer, *(cell for kind in kinds for cell in units.get(kind, ("-", "-"))))
+        for layer, units in counts.items()
+    ]
+    columns = "layer", *(title for kind in kinds for title in (names[kind], "of"))
+    return Table(columns, rows, "l" + "rr" * len(kinds))
+
+
+def projections_of(sublayers: Sequence[Sublayer]) -> list[str]:
+    """The projections that the units of each stack are in."""
+    lines = []
+    for s in {(s.stack_name, s.block.output): s for s in sublayers}.values():
+        inputs = ", ".join(path for path in s.block.inputs if has(s.layer, path))
+        lines.append(f"{s.stack_name}, {s.kind}: {inputs} -> {s.block.output}")
+    return lines

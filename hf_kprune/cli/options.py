@@ -1,0 +1,112 @@
+"""The options that the command line has beside those of `KPruneArguments`: which data, which budgets.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from ..errors import ArgumentError
+from ..options import option
+from ..validation import check_fields, known_keywords
+
+
+@known_keywords
+@dataclass
+class SweepArguments:
+    """Which budgets are tried, and what is good enough.
+
+    > How small
+
+    `budgets`, `max_drop` and `refine` say which models are made.
+
+    > How models are compared
+
+    `DataArguments.metric` names the figure that they are compared by, of which `lower_is_better` may be said.
+    `compare_by` is the old name of it. `plot` draws the models.
+    """
+
+    budgets: list[float] = field(
+        default_factory=lambda: [0.4, 0.5, 0.6, 0.7, 0.8],
+        metadata={"help": "Make one model for each of these fractions of the prunable FLOPs to remove."},
+    )
+    compare_by: str | None = option(
+        None, "Compare models by this metric. This is the old name of --metric in a sweep."
+    )
+    lower_is_better: bool = option(False, "Take a lower value of the metric for a better one, as of a loss.")
+    max_drop: float | None = option(
+        None,
+        "Save the smallest model to output_dir whose metric is at most this much worse than the dense one's.",
+    )
+    refine: int = option(
+        2, "Try this many times between the sparsest model good enough and the next, with max_drop."
+    )
+    plot: str | None = option(
+        None, "Draw the sweep into this file, such as sweep.svg. This takes matplotlib: hf_kprune[sweep]."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.compare_by is not None:
+            warnings.warn(
+                f"compare_by is the old name of metric: pass --metric {self.compare_by}", FutureWarning
+            )
+
+
+@known_keywords
+@dataclass
+class DataArguments:
+    """What is pruned, and with what data. Calibration takes texts only; labels are for evaluation."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Prune this model, a directory or a name on the Hub. It is required."}
+    )
+    task: str | None = option(
+        None,
+        "Load the model for this task, such as text-classification or fill-mask. By default its config "
+        "names the class.",
+    )
+    dataset_name: str | None = option(
+        None, "Calibrate on this dataset on the Hub, or on this directory, as load_dataset() reads it."
+    )
+    dataset_config_name: str | None = option(
+        None, "Take this configuration of the calibration dataset, such as sst2 of glue."
+    )
+    dataset_split: str = option("train", "Take this split of the calibration dataset.")
+    dataset_file: str | None = option(
+        None, "Calibrate on this local file, a .parquet, .csv, .tsv, .json, .jsonl or .txt, or a .gz of one."
+    )
+    eval_file: str | None = option(
+        None, "Compare the dense and the pruned model on this local file with labels."
+    )
+    eval_dataset_name: str | None = option(
+        None, "Compare them on this dataset on the Hub, or on this directory."
+    )
+    eval_dataset_config_name: str | None = option(None, "Take this configuration of the evaluation dataset.")
+    eval_dataset_split: str = option("validation", "Take this split of the evaluation dataset.")
+    label_column: str = option(
+        "label",
+        "Read the labels from this column of the evaluation data. They are numbers, or names in the config.",
+    )
+    metric: str | None = option(
+        None,
+        "Evaluate this figure alone, such as accuracy, or by this script for evaluate.load(). A sweep "
+        "compares models by it. By default all figures of the task are printed, and a sweep compares by the "
+        "distance.",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.dataset_name is None) == (self.dataset_file is None):
+            raise ArgumentError("pass the calibration data as either --dataset_name or --dataset_file")
+        if self.eval_dataset_name is not None and self.eval_file is not None:
+            raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
+        if self.metric is not None and not (self.eval_dataset_name or self.eval_file):
+            raise ArgumentError("--metric needs evaluation data: --eval_dataset_name or --eval_file")
+
+    @property
+    def origins(self) -> list[str | None]:
+        """What is read in this run, if it is on this machine: nothing is written over it."""
+        files = [self.dataset_file, self.eval_file, self.metric]
+        return [self.model_name_or_path, self.dataset_name, self.eval_dataset_name, *files]
