@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_kprune.budget import cache_bytes_per_token
+from hf_kprune.sizes import cache_bytes_per_token
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_kprune.calibration.tasks import text_inputs
 from hf_kprune.checkpoint.loading import load_model
-from hf_kprune.latency.table import compare
+from hf_kprune.latency.timing import compare
 from hf_kprune.structure.sublayers import find_sublayers
 
 

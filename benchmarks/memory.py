@@ -21,8 +21,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.budget import peak_memory
 from hf_kprune.checkpoint.loading import load_model
+from hf_kprune.sizes import peak_memory
 from hf_kprune.structure.sublayers import find_sublayers
 
 

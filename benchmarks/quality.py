@@ -36,7 +36,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kprune import KPruneArguments, PruningReport
-from hf_kprune.methods import METHODS, KPrune, OptimalBrainSurgeon, Statistics
+from hf_kprune.methods import METHODS, Statistics
+from hf_kprune.methods.kprune import KPrune
+from hf_kprune.methods.surgeon import Surgeon
 
 
 KEY = ("task", "method", "variant", "sparsity", "seed", "options")
@@ -68,20 +70,20 @@ class KPruneAlike(KPrune):
     search = search_alike
 
 
-class Alike(OptimalBrainSurgeon):
+class Alike(Surgeon):
     """Ablation: our method with the same share for every sublayer."""
 
     exponents = (1.0,)
     search = search_alike
 
 
-class NoSplit(OptimalBrainSurgeon):
+class NoSplit(Surgeon):
     """Ablation: our method with the split that the sum of losses gives."""
 
     exponents = (1.0,)
 
 
-class NoMetric(OptimalBrainSurgeon):
+class NoMetric(Surgeon):
     """Ablation: our method with the plain distance of outputs as loss."""
 
     def score(self, statistics: Statistics) -> Tensor:

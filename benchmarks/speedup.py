@@ -21,7 +21,7 @@ import torch
 from tasks import append_line, load_model, read_lines
 
 from hf_kprune.calibration.tasks import text_inputs
-from hf_kprune.latency.table import compare, cut_to
+from hf_kprune.latency.timing import compare, cut_to
 
 
 Line = dict[str, Any]

@@ -4,7 +4,7 @@ Importing this package lets `from_pretrained` load K-pruned checkpoints with the
 """
 
 from .arguments import KPruneArguments
-from .budget import BudgetWarning
+from .budgets import BudgetWarning
 from .callbacks import KPruneCallback
 from .checkpoint.legacy import from_legacy
 from .checkpoint.saving import install

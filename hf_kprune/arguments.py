@@ -296,7 +296,7 @@ class KPruneArguments:
         check("max_shard_size", size, "a number over 0 with TB, GB, MB or KB, such as 5GB")
         budget, value = self.budget
         if budget in TIMES:
-            able = [name for name, method in METHODS.items() if method(self).in_time]
+            able = [name for name, method in METHODS.items() if method.in_time]
             check("method", self.method in able, f"with {budget}, one of {', '.join(able)}")
             check("uniform", not self.uniform, f"False with {budget}")
         some = self.prune_heads or self.prune_ffn or (budget, value) == ("sparsity", 0)
@@ -309,10 +309,9 @@ class KPruneArguments:
         """Options that differ from their defaults and that the others leave without effect, and why."""
         from .methods import METHODS
 
-        method, methods = METHODS[self.method](self), {name: make(self) for name, make in METHODS.items()}
-        reasons: dict[str, str] = {}
-        for name in sorted({name for each in methods.values() for name in each.options} - method.options):
-            users = ", ".join(repr(key) for key, each in methods.items() if name in each.options)
+        method, reasons = METHODS[self.method], dict[str, str]()
+        for name in sorted({name for each in METHODS.values() for name in each.options} - method.options):
+            users = ", ".join(repr(key) for key, each in METHODS.items() if name in each.options)
             reasons[name] = f"method {self.method!r} does not use it; {users} does"
         if not self.prune_heads:
             reasons["min_heads"] = "prune_heads is False, so every head stays"

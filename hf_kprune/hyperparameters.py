@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import BestRun
 
+from .calibration.measure import distance
 from .errors import ArgumentError
 from .preparation import Run
 from .state import Pruner, in_place
@@ -87,7 +88,7 @@ class Search:
             student, report = run.student(pruner.args)
             with in_place(pruner, student, report):
                 metrics = pruner.evaluate() if pruner.eval_dataset is not None else {}
-            metrics["distance"] = calibration.distance(student, teacher, loss)
+            metrics["distance"] = distance(calibration, student, teacher, loss)
         if self.compute_objective is None:
             return metrics["distance"]
         return float(checked("what compute_objective gives", self.compute_objective(metrics), float))

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .algorithm import Pruning, Timed
 from .arguments import LATENCY_BATCH, TIMES, KPruneArguments
-from .budget import BudgetTerms, BudgetWarning, model_size, peak_memory, prunable_flops
-from .calibration.calibration import Calibration, tokens_of
+from .budgets import BudgetWarning, Timing, budget_of
+from .calibration.batches import Calibration, tokens_of
+from .calibration.checks import try_loss
 from .calibration.collate import collate
 from .calibration.knowledge import Knowledge
 from .calibration.loss_check import BY_PRODUCTS
@@ -35,7 +35,9 @@ from .methods import METHODS
 from .methods.base import Method
 from .processes import accompanied, check_alike, together
 from .progress import Work
+from .pruning import Pruning
 from .report import PruningReport
+from .sizes import model_size, peak_memory, prunable_flops
 from .state import Pruner, call, in_place, one_run
 from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
@@ -122,13 +124,12 @@ class Run:
         before = model_size(teacher, find_sublayers(teacher), prunable_flops(calibration.sublayers, lengths))
         in_time = any(budget.budget[0] in TIMES for budget in self.budgets)
         timed = self.time(teacher, calibration) if in_time else None
-        table = timed.table if timed else None
         remarks = [
             f"{path} is left alone, as {reason}; the budget is of the rest"
             for path, reason in self.left_alone.items()
         ]
         for budget in self.budgets:
-            remarks += BudgetTerms(calibration.sublayers, budget, lengths, before, table).remarks()
+            remarks += budget_of(calibration.sublayers, budget, lengths, before, timed, self.dry).remarks()
         if not in_time and (args.latency_length is not None or args.latency_batch_size != LATENCY_BATCH):
             remarks.append(
                 "latency_batch_size and latency_length have no effect without target_latency or "
@@ -174,7 +175,7 @@ class Run:
         few = PLAN_TOKENS if self.dry else None
         return Calibration(self.pruner.accelerator, rows, *readers, args, count, few)
 
-    def time(self, model: PreTrainedModel, calibration: Calibration) -> Timed:
+    def time(self, model: PreTrainedModel, calibration: Calibration) -> Timing:
         """The look-up table of a model, which the main process measures, or finds in the cache."""
         entry = None
         with together(self.pruner.accelerator):
@@ -186,7 +187,7 @@ class Run:
                 self.tell("on_phase_begin", "time", model=model)
                 entry = LatencyTable.cached(model, inputs, head_unit=self.args.head_unit), inputs
         table, inputs = broadcast_object_list([entry])[0]
-        return Timed(model, table, inputs)
+        return Timing(model, table, inputs)
 
     def knowledge(self) -> Knowledge:
         """The distance of outputs: the caller's, that of what `encode` gives, or that of the model's head."""
@@ -208,7 +209,7 @@ class Run:
         pruning, name = self.pruning, type(self.model).__name__
         loss = pruning.loss
         with together(self.pruner.accelerator):
-            names = pruning.calibration.try_loss(pruning.teacher, loss)
+            names = try_loss(pruning.calibration, pruning.teacher, loss)
         pruning.compared, pruning.ignored = broadcast_object_list([names])[0]
         logger.info("%s compares the outputs %s of %s", loss.name, ", ".join(pruning.compared), name)
         answers = [output for output in pruning.ignored if output not in BY_PRODUCTS]
@@ -232,12 +233,7 @@ class Run:
         result = student if report.cut_something else model
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
         report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
-        if pruning.timed is not None and args.budget[0] in TIMES:
-            if self.dry:
-                counts = [len(entry.kept) for entry in report.sublayers]
-                report.achieved = pruning.timed.foreseen(counts, args.budget[0])
-            else:
-                report.achieved = pruning.timed.achieved(student, args.budget[0])
+        report.achieved = pruning.achieved(student, report)
         total = self.seconds.get("prepare", 0.0) + time.perf_counter() - begin
         report.seconds = {**self.seconds, "total": total}
         self.seconds.clear()

@@ -1,20 +1,15 @@
-"""How much of a run is done, from the steps that its loops report, and silence around what libraries say of our own loads."""
+"""How much of a run is done, from the steps that its loops report, and silence around what libraries say of
+our own loads."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import datasets
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
-
-
-if TYPE_CHECKING:
-    from .calibration.calibration import Calibration
-    from .methods.base import Method
 
 
 class Work:
@@ -46,37 +41,6 @@ class Work:
         if abs(fraction - self.last) >= 0.001:
             self.last = fraction
             self.tell(fraction)
-
-
-def steps_of(
-    method: Method, calibration: Calibration, sublayers: int, measured: bool, tune: bool, dry: bool
-) -> float:
-    """About how many steps a student takes.
-
-    Args:
-        method: That decides.
-        calibration: Of its batches.
-        sublayers: How many.
-        measured: Whether the dense model was measured for an earlier student, as one-shot methods do once.
-        tune: Whether weights are tuned.
-        dry: Whether it is planned only.
-    """
-    batches = calibration.batches
-    few = sum(batch.measured for batch in batches)
-    tried, compared = sum(batch.tried for batch in batches), sum(batch.held_out for batch in batches)
-    correct = (4 if method.tune_inputs else 2) if tune and method.tunes else 0
-    if not method.one_shot and not dry:
-        measuring = few * sublayers + 3 * few * sublayers * (sublayers + 1) / 2
-        return measuring + len(batches) * sublayers * (1 + correct)
-    measuring = 0 if measured else few * sublayers * (6 if method.needs else 1)
-    if dry:
-        return measuring
-    trials = len(method.exponents) if len(method.exponents) > 1 and compared else 0
-    return (
-        measuring
-        + (trials * tried + len(batches)) * sublayers * (1 + correct)
-        + trials * 2 * compared * sublayers
-    )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
-from .budget import expected_bytes, model_size
 from .calibration.embeddings import SentenceFolder
 from .calibration.knowledge import KnowledgeLoss
 from .callbacks import CallbackHandler
@@ -24,6 +23,7 @@ from .errors import CheckpointError
 from .files.destination import origins
 from .processes import together
 from .report import PruningReport
+from .sizes import expected_bytes, model_size
 from .validation import show
 
 

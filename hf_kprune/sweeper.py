@@ -15,15 +15,17 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from .arguments import TARGETS, KPruneArguments
-from .budget import BudgetWarning, expected_bytes, model_size, prunable_flops
+from .budgets import BudgetWarning
+from .calibration.measure import distance
 from .checkpoint.hub import check_push
 from .errors import ArgumentError
 from .files.destination import as_text
-from .latency.table import compare
+from .latency.timing import compare
 from .options import Unasked
 from .preparation import Run, warn_of
 from .processes import together
 from .report import PruningReport, Size
+from .sizes import expected_bytes, model_size, prunable_flops
 from .state import Pruner, adopt, in_place, origins_of, tell_of_the_save, write
 from .sweep import Sweep, SweepPoint, smallest_within
 
@@ -196,13 +198,13 @@ class Sweeper:
         metrics = pruner.evaluate() if pruner.eval_dataset is not None else {}
         if self.key is not None and not math.isfinite(metrics.get(self.key, math.nan)):
             raise ArgumentError(f"metric is {self.metric!r}, expected a number among {metrics}")
-        distance = pruning.calibration.distance(pruner.model, pruning.teacher, pruning.loss)
+        far = distance(pruning.calibration, pruner.model, pruning.teacher, pruning.loss)
         speedup = 1.0
         if pruner.accelerator.is_main_process and pruner.model is not self.dense:
             seconds = compare([self.dense, pruner.model], pruning.calibration.batches[-1].inputs)
             speedup = seconds[0] / seconds[1]
         (speedup,) = broadcast_object_list([speedup])
-        return SweepPoint(budget, sparsity, size.flops, size.parameters, distance, speedup, metrics)
+        return SweepPoint(budget, sparsity, size.flops, size.parameters, far, speedup, metrics)
 
     @property
     def key(self) -> str | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from zoo import make
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
-from hf_kprune.calibration.calibration import Calibration
+from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.rows import Rows, row_tokens
 from hf_kprune.modeling_kprune import has
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers

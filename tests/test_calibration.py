@@ -17,9 +17,9 @@ from models import tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import hf_kprune.calibration.calibration
+import hf_kprune.calibration.measure
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
-from hf_kprune.calibration.calibration import Calibration
+from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.knowledge import Knowledge
 from hf_kprune.calibration.rows import Rows, draw_rows, row_length, row_tokens
 from hf_kprune.calibration.tasks import knowledge_loss
@@ -375,7 +375,7 @@ def test_batch_size_row_order_padding_and_slices_do_not_change_what_is_measured(
     compare(summed(data[::-1], per_device_batch_size=4))
     compare(summed(data, wide(11), per_device_batch_size=4))
     for layers in (1, 2):  # 3 slices and 2 of a batch of 9
-        monkeypatch.setattr(hf_kprune.calibration.calibration, "GRAPH_LAYERS", layers)
+        monkeypatch.setattr(hf_kprune.calibration.measure, "GRAPH_LAYERS", layers)
         compare(summed(data, per_device_batch_size=9))
 
 
@@ -625,7 +625,7 @@ def test_the_vocabulary_in_parts_is_the_vocabulary(
         model.get_output_embeddings().register_forward_hook(
             lambda _, args, output: most.append(output.numel())
         )
-    monkeypatch.setattr("hf_kprune.calibration.calibration.LOGITS", logits)
+    monkeypatch.setattr("hf_kprune.calibration.batches.LOGITS", logits)
     made = measure(calibration(student, data), student, teacher, 2)
     assert max(most) <= max(logits, 60 * 9)
     for a, b in zip(made, expected, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from zoo import DISTINCT, ZOO, inputs_for, make
 
-from hf_kprune.budget import cache_bytes_per_token
+from hf_kprune.sizes import cache_bytes_per_token
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
-from hf_kprune.calibration.calibration import Batch, Calibration, tokens_of
+from hf_kprune.calibration.batches import Batch, Calibration, tokens_of
 from hf_kprune.calibration.collate import shifted_right
 from hf_kprune.calibration.rows import draw_rows
 from hf_kprune.calibration.tasks import knowledge_loss

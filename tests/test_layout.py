@@ -21,10 +21,12 @@ FLOORS = [
     ["calibration"],
     ["latency"],
     ["report"],
-    ["budget"],
+    ["sizes"],
+    ["budgets"],
     ["checkpoint"],
     ["callbacks"],
     ["state", "algorithm"],
+    ["pruning"],
     ["preparation", "sweep"],
     ["sweeper", "hyperparameters"],
     ["pruner"],
@@ -35,9 +37,6 @@ FLOORS = [
 
 STILL = {
     ("errors", "modeling_kprune"),
-    ("methods", "arguments"),
-    ("progress", "methods"),
-    ("progress", "calibration"),
 }
 """Edges that are still there."""
 

@@ -22,9 +22,9 @@ from hf_kprune import (
     KPrunePruner,
     UnsupportedModelError,
 )
-from hf_kprune.budget import model_size
 from hf_kprune.methods import METHODS
 from hf_kprune.preparation import PLAN_TOKENS
+from hf_kprune.sizes import model_size
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -122,7 +122,7 @@ def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(
         return [10.0 + sum(s.num_units for s in find_sublayers(model)) for model in models]
 
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
-    monkeypatch.setattr("hf_kprune.latency.table.compare", compare)
+    monkeypatch.setattr("hf_kprune.budgets.times.compare", compare)
     monkeypatch.setattr("hf_kprune.algorithm.compare", None)
     report = make_pruner(tiny(), target_speedup=1.5).plan()
     assert report.achieved == pytest.approx(1.5, rel=0.1)

@@ -41,11 +41,11 @@ from hf_kprune import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
-from hf_kprune.budget import BudgetTerms
+from hf_kprune.budgets import budget_of
 from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
 from hf_kprune.methods.search import threshold_search
 from hf_kprune.report import Size
-from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.sublayers import cut, find_sublayers
 
 
 LAYERS, HEADS, NEURONS, WIDTH, HEAD_SIZE = 3, 4, 12, 16, 4
@@ -957,7 +957,7 @@ def test_a_sparsity_that_the_switches_reach_exactly_is_reached() -> None:
     """All of the FFN and none of the heads: what rounding leaves of the budget must not count as too little."""
     model = tiny("bert", hidden_size=64, intermediate_size=640)
     for neurons in (0, 3):
-        terms = BudgetTerms(
+        terms = budget_of(
             find_sublayers(model), KPruneArguments(sparsity=0.0, prune_heads=False), LENGTHS, Size()
         )
         ffn = sum(
@@ -966,16 +966,15 @@ def test_a_sparsity_that_the_switches_reach_exactly_is_reached() -> None:
             if s.kind == "ffn"
         )
         args = KPruneArguments(sparsity=ffn / terms.total, prune_heads=False, min_neurons=neurons, tune=False)
-        reached = BudgetTerms(find_sublayers(model), args, LENGTHS, Size())
-        spent = 0.0
-        for i, cost in enumerate(reached.costs):
-            left = reached.remaining(spent, i)
+        reached = budget_of(find_sublayers(copy.deepcopy(model)), args, LENGTHS, Size())
+        for i in range(len(reached.costs)):
+            left = reached.remaining(i)
             scores = [torch.rand(s.num_units) for s in reached.sublayers[i:]]
             keep = threshold_search(
                 scores, reached.costs[i:], left, reached.minimum[i:], reached.multiple[i:]
             )[0]
             assert int(keep.sum()) == reached.minimum[i]
-            spent += cost * int(keep.sum())
+            cut(reached.sublayers[i], keep)
 
 
 def test_plan_writes_nothing_and_reports_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,27 +15,30 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner
+from hf_kprune.methods import METHODS
 from hf_kprune.methods.base import Method, Statistics
-from hf_kprune.methods.baselines import (
+from hf_kprune.methods.baselines import FLAP
+from hf_kprune.methods.least_squares import NormalEquations
+from hf_kprune.methods.mask_tuning import (
     FIRST,
-    FLAP,
     KCM,
-    RIVALS,
     Kwon,
     count_search,
     rearrange,
     representative,
     scale_units,
 )
-from hf_kprune.methods.least_squares import NormalEquations
 from hf_kprune.methods.search import TOLERANCE, group_sizes, threshold_search
+
+
+RIVALS = [name for name in METHODS if name not in ("obs", "kprune")]
 
 
 TOKENS, WIDTH = 90, 5
 
 
 def make(name: str, **options: Any) -> Method:
-    return RIVALS[name](KPruneArguments(**options))
+    return METHODS[name](KPruneArguments(**options))
 
 
 def statistics(
@@ -122,7 +125,7 @@ def test_scores_do_not_depend_on_how_often_the_data_are_seen(name: str) -> None:
     torch.testing.assert_close(make(name).score(once), make(name).score(twice))
 
 
-@pytest.mark.parametrize("name", sorted(RIVALS.keys() - {"random"}))
+@pytest.mark.parametrize("name", sorted({*RIVALS} - {"random"}))
 @pytest.mark.parametrize(("kind", "width"), [("ffn", 1), ("attention", 3)])
 def test_scores_follow_their_units(name: str, kind: str, width: int) -> None:
     s, moved = statistics(kind, 7, width), statistics(kind, 7, width)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from models import tiny
 from torch import Tensor
 
-import hf_kprune.methods.elimination
+import hf_kprune.methods.surgeon
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.knowledge import Draws
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
-from hf_kprune.methods.elimination import covariance, eliminate
 from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_drift
 from hf_kprune.methods.search import convex_slopes, split, threshold_search
+from hf_kprune.methods.surgeon import covariance, eliminate
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -55,7 +55,7 @@ def test_eliminated_units_cost_what_explicit_least_squares_leaves(
     columns, residual = 12, 5
     moments, weight, metric = problem(columns, residual, seed)
     for share in (0.03, 0.4):
-        monkeypatch.setattr(hf_kprune.methods.elimination, "SHARE", share)
+        monkeypatch.setattr(hf_kprune.methods.surgeon, "SHARE", share)
         losses = eliminate(moments, weight, metric, width)
         order = losses.argsort().tolist()
         gone = [[unit * width + c for unit in order[:n] for c in range(width)] for n in range(len(order) + 1)]
@@ -210,7 +210,7 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
 
 def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned(*exponents: float) -> Any:
-        monkeypatch.setattr("hf_kprune.methods.OptimalBrainSurgeon.exponents", exponents)
+        monkeypatch.setattr("hf_kprune.methods.surgeon.Surgeon.exponents", exponents)
         model = tiny()
         args = KPruneArguments(sparsity=0.6, disable_tqdm=True, use_cpu=True)
         return KPrunePruner(model, args, rows(24), collate).prune(), model

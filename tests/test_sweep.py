@@ -17,7 +17,7 @@ from models import tiny
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner
-from hf_kprune.budget import model_size
+from hf_kprune.sizes import model_size
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.sweep import Sweep, SweepPoint, smallest_within
 

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from ..budget import model_size
 from ..modeling_kprune import inner_models, plan_of
 from ..report import JSON_NAME, PruningReport
+from ..sizes import model_size
 
 
 def earlier_cuts(model: PreTrainedModel, report: PruningReport | None = None) -> list[dict[str, Any]]:

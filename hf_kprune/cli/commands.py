@@ -16,7 +16,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
-from ..budget import expected_bytes, model_size
 from ..calibration.embeddings import SentenceFolder
 from ..calibration.metrics import ALIASES
 from ..calibration.tasks import task_of
@@ -30,6 +29,7 @@ from ..progress import quiet
 from ..pruner import KPrunePruner
 from ..report import JSON_NAME, MARKDOWN_NAME
 from ..reports import Table, to_markdown
+from ..sizes import expected_bytes, model_size
 from ..state import one_run
 from ..sweep import check_plot
 from .inputs import make_pruner, trying

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..budget import model_size
 from ..calibration.embeddings import read_folder
 from ..checkpoint.integrity import verify_weights
 from ..checkpoint.loading import check_place, model_class, reading
@@ -18,6 +17,7 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from ..report import JSON_NAME, PruningReport
 from ..reports import Table, to_markdown
+from ..sizes import model_size
 from ..structure.detect import describe
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers

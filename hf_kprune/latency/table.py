@@ -1,19 +1,15 @@
-"""How long a model takes, measured here; how long it would take with fewer units; and which units to keep in a given time."""
+"""The look-up table: how long a model would take with fewer units."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,104 +21,30 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ArgumentError, BudgetError
-from ..methods.search import TOLERANCE, group_sizes, threshold_search
-from ..structure.facts import in_eval_mode, to_model
-from ..structure.proof import cut_twin
+from ..errors import ArgumentError
+from ..methods.search import TOLERANCE
 from ..structure.sublayers import find_sublayers
 from ..structure.surgery import with_own_tables
 from ..version import __version__
+from .timing import compare, cut_to, time_model
 
-
-WARM_UP = 1
-"""Rounds that are not counted."""
-
-PATIENCE = 10.0
-"""Seconds that the timed passes are to take together, where nobody says how many there are to be."""
-
-SHORT = 0.1
-"""Seconds under which a pass is timed again at once, as what is in the caches would count."""
 
 AT_ONCE = 4
 """Cut models that are held at once while measuring."""
 
 FAINT = 0.05
-"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of that one."""
+"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
+that one."""
 
 STEPS = 1000
 """Parts into which `search_latency` divides the budget to choose which sublayers stay."""
 
+FAINT = 0.05
+"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
+that one."""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
-def compare(
-    models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds: int | None = None
-) -> list[float]:
-    """Seconds of a forward pass of each model, in evaluation mode, on its device.
-
-    The models take turns, and each is related to the first in its round, so that what slows the machine down slows both.
-
-    Args:
-        models: That take the same inputs.
-        inputs: Moved to each model's device, floats to its dtype, before the clock runs.
-        rounds: Timed passes of each. None: as many as take about `PATIENCE` seconds, from 3 to 20.
-
-    Returns:
-        The median of the first; of the others the median of their ratio to it, times that.
-    """
-    taken: list[list[float]] = []
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(in_eval_mode(model))
-        given = [to_model(inputs, model) for model in models]
-        while len(taken) < WARM_UP + (rounds or 20):
-            taken.append([])
-            for model, own in zip(models, given, strict=True):
-                begin = _now(model.device)
-                model(**own)
-                if (
-                    _now(model.device) - begin < SHORT
-                ):  # else the caches that the model before it has left would count
-                    begin = _now(model.device)
-                    model(**own)
-                taken[-1].append(_now(model.device) - begin)
-            if rounds is None:
-                rounds = max(3, min(20, int(PATIENCE / max(sum(taken[0]), 1e-9))))
-    del taken[:WARM_UP]
-    first = statistics.median(seconds[0] for seconds in taken)
-    return [
-        first * statistics.median(seconds[i] / seconds[0] for seconds in taken) for i in range(len(models))
-    ]
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    elif torch.get_num_threads() == 1 and sys.platform != "win32":  # where it is too coarse
-        return time.thread_time()  # stands still while another program has the core
-    return time.perf_counter()
-
-
-def time_model(model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int | None = None) -> float:
-    """Median seconds of a forward pass, see `compare`."""
-    return compare([model], inputs, repeats)[0]
-
-
-def cut_to(model: PreTrainedModel, counts: Sequence[int], head_unit: str = "group") -> PreTrainedModel:
-    """A copy that keeps the first `counts` units of each sublayer, as fast as any that keeps as many. Others are shared."""
-    sublayers = find_sublayers(model, head_unit)
-    return cut_twin(
-        model, [torch.arange(s.num_units) < n for s, n in zip(sublayers, counts, strict=True)], head_unit
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The look-up table
-# ---------------------------------------------------------------------------------------------------------------------
+STEPS = 1000
+"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +60,11 @@ class Curve:
 
     @classmethod
     def fit(cls, units: Tensor, seconds: Tensor) -> Curve:
-        """The curve with c, a >= 0 of least squares of relative errors, as what is left of a sublayer is at the lower end; of
-        equally good ones that of least theta, or, if a = 0, of the largest.
+        """The curve with c, a >= 0 of least squares of relative errors, as what is left of a sublayer is at
+        the lower end; of equally good ones that of least theta, or, if a = 0, of the largest.
 
-        Kwon et al. take the mean of the first theta times as c and fit a alone; here both are fitted together.
+        Kwon et al. take the mean of the first theta times as c and fit a alone; here both are fitted
+        together.
 
         Args:
             units: How many units there were, (P,), or in each of several alike sublayers, (P, m). Not 0.
@@ -174,11 +97,13 @@ class LatencyTable:
     """What each sublayer of a model takes with fewer units, on one device and with inputs of one shape.
 
     Args:
-        dense: Seconds of the model as it is (T5: with its positions looked up in every layer, as in all that is cut of it).
+        dense: Seconds of the model as it is (T5: with its positions looked up in every layer, as in all that
+            is cut of it).
         emptied: Seconds of the model when every sublayer is empty.
         units: Units of each sublayer, bottom to top.
         kinds: Kind of each sublayer: those of one kind differ at most in how many units they have.
-        points: For each kind: numbers n > 0, and the mean seconds of its sublayers when none of them has more units than n.
+        points: For each kind: numbers n > 0, and the mean seconds of its sublayers when none of them has more
+            units than n.
     """
 
     dense: float
@@ -195,14 +120,17 @@ class LatencyTable:
         head_unit: str = "group",
         rounds: int | None = None,
     ) -> LatencyTable:
-        """Time the whole model, in turns with copies of it in which all sublayers of one kind are cut to n units.
+        """Time the whole model, in turns with copies of it in which all sublayers of one kind are cut to n
+        units.
 
-        What such a copy takes beyond the one in which they are empty is what they take, in their place: with the memory
-        traffic of everything else, and with what a GPU overlaps. So it holds for any architecture. For one stack, some 20
-        models of half the size of `model` and more run `rounds` + 2 times, twice as often if they are quick.
+        What such a copy takes beyond the one in which they are empty is what they take, in their place: with
+        the memory traffic of everything else, and with what a GPU overlaps. So it holds for any architecture.
+        For one stack, some 20 models of half the size of `model` and more run `rounds` + 2 times, twice as
+        often if they are quick.
 
         Args:
-            model: Is not changed. Beside it up to four copies of the weights of one kind of sublayer are held.
+            model: Is not changed. Beside it up to four copies of the weights of one kind of sublayer are
+                held.
             inputs: As for `compare`.
             head_unit: As for `find_sublayers`.
             rounds: Timed passes of each copy. None: as many as the model does in a second, from 3 to 50.
@@ -254,8 +182,9 @@ class LatencyTable:
         Args:
             model: As for `measure`.
             inputs: As for `measure`.
-            folder: Where tables are kept; delete one to have it measured again. None: where the Hugging Face libraries keep
-                such files (`huggingface_hub.cached_assets_path`, inside `HF_HOME`), which the user may have moved already.
+            folder: Where tables are kept; delete one to have it measured again. None: where the Hugging Face
+                libraries keep such files (`huggingface_hub.cached_assets_path`, inside `HF_HOME`), which the
+                user may have moved already.
             head_unit: As for `measure`.
         """
         folder = cached_assets_path("hf_kprune", "latency") if folder is None else folder
@@ -268,7 +197,8 @@ class LatencyTable:
 
     @cached_property
     def curves(self) -> list[Curve]:
-        """Of each sublayer, bottom to top: fitted to the points, then scaled to take together what emptying all saves."""
+        """Of each sublayer, bottom to top: fitted to the points, then scaled to take together what emptying
+        all saves."""
         fits = {}
         for kind, points in self.points.items():
             alike = [u for u, k in zip(self.units, self.kinds, strict=True) if u and k == kind]
@@ -277,17 +207,17 @@ class LatencyTable:
                 numbers, torch.tensor([seconds for _, seconds in points], dtype=torch.float64)
             )
         curves = [fits.get(kind, Curve(0.0, 0.0, 0)) for kind in self.kinds]
-        scale = max(self.dense - self.emptied, 0.0) / (_seconds(curves, self.units) or 1.0)
+        scale = max(self.dense - self.emptied, 0.0) / (seconds_of(curves, self.units) or 1.0)
         return [Curve(scale * curve.c, scale * curve.a, curve.theta) for curve in curves]
 
     @property
     def rest(self) -> float:
         """Seconds of what is no sublayer."""
-        return self.dense - _seconds(self.curves, self.units)
+        return self.dense - seconds_of(self.curves, self.units)
 
     def predict(self, counts: Sequence[int]) -> float:
         """Seconds of the model when its sublayers have `counts` units, bottom to top."""
-        return self.rest + _seconds(self.curves, counts)
+        return self.rest + seconds_of(self.curves, counts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, all or nothing."""
@@ -317,13 +247,14 @@ class LatencyTable:
             ) from error
 
 
-def _seconds(curves: Sequence[Curve], counts: Sequence[int]) -> float:
+def seconds_of(curves: Sequence[Curve], counts: Sequence[int]) -> float:
     """What sublayers with so many units take together."""
     return sum(float(curve(torch.tensor(n))) for curve, n in zip(curves, counts, strict=True))
 
 
 def counts_to_measure(units: int) -> list[int]:
-    """From 1 to all: each of a few; of more about six, closest at the lower end, where the knee is, and even as layers are."""
+    """From 1 to all: each of a few; of more about six, closest at the lower end, where the knee is, and even
+    as layers are."""
     if units <= 8:
         return list(range(1, units + 1))
     step = 8 if units >= 128 else 1
@@ -353,117 +284,3 @@ def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Searching
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def search_latency(
-    scores: Sequence[Tensor],
-    curves: Sequence[Curve],
-    budget: float,
-    minimum: Sequence[int],
-    multiple: Sequence[int],
-) -> list[Tensor]:
-    """Keep the units of highest total importance whose sublayers together take at most `budget` seconds.
-
-    After Kwon et al. (2022): a sublayer that is kept costs c, its theta best units are free then, and units beyond that
-    compete over what is left at a seconds each. They try every number of emptied sublayers. Which to empty is here a knapsack
-    of whole sublayers, solved by dynamic programming over the budget in thousandths; `threshold_search` then spends the
-    exact budget on the sublayers that stay.
-
-    The result is at least as good as any that leaves a thousandth of the budget per sublayer unused.
-
-    Args:
-        scores: Importance of each unit (not per cost), at least 0, one (U_i,) per sublayer.
-        curves: What each sublayer takes.
-        budget: Seconds for all of them (`LatencyTable.rest` is not in it).
-        minimum: As for `threshold_search`.
-        multiple: As for `threshold_search`.
-
-    Returns:
-        One boolean mask (U_i,) per sublayer.
-
-    Raises:
-        BudgetError: If the minimum alone exceeds the budget.
-    """
-    numbers, worths, costs = (
-        [],
-        [],
-        [],
-    )  # of each sublayer: how many units it may keep, their importance, their seconds
-    for score, curve, low, m in zip(scores, curves, minimum, multiple, strict=True):
-        total = score.double().cpu().sort(descending=True).values.cumsum(0)
-        numbers.append(torch.tensor(group_sizes(len(score), low, m)).cumsum(0))
-        worths.append(torch.cat([total.new_zeros(1), total])[numbers[-1]])
-        costs.append(curve(numbers[-1]))
-    free = [int(n[cost <= cost[(n > 0).long().argmax()]][-1]) for n, cost in zip(numbers, costs, strict=True)]
-
-    def freely(counts: Sequence[int]) -> list[int]:
-        """The units that cost no more than one, in the same sublayers."""
-        return [f if n else 0 for f, n in zip(free, counts, strict=True)]
-
-    def fits(counts: Sequence[int]) -> bool:
-        return _seconds(curves, counts) <= budget * (1 + TOLERANCE)
-
-    def spend(counts: Sequence[int]) -> list[Tensor]:
-        """The best masks with at least so many units, and none where that is 0."""
-        live = [i for i, n in enumerate(counts) if n]
-        masks = [torch.zeros(len(score), dtype=torch.bool) for score in scores]
-        if live:
-            slopes, least = [curves[i].a for i in live], [counts[i] for i in live]
-            left = max(budget - _seconds(curves, counts), 0.0) + sum(
-                a * n for a, n in zip(slopes, least, strict=True)
-            )
-            densities = [scores[i].double() / (curves[i].a or 1) for i in live]
-            found = threshold_search(densities, slopes, left, least, [multiple[i] for i in live])
-            for i, mask in zip(live, found, strict=True):
-                masks[i] = mask
-        return masks
-
-    fewest = freely([int(n[0]) for n in numbers])
-    if not fits(fewest):
-        raise BudgetError(
-            f"the units that must stay take {_seconds(curves, fewest):.6g} s, over the {budget:.6g} s that there are for "
-            "sublayers; allow more time, or lower min_heads and min_neurons"
-        )
-    starts = [counts for counts in ([len(score) for score in scores], fewest) if fits(counts)]
-    for plan in _knapsack(worths, costs, budget):
-        kept = [int(n[option]) for n, option in zip(numbers, plan, strict=True)]
-        starts += [counts for counts in (freely(kept), kept) if fits(counts) and counts not in starts]
-        if fits(kept):
-            break
-    found = [spend(counts) for counts in starts]
-    return max(
-        found,
-        key=lambda masks: sum(float(s.double().cpu()[m].sum()) for s, m in zip(scores, masks, strict=True)),
-    )
-
-
-def _knapsack(worths: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> Iterator[list[int]]:
-    """Of the options of each sublayer, by worth and by cost, both rising, the ones of most total worth within the budget.
-
-    Costs are rounded up to thousandths of the budget. The first answer is for a budget that is larger by the most that this
-    can add up to, the last for the budget itself.
-    """
-    size = STEPS + len(costs) + 1
-    best, taken = (
-        torch.zeros(size, dtype=torch.float64),
-        [],
-    )  # of the sublayers so far, within 0, 1, ... steps
-    for worth, cost in zip(worths, costs, strict=True):
-        steps = (cost * (1 - TOLERANCE / 2) * (STEPS / max(budget, 1e-300))).ceil()
-        option = torch.searchsorted(steps, torch.arange(size, dtype=torch.float64), right=True) - 1
-        gain = worth[option].where(option >= 0, -math.inf)
-        before = torch.cat([torch.full((size - 1,), -math.inf, dtype=torch.float64), best]).unfold(0, size, 1)
-        best, place = (before + gain.flip(0)).max(1)
-        taken.append((option, size - 1 - place))
-    for within in range(size - 1, STEPS - 1, -1):
-        if best[within].isfinite():
-            plan, left = [], within
-            for option, spent in reversed(taken):
-                plan.append(int(option[spent[left]]))
-                left -= int(spent[left])
-            yield plan[::-1]

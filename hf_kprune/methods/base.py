@@ -1,19 +1,21 @@
-"""What a pruning method is given and what it decides: `Statistics` in, the three functions of `Method` out."""
+"""What a pruning method is handed and what it decides: `Statistics` in, the functions of `Method` out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from .least_squares import Fit, NormalEquations
+from .least_squares import Fit, NormalEquations, fit_of
+from .search import threshold_search
 
 
 @dataclass
 class Statistics:
-    """What was measured of one sublayer, summed over the calibration sequences. C columns, U units, D the residual width.
+    """What was measured of one sublayer, summed over the calibration sequences. C columns, U units, D the
+    residual width.
 
     Args:
         has_heads: Whether its units are attention heads; else they are neurons.
@@ -21,22 +23,25 @@ class Statistics:
         cost: What one unit costs, FLOPs unless the budget is in something else.
         weight: Output projection, (D, C), columns unit by unit, like all that has C entries.
         has_bias: Whether it has a bias.
-        magnitude: Sum of the squares of all weights of each unit, input and output projections, (U,), float64.
+        magnitude: Sum of the squares of all weights of each unit, input and output projections, (U,),
+            float64.
         energy: Sum over tokens of squared features, (C,), float64.
         feature_sum: Sum over tokens of features, (C,), float64.
         tokens: Number of tokens.
         samples: Number of sequences.
-        gradient_sum: Sum over sequences of the gradient of the predictive loss to each column's mask, (C,), float64. Zero as
-            long as the student is the teacher (there it is zero by definition and not measured).
+        gradient_sum: Sum over sequences of the gradient of the predictive loss to each column's mask, (C,),
+            float64. Zero as long as the student is the teacher (there it is zero by definition and not
+            measured).
         gradient_square: Sum over sequences of its square, (C,), float64.
         gram: Sum over tokens of features' products, (C, C), float64.
-        metric: Fisher information of the sublayer's output, the sum over tokens of g g^T with g the gradient to it of the
-            loss against outputs drawn from what the dense model predicts (`heads.Knowledge.drawn`), (D, D), float64.
-        fisher: Fisher information of the units' masks, the sum over sequences of g g^T with g such a gradient to all masks
-            of the sublayer, (U, U), float64.
+        metric: Fisher information of the sublayer's output, the sum over tokens of g g^T with g the gradient
+            to it of the loss against outputs drawn from what the dense model predicts
+            (`heads.Knowledge.drawn`), (D, D), float64.
+        fisher: Fisher information of the units' masks, the sum over sequences of g g^T with g such a gradient
+            to all masks of the sublayer, (U, U), float64.
         absolute: Sum over sequences of |g| of those, (U,), float64.
-        damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its ridge, relative to
-            its mean, as they were singular up to rounding.
+        damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its
+            ridge, relative to its mean, as they were singular up to rounding.
     """
 
     has_heads: bool
@@ -58,42 +63,73 @@ class Statistics:
     damping: float = field(default=0.0, init=False)
 
 
-class Method(Protocol):
-    """The three decisions of a pruning method, and what it needs for them.
+class Options(Protocol):
+    """What methods read of the options of a run, see `KPruneArguments`."""
+
+    seed: int
+    ridge: float | None
+    tune_bias: bool | None
+    tune_inputs: bool | None
+    lambda_pred: float
+    lambda_rep: float
+    mu: float | None
+
+
+class Method:
+    """A pruning method: the decisions that differ between methods, and what they need.
+
+    The defaults are those of a baseline: one measurement of the dense model, one threshold for all sublayers,
+    and output weights left as they are. A method overrides what is its own; `score` it must.
 
     Args:
-        needs: What is measured beyond features: `"knowledge"` (`gradient_sum`, `gradient_square`), `"curvature"` (`gram`,
-            `metric`), `"fisher"` (`fisher`, `absolute`).
-        options: Names of the options that it reads and other methods do not.
-        one_shot: Whether all masks follow from one measurement of the dense model; else every sublayer is decided on the
-            student as pruned and tuned up to there.
-        exponents: Ways to split the budget over depth, see `search.split` (None: by the scores as they are); with more than
-            one, each is tried and the student that is nearest to the teacher on held-out calibration rows wins.
-        measure_tokens: Tokens measured if the options name no number; None: all.
-        tunes: Whether output weights are tuned at all.
-        ridge: Pull of what is tuned towards what it was, see `tune_weight`.
-        dtype: In which products are summed for tuning if the options name none.
-        in_time: Whether score times cost is an importance that adds up, so that units can be searched for a budget of time.
-        tune_inputs: Whether input projections are corrected for the drift of what they read, see `correct_drift`.
+        options: The options of the run.
     """
 
-    needs: frozenset[str]
-    options: frozenset[str]
-    one_shot: bool
-    exponents: tuple[float | None, ...]
-    measure_tokens: int | None
-    tunes: bool
-    dtype: str
-    ridge: float
-    tune_inputs: bool
-    in_time: bool
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What is measured beyond features: `"knowledge"` (`gradient_sum`, `gradient_square`), `"curvature"`
+    (`gram`, `metric`), `"fisher"` (`fisher`, `absolute`)."""
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Names of the options that it reads and other methods do not."""
+
+    one_shot: ClassVar[bool] = True
+    """Whether all masks follow from one measurement of the dense model. Else every sublayer is decided on the
+    student as pruned and tuned up to there."""
+
+    exponents: ClassVar[tuple[float | None, ...]] = (None,)
+    """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). With more
+    than one, each is tried, and the student that is nearest to the teacher on held-out calibration rows
+    wins."""
+
+    measure_tokens: ClassVar[int | None] = None
+    """Tokens measured if the options name no number; None: all."""
+
+    tunes: ClassVar[bool] = False
+    """Whether output weights are tuned at all."""
+
+    dtype: ClassVar[str] = "float32"
+    """The precision in which products are summed for tuning if the options name none."""
+
+    in_time: ClassVar[bool] = False
+    """Whether score times cost is an importance that adds up, so that units can be searched for a budget of
+    time."""
+
+    ridge: float = 0.0
+    """Pull of what is tuned towards what it was, see `tune_weight`."""
+
+    tune_inputs: bool = False
+    """Whether input projections are corrected for the drift of what they read, see `correct_drift`."""
+
+    def __init__(self, options: Options) -> None:
+        self.seed = options.seed
 
     def score(self, statistics: Statistics) -> Tensor:
         """Importance of each unit per cost, (U,)."""
+        raise NotImplementedError
 
     def search(
         self,
-        measured: Sequence[Statistics],
+        statistics: Sequence[Statistics],
         scores: Sequence[Tensor],
         budget: float,
         minimum: Sequence[int],
@@ -101,11 +137,16 @@ class Method(Protocol):
     ) -> list[Tensor]:
         """Keep-masks (U,), on the CPU, of all sublayers that were measured. See `threshold_search`.
 
-        Of the measurements, `gram` and `metric` are gone by then: those of all sublayers at once would be large.
+        Of the measurements, `gram` and `metric` are gone by then: those of all sublayers at once would be
+        large.
         """
+        return threshold_search(scores, [each.cost for each in statistics], budget, minimum, multiple)
 
-    def arrange(self, measured: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
-        """What a search in time has found, with as many units of each sublayer, but perhaps others."""
+    def arrange(self, statistics: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
+        """The masks that a search in time ended with, of as many units in each sublayer, but perhaps of
+        others."""
+        return masks
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         """New output weights (D, C) of the kept columns, unit by unit, and bias."""
+        return fit_of(equations, weight, bias)

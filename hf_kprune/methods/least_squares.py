@@ -1,6 +1,8 @@
-"""KPWT, knowledge-preserving weight tuning (K-prune, part c): refit an output projection to the teacher by least squares.
+"""KPWT, knowledge-preserving weight tuning (K-prune, part c): refit an output projection to the teacher by
+least squares.
 
-The features of a sublayer are never held for all tokens: their products are summed as they stream by. Pure functions.
+The features of a sublayer are never held for all tokens: their products are summed as they stream by. Pure
+functions.
 
 Shapes: n tokens, C kept columns, D residual width.
 """
@@ -14,7 +16,8 @@ from torch import Tensor
 
 
 DAMPING = 1e-10
-"""Least damping of the normal equations, relative to the mean of their diagonal. Decides directions that no data decide."""
+"""Least damping of the normal equations, relative to the mean of their diagonal. Decides directions that no
+data decide."""
 
 ROUNDING = 1e-12
 """What is left of a mean square about the mean is nothing if it is no larger than this fraction of it."""
@@ -24,7 +27,8 @@ ROUNDING = 1e-12
 class Centred:
     """Tokens (n, C) less a centre that is near to their mean.
 
-    In float32, features that hardly vary about a large mean would lose in their products all that tells how they vary.
+    In float32, features that hardly vary about a large mean would lose in their products all that tells how
+    they vary.
 
     Args:
         rest: What is left, (n, C), in the precision of the products.
@@ -50,8 +54,8 @@ class Centred:
 
 
 def add_products(sums: Tensor, a: Centred, b: Centred) -> None:
-    """Add A^T B of as many tokens A (n, C) and B (n, D) to float64 sums (C, D): what is left of the centres is multiplied in
-    its own precision, the centres themselves in float64."""
+    """Add A^T B of as many tokens A (n, C) and B (n, D) to float64 sums (C, D): what is left of the centres
+    is multiplied in its own precision, the centres themselves in float64."""
     sums += a.rest.T @ b.rest
     if a.rest.dtype != torch.float64:
         sums += torch.stack([a.centre, a.rest_sum], 1) @ torch.stack([b.total(), b.centre])
@@ -95,7 +99,8 @@ class NormalEquations:
     def add(
         self, features: Tensor, target: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64
     ) -> None:
-        """Add tokens: features A (n, C), target Y = X_T + Sub_T(X_T) - X_S (n, D), reference X_T + Sub_T(X_T) (n, D).
+        """Add tokens: features A (n, C), target Y = X_T + Sub_T(X_T) - X_S (n, D), reference X_T + Sub_T(X_T)
+        (n, D).
 
         Products are taken in `dtype` and summed in float64, see `add_products`.
         """
@@ -122,8 +127,8 @@ class Fit:
         error_before: ||Y - A W^T - 1 b^T||_F / ||X_T + Sub_T(X_T)||_F with the weights as they were.
         error_after: The same with the tuned ones.
         damping: What was added to the diagonal, relative to its mean, the ridge included.
-        undetermined: Columns that are, to rounding, linear combinations of others, so that the data do not determine
-            their weights; they take the smallest change from the weights as they were.
+        undetermined: Columns that are, to rounding, linear combinations of others, so that the data do not
+            determine their weights; they take the smallest change from the weights as they were.
     """
 
     weight: Tensor
@@ -144,6 +149,19 @@ def relative_error(equations: NormalEquations, weight: Tensor, bias: Tensor | No
     return float((square.clamp(min=0) / e.reference_square.clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
 
 
+def fit_of(
+    equations: NormalEquations,
+    old_weight: Tensor,
+    old_bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Fit:
+    """The fit of new weights (D, C) and bias (D,) in the place of old ones; None: the old."""
+    before = old_weight.to(torch.float64), None if old_bias is None else old_bias.to(torch.float64)
+    after = before[0] if weight is None else weight.to(torch.float64), before[1] if bias is None else bias
+    return Fit(*after, relative_error(equations, *before), relative_error(equations, *after))
+
+
 def tune_weight(
     equations: NormalEquations,
     weight: Tensor,
@@ -153,9 +171,10 @@ def tune_weight(
 ) -> Fit:
     """argmin_{W, b} ||Y - A W^T - 1 b^T||_F^2 + ridge * mean(diag A^T A) * ||W - W_0||_F^2   (Park et al. 2024, KPWT).
 
-    The unknown is the change from the present weights W_0: (G + ridge) dW = A^T (Y - A W_0^T - 1 b_0^T), by a Cholesky
-    factorisation. Where G is singular, damping of `DAMPING` (more if rounding asks for it) picks the smallest change.
-    With `tune_bias`, A and the residual are centred first and the intercept follows from their means.
+    The unknown is the change from the present weights W_0: (G + ridge) dW = A^T (Y - A W_0^T - 1 b_0^T), by a
+    Cholesky factorisation. Where G is singular, damping of `DAMPING` (more if rounding asks for it) picks the
+    smallest change. With `tune_bias`, A and the residual are centred first and the intercept follows from
+    their means.
 
     Args:
         equations: The sums.
@@ -188,8 +207,8 @@ def tune_weight(
     ):  # else features are constant: b does it all
         factor, floor = damped_cholesky(gram, scale, ridge)
         delta, damping = torch.cholesky_solve(change, factor), ridge + floor
-        # a pivot is what is left of a column's norm once the columns before it are projected out: if they give it with the
-        # coefficients c, floor * scale * (1 + |c|^2)
+        # a pivot is what is left of a column's norm once the columns before it are projected out: if they
+        # give it with the coefficients c, floor * scale * (1 + |c|^2)
         undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
     w = w0 + delta.T
     b = b0 + (rest - e.feature_sum @ delta) / e.tokens if tune_bias and b0 is not None else b0
@@ -197,7 +216,8 @@ def tune_weight(
 
 
 def correct_drift(equations: NormalEquations, ridge: float, tune_bias: bool) -> Fit:
-    """The map  x -> M x + c  that takes what the student's projections read to what the teacher's read, by least squares.
+    """The map  x -> M x + c  that takes what the student's projections read to what the teacher's read, by
+    least squares.
 
     argmin_{M, c} ||X_T - X_S M^T - 1 c^T||_F^2 + ridge * mean(diag X_S^T X_S) * ||M - I||_F^2
 
@@ -212,7 +232,8 @@ def correct_drift(equations: NormalEquations, ridge: float, tune_bias: bool) -> 
 
 
 def damped_cholesky(gram: Tensor, scale: float, ridge: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of  G + (ridge + floor) * scale * 1, and the floor: `DAMPING`, or as much more as rounding asks for.
+    """The Cholesky factor of  G + (ridge + floor) * scale * 1, and the floor: `DAMPING`, or as much more as
+    rounding asks for.
 
     Args:
         gram: G, (C, C), float64, positive semidefinite up to rounding.

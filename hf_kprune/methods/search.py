@@ -1,4 +1,5 @@
-"""KPMS, knowledge-preserving mask search (K-prune, part b): which units are worth their cost. Pure functions."""
+"""KPMS, knowledge-preserving mask search (K-prune, part b): which units are worth their cost. Pure
+functions."""
 
 from __future__ import annotations
 
@@ -22,17 +23,17 @@ def threshold_search(
 ) -> list[Tensor]:
     """Keep the units of highest score per cost within `budget`: Algorithm 1 of Park et al. by one sort.
 
-    The paper raises a threshold until the units above it fit. Here they are sorted (equal scores: lower sublayer, then
-    lower unit first) and taken as long as their cumulative cost fits; what is left of the budget then goes to the best
-    units that still fit, so that it is used up and never exceeded.
+    The paper raises a threshold until the units above it fit. Here they are sorted (equal scores: lower
+    sublayer, then lower unit first) and taken as long as their cumulative cost fits; what is left of the
+    budget then goes to the best units that still fit, so that it is used up and never exceeded.
 
     Args:
         scores: Importance per cost, one (U_i,) per sublayer.
         costs: Cost of one unit of each sublayer.
         budget: What the kept units may cost together, in the unit of `costs`.
         minimum: Units of each sublayer that are kept in any case, the best ones.
-        multiple: The number kept in a sublayer is a multiple of this, or all. Units then compete in groups of this
-            size, in order of score, by their mean score.
+        multiple: The number kept in a sublayer is a multiple of this, or all. Units then compete in groups of
+            this size, in order of score, by their mean score.
 
     Returns:
         One boolean mask (U_i,) per sublayer.
@@ -74,11 +75,13 @@ def threshold_search(
 
 
 def split(scores: Sequence[Tensor], costs: Sequence[float], exponent: float) -> list[Tensor]:
-    """Scores per cost, one (U_i,) per sublayer, with which `threshold_search` minimises the sum of loss ** exponent.
+    """Scores per cost, one (U_i,) per sublayer, with which `threshold_search` minimises the sum of loss **
+    exponent.
 
-    The loss of a sublayer is the sum of cost * score over its units that go, lowest scores first. Under 1 the exponent takes
-    more from sublayers that are cut deeply already, over 1 it spreads the loss. The curve of the loss over what goes is
-    replaced by its lower convex hull, as no threshold stops above it; the order of units within a sublayer stays.
+    The loss of a sublayer is the sum of cost * score over its units that go, lowest scores first. Under 1 the
+    exponent takes more from sublayers that are cut deeply already, over 1 it spreads the loss. The curve of
+    the loss over what goes is replaced by its lower convex hull, as no threshold stops above it; the order of
+    units within a sublayer stays.
     """
     result = []
     for score, cost in zip(scores, costs, strict=True):
@@ -90,8 +93,8 @@ def split(scores: Sequence[Tensor], costs: Sequence[float], exponent: float) -> 
 
 
 def convex_slopes(curve: Tensor) -> Tensor:
-    """Slopes, (n,), of the lower convex hull of the points (i, curve[i]), i = 0 .. n: each a little over the one before, also
-    within an edge of the hull, so that they keep the order of the points."""
+    """Slopes, (n,), of the lower convex hull of the points (i, curve[i]), i = 0 .. n: each a little over the
+    one before, also within an edge of the hull, so that they keep the order of the points."""
     values, hull = curve.tolist(), [0]
     for i in range(1, len(values)):
         while len(hull) > 1 and (values[i] - values[hull[-1]]) * (hull[-1] - hull[-2]) <= (
@@ -114,10 +117,11 @@ def uniform_search(
     alike: Sequence[Hashable],
     allowed: Sequence[Sequence[int] | None],
 ) -> list[int]:
-    """How many units each sublayer keeps if those named alike keep equally many: the best such plan within `budget`.
+    """How many units each sublayer keeps if those named alike keep equally many: the best such plan within
+    `budget`.
 
-    The n-th best units of alike sublayers stand or fall together, so they compete as one unit, whose cost is the sum of
-    theirs and whose score per cost is their mean, weighted by cost.
+    The n-th best units of alike sublayers stand or fall together, so they compete as one unit, whose cost is
+    the sum of theirs and whose score per cost is their mean, weighted by cost.
 
     Args:
         scores: As for `threshold_search`, and so are:
@@ -171,7 +175,8 @@ def uniform_search(
 
 
 def group_sizes(num_units: int, minimum: int, multiple: int) -> list[int]:
-    """Sizes of the groups in which units are kept, best first: the first holds the minimum, the last what is over."""
+    """Sizes of the groups in which units are kept, best first: the first holds the minimum, the last what is
+    over."""
     first = min(-(-minimum // multiple) * multiple, num_units)
     rest = num_units - first
     sizes = [multiple] * (rest // multiple) or ([rest] if rest else [])

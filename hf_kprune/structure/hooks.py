@@ -1,9 +1,10 @@
-"""Run a model from one sublayer to another: forward hooks, owned by contexts that always remove them. Torch only.
+"""Run a model from one sublayer to another: forward hooks, owned by contexts that always remove them. Torch
+only.
 
-A model is carried upwards one sublayer at a time. What is carried is a `State`: for each stack the input of the layer that
-has been reached, and inside that layer the outputs of the sublayers that have run. To go on from there the model's own
-forward is called, with the layers below passing the input on and those sublayers answering with their outputs, so masks,
-positions, the way outputs join, and heads stay the model's business.
+A model is carried upwards one sublayer at a time. What is carried is a `State`: for each stack the input of
+the layer that has been reached, and inside that layer the outputs of the sublayers that have run. To go on
+from there the model's own forward is called, with the layers below passing the input on and those sublayers
+answering with their outputs, so masks, positions, the way outputs join, and heads stay the model's business.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class _Stop(Exception):  # noqa: N818
 
 
 def part_of(tensor: Tensor, start: int, stop: int, samples: int) -> Tensor:
-    """What belongs to the samples from `start` to `stop` out of `samples`, each of which may be several entries."""
+    """What belongs to the samples from `start` to `stop` out of `samples`, each of which may be several
+    entries."""
     return tensor[start * len(tensor) // samples : stop * len(tensor) // samples]
 
 
@@ -36,7 +38,8 @@ class State:
     """How far a batch of B sequences has been carried. At first nowhere: then the model begins by itself.
 
     Args:
-        inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it gave: (B, T, D).
+        inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it
+            gave: (B, T, D).
         held: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
     """
 
@@ -44,7 +47,8 @@ class State:
     held: Mapping[str, Tensor] = field(default_factory=dict)
 
     def part(self, start: int, stop: int, samples: int) -> State:
-        """That of the samples from `start` to `stop` out of `samples`, which may be several sequences each."""
+        """That of the samples from `start` to `stop` out of `samples`, which may be several sequences
+        each."""
 
         def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: part_of(tensor, start, stop, samples) for name, tensor in tensors.items()}
@@ -57,8 +61,8 @@ class Tap:
     """What one sublayer did with a batch of B sequences of T tokens.
 
     Args:
-        stream: Residual input of the sublayer, X in METHOD 1.2, (B, T, D), in units of `output`; zero if that does not
-            simply join the stream.
+        stream: Residual input of the sublayer, X in METHOD 1.2, (B, T, D), in units of `output`; zero if that
+            does not simply join the stream.
         features: Input of the output projection, (B, T, C).
         output: Output of the output projection with its bias, Sub(X), (B, T, D).
         above: The state above the sublayer.
@@ -168,7 +172,8 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 def run_sublayer(
     model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], position: int, state: State
 ) -> Tap:
-    """Run one sublayer of `model` on the state below it, with what lies between it and the next, and nothing else."""
+    """Run one sublayer of `model` on the state below it, with what lies between it and the next, and nothing
+    else."""
     sublayer = sublayers[position]
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
     stack, block = sublayer.stack, sublayer.block
@@ -217,7 +222,10 @@ def run_sublayer(
                 later.layers if name not in state.inputs else ()
             ):  # runs first, but nothing here waits for it
                 template = form_of(later)
-                skip = lambda *args, template=template, **kwargs: fill(template, _first(args, kwargs), {})  # noqa: E731
+
+                def skip(*args: Any, template: Any = template, **kwargs: Any) -> Any:
+                    return fill(template, _first(args, kwargs), {})
+
                 hooks.enter_context(_forward(layer, skip))
         _run(model, inputs)
 
@@ -237,7 +245,8 @@ def run_sublayer(
 def _reading(
     sublayer: Sublayer, paths: Sequence[str], reads: dict[str, list[Tensor]], stop: bool = False
 ) -> Iterator[None]:
-    """Collect what the input projections of `sublayer` at `paths` read, and, if told to, `stop` once each has been reached."""
+    """Collect what the input projections of `sublayer` at `paths` read, and, if told to, `stop` once each has
+    been reached."""
     with ExitStack() as hooks:
         for path in paths:
 
@@ -259,7 +268,8 @@ def run_to_inputs(
     state: State,
     paths: Sequence[str],
 ) -> dict[str, Tensor]:
-    """What the input projections at `paths` of one sublayer of `model` read first on the state below it, (B, T, ...)."""
+    """What the input projections at `paths` of one sublayer of `model` read first on the state below it, (B,
+    T, ...)."""
     reads: dict[str, list[Tensor]] = {}
     with resumed(sublayers, position, state), _reading(sublayers[position], paths, reads, stop=True):
         _run(model, inputs)
@@ -287,7 +297,8 @@ def note_form(sublayer: Sublayer, output: Any) -> None:
 
 
 def form_of(sublayer: Sublayer) -> Any:
-    """What a layer of the stack of `sublayer` returns: as the last one that ran did, or else as its family says."""
+    """What a layer of the stack of `sublayer` returns: as the last one that ran did, or else as its family
+    says."""
     return sublayer.layers.__dict__.get("kprune_form", sublayer.stack.returns)
 
 
@@ -328,10 +339,12 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[
 
 @torch.no_grad()
 def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted as 2.
+    """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted
+    as 2.
 
-    Experts that lie in one tensor, (E, ..., ...), count for the tokens that are sent to them: a module that holds such tensors
-    is told by an integer argument where each token goes, or gets a row for each. What multiplies no weights is not counted.
+    Experts that lie in one tensor, (E, ..., ...), count for the tokens that are sent to them: a module that
+    holds such tensors is told by an integer argument where each token goes, or gets a row for each. What
+    multiplies no weights is not counted.
     """
     total = 0.0
 
@@ -396,10 +409,11 @@ def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
 
 @contextmanager
 def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place in `sublayers`.
+    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place
+    in `sublayers`.
 
-    With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c = 1, the gradient
-    to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
+    With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c =
+    1, the gradient to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
     """
     features: dict[int, Tensor] = {}
     with ExitStack() as stack:
@@ -420,7 +434,8 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place in `sublayers`."""
+    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place
+    in `sublayers`."""
     outputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):

@@ -1,0 +1,205 @@
+"""What may be spent on the units of a model, and what each costs: the base of all kinds of budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arguments import KPruneArguments
+from ..errors import BudgetError
+from ..methods.base import Method, Statistics
+from ..methods.search import TOLERANCE, group_sizes, uniform_search
+from ..report import Size
+from ..structure.sublayers import Sublayer
+from ..structure.uniform import uniform_choices, uniform_names
+from ..structure.units import UNITS
+
+
+class BudgetWarning(UserWarning):
+    """A budget that is met and may yet not be what was meant: it asks for nothing, or it leaves next to
+    nothing."""
+
+
+class Budget:
+    """A budget of one kind for one model: a kind is a class with a unit cost, a limit, and the words for
+    both.
+
+    Costs of units add up to what is spent. Beside the limit there are the numbers of units that each sublayer
+    must keep at least (`minimum`), in what steps (`multiple`), and, if all layers are to end alike, which
+    numbers the config accepts (`allowed`).
+
+    Args:
+        sublayers: The sublayers of the model as it is now, from the lowest to the highest.
+        args: The options.
+        lengths: Mean tokens of a sequence in each stack.
+        before: Size of the model as it is now.
+
+    Raises:
+        BudgetError: If what is asked for is out of reach.
+    """
+
+    option: ClassVar[str]
+    """Name of the option that asks for it."""
+
+    meaning: ClassVar[str]
+    """What its value is, in words."""
+
+    def __init__(
+        self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float], before: Size
+    ):
+        self.sublayers, self.args, self.asked = sublayers, args, args.budget[1]
+        self.costs = [self.unit_cost(sublayer, lengths, before) for sublayer in sublayers]
+        self.total = self.cost_from(0)
+        if not self.total:
+            raise BudgetError("the model has no heads and no neurons left to prune")
+        self.fixed_cost = self.whole_cost(before) - self.total
+        """Cost of what is not prunable."""
+        self.limit = self.spendable()
+        """What the units may cost together."""
+        self.multiple = [getattr(args, s.unit.multiple) if s.unit.multiple else 1 for s in sublayers]
+        self.alike = uniform_names(sublayers, args) if args.uniform else []
+        choices = {(id(s.owner), s.block.output): s for s in sublayers if args.uniform}
+        accepted = {key: uniform_choices(s) for key, s in choices.items()}  # the same in all layers
+        self.allowed = [accepted.get((id(s.owner), s.block.output)) for s in sublayers]
+        self.minimum = [self.least(*each) for each in zip(sublayers, self.allowed, strict=True)]
+        self.fixed = False
+        """Whether each sublayer keeps exactly its minimum from now on."""
+        sizes = zip(sublayers, self.minimum, self.multiple, strict=True)
+        self.fewest = [group_sizes(s.num_units, minimum, multiple)[0] for s, minimum, multiple in sizes]
+        self.check()
+
+    # ---- what a kind says ---------------------------------------------------------------------------------
+
+    def unit_cost(self, sublayer: Sublayer, lengths: Mapping[str, float], before: Size) -> float:
+        """Cost of one unit of a sublayer. Default: FLOPs."""
+        return sublayer.unit_flops(lengths)
+
+    def whole_cost(self, before: Size) -> float:
+        """Cost of the whole model as it is now. Default: that of its units."""
+        return self.total
+
+    def spendable(self) -> float:
+        """What the units may cost together. Default: what is asked for, less what is not prunable."""
+        return self.asked - self.fixed_cost
+
+    def present(self) -> float:
+        """What the model comes to now, in terms of what is asked for."""
+        return self.fixed_cost + self.cost_from(0)
+
+    def achieved(self, student: PreTrainedModel, counts: Sequence[int]) -> float:
+        """What a student comes to, in terms of what is asked for.
+
+        Args:
+            student: The pruned model, of which `sublayers` are part.
+            counts: The number of units of each of its sublayers.
+        """
+        return self.present()
+
+    def reach(self, least: float) -> str:
+        """What may be asked for, in words, if the units cost `least` at least."""
+        return f"{math.ceil(self.fixed_cost + least):,} and more"
+
+    # ---- what all have in common --------------------------------------------------------------------------
+
+    def least(self, sublayer: Sublayer, allowed: list[int] | None) -> int:
+        """The units that a sublayer keeps at least."""
+        args, units = self.args, sublayer.num_units
+        least: int = getattr(args, sublayer.unit.minimum)
+        if not getattr(args, sublayer.unit.prunes):
+            return units
+        if args.uniform:  # none is left empty, and the config must accept the number
+            numbers = allowed or range(max(least, 1), units)
+            least = min((n for n in numbers if n >= least), default=units)
+        return min(least, units)
+
+    def check(self) -> None:
+        """Raise `BudgetError` if what must stay costs more than there is."""
+        args, least = self.args, sum(self.forced)
+        if least > self.limit * (1 + TOLERANCE):
+            raise BudgetError(
+                f"{self.option} is {self.asked:,}, {self.meaning}; with min_heads={args.min_heads}, "
+                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
+                f"prune_ffn={args.prune_ffn} this model can reach {self.reach(least)}"
+            )
+
+    @property
+    def forced(self) -> list[float]:
+        """What the units that must stay cost, in each sublayer."""
+        return [cost * count for cost, count in zip(self.costs, self.fewest, strict=True)]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether what is asked for holds as it is."""
+        return self.total <= self.limit * (1 + TOLERANCE)
+
+    def keeps_rest(self, position: int) -> bool:
+        """Whether the sublayer at `position` stays as it is, as all from there up fit or as it must stay."""
+        sublayer = self.sublayers[position]
+        fits = self.cost_from(position) <= self.remaining(position) * (1 + TOLERANCE)
+        return fits or self.minimum[position] >= sublayer.num_units
+
+    def cost_from(self, position: int) -> float:
+        """Cost of the sublayers from `position` up, as they are now."""
+        pairs = zip(self.costs[position:], self.sublayers[position:], strict=True)
+        return sum(cost * s.num_units for cost, s in pairs)
+
+    def remaining(self, position: int) -> float:
+        """What may be spent on the sublayers from `position` up: never less, by rounding, than what they must
+        cost."""
+        below = zip(self.costs[:position], self.sublayers[:position], strict=True)
+        spent = sum(cost * s.num_units for cost, s in below)
+        return max(self.limit - spent, sum(self.forced[position:]))
+
+    def search(
+        self, method: Method, statistics: Sequence[Statistics], scores: Sequence[Tensor], position: int = 0
+    ) -> list[Tensor]:
+        """Keep-masks (U,) of the sublayers from `position` up, within what remains (KPMS)."""
+        if self.args.uniform and not self.fixed:
+            self.fix_alike(scores, position)
+        rest = self.minimum[position:], self.multiple[position:]
+        return method.search(statistics, scores, self.remaining(position), *rest)
+
+    def fix_alike(self, scores: Sequence[Tensor], position: int) -> None:
+        """Choose how many units each sublayer keeps so that all layers end alike; from now on that is what
+        they cost."""
+        counts = [s.num_units for s in self.sublayers[:position]]
+        counts += uniform_search(
+            scores,
+            self.costs[position:],
+            self.remaining(position),
+            self.minimum[position:],
+            self.multiple[position:],
+            self.alike[position:],
+            self.allowed[position:],
+        )
+        self.fixed, self.minimum, self.fewest = True, counts, counts
+        self.limit = sum(self.forced)
+
+    def remarks(self) -> list[str]:
+        """What of the budget and of its limits has no effect, or another one than may be meant."""
+        args, remarks = self.args, []
+        if self.keeps_all and self.option != "sparsity":  # sparsity=0 asks for nothing in so many words
+            remarks.append(
+                f"{self.option} is {self.asked:,.6g}, {self.meaning}; the model is at {self.present():,.6g} as it is, so "
+                "nothing is cut"
+            )
+        for kind in dict.fromkeys(UNITS.values()):
+            alike = [s.num_units for s in self.sublayers if isinstance(s.unit, kind)]
+            largest, least = max(alike, default=0), getattr(args, kind.minimum)
+            if getattr(args, kind.prunes) and 0 < largest <= least:
+                remarks.append(
+                    f"{kind.minimum} is {least:,}, and no {kind.holder} has more than {largest:,} {kind.plural}: none of "
+                    "them is pruned"
+                )
+        for s, multiple in zip(self.sublayers, self.multiple, strict=True):
+            if 0 < s.num_units < multiple and getattr(args, s.unit.prunes):
+                remarks.append(
+                    f"{s.unit.multiple} is {multiple:,}, and {s.name} has {s.num_units:,} {s.unit.plural}: it is kept "
+                    "whole or goes whole"
+                )
+                break
+        return remarks

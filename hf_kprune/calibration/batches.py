@@ -1,0 +1,386 @@
+"""Calibration: rows to batches, batches to sums, sums over processes by `accelerate`.
+
+Every process takes each N-th row; every statistic is a sum over rows or tokens and is reduced once per
+sublayer; every decision is taken by the main process and broadcast. So one process and many do the same
+thing.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..arguments import KPruneArguments
+from ..errors import ArgumentError, CalibrationError, UnsupportedModelError
+from ..processes import together
+from ..structure.facts import (
+    first_run,
+    frame_mask,
+    in_eval_mode,
+    in_half_precision,
+    masks_frames,
+    max_positions,
+    to_model,
+)
+from ..structure.hooks import (
+    matrix_flops,
+    part_of,
+    run_to_bottom,
+)
+from ..structure.sublayers import Sublayer, find_sublayers
+from ..structure.walk import Walk
+from .collate import Collator, collate
+from .knowledge import Knowledge
+from .rows import Rows, row_length
+
+
+LOGITS = 2**24
+"""Logits of a language model that exist at once while measuring; with more, its head runs on some tokens at a
+time."""
+
+
+def in_float32(outputs: Any) -> Any:
+    """Model outputs with their half-precision tensors in float32."""
+    for key, value in outputs.items():
+        if isinstance(value, Tensor) and in_half_precision(value):
+            outputs[key] = value.float()
+    return outputs
+
+
+def tokens_of(
+    model: PreTrainedModel, collator: Collator | None, processing_class: Any
+) -> Callable[[dict[str, Any]], int]:
+    """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
+    shapes are not."""
+    sublayers, known = find_sublayers(model), {}
+
+    def count(row: dict[str, Any]) -> int:
+        shape = tuple(row[model.main_input_name].shape)
+        if shape not in known:
+            inputs, _ = collate([row], collator, processing_class, model)
+            with in_eval_mode(model), first_run(model, inputs):
+                known[shape] = run_to_bottom(model, to_model(inputs, model), sublayers[0]).shape[1]
+        return int(known[shape])
+
+    return count
+
+
+@dataclass
+class Batch:
+    """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, those whose
+    outputs count for knowledge, and which of all rows they are; whether they serve for measuring, for trials,
+    or are held out of those."""
+
+    inputs: dict[str, Any]
+    valid: dict[str, Tensor]
+    counted: Tensor
+    rows: list[int] = field(default_factory=list)
+    measured: bool = False
+    tried: bool = False
+    held_out: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Rows in the batch, which may be several sequences each (multiple choice)."""
+        return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
+
+    def tokens(self, sublayer: Sublayer, like: Tensor, stack: str | None = None) -> Tensor:
+        """Which tokens of `like`, (B, T, ...), in the stack of `sublayer`, or the one named, are real.
+
+        Raises `UnsupportedModelError` if the model has added tokens of its own that are no padding.
+        """
+        valid = self.valid[stack or sublayer.stack_name]
+        more = like.shape[1] - valid.shape[1]
+        if more < 0 or (more and not sublayer.stack.pads):
+            raise UnsupportedModelError(
+                f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have {valid.shape[1]}; "
+                "which of them are real is not known. Calibrate without the inputs that add tokens"
+            )
+        return torch.nn.functional.pad(valid, (0, more))
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The samples from `start` to `stop`."""
+        samples = self.samples
+
+        def of(tensor: Any) -> Any:
+            return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
+
+        inputs, valid = ({k: of(v) for k, v in held.items()} for held in (self.inputs, self.valid))
+        return Batch(
+            inputs, valid, of(self.counted), self.rows[start:stop], self.measured, self.tried, self.held_out
+        )
+
+
+def untimed(name: str) -> AbstractContextManager[None]:
+    """A phase of the work whose time nobody takes."""
+    return nullcontext()
+
+
+def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tensor:
+    """The knowledge loss of each row of a batch, (B,).
+
+    Raises:
+        ArgumentError: If it gives anything else.
+        CalibrationError: If it is not finite.
+    """
+    losses = loss(student, teacher, batch.counted)
+    if losses.shape != (batch.samples,):
+        raise ArgumentError(
+            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one number each"
+        )
+    if not bool(torch.isfinite(losses).all()):
+        raise CalibrationError(
+            f"NaN or Inf in the knowledge loss ({loss.name}), while the activations below it are finite; check what the head "
+            "of the model, or compute_loss, makes of the calibration data"
+        )
+    return losses
+
+
+class Calibration:
+    """The calibration data of one process, and what is summed over them.
+
+    `step` counts the work that is done, about one sublayer on one batch, and `phase` takes the time of a part
+    of the work by its name; whoever runs the calibration replaces them.
+
+    Args:
+        accelerator: Device and processes.
+        rows: The same on every process.
+        collator: Data collator of the caller's, or None.
+        processing_class: Tokenizer, whose padding is used if there is no collator.
+        model: Whose inputs are prepared.
+        args: Options.
+        tokens_per_row: Counts the tokens of a row without token ids, see `tokens_of`.
+        few: Measure on no more than so many tokens, or on one row, and hold none out: for a plan.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        rows: Rows,
+        collator: Collator | None,
+        processing_class: Any,
+        model: PreTrainedModel,
+        args: KPruneArguments,
+        tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
+        few: int | None = None,
+    ):
+        self.accelerator, self.rows, self.args = accelerator, rows, args
+        self.dtype = getattr(torch, args.statistics_dtype or "float64")
+        self.step: Callable[[float], None] = lambda steps: None
+        self.phase: Callable[[str], AbstractContextManager[None]] = untimed
+        self.batches: list[Batch] = []
+        self.sublayers = find_sublayers(model, args.head_unit)
+        self.tokens: dict[str, int] = {}
+        self.readers: list[list[list[str]]] = []
+        self.stacks_of_ids: set[str] = set()
+        ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
+        self.sample = rows.first(few, tokens_per_row) if few is not None else rows.measured
+        if few is not None:
+            ends = [0, 0, self.sample, self.sample, len(rows.rows)]
+        for start, stop in pairwise(ends):
+            by_length = sorted(
+                range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i)
+            )
+            mine = by_length[accelerator.process_index :: accelerator.num_processes]
+            for first in range(0, len(mine), args.per_device_batch_size):
+                picked = mine[first : first + args.per_device_batch_size]
+                inputs, counted = collate([rows.rows[i] for i in picked], collator, processing_class, model)
+                batch = self._batch(model, inputs, counted)
+                batch.rows, batch.measured = picked, start < self.sample
+                batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]
+                self.batches.append(batch)
+
+    def _batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
+        inputs: dict[str, Any] = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs["use_cache"] = False
+        valid = {
+            s.stack_name: self._valid(model, s, inputs)
+            for s in {s.stack_name: s for s in self.sublayers}.values()
+        }
+        last = list(valid.values())[-1]
+        return Batch(inputs, valid, last if counted is None else last & counted.to(last.device))
+
+    def _valid(self, model: PreTrainedModel, sublayer: Sublayer, inputs: dict[str, Any]) -> Tensor:
+        """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T)."""
+        name = sublayer.stack_name
+        key = sublayer.stack.mask
+        if key == "decoder_attention_mask" and "decoder_input_ids" not in inputs:
+            key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
+        mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
+        if ids is not None:
+            self.stacks_of_ids.add(name)
+            return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
+        samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+        if (
+            mask is not None or name not in self.tokens
+        ):  # images, audio: how many tokens they make is the model's business
+            with in_eval_mode(model), first_run(model, inputs):
+                bottom = run_to_bottom(model, to_model(inputs, model), sublayer)
+            self.tokens[name] = bottom.shape[1]
+            if mask is not None and mask.shape == (samples, self.tokens[name]):
+                return cast(Tensor, mask.bool())
+            if mask is not None and masks_frames(model):
+                return frame_mask(model, mask, self.tokens[name])
+        return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
+
+    @cached_property
+    def lengths(self) -> dict[str, float]:
+        """Mean tokens of a sequence in each stack, over all processes."""
+        names = list(dict.fromkeys(s.stack_name for s in self.sublayers))
+        sums = [
+            torch.tensor(
+                [sum(int(b.valid[n].sum()) for b in self.batches), sum(len(b.valid[n]) for b in self.batches)]
+            )
+            for n in names
+        ]
+        sums = [s.double().to(self.accelerator.device) for s in sums]
+        self.reduce(sums)
+        return {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
+
+    @cached_property
+    def flops_lengths(self) -> dict[str, float]:
+        """Tokens of a sequence in each stack that FLOPs are counted for."""
+        return self.lengths if self.args.flops_length is None else self.lengths_at(self.args.flops_length)
+
+    def lengths_at(self, length: int) -> dict[str, float]:
+        """Tokens of a sequence in each stack if texts have `length`; what an image or a sound makes stays as
+        it is."""
+        return {name: float(length) if name in self.texts else mean for name, mean in self.lengths.items()}
+
+    @cached_property
+    def texts(self) -> set[str]:
+        """The stacks that read token ids."""
+        (names,) = broadcast_object_list([sorted(self.stacks_of_ids)])  # a process may have no rows
+        return set(names)
+
+    def check_flops_length(self, model: PreTrainedModel) -> None:
+        """Raise `ArgumentError` if `flops_length` is given and means nothing to `model`."""
+        length, limit = self.args.flops_length, max_positions(model)
+        if length is not None and not self.texts:
+            raise ArgumentError(
+                f"flops_length is {length}, but {type(model).__name__} reads no token ids: how many tokens an image or a "
+                "sound makes is up to the model; leave flops_length at None"
+            )
+        if length is not None and limit is not None and length > limit:
+            raise ArgumentError(
+                f"flops_length is {length}, {type(model).__name__} takes at most {limit} tokens"
+            )
+
+    def all_flops(self, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> float:
+        """FLOPs of all of `model` for one sequence, as `prunable_flops` of a part of it, by running one row.
+
+        What is not prunable counts by the token: experts, for those that are sent to them, and the head over
+        the vocabulary among it.
+        """
+        other = 0.0
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                row = self.batches[0].part(0, 1)
+                tokens = {name: float(valid.shape[1]) for name, valid in row.valid.items()}
+                products = sum(s.num_units * s.unit_products(tokens) for s in sublayers)
+                sequences = max(len(valid) for valid in row.valid.values())
+                total = matrix_flops(model, row.inputs) / sequences + products
+                prunable = sum(s.num_units * s.unit_flops(tokens) for s in sublayers)
+                other = max(total - prunable, 0.0) * sum(self.flops_lengths.values()) / sum(tokens.values())
+        (other,) = broadcast_object_list([other])
+        return float(other) + sum(s.num_units * s.unit_flops(self.flops_lengths) for s in sublayers)
+
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors of float64 over all processes, in place, by one call."""
+        if self.accelerator.num_processes > 1:
+            flat = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), reduction="sum")
+            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def check_same_rows(self) -> None:
+        """Raise `CalibrationError` on every process if they drew different rows, as from a dataset shared out
+        before."""
+        if (
+            self.accelerator.num_processes > 1
+            and len(set(gather_object([self.rows.fingerprint["sha256"]]))) > 1
+        ):
+            raise CalibrationError(
+                "the processes drew different calibration rows; give all of them the whole dataset, it is shared out here"
+            )
+
+    def check_enough_tokens(self) -> None:
+        """Raise `CalibrationError` if there are fewer tokens in a stack than weights that each must
+        determine."""
+        for sublayer in self.sublayers if self.args.tune else ():
+            tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
+            columns = sublayer.weight.shape[1]
+            if tokens < columns:
+                raise CalibrationError(
+                    f"{tokens} calibration tokens (in {len(self.rows.rows)} rows) are fewer than the {columns} columns of "
+                    f"{sublayer.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
+                    "or give more rows"
+                )
+
+    def agree(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors of the main process, on every process."""
+        if self.accelerator.num_processes == 1:
+            return tensors
+        return cast(list[Tensor], broadcast([t.to(self.accelerator.device) for t in tensors], from_process=0))
+
+    def walk(self, model: PreTrainedModel, sublayers: Sequence[Sublayer] | None = None) -> Walk:
+        """`model` below its lowest sublayer, with all batches.
+
+        Args:
+            model: The model.
+            sublayers: Its sublayers, if they are at hand already.
+        """
+        if sublayers is None:
+            sublayers = find_sublayers(model, self.args.head_unit)
+        return Walk(model, sublayers, [batch.inputs for batch in self.batches])
+
+    def advance(self, walk: Walk) -> None:
+        """Carry all batches of a walk above its sublayer."""
+        with self.phase("tune"), together(self.accelerator):
+            for _ in walk.advance():
+                self.step(1)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Sums to add to, in float64 on the device."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)
+
+    def check_held_out(self) -> None:
+        """Raise `CalibrationError` if there are too few rows to hold some out."""
+        if not self.rows.held_out:
+            raise CalibrationError(
+                f"{self.rows.measured} calibration rows are measured on, expected at least 4, so that models can be compared "
+                "on those held out; give more rows, shorter ones if need be, and a larger num_measure_tokens"
+            )
+
+    def only(self, chosen: Callable[[Batch], bool]) -> Calibration:
+        """The same calibration with some of its batches."""
+        part = copy.copy(self)
+        part.batches = [batch for batch in self.batches if chosen(batch)]
+        return part
+
+    def chunk(self, model: PreTrainedModel, batch: Batch) -> int:
+        """Tokens of a batch whose logits over the vocabulary may exist at once; 0 if those of all may."""
+        vocabulary = model.get_output_embeddings()
+        if vocabulary is None or batch.counted.numel() * len(vocabulary.weight) <= LOGITS:
+            return 0
+        return max(1, LOGITS // (len(batch.counted) * len(vocabulary.weight)))
+
+    def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor], what: str = "activations") -> None:
+        """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""
+        if not all(bool(torch.isfinite(t).all()) for t in sums):
+            raise CalibrationError(
+                f"NaN or Inf in the {what} of {sublayer.name}; check that the model gives finite outputs on the "
+                "calibration data, and that its weights are finite"
+            )

@@ -1,0 +1,134 @@
+"""What is tried on one batch before any work: that the model can be walked, that its head follows, and that
+the loss can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedArchitectureError, UnsupportedModelError
+from ..processes import together
+from ..structure.checks import prove_projections
+from ..structure.facts import first_run
+from ..structure.hooks import State, Tap, by_token, check_order, only_tokens, outputs_of
+from ..structure.sublayers import Sublayer, find_sublayers
+from ..structure.walk import Walk
+from .batches import Batch, Calibration, in_float32
+from .knowledge import Draws, Knowledge
+from .loss_check import check_loss
+from .measure import Head
+
+
+def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
+    """Carry one batch up sublayer by sublayer, and note in `calibration.readers` which input projections read
+    the same.
+
+    Raises:
+        UnsupportedArchitectureError: If it does not arrive where the model as a whole does. Then the model's
+            family describes it wrongly, though cutting may work.
+    """
+    readers: list[list[list[str]]] = []
+    with together(calibration.accelerator):
+        for batch in calibration.batches[:1]:
+            if batch.samples == batch.counted.shape[1] > 1:  # so that rows are not taken for tokens below
+                batch = batch.part(0, batch.samples - 1)
+            check_order(model, batch.inputs, sublayers)
+            prove_projections(model, batch.inputs, calibration.args.head_unit)
+            walk = Walk(model, sublayers, [batch.inputs])
+            top = walk.top(0)
+            for sublayer in walk.sublayers:
+                readers.append(readers_of(batch, sublayer, walk.step(0)))
+                for _ in walk.advance():
+                    pass
+            for name, expected in top.inputs.items():
+                valid = batch.tokens(next(s for s in sublayers if s.stack_name == name), expected)
+                error = (walk.states[0].inputs[name] - expected)[valid].abs().max()
+                size = expected[valid].abs().max()
+                if error > 1e-3 * size:
+                    raise UnsupportedArchitectureError(
+                        f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} away from where "
+                        f"it does as a whole; its family {model.config.model_type!r} does not tell what its layers give: "
+                        "docs/add_a_family.md"
+                    )
+            check_head(calibration, walk, top.part(0, 1, batch.samples), batch.part(0, 1))
+    (calibration.readers,) = broadcast_object_list([readers])
+
+
+def readers_of(batch: Batch, sublayer: Sublayer, tap: Tap) -> list[list[str]]:
+    """Paths of the input projections of a sublayer, those that read one tensor together, all with or all
+    without a bias.
+
+    Those are left out that serve several ends, or read something else than tokens, or tokens in another
+    order.
+    """
+    groups: dict[tuple[int, bool], list[str]] = {}
+    for path, tensors in tap.reads.items():
+        if len(tensors) == 1 and reads_tokens(batch, sublayer, path, tensors[0]):
+            biased = sublayer.layer.get_submodule(path).bias is not None
+            groups.setdefault((id(tensors[0]), biased), []).append(path)
+    return list(groups.values())
+
+
+def reads_tokens(batch: Batch, sublayer: Sublayer, path: str, tensor: Tensor) -> bool:
+    """Whether what a projection reads is (B, T, D), or (B * T, D), of the tokens of its stack."""
+    stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
+    rows, tokens = batch.valid[stack].shape
+    if tensor.dim() == 3 and sublayer.stack.pads:
+        return tensor.shape[0] == rows and tensor.shape[1] >= tokens
+    return tuple(tensor.shape[:-1]) in ((rows, tokens), (rows * tokens,))
+
+
+@torch.no_grad()
+def check_head(calibration: Calibration, walk: Walk, top: State, sample: Batch) -> None:
+    """Compare what the head makes of the top alone with what the model makes as a whole.
+
+    Raises:
+        UnsupportedModelError: If they differ.
+    """
+    model = walk.model
+    chunk = calibration.chunk(model, sample)
+    few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
+    with few:
+        outputs = model(**sample.inputs, return_dict=True)
+    above = Head(walk, top)(sample, 0, chunk) if chunk else Head(walk, top)(sample)
+    for name, value in outputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            alone = above[name]
+            if value.shape[:2] == sample.counted.shape:
+                value, alone = value[sample.counted], alone[sample.counted]
+            if value.numel() and (alone - value).abs().max() > 1e-3 * value.abs().max():
+                raise UnsupportedModelError(
+                    f"the {name} of {type(model).__name__} do not follow from its last layer alone: its head reads lower "
+                    "layers too, which is not carried here; use a head on the last layer (for instance "
+                    "use_weighted_layer_sum=False)"
+                )
+
+
+@torch.no_grad()
+def try_loss(
+    calibration: Calibration, model: PreTrainedModel, loss: Knowledge
+) -> tuple[list[str], list[str]]:
+    """Names of the outputs that a loss reads, and of the others, see `check_loss`.
+
+    Raises:
+        CalibrationError: If activations below it are not finite.
+    """
+    args, sublayers = calibration.args, find_sublayers(model, calibration.args.head_unit)
+    for batch in calibration.batches[:1]:
+        # the caller's own loss may count on many rows
+        sample = batch if loss.kinds is None else batch.part(0, min(2, batch.samples))
+        chunk = calibration.chunk(model, sample) if loss.per_token else 0
+        counted = sample.counted[:, :chunk] if chunk else sample.counted
+        few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
+        with few, first_run(model, sample.inputs), outputs_of(sublayers) as activations:
+            outputs = in_float32(model(**sample.inputs, return_dict=True))
+        for place, y in activations.items():
+            y = by_token(y, sample.valid[sublayers[place].stack_name].unsqueeze(-1))
+            calibration.check_finite(sublayers[place], (y[sample.tokens(sublayers[place], y)].sum(),))
+        return check_loss(loss, outputs, counted, Draws(args.seed, sample.rows, counted), sample.samples)
+    return [], []

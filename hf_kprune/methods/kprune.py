@@ -1,0 +1,53 @@
+"""K-prune, the method of the paper."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Method, Options, Statistics
+from .knowledge import mean_squared_gradient, per_unit, representational
+from .least_squares import Fit, NormalEquations, tune_weight
+
+
+class KPrune(Method):
+    """K-prune as published (Park, Choi, Kang: Accurate Retraining-free Pruning for Pretrained Encoder-based
+    Language Models, ICLR 2024), where the paper and its program differ with the program's scaling, which its
+    figures come from.
+
+    S_head   = mu (lambda_pred K_pred + lambda_rep K_rep) / F_head                                       (eq.
+    11) S_neuron =    (lambda_pred K_pred + lambda_rep K_rep) / F_neuron
+    (eq. 10)
+
+    with the K of a head the mean over its columns, mu the head size, F in GFLOPs.
+
+    Unlike the program: gradients are those of single sequences, put on the scale of its batches of 32 by
+    `mean_squared_gradient`, so results depend on no batch; docs/how_it_works.md lists the rest.
+    """
+
+    needs = frozenset({"knowledge"})
+    options = frozenset({"lambda_pred", "lambda_rep", "mu", "ridge", "tune_bias", "tune_inputs"})
+    one_shot = False
+    tunes = True
+    dtype = "float64"
+
+    batch = 32
+    """Batch size on whose scale the paper's lambda was tuned."""
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.lambda_pred, self.lambda_rep, self.mu = options.lambda_pred, options.lambda_rep, options.mu
+        self.ridge, self.tune_bias = options.ridge or 0.0, bool(options.tune_bias)
+        self.tune_inputs = bool(options.tune_inputs)
+
+    def score(self, statistics: Statistics) -> Tensor:
+        s = statistics
+        assert s.gradient_sum is not None
+        assert s.gradient_square is not None
+        predictive = mean_squared_gradient(s.gradient_sum, s.gradient_square, s.samples, self.batch)
+        represented = representational(s.energy, s.weight, s.tokens)
+        knowledge = self.lambda_pred * predictive + self.lambda_rep * represented
+        mu = (s.unit_width if self.mu is None else self.mu) if s.has_heads else 1
+        return mu * per_unit(knowledge, s.unit_width) / (s.cost / 1e9)
+
+    def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
+        return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)

@@ -1,0 +1,125 @@
+"""Surgeon, our own method and the default: optimal brain surgeon for units of columns, in the metric of the
+Fisher information.
+
+Shapes: C columns of an output projection, D residual width, U units of w columns, C = U w.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Method, Options, Statistics
+from .least_squares import ROUNDING, Fit, NormalEquations, damped_cholesky, tune_weight
+from .search import convex_slopes
+
+
+SHARE = 0.03
+"""Fraction of the remaining neurons eliminated between two updates of what the others cost; heads go one by
+one."""
+
+
+class Surgeon(Method):
+    """Our own method, the default: optimal brain surgeon in the metric of the Fisher information, a split of
+    the budget over depth that is tried out, and tuning of output and of input projections.
+
+    The loss of a sublayer's output changing by e is 1/2 e^T F e, F its Fisher information (K-FAC's factor).
+    Units are eliminated one after the other, those first that cost least of it *after* the rest has taken
+    over their work by least squares (Hassibi and Stork 1993; Kurtic et al. 2023, ZipLM). The losses of a
+    sublayer's units so add up to a curve, and all sublayers' curves have one unit, so that one threshold
+    splits the budget (`search.split`).
+    """
+
+    needs = frozenset({"curvature"})
+    options = frozenset({"ridge", "tune_bias", "tune_inputs"})
+    exponents = (0.5, 0.7, 1.0)
+    tunes = True
+    measure_tokens = 10_000
+    in_time = True
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.ridge = 1e-2 if options.ridge is None else options.ridge  # far above the rounding of float32
+        self.tune_bias = options.tune_bias is not False
+        self.tune_inputs = options.tune_inputs is not False
+
+    def score(self, statistics: Statistics) -> Tensor:
+        s = statistics
+        assert s.gram is not None
+        assert s.metric is not None
+        centred = self.tune_bias and s.has_bias
+        moments, s.damping = covariance(s.gram, s.feature_sum, s.tokens, centred, self.ridge)
+        return eliminate(moments, s.weight, s.metric / s.samples, s.unit_width) / s.cost
+
+    def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
+        return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)
+
+
+def covariance(
+    gram: Tensor, feature_sum: Tensor, tokens: int, centred: bool, ridge: float
+) -> tuple[Tensor, float]:
+    """Second moments of features per token, (C, C), about their mean if `centred`, with `ridge` relative to
+    their mean square, and the damping beyond it, relative as well, that makes them positive definite.
+
+    What an intercept can take over costs nothing, so moments about the mean are what counts where the bias is
+    tuned.
+    """
+    moments = gram / tokens
+    square = float(moments.diagonal().mean()) if len(moments) else 0.0
+    if centred:
+        mean = feature_sum / tokens
+        moments = moments - torch.outer(mean, mean)
+    scale = max(float(moments.diagonal().mean()) if len(moments) else 0.0, ROUNDING * square) or 1.0
+    _, damping = damped_cholesky(moments, scale, ridge)
+    return moments + (ridge + damping) * scale * torch.eye(
+        len(gram), dtype=gram.dtype, device=gram.device
+    ), damping
+
+
+def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Tensor:
+    """Loss that each unit adds when it goes, the cheapest first: (U,), float64, rising in the order in which
+    they go.
+
+    With the features' moments S, the output weights W and the metric F of the output, the least
+
+        1/2 tr(F dW S dW^T)   over dW that take the columns P of a unit to zero  is  1/2 tr(F W_P
+        ((S^-1)_PP)^-1 W_P^T),
+
+    reached by dW = -W_P ((S^-1)_PP)^-1 (S^-1)_P: (Hassibi and Stork 1993, for blocks of columns). Then S
+    loses the columns, by a Schur complement of its inverse. The sum over the units that have gone is the loss
+    of the sublayer, or, where the next one would go more cheaply than the last, less: a search that stops at
+    a threshold does not stop there.
+
+    Args:
+        moments: S, (C, C), positive definite, columns unit by unit.
+        weight: W, (D, C).
+        metric: F, (D, D), positive semidefinite.
+        width: w.
+    """
+    values, vectors = torch.linalg.eigh(metric)
+    left = weight.to(moments.dtype).T @ vectors * values.clamp(min=0).sqrt()  # W^T F^(1/2), (C, D)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    losses, order_gone = [moments.new_zeros(1)], []
+    units = torch.arange(len(moments) // width, device=moments.device)
+    columns = torch.arange(width, device=moments.device)
+    while n := len(units):
+        if width == 1:
+            each = left.square().sum(1) / inverse.diagonal()
+        else:
+            blocks = inverse.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            parts = left.view(n, width, -1)
+            each = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+        count = max(1, int(SHARE * n)) if width == 1 else 1
+        order = each.argsort(stable=True)
+        gone, stay = order[:count], order[count:].sort().values
+        p, q = ((some.unsqueeze(1) * width + columns).flatten() for some in (gone, stay))
+        solved = torch.linalg.solve(inverse[p][:, p], torch.cat([inverse[p][:, q], left[p]], 1))
+        # of several that go together each takes its own part of what they cost together
+        share = each[gone] / each[gone].sum().clamp(min=torch.finfo(each.dtype).tiny)
+        losses.append(share * (left[p] * solved[:, len(q) :]).sum() / 2)
+        order_gone.append(units[gone])
+        left = left[q] - inverse[q][:, p] @ solved[:, len(q) :]
+        inverse = inverse[q][:, q] - inverse[q][:, p] @ solved[:, : len(q)]
+        units = units[stay]
+    slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(moments.device)
+    return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes

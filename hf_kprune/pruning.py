@@ -1,0 +1,271 @@
+"""From one teacher and one calibration set, students for one budget or for several."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .algorithm import Decision, Job, choose, prune, record
+from .arguments import KPruneArguments
+from .budgets import Budget, Timing, budget_of
+from .calibration.batches import Calibration
+from .calibration.checks import check_walk
+from .calibration.knowledge import Knowledge
+from .calibration.measure import measure_dense, measure_knowledge
+from .methods import METHODS, Method, Statistics
+from .progress import Work
+from .report import PruningReport, Size, SublayerReport
+from .sizes import prunable_flops
+from .structure.facts import in_half_precision
+from .structure.sublayers import Sublayer, find_sublayers
+from .structure.surgery import cut, frozen, with_own_tables, write_plan
+from .structure.uniform import write_stock_config
+
+
+REPORTED_LENGTHS = (128, 512)
+"""Tokens of the sequences for which a report says what is removed, beside those that the budget is about."""
+
+
+class Pruning:
+    """One teacher and one calibration set, from which students for one budget or several come.
+
+    Args:
+        model: The dense model, in evaluation mode as long as this is used. It is left as it is.
+        calibration: Of its inputs.
+        loss: Of its head.
+        before: Its size, in which shared tables of positions count for each layer (T5), as they do in what is
+            cut of it.
+        timed: How long it takes, if a budget is one of time.
+        args: Options; those of the budget are taken from what `student` is given.
+        hold_out: Whether students are measured and tuned without the rows that models are compared on.
+        phase: Takes the time of a phase by its name.
+        tell: Tells callbacks of an event.
+        work: Is told how much there is to do.
+        dry: Whether students are outlines of shapes without weights, decided by one measurement and one
+            search and not tuned.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        loss: Knowledge,
+        before: Size,
+        timed: Timing | None,
+        args: KPruneArguments,
+        hold_out: bool,
+        phase: Callable[[str], AbstractContextManager[None]],
+        tell: Callable[..., None],
+        work: Work,
+        dry: bool = False,
+    ):
+        self.dry, self.work = dry, work
+        self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
+        self.hold_out, self.fitted = hold_out, calibration
+        self.timed, self.phase, self.tell = timed, phase, tell
+        calibration.phase = phase
+        # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
+        half = in_half_precision(model)
+        # of weights that were made in inference mode no graph can be built
+        inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+        copied = copy.deepcopy(model) if half or inference else model
+        self.teacher = with_own_tables(copied.float() if half else copied)
+        self.references = find_sublayers(self.teacher, args.head_unit)
+        self.modes = {
+            name: module.training for name, module in model.named_modules()
+        }  # before evaluation mode
+        self.checked = False
+        self.compared: list[str] = []  # names of the outputs that the loss reads, and of the others
+        self.ignored: list[str] = []
+        self.all_flops = 0.0
+        self.costs: list[float] = []  # with which the following was scored
+        self.statistics: list[Statistics] = []
+        self.scores: list[Tensor] = []
+
+    def student(self, args: KPruneArguments, report: PruningReport) -> PreTrainedModel:
+        """A pruned copy of the teacher, for the budget in `args`."""
+        method = METHODS[args.method](args)
+        student = (
+            frozen(self.teacher, "meta") if self.dry else copy.deepcopy(self.teacher).requires_grad_(False)
+        )
+        sublayers = find_sublayers(student, args.head_unit)
+        lengths = self.calibration.flops_lengths
+        budget = budget_of(sublayers, args, lengths, self.before, self.timed, self.dry)
+        flops, at = prunable_flops(sublayers, lengths), self.flops_at(sublayers)
+        self.budget = budget
+        self._announce(method, budget)
+        subject = self.teacher if self.dry else student
+        self.tell("on_prune_begin", model=subject, sublayers=[s.name for s in sublayers])
+        with self.phase("measure"):
+            self._check()
+        tunes = self.args.tune and method.tunes and not self.dry
+        job = Job(self.fitted, self.calibration, self.loss, method, budget, tunes)
+        decisions = self._decisions(job, student, report)
+        journal = Journal(report, self.tell, subject, lambda: prunable_flops(sublayers, lengths))
+        if self.dry:
+            for sublayer, decision in zip(sublayers, decisions or [], strict=True):
+                with journal(sublayer) as entry:
+                    record(entry, decision)
+                    cut(sublayer, decision.mask)
+        else:
+            teacher = self.fitted.walk(self.teacher, self.references)
+            prune(job, self.fitted.walk(student, sublayers), teacher, decisions, journal)
+        if args.uniform:
+            write_stock_config(sublayers)
+        else:
+            write_plan(sublayers)
+        report.after.flops = prunable_flops(sublayers, lengths)
+        report.before.all_flops = self.all_flops
+        report.removed_at = {
+            tokens: 1 - left / at[tokens] for tokens, left in self.flops_at(sublayers).items()
+        }
+        report.sparsity = 1 - report.after.flops / flops
+        self.work.end_student()
+        return student
+
+    def achieved(self, student: PreTrainedModel, report: PruningReport) -> float:
+        """What the last student comes to, in terms of the budget; a time is measured."""
+        return self.budget.achieved(student, [len(entry.kept) for entry in report.sublayers])
+
+    def _announce(self, method: Method, budget: Budget) -> None:
+        """Say how much there is to do."""
+        about, tune = (method, self.calibration, len(self.references)), self.args.tune
+        later = steps_of(*about, measured=True, tune=tune, dry=self.dry)
+        first = steps_of(*about, measured=self.costs == budget.costs, tune=tune, dry=self.dry)
+        self.work.begin(first, later)
+
+    def _check(self) -> None:
+        """Check, once, that the teacher can be walked, and set rows aside if models are compared on them."""
+        if not self.checked:
+            check_walk(self.calibration, self.teacher, self.references)
+            self.all_flops = self.calibration.all_flops(self.teacher, self.references)
+            self.checked = True
+            if self.hold_out:
+                self.fitted = self.calibration.only(lambda batch: not batch.held_out)
+
+    def flops_at(self, sublayers: list[Sublayer]) -> dict[str, float]:
+        """Prunable FLOPs of a text of as many tokens as a report speaks of."""
+        lengths = REPORTED_LENGTHS if self.calibration.texts else ()
+        return {
+            str(length): prunable_flops(sublayers, self.calibration.lengths_at(length)) for length in lengths
+        }
+
+    def _decisions(self, job: Job, student: PreTrainedModel, report: PruningReport) -> list[Decision] | None:
+        """The decisions that are taken before anything is cut; None if each is taken when its sublayer is
+        reached.
+
+        A plan takes the split in the middle, and of K-prune the first of its decisions, which is about all
+        units.
+        """
+        if job.budget.keeps_all:
+            return [Decision(torch.ones(s.num_units, dtype=torch.bool)) for s in job.budget.sublayers]
+        if not (job.method.one_shot or self.dry):
+            return None
+        dense = frozen(self.teacher) if self.dry else student
+        sublayers = find_sublayers(dense, self.args.head_unit) if self.dry else job.budget.sublayers
+        self._measure(job, dense, sublayers)
+        walk, teacher = self.fitted.walk(dense, sublayers), self.fitted.walk(self.teacher, self.references)
+        decisions, distances = choose(
+            job, walk, teacher, self.statistics, self.scores, self._exponents(job.method)
+        )
+        report.trials |= distances
+        return decisions
+
+    def _measure(self, job: Job, dense: PreTrainedModel, sublayers: list[Sublayer]) -> None:
+        """Measure and score all units of the dense model, unless an earlier student has."""
+        if self.costs == job.budget.costs:
+            return
+        self.costs, self.statistics, self.scores = job.budget.costs, [], []
+        measured = sum(batch.measured for batch in self.fitted.batches)
+        walk, needs = self.fitted.walk(dense, sublayers), job.method.needs
+        with self.phase("measure"):
+            if job.method.one_shot:
+                of_all = measure_dense(self.fitted, walk, needs, self.loss, self.costs)
+            else:
+                of_all = iter(measure_knowledge(self.fitted, walk, walk, [], self.loss, self.costs))
+            for statistics in of_all:
+                self.scores.append(job.method.score(statistics).cpu())
+                self.calibration.step(2 * measured if needs else 0)
+                statistics.gram = statistics.metric = None
+                self.statistics.append(statistics)
+
+    def _exponents(self, method: Method) -> tuple[float | None, ...]:
+        """The ways to split the budget over depth that are tried."""
+        exponents, rows = method.exponents, self.calibration.rows
+        if len(exponents) > 1 and not rows.held_out:
+            warnings.warn(
+                f"{rows.measured} calibration rows are measured on, too few to hold some out, so the budget is split without "
+                "trying how; give at least 4 rows, shorter ones if need be, and a larger num_measure_tokens",
+                stacklevel=2,
+            )
+            exponents = (1.0,)
+        return (exponents[len(exponents) // 2],) if self.dry else exponents
+
+
+class Journal:
+    """Writes the entry of each sublayer into a report, and tells callbacks of it.
+
+    Args:
+        report: The report.
+        tell: Tells callbacks of an event.
+        subject: The model that they are told of.
+        flops_left: Gives the prunable FLOPs of the student as it is.
+    """
+
+    def __init__(
+        self,
+        report: PruningReport,
+        tell: Callable[..., None],
+        subject: PreTrainedModel,
+        flops_left: Callable[[], float],
+    ):
+        self.report, self.tell, self.subject, self.flops_left = report, tell, subject, flops_left
+
+    @contextmanager
+    def __call__(self, sublayer: Sublayer) -> Iterator[SublayerReport]:
+        begin = time.perf_counter()
+        entry = SublayerReport(sublayer.name, sublayer.kind, sublayer.num_units)
+        self.tell("on_sublayer_begin", sublayer.name, model=self.subject)
+        yield entry
+        entry.flops_left = self.flops_left()
+        entry.seconds = time.perf_counter() - begin
+        self.report.sublayers.append(entry)
+        self.tell("on_sublayer_end", entry, model=self.subject)
+
+
+def steps_of(
+    method: Method, calibration: Calibration, sublayers: int, measured: bool, tune: bool, dry: bool
+) -> float:
+    """About how many steps a student takes.
+
+    Args:
+        method: That decides.
+        calibration: Of its batches.
+        sublayers: How many.
+        measured: Whether the dense model was measured for an earlier student, as one-shot methods do once.
+        tune: Whether weights are tuned.
+        dry: Whether it is planned only.
+    """
+    batches = calibration.batches
+    few = sum(batch.measured for batch in batches)
+    tried, compared = sum(batch.tried for batch in batches), sum(batch.held_out for batch in batches)
+    correct = (4 if method.tune_inputs else 2) if tune and method.tunes else 0
+    if not method.one_shot and not dry:
+        measuring = few * sublayers + 3 * few * sublayers * (sublayers + 1) / 2
+        return measuring + len(batches) * sublayers * (1 + correct)
+    measuring = 0 if measured else few * sublayers * (6 if method.needs else 1)
+    if dry:
+        return measuring
+    trials = len(method.exponents) if len(method.exponents) > 1 and compared else 0
+    return (
+        measuring
+        + (trials * tried + len(batches)) * sublayers * (1 + correct)
+        + trials * 2 * compared * sublayers
+    )

@@ -1,0 +1,106 @@
+"""`Walk`: a model on its way up, sublayer by sublayer, with every batch of the calibration data.
+
+It is the one place that runs sublayers for the algorithm, so it is here that layers can come to the device
+when they are needed and leave it again. What a run must store to be resumed is `position`, `states` and the
+weights that lie below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .hooks import State, Tap, resumed, run_sublayer, run_to_inputs, run_to_top
+from .sublayers import Sublayer
+from .surgery import cut
+
+
+class Walk:
+    """A model that is being walked: its sublayers, the one that has been reached, and the state of every
+    batch below it.
+
+    Args:
+        model: The model, in evaluation mode.
+        sublayers: Its sublayers, from the lowest to the highest. Those that are cut must be these very
+            objects.
+        inputs: The inputs of each batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, sublayers: Sequence[Sublayer], inputs: Sequence[Mapping[str, Any]]
+    ):
+        self.model, self.sublayers, self.inputs = model, list(sublayers), list(inputs)
+        self.position = 0
+        self.states = [State() for _ in self.inputs]
+        self.differs = False
+        """Whether a unit has been cut, so that the model is no longer what it was."""
+        self._ahead: set[int] = set()
+
+    @property
+    def sublayer(self) -> Sublayer:
+        """The sublayer that has been reached."""
+        return self.sublayers[self.position]
+
+    @property
+    def rest(self) -> list[Sublayer]:
+        """The sublayers that have not been passed yet, from the one that has been reached up."""
+        return self.sublayers[self.position :]
+
+    def tap(self, batch: int) -> Tap:
+        """Run the sublayer on a batch, which stays below it."""
+        return run_sublayer(self.model, self.inputs[batch], self.sublayers, self.position, self.states[batch])
+
+    def step(self, batch: int) -> Tap:
+        """Run the sublayer on a batch, and carry the batch above it; it then waits there for the others."""
+        tap = self.tap(batch)
+        self.states[batch] = tap.above
+        self._ahead.add(batch)
+        return tap
+
+    def advance(self) -> Iterator[int]:
+        """Carry the batches that are still below the sublayer above it, one at each turn, and reach the next
+        sublayer."""
+        for batch in range(len(self.inputs)):
+            if batch not in self._ahead:
+                self.step(batch)
+                yield batch
+        self._ahead.clear()
+        self.position += 1
+
+    def follow(self, other: Walk) -> None:
+        """Stand where `other` stands. This holds as long as both models compute the same."""
+        self.position, self.states = other.position, list(other.states)
+
+    def reads(self, batch: int, paths: Sequence[str]) -> dict[str, Tensor]:
+        """What the input projections of the sublayer at `paths` read of a batch, (B, T, ...)."""
+        state = self.states[batch]
+        return run_to_inputs(self.model, self.inputs[batch], self.sublayers, self.position, state, paths)
+
+    @torch.no_grad()
+    def top(self, batch: int) -> State:
+        """The state of a batch above the highest sublayer, computed by the model as a whole."""
+        return run_to_top(self.model, self.inputs[batch], self.sublayers)
+
+    @contextmanager
+    def part(self, batch: int, start: int, stop: int, samples: int) -> Iterator[None]:
+        """Within this context the model computes from the sublayer up only, for some samples of a batch.
+
+        Args:
+            batch: Number of the batch.
+            start: The first of its samples.
+            stop: The one after the last.
+            samples: How many the batch has, which may be several sequences each.
+        """
+        state = self.states[batch].part(start, stop, samples)
+        with resumed(self.sublayers, self.position, state):
+            yield
+
+    def cut(self, keep: Tensor) -> None:
+        """Keep only the units in `keep`, boolean (U,), of the sublayer."""
+        cut(self.sublayer, keep)
+        self.differs = self.differs or not bool(keep.all())
