@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 import hf_kprune.calibration.measure
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
 from hf_kprune.calibration.batches import Calibration
+from hf_kprune.calibration.equations import normal_equations
 from hf_kprune.calibration.knowledge import Knowledge
+from hf_kprune.calibration.measure import measure_knowledge, tops_of
 from hf_kprune.calibration.rows import Rows, draw_rows, row_length, row_tokens
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
@@ -256,14 +258,13 @@ def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
 def measure(
     made: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int
 ) -> list[Statistics]:
-    ours, theirs = find_sublayers(student), find_sublayers(teacher)
-    streams = made.bottom()
-    top = made.top(teacher, theirs)
-    for below in range(position):
-        made.advance(student, ours, below, streams)
-    return made.measure(
-        student, ours, position, streams, teacher, theirs, top, knowledge_loss(student, 2.0, "mean")
-    )
+    student_walk, teacher_walk = made.walk(student), made.walk(teacher)
+    tops = tops_of(made, teacher_walk)
+    for _ in range(position):
+        made.advance(student_walk)
+    student_walk.differs = True
+    loss, costs = knowledge_loss(student, 2.0, "mean"), [1.0] * len(student_walk.sublayers)
+    return measure_knowledge(made, student_walk, teacher_walk, tops, loss, costs)
 
 
 def naively(
@@ -390,9 +391,8 @@ def test_only_measured_rows_are_measured() -> None:
 def test_without_a_loss_only_energy_is_measured() -> None:
     data, teacher = rows(9), tiny()
     made = calibration(teacher, data)
-    sublayers = find_sublayers(teacher)
-    streams = made.bottom()
-    statistics = made.measure(teacher, sublayers, 0, streams, teacher, sublayers, [None] * len(streams), None)
+    walk, loss = made.walk(teacher), knowledge_loss(teacher, 2.0, "mean")
+    statistics = measure_knowledge(made, walk, walk, [], loss, [1.0] * len(walk.sublayers))
     expected = naively(pruned(teacher, 0), teacher, 0, data)
     for s, wanted in zip(statistics, expected, strict=True):
         torch.testing.assert_close(s.energy, wanted["energy"], rtol=1e-4, atol=1e-4)
@@ -416,16 +416,16 @@ def test_bfloat16_measures_about_the_same() -> None:
 def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     teacher = tiny()
     student, made = pruned(teacher, 1), calibration(teacher, rows(5))
-    ours, theirs = find_sublayers(student), find_sublayers(teacher)
-    streams = made.bottom()
-    top = made.top(teacher, theirs)
+    student_walk, teacher_walk = made.walk(student), made.walk(teacher)
+    tops, costs = tops_of(made, teacher_walk), [1.0] * len(student_walk.sublayers)
+    student_walk.differs = True
 
     def mean(s: Any, t: Any, valid: Tensor) -> Tensor:
         return (s.logits - t.logits).square().mean()
 
     loss = Knowledge("custom", mean, 2.0, None)
     with pytest.raises(ArgumentError, match=r"gave \(\) for 2 samples, expected one number each"):
-        made.measure(student, ours, 0, streams, teacher, theirs, top, loss)
+        measure_knowledge(made, student_walk, teacher_walk, tops, loss, costs)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
@@ -437,16 +437,14 @@ def test_normal_equations_are_those_of_the_stacked_features(
     """A, Y and the reference row by row from whole forward passes, without padding."""
     data, teacher = rows(9), tiny(model_type)
     student = pruned(teacher, position)
-    ours, theirs = find_sublayers(student), find_sublayers(teacher)
+    ours = find_sublayers(student)
     cut(ours[position], torch.arange(ours[position].num_units) % 2 == 0)
     made = calibration(student, data[::-1], **options)
-    streams, teacher_streams = made.bottom(), made.bottom()
-    for below in range(position):
-        made.advance(student, ours, below, streams)
-        made.normal_equations(
-            student, ours, streams, teacher, theirs, teacher_streams, below
-        )  # carries the teacher's
-    equations = made.normal_equations(student, ours, streams, teacher, theirs, teacher_streams, position)
+    student_walk, teacher_walk = made.walk(student, ours), made.walk(teacher)
+    for _ in range(position):
+        made.advance(student_walk)
+        made.advance(teacher_walk)
+    equations = normal_equations(made, student_walk, teacher_walk)
 
     def seen(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Residual input, features and output of the sublayer."""

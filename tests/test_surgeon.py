@@ -17,6 +17,7 @@ from torch import Tensor
 import hf_kprune.methods.surgeon
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.knowledge import Draws
+from hf_kprune.calibration.measure import measure_dense
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_drift
@@ -156,7 +157,9 @@ def dense_statistics(
     model: Any, data: list[dict[str, Any]], needs: set[str], **options: Any
 ) -> list[Statistics]:
     made = calibration(model, data, **options)
-    return list(made.measure_dense(model, find_sublayers(model), needs, knowledge_loss(model, 2.0, "mean")))
+    walk, loss = made.walk(model), knowledge_loss(model, 2.0, "mean")
+    costs = [s.unit_flops(made.flops_lengths) for s in walk.sublayers]
+    return list(measure_dense(made, walk, needs, loss, costs))
 
 
 @pytest.mark.parametrize(
