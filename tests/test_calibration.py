@@ -263,7 +263,8 @@ def measure(
     for _ in range(position):
         made.advance(student_walk)
     student_walk.differs = True
-    loss, costs = knowledge_loss(student, 2.0, "mean"), [1.0] * len(student_walk.sublayers)
+    loss = knowledge_loss(student, 2.0, "mean")
+    costs = [s.unit_flops(made.flops_lengths) for s in student_walk.sublayers]
     return measure_knowledge(made, student_walk, teacher_walk, tops, loss, costs)
 
 
