@@ -78,7 +78,8 @@ def draw() -> str:
         for a, b in zip(steps_y, steps_y[1:], strict=False)
     ]
     frame = (
-        f'<rect class="frame" x="{middle - edge}" y="{top - edge}" width="{BOX + 2 * edge}" height="{height + 2 * edge}" rx="9"/>'
+        f'<rect class="frame" x="{middle - edge}" y="{top - edge}" width="{BOX + 2 * edge}" '
+        f'height="{height + 2 * edge}" rx="9"/>'
         f'<text class="small" x="{centre}" y="{top - edge - 8}" text-anchor="middle">'
         "for each sublayer, from the lowest to the highest</text>"
     )
@@ -86,8 +87,9 @@ def draw() -> str:
     head += '<path d="M0 0 L6 3 L0 6 z" fill="#6b7280"/></marker></defs>'
     total = top + height + edge + 14
     body = "\n".join([head, f"<style>{STYLE}</style>", frame, inputs, steps, outputs, *arrows])
-    label = "A dense model, texts and a budget go in; each sublayer is measured, searched, cut and tuned; a checkpoint comes out."
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total}" role="img" aria-label="{label}">\n{body}\n</svg>\n'
+    label = "A dense model, texts and a budget go in; each sublayer is measured, cut and tuned; a checkpoint comes out."
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total}" role="img" aria-label="{label}">'
+    return f"{opening}\n{body}\n</svg>\n"
 
 
 if __name__ == "__main__":
