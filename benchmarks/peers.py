@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from hf_kprune import KPruneArguments
-from hf_kprune.calibration.rows import draw_rows
+from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.modeling_kprune import shrink_layer
 from hf_kprune.report import PruningReport, SublayerReport
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers

@@ -23,9 +23,10 @@ from .budgets import BudgetWarning, Timing, budget_of
 from .calibration.batches import Calibration, tokens_of
 from .calibration.checks import try_loss
 from .calibration.collate import collate
+from .calibration.draw import draw_rows
 from .calibration.knowledge import Knowledge
 from .calibration.loss_check import BY_PRODUCTS
-from .calibration.rows import draw_rows, row_tokens
+from .calibration.rows import row_tokens
 from .calibration.sources import first_label
 from .calibration.tasks import knowledge_loss, text_inputs
 from .checkpoint.lineage import earlier_cuts, write_cuts

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_kprune import KPruneArguments
-from hf_kprune.calibration.rows import Rows, draw_rows
+from hf_kprune.calibration.draw import draw_rows
+from hf_kprune.calibration.rows import Rows
 
 
 ROOT = Path(__file__).parents[1]

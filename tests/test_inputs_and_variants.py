@@ -16,7 +16,7 @@ from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
 from hf_kprune.calibration.batches import Batch, Calibration, tokens_of
 from hf_kprune.calibration.collate import shifted_right
-from hf_kprune.calibration.rows import draw_rows
+from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.structure.hooks import State, run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ..errors import ArgumentError, CalibrationError, KPruneError
 from ..validation import show
+from .nested import depth
 
 
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -76,15 +77,6 @@ def text_columns(columns: Collection[str], names: Sequence[str] | None, targets:
         choices = " or ".join(str(list(entry)) for entry in largest)
         raise ArgumentError(f"the data may hold the texts in the columns {choices}; choose with text_columns")
     return largest[0] if largest else ()
-
-
-def depth(value: Any) -> int:
-    """Dimensions of a tensor or array, or of lists in lists, of which the first at each level is looked at."""
-    if hasattr(value, "ndim"):
-        return int(value.ndim)
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return 1 + (depth(value[0]) if len(value) else 0)
-    return 0
 
 
 def split_rows(columns: Mapping[str, Any], number: int) -> list[dict[str, Any]]:

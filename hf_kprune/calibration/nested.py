@@ -1,0 +1,60 @@
+"""Values as datasets hold them: lists in lists, arrays and tensors, of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def depth(value: Any) -> int:
+    """Dimensions of a tensor or array, or of lists in lists, of which the first at each level is looked at."""
+    if hasattr(value, "ndim"):
+        return int(value.ndim)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return 1 + (depth(value[0]) if len(value) else 0)
+    return 0
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """The numbers in a list, array or tensor, or in lists of them of any lengths (choices)."""
+    for entry in value.tolist() if hasattr(value, "tolist") else value:
+        yield from flat(entry) if depth(entry) else (entry,)
+
+
+def plain(value: Any) -> Any:
+    """A list of tensors or arrays of one number each as a list of plain numbers; anything else as it is."""
+    if isinstance(value, (list, tuple)) and any(
+        hasattr(entry, "ndim") and not depth(entry) for entry in value
+    ):
+        return [entry.item() if hasattr(entry, "item") else entry for entry in value]
+    return value
+
+
+def strays(value: Any, dims: int) -> Iterator[tuple[Any]]:
+    """What is no whole number in lists or tensors of so many dimensions; each comes in a tuple, as it may be None."""
+    if dims == 0 or not depth(value):
+        if dims or isinstance(value, bool) or not isinstance(value, Integral):
+            yield (value,)
+        return
+    for entry in value.tolist() if hasattr(value, "tolist") else value:
+        yield from strays(entry, dims - 1) if dims > 1 or depth(entry) else strays(entry, 0)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The length of a list, and those of the lists in it."""
+    return (len(value), *(map(len, value) if depth(value) > 1 else ())) if depth(value) else ()
+
+
+def floats(value: Any) -> Tensor | None:
+    """An input of floats as a float32 tensor, which is many times smaller than a list; None for other inputs."""
+    if not hasattr(value, "dtype"):
+        if not hasattr(value, "__len__") or not isinstance(next(flat(value), None), float):
+            return None
+        value = np.asarray(value, dtype=np.float32)
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    return tensor.float() if tensor.is_floating_point() else None
