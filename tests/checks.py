@@ -84,10 +84,9 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel, head: str = "SEQUE
     close(logits(one, head), logits(other, head))
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+def files(directory: str | Path) -> dict[str, bytes]:
+    paths = [path for path in Path(directory).rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def edit_weights(edit: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
