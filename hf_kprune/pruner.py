@@ -22,6 +22,7 @@ from .calibration.sources import check_processing_class, check_rows
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
 from .checkpoint.loading import check_is_model, load_model, load_tokenizer
+from .checkpoint.sentence_folder import card_of
 from .errors import ArgumentError, CheckpointError, KPruneError
 from .hyperparameters import Search
 from .preparation import Run, bare_model, describe_units, warn_of
@@ -351,7 +352,7 @@ class KPrunePruner:
             place = check_card_place(directory, self.args.overwrite_output_dir)
             source = finetuned_from, tasks, dataset_tags, dataset, dataset_args
             card = model_card(self.model, self.report, language, license, tags, model_name, *source)
-            card = card if self.sentence_folder is None else self.sentence_folder.card(card)
+            card = card if self.sentence_folder is None else card_of(self.sentence_folder, card)
             place.write_text(card, encoding="utf-8")
 
     @checked_arguments()

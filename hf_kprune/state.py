@@ -19,6 +19,7 @@ from .callbacks import CallbackHandler
 from .checkpoint.hub import check_push
 from .checkpoint.remote_code import check_code_travels
 from .checkpoint.saving import save_atomically
+from .checkpoint.sentence_folder import carry
 from .errors import CheckpointError
 from .files.destination import origins
 from .processes import together
@@ -181,7 +182,7 @@ def write_beside(pruner: Pruner, directory: str) -> None:
         pruner.report.save(directory)
     pruner.create_model_card(output_dir=directory)
     if pruner.sentence_folder is not None:
-        pruner.sentence_folder.carry(directory)
+        carry(pruner.sentence_folder, directory)
 
 
 def tell_of_the_save(pruner: Pruner, path: str) -> None:

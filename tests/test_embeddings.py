@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, UnsupportedModelError
-from hf_kprune.calibration.embeddings import folder_of, pool, read_folder
+from hf_kprune.calibration.embeddings import folder_of, read_folder
 from hf_kprune.calibration.knowledge import Draws
+from hf_kprune.calibration.sentence_modules import pool
 from hf_kprune.cli.commands import main
 
 
