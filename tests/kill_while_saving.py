@@ -1,7 +1,7 @@
 """Run by test_saving.py: stop `save_model` at every one of its file operations, in a forked child each, by SIGKILL or by an
 exception, look at what is left, and at what the next load and the next save make of it.
 
-    python tests/kill_while_saving.py FOLDER        prints, as JSON, how often each state was found
+    python tests/kill_while_saving.py FOLDER "kill, absent" ...    prints, as JSON, how often each state was found
     python tests/kill_while_saving.py FOLDER 200    kills that many prunings and savings at random moments instead
 """
 
@@ -45,8 +45,13 @@ def in_a_child(action: Callable[[], int | None]) -> int:
         try:
             os._exit(action() or 0)
         except (ArgumentError, CheckpointError) as error:
-            if "no space left" in str(error):
-                os._exit(FAILED)
+            cause: BaseException | None = error
+            while (
+                cause is not None
+            ):  # what went wrong may be told in words of the file that was to be written
+                if "no space left" in str(cause):
+                    os._exit(FAILED)
+                cause = cause.__cause__
             traceback.print_exc()
         except BaseException:
             traceback.print_exc()
@@ -94,16 +99,17 @@ def begin(out: Path, content: dict[str, bytes]) -> None:
         (out / name).write_bytes(data)
 
 
-def at_every_operation(folder: Path, pruner: KPrunePruner, old: dict[str, bytes]) -> dict[str, Counter[str]]:
+def at_every_operation(
+    folder: Path, pruner: KPrunePruner, old: dict[str, bytes], runs: list[str]
+) -> dict[str, Counter[str]]:
+    """How often each state was found, for each of `runs`: `kill` or `error`, a comma, and one of `STARTS`."""
     out = folder / "work" / "out"
     assert in_a_child(lambda: pruner.save_model(str(folder / "reference"))) == 0
     new = files(folder / "reference")
     found: dict[str, Counter[str]] = {}
-    for mode, start in [("kill", start) for start in STARTS] + [
-        ("error", "a checkpoint"),
-        ("error", "a checkpoint and more"),
-    ]:
-        outcomes = found[f"{mode}, {start}"] = Counter()
+    for run in runs:
+        mode, start = run.split(", ")
+        outcomes = found[run] = Counter()
         more = STARTS[start]
         before = {} if start == "absent" else {**old, **more}
         after = {**new, **more}
@@ -222,11 +228,11 @@ def main() -> None:
     )
     pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
     pruner.report = report()
-    if len(sys.argv) > 2:
+    if sys.argv[2].isdecimal():
         print(json.dumps(at_random(folder, pruner, int(sys.argv[2]))))
         return
     tiny(seed=1).save_pretrained(folder / "old", max_shard_size="4KB")
-    print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"))))
+    print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"), sys.argv[2:])))
 
 
 if __name__ == "__main__":

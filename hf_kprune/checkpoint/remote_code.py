@@ -24,7 +24,7 @@ from ..modeling_kprune import is_pruned
 STOCK, PREFIX = "modeling_kprune", "kprune_"
 WRAPPER = '''"""Written by hf_kprune: the classes of {module}.py, shrunk to the plan in config.json."""
 
-from ..modeling_kprune import narrowed
+from .modeling_kprune import narrowed
 '''
 
 
