@@ -45,7 +45,8 @@ from hf_kprune.budgets import budget_of
 from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
 from hf_kprune.methods.search import threshold_search
 from hf_kprune.report import Size
-from hf_kprune.structure.sublayers import cut, find_sublayers
+from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import cut
 
 
 LAYERS, HEADS, NEURONS, WIDTH, HEAD_SIZE = 3, 4, 12, 16, 4

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..structure.facts import in_eval_mode, to_model
-from ..structure.proof import cut_twin
 from ..structure.sublayers import find_sublayers
+from ..structure.surgery import cut_twin
 
 
 WARM_UP = 1

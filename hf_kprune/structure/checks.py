@@ -1,7 +1,7 @@
 """What is checked of a model before anything runs: when a pruner is made, and again when it prunes.
 
-`unwrapped` gives the model inside what others have put around it, `check_model` refuses what cannot be pruned as it is, and
-`check_described`, once it is known where its heads and neurons are, what would be cut wrongly or not load again.
+`unwrapped` takes off the wrappers of other libraries. `check_model` refuses a model that cannot be pruned as it is.
+`check_described`, once it is known where its heads and neurons are, refuses one that would be cut wrongly or not load again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers.utils import logging
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import has, inner_models, plan_of
 from .facts import check_problem_type, in_half_precision
-from .proof import quiet
 from .sublayers import described, find_sublayers, oriented
+from .surroundings import quiet
 
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
-"""The classes whose arithmetic is known to be  x W^T + b ; of others it is tried out."""
+"""The classes that are known to compute  x W^T + b . Others are run and compared."""
 
 QUANTISERS = (
     "torch.ao.",
@@ -49,9 +49,9 @@ QUANTISERS = (
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside what `torch.compile`, data parallelism or `accelerator.prepare` have put around it.
+    """The model inside the wrappers of `torch.compile`, data parallelism or `accelerator.prepare`.
 
-    What accelerate has put around the forward of the model itself, autocast and conversions, is taken off in place.
+    The wrappers that accelerate has put on the forward of the model itself, autocast and conversions, are taken off in place.
     """
     if not isinstance(model, nn.Module):
         return model
@@ -110,7 +110,7 @@ def check_model(model: Any) -> None:
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
-    """Copies of a module would go on calling what was put in the place of its forward, with the weights of the original."""
+    """Refuse a module whose forward was replaced: its copies would go on to call that, with the weights of the original."""
     if getattr(type(module), "__module__", "").startswith(QUANTISERS):
         raise UnsupportedModelError(
             f"{name} is a {type(module).__module__}.{type(module).__name__}, quantised or to be; prune the model before and "
@@ -163,14 +163,14 @@ def _check_tensors(model: PreTrainedModel) -> None:
 
 
 def check_described(model: PreTrainedModel, head_unit: str | None = None) -> None:
-    """Refuse a model whose projections are more than weights and biases, or that its config alone does not make.
+    """Refuse a model whose projections are more than weights and biases, or which its config alone does not make.
 
     Args:
-        model: That `find_sublayers` knows.
-        head_unit: What a unit is, see `find_sublayers`.
+        model: One that `find_sublayers` knows.
+        head_unit: What a unit is where queries are grouped, see `find_sublayers`.
 
     Raises:
-        UnsupportedModelError: With the name of the module or tensor.
+        UnsupportedModelError: If it is such a model; the error names the module or the tensor.
     """
     for name, projection in _projections(model, head_unit):
         _check_projection(model, name, projection)
@@ -241,7 +241,7 @@ def _check_linear(what: str, projection: Any, x: Tensor, y: Any) -> None:
 
 
 def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str | None) -> None:
-    """Raise `UnsupportedModelError` unless each projection of which that is not known computes  x W^T + b  on these inputs."""
+    """Refuse a model with a projection of another class, or with hooks, that does not compute  x W^T + b  on these inputs."""
     doubtful = [
         (name, projection) for name, projection in _projections(model, head_unit) if not _is_bare(projection)
     ]
@@ -259,7 +259,7 @@ def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
 
 
 def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
-    """Whether the class of the model, or of one inside it, keeps this module in float32 when all else is in half precision."""
+    """Whether the class of a model, or of one inside it, keeps this module in float32 when all else is in half precision."""
     kept: set[str] = set()
     for module in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -268,7 +268,7 @@ def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_built_again(model: PreTrainedModel) -> None:
-    """What is saved is loaded into what the config makes: its tensors must be those of the model."""
+    """Refuse a model whose config makes other tensors, as what is saved is loaded into what the config makes."""
     kind = type(model).__name__
     try:
         with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"), _safe_on_meta():
@@ -314,5 +314,5 @@ def _check_built_again(model: PreTrainedModel) -> None:
 
 
 def _safe_on_meta() -> Any:
-    """Transformers' own help for models that compute numbers while they are built, where it has one."""
+    """The context in which Transformers builds models that compute numbers meanwhile, in releases that have it."""
     return getattr(initialization, "meta_device_safe_creation_ops", nullcontext)()

@@ -19,8 +19,9 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import plan_of
 from .facts import evaluation_copy, example_inputs, masks_frames, to_model
 from .families import FAMILIES, REFUSED, Block, Stack
-from .proof import implementations, plans, prove, prove_cuts, quiet, step
+from .proof import implementations, prove, prove_cuts, step, trial_masks
 from .sublayers import find_sublayers
+from .surroundings import quiet
 from .units import UNITS
 from .variants import HeadNames, head_names, variants
 from .watch import PROJECTIONS, Observation, Watch
@@ -305,7 +306,7 @@ def _try(dense: PreTrainedModel, inputs: Mapping[str, Any], name: str, block: Bl
     """Prove that cutting one block of the layers at `name`, and nothing else, equals masking it."""
     sublayers, layers = find_sublayers(dense), dense.get_submodule(name)
     mine = [s.layers is layers and s.block.output == block.output for s in sublayers]
-    for what, masks in list(plans([s.num_units for s in sublayers]).items())[:3]:
+    for what, masks in list(trial_masks([s.num_units for s in sublayers]).items())[:3]:
         masks = [mask if cut else torch.ones_like(mask) for mask, cut in zip(masks, mine, strict=True)]
         for attention in implementations(dense):
             prove_cuts(attention, inputs, {what: masks}, generate=False)

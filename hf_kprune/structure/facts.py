@@ -177,6 +177,17 @@ def first_run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[Non
         ) from error
 
 
+def floats(output: Any) -> list[Tensor]:
+    """The tensors of floats in what a module returned, also inside tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return []
+    return [tensor for value in output for tensor in floats(value)]
+
+
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """A batch of three random samples that `model` runs on, guessed from the names of its inputs and its config.
 

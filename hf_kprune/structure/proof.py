@@ -1,11 +1,11 @@
-"""Prove of a live model that its family describes it: with units cut, it computes what it does with the same units masked.
+"""Prove of a live model that its family describes it: with units cut, it computes what it does with them masked.
 
-All that pruning asks of a description is checked here, on one batch, before any weight of the model changes:
+All that pruning needs of a description is checked here, on one batch, before any weight of the model changes:
 
     deterministic    two runs from one seed agree; every run here starts from it
     cut == masked    in what each sublayer and the model give, and generate: for odd and even units (each is cut once and
                      kept once), with sublayers emptied (each once, others not), and with all of them
-    not by chance    what was cut had been at work, and without it the outputs are others
+    not by chance    what was cut had contributed, and without it the outputs are others
     carried == run   sublayer by sublayer as from end to end; also where sublayers are empty
     saved == loaded  the config alone makes a model of the sizes that the cut one has
 """
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..errors import CheckpointError, KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
-from .facts import evaluation_copy, to_model
+from .facts import evaluation_copy, floats, to_model
 from .hooks import State, check_order, resumed, run_sublayer, run_to_top
 from .sublayers import Sublayer, find_sublayers
-from .surgery import cut, twin, with_own_tables, write_plan
+from .surgery import cut_twin, twin, with_own_tables
+from .surroundings import quiet
 
 
 TOLERANCE = 1e-4
@@ -44,10 +44,10 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "g
     Args:
         model: Dense. It is not changed, and only those of its weights are copied that are cut.
         inputs: A small batch that runs all of it.
-        head_unit: What a unit is where queries are grouped, see `KPruneArguments.head_unit`.
+        head_unit: What a unit is where queries are grouped, see `Unit.of`.
 
     Raises:
-        UnsupportedArchitectureError: Which step failed, where, and how far off.
+        UnsupportedArchitectureError: If a step fails; it says which one, where, and how far off the result is.
     """
     with quiet():
         dense = with_own_tables(evaluation_copy(model))
@@ -58,15 +58,15 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "g
             _check_same(*(_outputs(dense, inputs, sublayers) for _ in range(2)))
         with step("run in the order described"), _seeded():
             check_order(dense, inputs, sublayers)
-        masks = plans([s.num_units for s in sublayers])
+        masks = trial_masks([s.num_units for s in sublayers])
         with step("run with each function of attention"):
-            dense_ones = implementations(dense)
-        for attention in dense_ones:
-            prove_cuts(attention, inputs, masks, head_unit)
+            models = implementations(dense)
+        for variant in models:
+            prove_cuts(variant, inputs, masks, head_unit)
         emptied = cut_twin(dense, list(masks.values())[-1], head_unit)
-        for what, carried in (("", dense), (" when some are empty", emptied)):
+        for what, model_to_carry in (("", dense), (" when some are empty", emptied)):
             with step(f"carried from sublayer to sublayer{what}"):
-                prove_carrying(carried, inputs, head_unit)
+                prove_carrying(model_to_carry, inputs, head_unit)
         with step(
             "built from the config that would be saved",
             "its config makes no such model, as the error above shows",
@@ -81,28 +81,18 @@ def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [model] if model.config._attn_implementation == "eager" else [model, plain]
 
 
-def cut_twin(model: PreTrainedModel, masks: Masks, head_unit: str = "group") -> PreTrainedModel:
-    """A twin that keeps the units that `masks` tell."""
-    student = twin(model).eval()
-    sublayers = find_sublayers(student, head_unit)
-    for sublayer, mask in zip(sublayers, masks, strict=True):
-        cut(sublayer, mask)
-    write_plan(sublayers)
-    return student
-
-
-def plans(units: Sequence[int], groups: int = 4) -> dict[str, list[Tensor]]:
+def trial_masks(units: Sequence[int], groups: int = 4) -> dict[str, list[Tensor]]:
     """The masks of a proof, by what they do to sublayers of so many units. A unit without others is cut once, too."""
     numbers = [torch.arange(n) for n in units]
-    made = {
+    masks = {
         "odd units cut": [n % 2 == 0 for n in numbers],
         "even units cut": [n % 2 == 1 for n in numbers],
         "all units cut": [n < 0 for n in numbers],
     }
     for start in range(min(groups, len(units))):
         emptied = [n < 0 if i % groups == start else n % 2 == 0 for i, n in enumerate(numbers)]
-        made[f"every {groups}th sublayer from number {start} emptied"] = emptied
-    return made
+        masks[f"every {groups}th sublayer from number {start} emptied"] = emptied
+    return masks
 
 
 @torch.no_grad()
@@ -113,9 +103,17 @@ def prove_cuts(
     head_unit: str = "group",
     generate: bool = True,
 ) -> None:
-    """Cut == masked, and not by chance, for each of several masks; unless told not to, also while it generates."""
+    """Prove that cutting equals masking, and not by chance.
 
-    def made_by(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> dict[str, Tensor]:
+    Args:
+        dense: The model.
+        inputs: A batch that runs all of it.
+        masks: The units to keep of each sublayer, several times, each by its name for errors.
+        head_unit: What a unit is where queries are grouped, see `Unit.of`.
+        generate: Whether what the model generates is compared too, if it can.
+    """
+
+    def outputs_of(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> dict[str, Tensor]:
         return {**_outputs(model, inputs, sublayers), **(_generated(model, inputs) if generate else {})}
 
     sublayers = find_sublayers(dense, head_unit)
@@ -123,11 +121,11 @@ def prove_cuts(
     for what, keep in masks.items():
         with step(what):
             with _masked(sublayers, keep) as lost:
-                expected = made_by(dense, sublayers)
+                expected = outputs_of(dense, sublayers)
             student = cut_twin(dense, keep, head_unit)
-            found = find_sublayers(student, head_unit)
-            _check_same(made_by(student, found), expected)
-            if [s.num_units for s in found] != [int(mask.sum()) for mask in keep]:
+            cut_sublayers = find_sublayers(student, head_unit)
+            _check_same(outputs_of(student, cut_sublayers), expected)
+            if [s.num_units for s in cut_sublayers] != [int(mask.sum()) for mask in keep]:
                 raise UnsupportedArchitectureError("other units are left than were kept")
             idle = [name for name, share in lost.items() if share <= TOLERANCE]
             changed = any(
@@ -141,11 +139,11 @@ def prove_cuts(
 
 @contextmanager
 def step(what: str, meaning: str = "it does not run then, as the error above shows") -> Iterator[None]:
-    """Say in which step of the proof an error came up, whichever it is: a wrong description can break anything.
+    """Say in which step of the proof an error came up, of any class: a wrong description can break anything.
 
     Args:
         what: The step; empty if the error itself says it.
-        meaning: What an error that is not ours means there. It is chained, never the reason given.
+        meaning: What an error means there that is not of hf_kprune. That error is chained, and never the reason.
     """
     try:
         yield
@@ -154,17 +152,6 @@ def step(what: str, meaning: str = "it does not run then, as the error above sho
     except Exception as error:
         reason = str(error) if isinstance(error, KPruneError | CheckpointError) else meaning
         raise UnsupportedArchitectureError(f"{what}: {reason}" if what else reason) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without warnings of transformers, such as about padding on the right, which does not matter here."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 @contextmanager
@@ -178,47 +165,40 @@ def _seeded() -> Iterator[None]:
 def _outputs(
     model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]
 ) -> dict[str, Tensor]:
-    """What each sublayer gives, and all float outputs of the model."""
-    made: dict[str, Tensor] = {}
+    """What the output projection of each sublayer returns, and all float outputs of the model, by name."""
+    tensors: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for s in sublayers:
 
-            def keep(_: nn.Module, args: Any, output: Tensor, name: str = s.name) -> None:
-                made[name] = output.clone()
+            def note(_: nn.Module, __: Any, output: Tensor, name: str = s.name) -> None:
+                tensors[name] = output.clone()
 
-            hooks.callback(s.output.register_forward_hook(keep).remove)
+            hooks.callback(s.output.register_forward_hook(note).remove)
         with torch.no_grad(), _seeded():
             outputs = floats(model(**inputs))
-    return {**made, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
-
-
-def floats(output: Any) -> list[Tensor]:
-    """The float tensors in what a module returned."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = (
-        output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    )
-    return [tensor for value in values for tensor in floats(value)]
+    return {**tensors, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
 
 
 def _generated(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Logits of the tokens that a model which can generate goes on with; nothing if it cannot from these inputs."""
+    """Logits of the tokens that a model generates next, by name; none if it cannot generate from these inputs."""
     if not model.can_generate():
         return {}
-    given = {key: value for key, value in inputs.items() if key != "use_cache"}
+    prompt = {key: value for key, value in inputs.items() if key != "use_cache"}
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
     try:
         with _seeded():
-            made = model.generate(**given, **options, output_logits=True, return_dict_in_generate=True)
+            generated = model.generate(**prompt, **options, output_logits=True, return_dict_in_generate=True)
     except Exception:
         return {}
-    return {f"generated token {i}": cast(Tensor, logits) for i, logits in enumerate(made.logits)}
+    return {f"generated token {i}": cast(Tensor, logits) for i, logits in enumerate(generated.logits)}
 
 
 @contextmanager
 def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, float]]:
-    """Multiply the features of the units that are not kept by zero; what they gave, as a fraction of what all gave."""
+    """Multiply the features of the units that are not kept by zero.
+
+    Yields, by the name of the sublayer, their largest output as a fraction of that of all units.
+    """
     lost: dict[str, float] = {}
     with ExitStack() as hooks:
         for s, keep in zip(sublayers, masks, strict=True):
@@ -236,27 +216,28 @@ def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, f
         yield lost
 
 
-def _apart(made: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a fraction of the largest value; not a number is like itself."""
-    if made.shape != expected.shape or not torch.equal(made.isnan(), expected.isnan()):
+def _apart(result: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a fraction of the largest value; NaN equals NaN."""
+    if result.shape != expected.shape or not torch.equal(result.isnan(), expected.isnan()):
         return float("inf")
     scale = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else torch.zeros(())
-    difference = (made - expected).nan_to_num(0, posinf=1e30, neginf=-1e30).abs()
+    difference = (result - expected).nan_to_num(0, posinf=1e30, neginf=-1e30).abs()
     return float(difference.max() / scale.clamp(min=1e-12)) if difference.numel() else 0.0
 
 
-def _check_same(made: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    if made.keys() != expected.keys():
-        others = sorted(made.keys() ^ expected.keys())
+def _check_same(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `UnsupportedArchitectureError` unless tensors of the same names are equal up to `TOLERANCE`."""
+    if results.keys() != expected.keys():
+        others = sorted(results.keys() ^ expected.keys())
         raise UnsupportedArchitectureError(f"{', '.join(others[:3])} came out of only one of the two")
-    for name, tensor in made.items():
+    for name, tensor in results.items():
         error = _apart(tensor, expected[name])
         if error > TOLERANCE:
             raise UnsupportedArchitectureError(f"{name} is {error:.1e} of its largest value off")
 
 
 def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
-    """Cutting parts what shares a weight, and loading would join it again."""
+    """Refuse projections that share a weight: cutting would part them, and loading join them again."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -276,15 +257,16 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit:
         tops = run_to_top(model, inputs, sublayers).inputs
     _check_same(state.inputs, tops)
     with resumed(sublayers, len(sublayers), state):
-        made = _outputs(model, inputs, ())
-    _check_same(made, _outputs(model, inputs, ()))
+        outputs = _outputs(model, inputs, ())
+    _check_same(outputs, _outputs(model, inputs, ()))
 
 
 def _prove_loading(student: PreTrainedModel) -> None:
+    """Prove that the config alone makes a model of the same shapes."""
     config = type(student.config).from_dict(copy.deepcopy(student.config.to_dict()))
     with torch.device("meta"):
         again = type(student)(config)
-    made, expected = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (again, student))
-    if made != expected:
-        which = sorted(n for n in made.keys() | expected.keys() if made.get(n) != expected.get(n))
+    shapes, expected = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (again, student))
+    if shapes != expected:
+        which = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
         raise UnsupportedArchitectureError(f"{', '.join(which[:3])} would have another size")

@@ -1,8 +1,8 @@
-"""Which towers of a model made of several can be pruned on the calibration rows at hand. The others are left alone.
+"""Which towers of a model made of several can be pruned on the calibration rows. The others are left alone.
 
-The model runs once on a few rows: a tower that does not run on them, as that of images on texts, cannot be measured. Nor can
-one that the model looks into, as where it reads an inner layer of it. One after the other, from the last, each tower is
-carried from sublayer to sublayer as pruning will carry it, and what comes out is compared.
+The model runs once on a few rows. A tower that does not run on them, such as that of images on texts, cannot be measured,
+nor can one of which the model reads an inner layer. One after the other, from the last, each tower is carried from sublayer
+to sublayer as pruning will carry it, and the outputs are compared.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .facts import first_run, to_model
 from .hooks import only_tokens
-from .proof import prove_carrying, quiet
+from .proof import prove_carrying
 from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
 from .surgery import with_own_tables
+from .surroundings import quiet
 
 
 @contextmanager
@@ -36,12 +37,12 @@ def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
 
 
 def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> dict[str, str]:
-    """The towers of `model` that cannot be pruned on `inputs`, a few rows, by their paths, each with the reason.
+    """The towers of `model` that cannot be pruned on `inputs`, a few rows: path to reason.
 
     Args:
         model: In evaluation mode; not changed.
         inputs: What its `forward` takes.
-        head_unit: What a unit is, `KPruneArguments.head_unit`.
+        head_unit: What a unit is where queries are grouped, see `Unit.of`.
 
     Raises:
         CalibrationError: If the model does not run on these inputs.
@@ -67,10 +68,10 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
         else:
             walkable.append(path)
     if not walkable:
-        told = "; ".join(f"{path.rstrip('.')}: {reason}" for path, reason in reasons.items())
+        why = "; ".join(f"{path.rstrip('.')}: {reason}" for path, reason in reasons.items())
         raise UnsupportedModelError(
             f"no part of {type(model).__name__} can be pruned on these calibration rows, which have {', '.join(inputs)} "
-            f"({told}); give rows on which it runs as a whole, or prune a part by itself"
+            f"({why}); give rows on which it runs as a whole, or prune a part by itself"
         )
     return reasons
 
@@ -78,7 +79,11 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
 def count_runs(
     model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]
 ) -> dict[str, int]:
-    """How often each sublayer runs. Raises `CalibrationError` if the model does not run on `inputs`."""
+    """How often each sublayer runs, by name.
+
+    Raises:
+        CalibrationError: If the model does not run on `inputs`.
+    """
     runs = dict.fromkeys((s.name for s in sublayers), 0)
     with ExitStack() as hooks:
         for s in sublayers:
@@ -95,7 +100,7 @@ def count_runs(
 
 
 def walks(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str, others: Collection[str]) -> bool:
-    """Whether the towers but for `others` can be carried from sublayer to sublayer."""
+    """Whether all towers but those at the paths `others` can be carried from sublayer to sublayer."""
     with leaving(model, others), quiet():
         try:
             prove_carrying(with_own_tables(model), inputs, head_unit)

@@ -365,11 +365,11 @@ def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer
     """A budget is meant for the whole model: refuse if there are layers that no stack names."""
     inside = {id(module) for layers in {s.layers for s in sublayers} for module in layers.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and id(module) not in inside and len(module) > 0:
-            if any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules()) and not isinstance(
-                module[0], nn.Linear
-            ):
-                raise UnsupportedArchitectureError(
-                    f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} does not "
-                    "describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
-                )
+        if not isinstance(module, nn.ModuleList) or not len(module) or id(module) in inside:
+            continue
+        holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules())
+        if holds_projections and not isinstance(module[0], nn.Linear):
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} does not "
+                "describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
+            )

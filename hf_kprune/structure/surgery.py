@@ -151,6 +151,16 @@ def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
+def cut_twin(model: PreTrainedModel, masks: Sequence[Tensor], head_unit: str = "group") -> PreTrainedModel:
+    """A twin in evaluation mode that keeps the units in `masks`, boolean (U,), one for each sublayer."""
+    student = twin(model).eval()
+    sublayers = find_sublayers(student, head_unit)
+    for sublayer, mask in zip(sublayers, masks, strict=True):
+        cut(sublayer, mask)
+    write_plan(sublayers)
+    return student
+
+
 def write_plan(sublayers: Sequence[Sublayer]) -> None:
     """Write the sizes of all sublayers of a model into its config; none if nothing is pruned."""
     for owner in {id(s.owner): s.owner for s in sublayers}.values():

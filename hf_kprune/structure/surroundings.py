@@ -1,4 +1,4 @@
-"""What a caller has set around a call, and what others set during it: the one does not reach in, the other is taken back."""
+"""Settings of torch and transformers around a call: those of the caller do not reach in, those made inside are undone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .facts import same_modes
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Compute as torch does by itself, whatever is set around: gradients, inference mode, autocast, default dtype and device.
+    """Compute as torch does by default, whatever the caller has set: gradients, inference mode, autocast, dtype and device.
 
-    A measurement takes gradients, and least squares what is left of numbers that are nearly equal.
+    Measurements need gradients, and least squares needs what is left of numbers that are nearly equal.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -36,6 +36,17 @@ def plain_modes() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of transformers, such as about padding on the right, which does not matter to a proof."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager

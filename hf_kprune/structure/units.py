@@ -101,15 +101,17 @@ class Unit(ABC):
     def token_flops(self, tokens: float, keys: float) -> float:
         """FLOPs of a unit where no weight takes part, a multiply-add counted as 2.
 
+        Those of a head are 2 s s' d of the products of queries with keys, and as many of attention weights with values.
+
         Args:
-            tokens: Tokens of a sequence.
-            keys: Tokens that each of them reads.
+            tokens: Tokens of a sequence, s.
+            keys: Tokens that each of them reads, s'.
         """
-        return 0
+        return 4 * tokens * keys * self.width if self.has_heads else 0
 
     def cached(self, count: int) -> int:
-        """Numbers of keys, and as many of values, that `count` units hold in a cache for each token."""
-        return 0
+        """Numbers of keys, and as many of values, that a cache holds for each token and `count` units of a sublayer."""
+        return count * self.kv_heads * self.head_dim if self.has_heads else 0
 
     @abstractmethod
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
@@ -129,7 +131,7 @@ class Neuron(Unit):
     uniform, uniform_change = "ffn", "another FFN width"
 
     @classmethod
-    def of(cls, config: Any, stack: Stack, block: Block, head_unit: str) -> Neuron:
+    def of(cls, *_: Any, **__: Any) -> Neuron:
         return cls()
 
     def parts(self, layout: str) -> list[int]:
@@ -171,13 +173,6 @@ class Head(Unit):
         q, kv = self.width, self.kv_heads * self.head_dim
         return {"q": [q], "kv": [kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}[layout]
 
-    def token_flops(self, tokens: float, keys: float) -> float:
-        """Those of the products of queries with keys, 2 s s' d, and of as many of attention weights with values."""
-        return 4 * tokens * keys * self.width
-
-    def cached(self, count: int) -> int:
-        return count * self.kv_heads * self.head_dim
-
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
         names = stack.uniform
         sizes = {stack.head_dim: self.head_dim, names["heads"]: count * self.heads}
@@ -211,7 +206,7 @@ class QueryHead(Head):
         return self.columns(count, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
 
     def cached(self, count: int) -> int:
-        return self.width
+        return min(count, 1) * self.width
 
 
 UNITS: dict[str, type[Unit]] = {"attention": Head, "cross_attention": Head, "ffn": Neuron}

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import parameter_names
+from .facts import floats
 from .families import Block, Kind, Layout
-from .proof import floats
 from .units import UNITS
 
 
