@@ -4,9 +4,9 @@ This file travels inside every K-pruned checkpoint, so that
 
     AutoModelFor....from_pretrained(checkpoint, trust_remote_code=True)
 
-works where `hf_kprune` is not installed; `import hf_kprune` runs the same code for the stock classes themselves. It needs
-torch, transformers and the safetensors of that only, and knows no architecture: which modules are narrower, and by how
-much, is data in the config, of the form that `Plan` describes:
+works where `hf_kprune` is not installed; `import hf_kprune` runs the same code for the stock classes
+themselves. It needs torch, transformers and the safetensors of that only, and knows no architecture: which
+modules are narrower, and by how much, is data in the config, of the form that `Plan` describes:
 
     "kprune": {"format": 1, "sha256": "1f3c...", "stacks": [{"layers": "encoder.layer", "blocks": [
         {"kind": "attention", "of": 12, "kept": [5, 0, ...], "heads": 1,
@@ -39,18 +39,21 @@ from transformers.utils import cached_file
 
 FORMAT = 1
 HOW_TO_LOAD = (
-    "this checkpoint is K-pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, or pass "
-    "trust_remote_code=True to an AutoModel class"
+    "this checkpoint is K-pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, "
+    "or pass trust_remote_code=True to an AutoModel class"
 )
 NOTICE = f"no file is damaged or missing; {HOW_TO_LOAD}"
 RECORD = "kprune_weights"
 MISFIT = "the plan in config.json (kprune) and the weight files do not belong together"
-LEGACY = "its heads were pruned by an older transformers (pruned_heads in config.json): load it with hf_kprune.from_legacy"
+LEGACY = (
+    "its heads were pruned by an older transformers (pruned_heads in config.json): load it with "
+    "hf_kprune.from_legacy"
+)
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 Returns = str | Sequence[str | None] | None
-"""What a module returns: `"y"` stands for its output, `"y+x"` for that with its argument `x` added, None for None."""
+"""What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, None is None."""
 
 
 class BlockPlan(TypedDict):
@@ -75,9 +78,9 @@ class BlockPlan(TypedDict):
     table: dict[str, int]
     """Columns of an embedding of positions for each kept unit."""
     slices: dict[str, list[int]]
-    """The dimension in which a parameter has one slice for each head, and its entries there for each kept unit."""
+    """The dimension of a parameter that has one slice for each head, and its entries for each kept unit."""
     select: dict[str, list[Any]]
-    """Where an argument of the core has one slice for each head, see `SelectHeads`, and the heads that each layer keeps."""
+    """Where an argument of the core has slices, see `SelectHeads`, and the heads that each layer keeps."""
     core: str
     """The module that is replaced where no unit is kept; `""` if there is none."""
     returns: Returns
@@ -131,7 +134,7 @@ def fill(returns: Returns, y: Tensor, arguments: dict[str, Any]) -> Any:
 
 
 def with_weights(result: Any, weights: Tensor | None, appended: bool) -> Any:
-    """What an attention returned, with its attention weights in the place for them: the last one that is empty.
+    """What an attention returned, with its attention weights in their place, the last empty one.
 
     If there is none, and the module was asked for weights (`appended`), they come after all else.
     """
@@ -150,10 +153,10 @@ def parameter_names(module: nn.Module) -> list[str]:
 
 
 class EmptyAttention(nn.Module):
-    """Stands in for an attention module without heads: adds nothing to the residual stream but its output bias.
+    """Stands in for an attention without heads: adds nothing to the residual stream but its output bias.
 
-    An instance is also one of the class that it stands in for, by which transformers finds the modules whose attention
-    weights it collects: those of no heads, (B, 0, T, keys), where that class returns weights.
+    An instance is also one of the class that it stands in for, by which transformers finds the modules whose
+    attention weights it collects: those of no heads, (B, 0, T, keys), where that class returns weights.
     """
 
     is_kprune_stand_in = True
@@ -198,8 +201,8 @@ class EmptyAttention(nn.Module):
             asked = getattr(self.config, "_attn_implementation", "eager") == "eager"
         elif arguments.get("output_attentions") and not self.has_weights:
             raise NotImplementedError(
-                f"output_attentions is True, but {type(self).__name__} cannot return attention weights where no head is "
-                "left, as in this K-pruned model; leave output_attentions out"
+                f"output_attentions is True, but {type(self).__name__} cannot return attention weights where "
+                "no head is left, as in this K-pruned model; leave output_attentions out"
             )
         weights = hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], keys) if asked else None
         return with_weights(fill(self.returns, y, arguments), weights, "output_attentions" in arguments)
@@ -239,7 +242,7 @@ def empty_like(replaced: Any) -> EmptyAttention:
 
 
 class EmptyProjection(nn.Module):
-    """Stands in for a `Conv1D` without inputs, which it cannot multiply: its bias alone. Its names stay the same."""
+    """Stands in for a `Conv1D` without inputs, which it cannot multiply: has its bias, by the same name."""
 
     is_kprune_stand_in = True
 
@@ -257,7 +260,7 @@ class EmptyProjection(nn.Module):
 
 
 class EmptyLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
-    """A linear module without inputs or outputs. Quantisers leave its class alone: there is nothing in it to scale."""
+    """A linear module without inputs or outputs. Quantisers leave its class alone, as nothing is in it."""
 
     is_kprune_empty = True
 
@@ -273,7 +276,7 @@ def spare_empty(model: PreTrainedModel) -> None:
 
 
 class ConfigView:
-    """A config with a few values of its own, for a module that asks its model's config for its size. All else is live."""
+    """A config with a few values of its own, for a module that reads sizes from it. All else is live."""
 
     def __init__(self, config: Any, values: dict[str, Any]):
         self.__dict__.update(values, kprune_config=config)
@@ -287,8 +290,8 @@ class ConfigView:
 class SelectHeads:
     """Pre-forward hook: of an argument that carries one slice per head, pass the kept heads on.
 
-    `where` they lie: `"1"` or `"0"`, that dimension; `"0:batch"`, dimension 0 with the batch folded in before the heads;
-    `"none"`: None is passed instead.
+    `where` they lie: `"1"` or `"0"`, that dimension; `"0:batch"`, dimension 0 with the batch folded in before
+    the heads; `"none"`: None is passed instead.
     """
 
     def __init__(self, argument: str, where: str, of: int, heads: list[int]):
@@ -314,7 +317,7 @@ class SelectHeads:
 
 
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
-    """The list of layers at `path`, seen from `model` or from the base model inside it; None if there is none."""
+    """The list of layers at `path` in `model`, or in the base model inside it; None if there is none."""
     prefixes = ["", getattr(model, "base_model_prefix", "") + "."]
     for (
         name,
@@ -335,7 +338,7 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
 
 
 def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | None = None) -> None:
-    """Give the linear module (or `Conv1D`, or embedding) at `path` this many of its output rows or input columns.
+    """Give the linear module, `Conv1D` or embedding at `path` this many output rows or input columns.
 
     The loader overwrites the values; a fresh model (`from_config`) keeps those it was initialised with.
     """
@@ -465,7 +468,7 @@ def digest(stacks: list[StackPlan]) -> str:
 
 
 def dense_sizes(layer: nn.Module, block: BlockPlan) -> Iterator[tuple[str, Any, int, int]]:
-    """What of a dense layer a block makes narrower: its path, its size, and of that what each unit has, and none has."""
+    """What a block narrows in a dense layer: path, size, how much each unit has, how much belongs to none."""
     for path, (width, fixed) in block["rows"].items():
         if has(layer, path):
             name = f"{path}.{SIZES[kind_of(layer.get_submodule(path))][0]}"
@@ -494,19 +497,20 @@ def check_plan(stack: StackPlan, layers: nn.ModuleList) -> None:
             for path, size, width, fixed in dense_sizes(layer, block):
                 if size != of * width + fixed:
                     raise CheckpointError(
-                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}, which is {size} in the "
-                        "model that the rest of the config describes"
+                        f"{where} prunes {of!r} {kind} units of size {width!r} of {path}, which is {size} in "
+                        "the model that the rest of the config describes"
                     )
             if type(units) is not int or not 0 <= units <= of:
                 raise CheckpointError(
-                    f"{where} keeps {units!r} {kind} units in layer {index}, expected a whole number from 0 to {of}"
+                    f"{where} keeps {units!r} {kind} units in layer {index}, expected a whole number from 0 "
+                    f"to {of}"
                 )
 
 
 def shrink(model: nn.Module) -> nn.Module:
-    """Shrink `model`, built at its dense sizes, to the plan in `model.config.kprune`, in place. Does nothing twice.
+    """Shrink `model`, built at its dense sizes, to the plan in its config, in place. Twice is as once.
 
-    A stack that `model` lacks is passed over: a part of the model (an encoder alone) has a part of the layers.
+    A stack that `model` lacks is passed over: an encoder alone has a part of the layers.
 
     Raises `CheckpointError` if the plan is of a later format, does not fit the model or contradicts itself.
     """
@@ -526,7 +530,8 @@ def shrink(model: nn.Module) -> nn.Module:
                 todo.append((stack, layers))
         if digest(plan["stacks"]) != plan["sha256"]:
             raise CheckpointError(
-                "config.json: the kprune plan was changed after it was saved; restore the config.json that was"
+                "config.json: the kprune plan was changed after it was saved; restore the config.json that "
+                "was"
             )
         for stack, layers in todo:
             for block in stack["blocks"]:
@@ -544,7 +549,7 @@ def shrink(model: nn.Module) -> nn.Module:
 
 
 def plan_of(config: Any) -> Plan | None:
-    """The plan in a config or its dictionary; None if there is none, also where `kprune` is a field of somebody else's."""
+    """The plan in a config or its dictionary; None without, also if `kprune` is another library's field."""
     plan = config.get("kprune") if isinstance(config, dict) else getattr(config, "kprune", None)
     if isinstance(plan, dict) and len({"format", "sha256", "stacks"} & plan.keys()) > 1:
         return cast(Plan, plan)
@@ -570,15 +575,15 @@ def unseal(config: Any) -> Any:
     if "this checkpoint is K-pruned" in str(getattr(config, "transformers_weights", "")):
         if not is_pruned(config):
             raise CheckpointError(
-                "config.json says that this checkpoint is K-pruned, but its kprune plan is missing or no plan; restore the "
-                "config.json that was saved"
+                "config.json says that this checkpoint is K-pruned, but its kprune plan is missing or no "
+                "plan; restore the config.json that was saved"
             )
         del config.transformers_weights
     return config
 
 
 def edit_config(directory: str | os.PathLike[str], **entries: Any) -> None:
-    """Set entries of the config.json of a pruned model; None takes one away. Adapters are saved without a config."""
+    """Set entries of the config.json of a pruned model, or delete those that are None. Adapters have none."""
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if is_pruned(config):
@@ -591,16 +596,17 @@ def edit_config(directory: str | os.PathLike[str], **entries: Any) -> None:
 
 
 def seal(directory: str | os.PathLike[str]) -> None:
-    """Write the notice where plain transformers stops at it and prints it, and take away the record of other weights.
+    """Write the notice where plain transformers stops at it and prints it, and take away the record of other
+    weights.
 
-    Without the notice, plain transformers would build the dense model, and with `ignore_mismatched_sizes=True` fill it with
-    random weights.
+    Without the notice, plain transformers would build the dense model, and with
+    `ignore_mismatched_sizes=True` fill it with random weights.
     """
     edit_config(directory, transformers_weights=NOTICE, **{RECORD: None})
 
 
 def tensors_of(file: str | os.PathLike[str]) -> dict[str, list[Any]]:
-    """Dtype and shape of every tensor in a safetensors file, by its name. Only the head of the file is read."""
+    """Dtype and shape of every tensor in a safetensors file, by name. Only the head of the file is read."""
     with safe_open(file, "pt") as weights:
         slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
         return {name: [part.get_dtype(), *part.get_shape()] for name, part in slices.items()}
@@ -612,7 +618,7 @@ def sha256_of(file: str | os.PathLike[str]) -> str:
 
 
 def record_weights(directory: str | os.PathLike[str]) -> None:
-    """Write into config.json what the weight files of a pruned model are: their sha256, and what tensors are in them."""
+    """Write into config.json what the weight files of a pruned model are: their sha256 and their tensors."""
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if RECORD not in config and is_pruned(config):
@@ -644,14 +650,15 @@ def check_record(name: Any, record: dict[str, FileRecord], **options: Any) -> No
         lost = sorted(saved.keys() - there.keys())
         if lost:
             raise CheckpointError(
-                f"{name}: {len(lost)} tensors that were saved in {file} are missing from it, such as {lost[0]}; get the file "
-                "again"
+                f"{name}: {len(lost)} tensors that were saved in {file} are missing from it, such as "
+                f"{lost[0]}; get the file again"
             )
         for key, (dtype, *shape) in saved.items():
             now, *size = there[key]
             if size != shape or ("F" in now) != ("F" in dtype):
                 raise CheckpointError(
-                    f"{name}: {key} is {now} of {size} in {file}, where {dtype} of {shape} was saved; get the file again"
+                    f"{name}: {key} is {now} of {size} in {file}, where {dtype} of {shape} was saved; get "
+                    "the file again"
                 )
 
 
@@ -661,7 +668,7 @@ def inner_models(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-    """Call `load` (a `from_pretrained`) and refuse a K-pruned model of which a pruned layer was not in the files."""
+    """Call `load`, a `from_pretrained`, and refuse a K-pruned model if the files lack a pruned layer."""
     try:
         model, info = load(name, *args, output_loading_info=True, **kwargs)
     except RuntimeError as error:
@@ -756,13 +763,13 @@ class KPruneMixin(PreTrainedModel):
 
 
 def narrowed(dense: Any, module: str) -> Any:
-    """The class that loads K-pruned checkpoints of a model class, for a `module` in which it has the same name."""
+    """The class that loads K-pruned checkpoints of a model class, of the same name in `module`."""
     bases = (KPruneMixin, dense) + ((GenerationMixin,) if issubclass(dense, GenerationMixin) else ())
     return type(dense.__name__, bases, {"__module__": module, "__doc__": dense.__doc__})
 
 
 def __getattr__(name: str) -> Any:
-    """`modeling_kprune.BertModel` and the like: the stock class of that name with `KPruneMixin`, made when asked for."""
+    """Make `modeling_kprune.BertModel` and the like, stock classes with `KPruneMixin`, when asked for."""
     stock = getattr(transformers, name, None) if not name.startswith("_") else None
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

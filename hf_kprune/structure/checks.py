@@ -1,7 +1,8 @@
 """What is checked of a model before anything runs: when a pruner is made, and again when it prunes.
 
-`unwrapped` takes off the wrappers of other libraries. `check_model` refuses a model that cannot be pruned as it is.
-`check_described`, once it is known where its heads and neurons are, refuses one that would be cut wrongly or not load again.
+`unwrapped` takes off the wrappers of other libraries. `check_model` refuses a model that cannot be pruned as
+it is. `check_described`, once it is known where its heads and neurons are, refuses one that would be cut
+wrongly or not load again.
 """
 
 from __future__ import annotations
@@ -51,16 +52,19 @@ QUANTISERS = (
 def unwrapped(model: Any) -> Any:
     """The model inside the wrappers of `torch.compile`, data parallelism or `accelerator.prepare`.
 
-    The wrappers that accelerate has put on the forward of the model itself, autocast and conversions, are taken off in place.
+    The wrappers that accelerate has put on the forward of the model itself, autocast and conversions, are
+    taken off in place.
     """
     if not isinstance(model, nn.Module):
         return model
     inside = extract_model_from_parallel(model, keep_torch_compile=False)
     if inside is not model:
         logger.warning(
-            f"the model is wrapped in {type(model).__name__}; what is inside is pruned, so wrap that again afterwards"
+            f"the model is wrapped in {type(model).__name__}; what is inside is pruned, so wrap that again "
+            "afterwards"
         )
-    # with keep_fp32_wrapper=False accelerate would take off what Transformers itself has put around the forward, too
+    # with keep_fp32_wrapper=False accelerate would take off what Transformers itself has put around the
+    # forward, too
     original = inside.__dict__.pop("_original_forward", None)
     if original is not None:
         inside.__dict__["forward"] = original
@@ -70,8 +74,8 @@ def unwrapped(model: Any) -> Any:
         inside.__dict__.pop("_is_accelerate_prepared", False) or original is not None
     ):  # so that it may be prepared again
         logger.warning(
-            f"{type(inside).__name__} was prepared by accelerate; what that has put around its forward is taken off, so "
-            "prepare it again afterwards"
+            f"{type(inside).__name__} was prepared by accelerate; what that has put around its forward is "
+            "taken off, so prepare it again afterwards"
         )
     return inside
 
@@ -80,23 +84,25 @@ def check_model(model: Any) -> None:
     """Raise `UnsupportedModelError`, with the way out, for a model that cannot be pruned as it is."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} carries PEFT adapters, which would not fit the pruned layers; merge them first: "
-            "model = model.merge_and_unload()"
+            f"{type(model).__name__} carries PEFT adapters, which would not fit the pruned layers; merge "
+            "them first: model = model.merge_and_unload()"
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel or the name or path of one"
+            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel or the name or path "
+            "of one"
         )
     for inner in inner_models(model):
         field = getattr(inner.config, "kprune", None)
         if field is not None and plan_of(inner.config) is None:
             raise UnsupportedModelError(
-                f"the config of {type(inner).__name__} has kprune={field!r}, a field of its own where hf_kprune "
-                "writes what is kept; give that field another name"
+                f"the config of {type(inner).__name__} has kprune={field!r}, a field of its own where "
+                "hf_kprune writes what is kept; give that field another name"
             )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and quantise the result"
+            f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and "
+            "quantise the result"
         )
     for name, module in model.named_modules():
         _check_forward(name or type(model).__name__, module)
@@ -104,27 +110,28 @@ def check_model(model: Any) -> None:
     for _, owner in described(model):
         if getattr(owner.config, "chunk_size_feed_forward", None):
             raise UnsupportedModelError(
-                f"config.chunk_size_feed_forward is {owner.config.chunk_size_feed_forward}: feed-forward layers that run in "
-                "chunks cannot be measured; load the model with chunk_size_feed_forward=0 and set it again afterwards"
+                f"config.chunk_size_feed_forward is {owner.config.chunk_size_feed_forward}: feed-forward "
+                "layers that run in chunks cannot be measured; load the model with chunk_size_feed_forward=0 "
+                "and set it again afterwards"
             )
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
-    """Refuse a module whose forward was replaced: its copies would go on to call that, with the weights of the original."""
+    """Refuse a module with another forward: its copies would call that, with the weights of the original."""
     if getattr(type(module), "__module__", "").startswith(QUANTISERS):
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__module__}.{type(module).__name__}, quantised or to be; prune the model before and "
-            "quantise the result"
+            f"{name} is a {type(module).__module__}.{type(module).__name__}, quantised or to be; prune the "
+            "model before and quantise the result"
         )
     if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
         raise UnsupportedModelError(
-            f"{name} is compiled, and what is cut would have to be compiled anew; prune the model before it is compiled "
-            "(load it again, or give the module that torch.compile was called on)"
+            f"{name} is compiled, and what is cut would have to be compiled anew; prune the model before it "
+            "is compiled (load it again, or give the module that torch.compile was called on)"
         )
     if hasattr(module, "_hf_hook"):
         raise UnsupportedModelError(
-            f"{name} carries a hook of accelerate that moves weights or inputs; load the model without device_map, or call "
-            "accelerate.hooks.remove_hook_from_submodules(model)"
+            f"{name} carries a hook of accelerate that moves weights or inputs; load the model without "
+            "device_map, or call accelerate.hooks.remove_hook_from_submodules(model)"
         )
     forward = module.__dict__.get("forward")
     if forward is None:
@@ -133,8 +140,9 @@ def _check_forward(name: str, module: nn.Module) -> None:
     method = inspect.getattr_static(type(module), getattr(function, "__name__", ""), None)
     if getattr(forward, "__self__", None) is not module or function is not method:
         raise UnsupportedModelError(
-            f"the forward of {name} was replaced by {getattr(forward, '__qualname__', type(forward).__name__)!r}, of which "
-            f"copies would go on using the weights of now; take it off (del module.forward) or put it into a class"
+            f"the forward of {name} was replaced by "
+            f"{getattr(forward, '__qualname__', type(forward).__name__)!r}, of which copies would go on "
+            "using the weights of now; take it off (del module.forward) or put it into a class"
         )
 
 
@@ -146,8 +154,8 @@ def _check_tensors(model: PreTrainedModel) -> None:
             )
         if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
             raise UnsupportedModelError(
-                f"{name} is a {type(tensor).__module__}.{type(tensor).__name__}, expected a plain tensor: quantise or shard "
-                "the model after it is pruned"
+                f"{name} is a {type(tensor).__module__}.{type(tensor).__name__}, expected a plain tensor: "
+                "quantise or shard the model after it is pruned"
             )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in FLOATS:
@@ -157,13 +165,14 @@ def _check_tensors(model: PreTrainedModel) -> None:
             )
         if parameter.numel() and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
             raise UnsupportedModelError(
-                f"{name} holds NaN or Inf, so nothing that the model computes can be measured; load the weights again, or "
-                "train with a smaller learning rate"
+                f"{name} holds NaN or Inf, so nothing that the model computes can be measured; load the "
+                "weights again, or train with a smaller learning rate"
             )
 
 
 def check_described(model: PreTrainedModel, head_unit: str | None = None) -> None:
-    """Refuse a model whose projections are more than weights and biases, or which its config alone does not make.
+    """Refuse a model whose projections are more than weights and biases, or which its config alone does not
+    make.
 
     Args:
         model: One that `find_sublayers` knows.
@@ -193,12 +202,13 @@ def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) 
     if weight is None or parametrize.is_parametrized(projection):
         raise UnsupportedModelError(
             f"the weight of {name} is computed from other tensors, so it cannot be cut; make it plain first: "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove of torch.nn.utils.prune, "
-            "torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or remove of "
+            "torch.nn.utils.prune, torch.nn.utils.remove_weight_norm or remove_spectral_norm"
         )
     if weight.dtype != model.dtype and not (weight.dtype == torch.float32 and _stays_in_float32(model, name)):
         raise UnsupportedModelError(
-            f"{name} is {weight.dtype} in a model of {model.dtype}; give all layers one dtype: model.to({model.dtype})"
+            f"{name} is {weight.dtype} in a model of {model.dtype}; give all layers one dtype: "
+            f"model.to({model.dtype})"
         )
     if type(projection) not in LINEAR:
         wide = oriented(projection)
@@ -208,8 +218,8 @@ def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) 
                 y = projection.forward(x)  # hooks are tried out on real inputs, see prove_projections
         except Exception as error:
             raise UnsupportedModelError(
-                f"{_described(name, projection)} is no plain linear layer: it does not take (batch, tokens, width) alone, "
-                "so it cannot be cut and fitted; replace it by nn.Linear"
+                f"{_described(name, projection)} is no plain linear layer: it does not take (batch, tokens, "
+                "width) alone, so it cannot be cut and fitted; replace it by nn.Linear"
             ) from error
         _check_linear(_described(name, projection), projection, x, y)
 
@@ -241,7 +251,7 @@ def _check_linear(what: str, projection: Any, x: Tensor, y: Any) -> None:
 
 
 def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str | None) -> None:
-    """Refuse a model with a projection of another class, or with hooks, that does not compute  x W^T + b  on these inputs."""
+    """Refuse a model with a projection that, run on these inputs, does not compute  x W^T + b ."""
     doubtful = [
         (name, projection) for name, projection in _projections(model, head_unit) if not _is_bare(projection)
     ]
@@ -259,7 +269,7 @@ def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
 
 
 def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
-    """Whether the class of a model, or of one inside it, keeps this module in float32 when all else is in half precision."""
+    """Whether a model of half precision, or one inside it, keeps this module in float32."""
     kept: set[str] = set()
     for module in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -268,23 +278,24 @@ def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_built_again(model: PreTrainedModel) -> None:
-    """Refuse a model whose config makes other tensors, as what is saved is loaded into what the config makes."""
+    """Refuse a model whose config makes other tensors: what is saved is loaded into those."""
     kind = type(model).__name__
     try:
         with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"), _safe_on_meta():
             again = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
     except Exception as error:
         raise UnsupportedModelError(
-            f"{kind} cannot be built from its config alone, so what is saved could not be loaded; let its class take the "
-            "config as its one argument, and let the config say all that the model is made of"
+            f"{kind} cannot be built from its config alone, so what is saved could not be loaded; let its "
+            "class take the config as its one argument, and let the config say all that the model is made of"
         ) from error
     shapes, expected = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, again))
     of = f"the config of {kind}"
     for name in sorted(shapes.keys() & expected.keys()):
         if shapes[name] != expected[name]:
             raise UnsupportedModelError(
-                f"{name} is {shapes[name]}, but {of} makes it {expected[name]}, so what is saved could not be loaded; change "
-                "the config to what the model is (config.num_labels for a new head, config.vocab_size for new embeddings)"
+                f"{name} is {shapes[name]}, but {of} makes it {expected[name]}, so what is saved could not "
+                "be loaded; change the config to what the model is (config.num_labels for a new head, "
+                "config.vocab_size for new embeddings)"
             )
     surplus, missing = sorted(shapes.keys() - expected.keys()), sorted(expected.keys() - shapes.keys())
     if surplus or missing:
@@ -294,9 +305,9 @@ def _check_built_again(model: PreTrainedModel) -> None:
             else f"lacks {missing[0]}, which {of} makes"
         )
         raise UnsupportedModelError(
-            f"{kind} {which}, so what is saved could not be loaded ({len(surplus) + len(missing)} such tensors); merge or "
-            "remove what was added (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), and put back what was "
-            "taken away"
+            f"{kind} {which}, so what is saved could not be loaded ({len(surplus) + len(missing)} such "
+            "tensors); merge or remove what was added (torch.nn.utils.prune.remove, "
+            "parametrize.remove_parametrizations), and put back what was taken away"
         )
     tied: dict[int, list[str]] = {}
     for name, parameter in again.named_parameters(remove_duplicate=False):
@@ -314,5 +325,5 @@ def _check_built_again(model: PreTrainedModel) -> None:
 
 
 def _safe_on_meta() -> Any:
-    """The context in which Transformers builds models that compute numbers meanwhile, in releases that have it."""
+    """The context in which Transformers builds models on the device meta, in releases that have it."""
     return getattr(initialization, "meta_device_safe_creation_ops", nullcontext)()

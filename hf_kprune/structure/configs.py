@@ -22,7 +22,7 @@ def read(config: Any, name: str) -> Any:
 
 
 def ask(config: Any, name: str) -> Any:
-    """The value of a config attribute, None if there is none; of `"flag ? this : that"`, of the one that the flag chooses."""
+    """The value of what `Stack.kv_heads` names, or of the attribute that its flag chooses; None without."""
     flag, _, names = name.partition(" ? ")
     return read(config, names.split(" : ")[not read(config, flag)] if names else name)
 

@@ -1,7 +1,8 @@
 """Describe the layers of a model that families.py does not list.
 
-watch.py observes what they do. Where that leaves a choice (how a fused projection is laid out, which attributes hold
-sizes, whether heads can be told apart), variants.py lists the possible descriptions, each is tried, and proof.py decides.
+watch.py observes what they do. Where that leaves a choice (how a fused projection is laid out, which
+attributes hold sizes, whether heads can be told apart), variants.py lists the possible descriptions, each is
+tried, and proof.py decides.
 """
 
 from __future__ import annotations
@@ -38,17 +39,19 @@ def describe(
 ) -> None:
     """Make sure that hf_kprune knows where the heads and neurons of `model` are.
 
-    Nothing is done if a family describes its model type. Else its layers are detected, the description is proved, and only
-    then noted, on this model and its copies: others of the type have to be proved for themselves.
+    Nothing is done if a family describes its model type. Else its layers are detected, the description is
+    proved, and only then noted, on this model and its copies: others of the type have to be proved for
+    themselves.
 
     Args:
         model: Dense; not changed.
-        inputs: A small batch that runs all of it, with several tokens in each sample. Default: `example_inputs(model)`.
+        inputs: A small batch that runs all of it, with several tokens in each sample. Default:
+            `example_inputs(model)`.
         head_unit: `KPruneArguments.head_unit`.
 
     Raises:
-        UnsupportedArchitectureError: If its layers cannot be described or the proof fails, with a description to start
-            from if there is one.
+        UnsupportedArchitectureError: If its layers cannot be described or the proof fails, with a description
+            to start from if there is one.
     """
     try:
         with step("", f"{type(model).__name__} is not built as its family says, as the error above shows"):
@@ -79,8 +82,9 @@ def describe(
             f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
         )
         raise UnsupportedArchitectureError(
-            f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it was not found out "
-            f"what its layers do; {error}. Describe one of them in ten lines with hf_kprune.register_family: "
+            f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
+            f"was not found out what its layers do; {error}. Describe one of them in ten lines with "
+            "hf_kprune.register_family: "
             f"docs/add_a_family.md{' has the steps; to start from:' if start else ''}{start}"
         ) from error
     keep(model, families)
@@ -97,9 +101,9 @@ def _at(model: PreTrainedModel, path: str) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_submodule(path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Detection
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -134,7 +138,8 @@ def detect(model: PreTrainedModel, inputs: Mapping[str, Any], leave: Collection[
         leave: Model types of towers that are not looked at.
 
     Raises:
-        UnsupportedArchitectureError: If its layers are not made of attentions and FFNs whose weights are projections.
+        UnsupportedArchitectureError: If its layers are not made of attentions and FFNs whose weights are
+            projections.
     """
     dense = evaluation_copy(model)
     inputs = to_model(inputs, dense)
@@ -163,7 +168,7 @@ def _families(lists: Sequence[LayerList]) -> Families:
 
 
 def _module_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The outermost lists of modules of one class that hold projections. Nothing of their kind may lie elsewhere."""
+    """The outermost lists of modules of one class that hold projections. None may lie elsewhere."""
     lists: dict[str, nn.ModuleList] = {}
     holding = {id(m) for m in model.modules() if any(isinstance(p, PROJECTIONS) for p in m.modules())}
     rest = {name: m for name, m in model.named_modules() if id(m) in holding}
@@ -259,7 +264,7 @@ def _first_guess(
 def _settle(
     dense: PreTrainedModel, inputs: Mapping[str, Any], layers: LayerList, lists: Sequence[LayerList]
 ) -> None:
-    """Choose, of the descriptions of the layers, one by which cutting any one of their sublayers equals masking it."""
+    """Choose a description of the layers by which cutting any one of their sublayers equals masking it."""
     errors: dict[str, str] = {}
 
     def right(stack: Stack, block: Block) -> bool:
@@ -312,9 +317,9 @@ def _try(dense: PreTrainedModel, inputs: Mapping[str, Any], name: str, block: Bl
             prove_cuts(attention, inputs, {what: masks}, generate=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Help
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def as_code(model_type: str, stacks: Sequence[Stack]) -> str:

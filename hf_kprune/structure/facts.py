@@ -1,4 +1,4 @@
-"""What is known about a model without looking into its layers: its inputs, its limits, its precision, its modes.
+"""What is known about a model without a look into its layers: inputs, limits, precision, modes.
 
 Shapes: B rows, T tokens, S samples of a sound.
 """
@@ -35,9 +35,9 @@ FRAME_MASK = "_get_feature_vector_attention_mask"
 """The method by which models of the wav2vec 2.0 family turn a mask of samples into one of frames."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Inputs and limits
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def label_names(model: PreTrainedModel) -> set[str]:
@@ -92,8 +92,9 @@ def check_problem_type(config: Any) -> None:
         )
     if problem == "single_label_classification" and config.num_labels == 1:
         raise ArgumentError(
-            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every prediction is "
-            "certain; set config.problem_type = 'regression', or 'multi_label_classification' for one yes or no"
+            "config.problem_type is 'single_label_classification' and config.num_labels is 1, of which every "
+            "prediction is certain; set config.problem_type = 'regression', or 'multi_label_classification' "
+            "for one yes or no"
         )
 
 
@@ -103,13 +104,13 @@ def masks_frames(model: PreTrainedModel) -> bool:
 
 
 def frame_mask(model: PreTrainedModel, mask: Tensor, frames: int) -> Tensor:
-    """Which of the frames that `model`, one that `masks_frames`, makes of sounds are real: (B, S) -> (B, frames)."""
+    """Which frames that `model`, one that `masks_frames`, makes of sounds are real: (B, S) -> (B, frames)."""
     return cast(Tensor, getattr(model, FRAME_MASK)(frames, mask).bool())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Precision and modes
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
@@ -118,7 +119,7 @@ def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
 
 
 def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in evaluation mode, which shares the weights of `model`, or has them in float32 if they are of 16 bits."""
+    """A copy in evaluation mode that shares the weights of `model`, or has those of 16 bits in float32."""
     return (copy.deepcopy(model).float() if in_half_precision(model) else twin(model)).eval()
 
 
@@ -141,9 +142,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Running it
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def to_model(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
@@ -167,8 +168,9 @@ def first_run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[Non
     except Exception as error:
         others = sorted(input_names(model) & {*SENSES} - inputs.keys())
         raise CalibrationError(
-            f"{type(model).__name__} does not run on the first calibration rows, which have {', '.join(inputs)}: it raised "
-            f"the {type(error).__name__} shown above; give rows as it is used with"
+            f"{type(model).__name__} does not run on the first calibration rows, which have "
+            f"{', '.join(inputs)}: it raised the {type(error).__name__} shown above; give rows as it is used "
+            "with"
             + (
                 f", it also takes {' and '.join(others)}"
                 if others
@@ -189,7 +191,7 @@ def floats(output: Any) -> list[Tensor]:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """A batch of three random samples that `model` runs on, guessed from the names of its inputs and its config.
+    """A batch of three random samples that `model` runs on, guessed from names of inputs and its config.
 
     Raises:
         UnsupportedArchitectureError: If the model runs on none of the guesses.

@@ -7,7 +7,8 @@ To add a family, describe one of its layers (docs/add_a_family.md walks through 
               inputs={"attention.self.query": "q", "attention.self.key": "kv", "attention.self.value": "kv"},
               output="attention.output.dense", core="attention.self",
               sizes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "width"}),
-        Block("ffn", inputs={"intermediate.dense": "f"}, output="output.dense", stream="intermediate.dense"))))
+        Block("ffn",
+              inputs={"intermediate.dense": "f"}, output="output.dense", stream="intermediate.dense"))))
 
 What the strings of a description mean:
 
@@ -23,7 +24,7 @@ What the strings of a description mean:
                       None                None
                       ("y", None)         a tuple of such; a lone "y" that is in no tuple is written "y"
     stream            "path"              the module reads the residual stream that the output joins
-                      "a|b"               the one of two modules that runs first, where an option of the model decides
+                      "a|b"               the one of two modules that runs first, where an option decides
                       ""                  the stream is the input of the layer
                       None                the output is normalised or scaled before it joins
     sizes             "heads"             number of query heads
@@ -56,30 +57,32 @@ Dimension = Literal[0, 1, "0", "1"]
 class Block:
     """One prunable sublayer of a layer. All paths are module paths relative to the layer.
 
-    A *unit* is what is kept or pruned as one: an attention head (with grouped queries, a key-value head and its query
-    heads, or one query head of every group) or an FFN neuron.
+    A *unit* is what is kept or pruned as one: an attention head (with grouped queries, a key-value head and
+    its query heads, or one query head of every group) or an FFN neuron.
 
-    A layer that lacks the `output` lacks the block (experts may be in its place), and an input that a layer lacks is
-    skipped, so one entry serves variants. What a layer has and the entry does not name is refused.
+    A layer that lacks the `output` lacks the block (experts may be in its place), and an input that a layer
+    lacks is skipped, so one entry serves variants. What a layer has and the entry does not name is refused.
 
     Args:
         kind: Which sublayer it is; its units are of the class in `units.UNITS`.
         inputs: Projections whose output rows belong to units, each with the layout of its rows.
         output: Projection whose input columns belong to units. Its output is the sublayer's output.
-        stream: Module that reads the residual stream which the output joins: a norm in pre-norm models, the first
-            projection of the FFN in post-norm ones. If it is None, weight tuning rebuilds the output alone.
+        stream: Module that reads the residual stream which the output joins: a norm in pre-norm models, the
+            first projection of the FFN in post-norm ones. If it is None, weight tuning rebuilds the output
+            alone.
         core: Attention module that is replaced when no head is left.
         returns: What `core` returns.
-        sizes: Attributes to refresh after a cut, `"path.of.module.attribute"`. Missing ones are skipped. A path through
-            a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it with that value.
+        sizes: Attributes to refresh after a cut, `"path.of.module.attribute"`. Missing ones are skipped. A
+            path through a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it
+            with that value.
         select: Arguments of `core` that carry one slice for each head, and where.
         slices: Parameters, none of a projection, that hold one slice for each head, and where.
-        table: An embedding of relative positions with one column for each head, which the first layer of the stack holds
-            for all (T5). In a pruned model every layer has its own.
-        whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that says whether
-            they cannot. Then all of them are one unit. `""` if they can.
-        weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it refuses
-            `output_attentions=True` once an attention is emptied.
+        table: An embedding of relative positions with one column for each head, which the first layer of the
+            stack holds for all (T5). In a pruned model every layer has its own.
+        whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that
+            says whether they cannot. Then all of them are one unit. `""` if they can.
+        weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it
+            refuses `output_attentions=True` once an attention is emptied.
     """
 
     kind: Kind
@@ -105,19 +108,23 @@ class Stack:
         blocks: The sublayers of one layer, in the order in which they run.
         returns: What a layer returns.
         parallel: Whether all blocks of a layer read the layer's input and their outputs are added up.
-        residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""` for none.
+        residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""`
+            for none.
         untouched: Module paths in the layer whose projections are left as they are (experts, routers).
         heads: Config attribute with the number of query heads.
-        kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for all.
-        head_dim: Config attribute with the size of a head, where there is one. Else it is hidden size / heads.
+        kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for
+            all.
+        head_dim: Config attribute with the size of a head, where there is one. Else it is hidden size /
+            heads.
         mask: Model input that marks padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from.
-        shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens, shifted.
+        shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
+            shifted.
         pads: Whether the model itself pads sequences further, at their end.
         refuses: Config flags with which the description does not hold, and why.
-        uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute. A family
-            that does not list `"heads"` derives the head size from their number, so stock transformers cannot hold fewer
-            heads of the same size.
+        uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute.
+            A family that does not list `"heads"` derives the head size from their number, so stock
+            transformers cannot hold fewer heads of the same size.
     """
 
     layers: str
@@ -190,7 +197,7 @@ def _t5(
     core: Returns = ("y", None, None),
     **rest: Any,
 ) -> tuple[Stack, Stack]:
-    """T5's encoder and decoder. Every layer asks its own table of positions, not the bias that the layer below passes up."""
+    """T5's encoder and decoder. Every layer asks its own table of positions, not the layer below."""
 
     def attention(number: int, name: str, kind: Kind = "attention") -> Block:
         module = f"layer.{number}.{name}"
@@ -298,7 +305,8 @@ _NORM_AFTER = replace(
 _OLMO2 = replace(
     _NORM_AFTER, blocks=(replace(_LLAMA_WHOLE, stream=None), _NORM_AFTER.blocks[1]), uniform=_FFN_SIZE
 )
-# `parallel` also where an option of the model says no: the stream is what came in and what was added, either way
+# `parallel` also where an option of the model says no: the stream is what came in and what was added, either
+# way
 _PARALLEL = replace(
     _LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="")), parallel=True, uniform=_FFN_SIZE
 )
@@ -372,7 +380,9 @@ _BLOOM = Stack(
     ),
     returns=("y", None),
     refuses={
-        "apply_residual_connection_post_layernorm": "the residual is then the output of a norm, which is not described"
+        "apply_residual_connection_post_layernorm": (
+            "the residual is then the output of a norm, which is not described"
+        )
     },
 )
 
@@ -849,7 +859,9 @@ REFUSED: dict[str, str] = {
     "big_bird": "it exchanges its attention modules while it runs, by the length of the input",
     "bigbird_pegasus": "it exchanges its attention modules while it runs, by the length of the input",
     "bitnet": "its outputs are normalised across all heads and across all neurons before the last projection",
-    "codegen": "its fused projection holds four parts of queries, values and keys, which must stay of one size",
+    "codegen": (
+        "its fused projection holds four parts of queries, values and keys, which must stay of one size"
+    ),
     "convbert": "half of its attention is a convolution whose kernels are made from all heads",
     "deepseek_v2": "the queries and the values of its heads differ in size",
     "deepseek_v3": "the queries and the values of its heads differ in size",
@@ -877,5 +889,5 @@ REFUSED: dict[str, str] = {
 
 
 def register_family(model_type: str, *stacks: Stack) -> None:
-    """Describe the layers of a `model_type` (the one in its config) that hf_kprune does not know, or override one."""
+    """Describe the layers of a `model_type`, the one in a config, that is not known yet, or override one."""
     FAMILIES[model_type] = stacks

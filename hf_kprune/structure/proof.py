@@ -1,10 +1,11 @@
-"""Prove of a live model that its family describes it: with units cut, it computes what it does with them masked.
+"""Prove of a live model that its family describes it: with units cut, it computes what it does with them
+masked.
 
 All that pruning needs of a description is checked here, on one batch, before any weight of the model changes:
 
     deterministic    two runs from one seed agree; every run here starts from it
-    cut == masked    in what each sublayer and the model give, and generate: for odd and even units (each is cut once and
-                     kept once), with sublayers emptied (each once, others not), and with all of them
+    cut == masked    in what each sublayer and the model give, and generate: for odd and even units (each is
+                     cut once and kept once), with sublayers emptied (each once, others not), with all of them
     not by chance    what was cut had contributed, and without it the outputs are others
     carried == run   sublayer by sublayer as from end to end; also where sublayers are empty
     saved == loaded  the config alone makes a model of the sizes that the cut one has
@@ -32,7 +33,7 @@ from .surroundings import quiet
 
 
 TOLERANCE = 1e-4
-"""What must be equal may differ by this fraction of the largest value; what must not be equal differs by ten times it."""
+"""Equal values differ by less than this fraction of the largest one, and others by ten times it."""
 
 Masks = Sequence[Tensor]
 """Which units to keep, boolean, for each sublayer."""
@@ -47,7 +48,8 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "g
         head_unit: What a unit is where queries are grouped, see `Unit.of`.
 
     Raises:
-        UnsupportedArchitectureError: If a step fails; it says which one, where, and how far off the result is.
+        UnsupportedArchitectureError: If a step fails; it says which one, where, and how far off the result
+            is.
     """
     with quiet():
         dense = with_own_tables(evaluation_copy(model))
@@ -75,14 +77,14 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "g
 
 
 def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """`model`, and a twin with the plain attention function if it uses another: then other code of its modules may run."""
+    """`model`, and a twin with the plain attention function if it uses another: other code may run then."""
     plain = twin(model).eval()
     plain.set_attn_implementation("eager")
     return [model] if model.config._attn_implementation == "eager" else [model, plain]
 
 
 def trial_masks(units: Sequence[int], groups: int = 4) -> dict[str, list[Tensor]]:
-    """The masks of a proof, by what they do to sublayers of so many units. A unit without others is cut once, too."""
+    """The masks of a proof for sublayers of so many units, by what they do. A lone unit is cut once, too."""
     numbers = [torch.arange(n) for n in units]
     masks = {
         "odd units cut": [n % 2 == 0 for n in numbers],
@@ -143,7 +145,8 @@ def step(what: str, meaning: str = "it does not run then, as the error above sho
 
     Args:
         what: The step; empty if the error itself says it.
-        meaning: What an error means there that is not of hf_kprune. That error is chained, and never the reason.
+        meaning: What an error means there that is not of hf_kprune. That error is chained, and never the
+            reason.
     """
     try:
         yield
@@ -156,7 +159,7 @@ def step(what: str, meaning: str = "it does not run then, as the error above sho
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """The same random numbers each time, for models that draw some in evaluation, and the caller's afterwards."""
+    """Draw the same random numbers each time, in models that draw some, and then give back the caller's."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -180,7 +183,7 @@ def _outputs(
 
 
 def _generated(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Logits of the tokens that a model generates next, by name; none if it cannot generate from these inputs."""
+    """Logits of the tokens that a model generates next, by name; none if it cannot from these inputs."""
     if not model.can_generate():
         return {}
     prompt = {key: value for key, value in inputs.items() if key != "use_cache"}
@@ -248,7 +251,7 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
 
 
 def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> None:
-    """Raise `UnsupportedArchitectureError` unless `model` ends the same, run sublayer by sublayer and from end to end."""
+    """Prove that `model` gives the same, run sublayer by sublayer and from end to end."""
     sublayers, state = find_sublayers(model, head_unit), State()
     for position in range(len(sublayers)):
         with _seeded():

@@ -1,8 +1,8 @@
 """Which towers of a model made of several can be pruned on the calibration rows. The others are left alone.
 
-The model runs once on a few rows. A tower that does not run on them, such as that of images on texts, cannot be measured,
-nor can one of which the model reads an inner layer. One after the other, from the last, each tower is carried from sublayer
-to sublayer as pruning will carry it, and the outputs are compared.
+The model runs once on a few rows. A tower that does not run on them, such as that of images on texts, cannot
+be measured, nor can one of which the model reads an inner layer. One after the other, from the last, each
+tower is carried from sublayer to sublayer as pruning will carry it, and the outputs are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .surroundings import quiet
 
 @contextmanager
 def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
-    """Within this context `find_sublayers` passes over the towers at these paths, in `model` and its copies."""
+    """Let `find_sublayers` pass over the towers at these paths, in `model` and its copies."""
     before = model.__dict__.get(LEFT_ALONE)
     model.__dict__[LEFT_ALONE] = frozenset(paths)
     try:
@@ -70,8 +70,8 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
     if not walkable:
         why = "; ".join(f"{path.rstrip('.')}: {reason}" for path, reason in reasons.items())
         raise UnsupportedModelError(
-            f"no part of {type(model).__name__} can be pruned on these calibration rows, which have {', '.join(inputs)} "
-            f"({why}); give rows on which it runs as a whole, or prune a part by itself"
+            f"no part of {type(model).__name__} can be pruned on these calibration rows, which have "
+            f"{', '.join(inputs)} ({why}); give rows on which it runs as a whole, or prune a part by itself"
         )
     return reasons
 

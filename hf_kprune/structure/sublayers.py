@@ -132,9 +132,9 @@ class Sublayer:
     def unit_flops(self, lengths: Mapping[str, float]) -> float:
         """FLOPs of one unit for one sequence, a multiply-add counted as 2 (METHOD: F_head, F_neuron).
 
-        F_head = 8 s d d_h + 4 s^2 d_h,  F_neuron = 4 s d  for plain attention and FFN; here from the shapes, so that
-        gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other stack's tokens,
-        come out right.
+        F_head = 8 s d d_h + 4 s^2 d_h,  F_neuron = 4 s d  for plain attention and FFN; here from the shapes,
+        so that gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other
+        stack's tokens, come out right.
 
         Args:
             lengths: Tokens of a sequence, for each stack.
@@ -159,12 +159,12 @@ def oriented(projection: nn.Module) -> Tensor:
 
 
 def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
-    """What describes the layers of `model` itself: what was detected in it (detect.py), or the entry of its model type."""
+    """What describes the layers of `model` itself: what detect.py noted in it, or the entry of its type."""
     return model.__dict__.get("kprune_family") or FAMILIES.get(model.config.model_type)
 
 
 def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
-    """The models whose layers a family describes, with their paths: `model` itself, or else those inside it."""
+    """The models whose layers a family describes, by path: `model` itself, or else those inside it."""
     if family_of(model):
         return [("", model)]
     towers: list[tuple[str, PreTrainedModel]] = []
@@ -175,9 +175,9 @@ def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
     return towers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finding them
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_sublayers(model: PreTrainedModel, head_unit: str | None = None) -> list[Sublayer]:
@@ -185,21 +185,21 @@ def find_sublayers(model: PreTrainedModel, head_unit: str | None = None) -> list
 
     Args:
         model: Any.
-        head_unit: With grouped queries, what a unit is, see `Unit.of`. None: as the model was pruned before, or `"group"`.
+        head_unit: With grouped queries, what a unit is, see `Unit.of`. None: as the model was pruned before,
+            or `"group"`.
 
     Raises:
-        UnsupportedArchitectureError: If there is no family for its `model_type`, or if the family does not describe every
-            projection of every layer.
+        UnsupportedArchitectureError: If there is no family for its `model_type`, or if the family does not
+            describe every projection of every layer.
     """
     owners = described(model)
     if not owners:
-        reason = REFUSED.get(model.config.model_type)
+        model_type = f"{model.config.model_type!r} ({type(model).__name__})"
+        if reason := REFUSED.get(model.config.model_type):
+            raise UnsupportedArchitectureError(f"{model_type} cannot be pruned: {reason}")
         raise UnsupportedArchitectureError(
-            f"{model.config.model_type!r} ({type(model).__name__}) cannot be pruned: {reason}"
-            if reason
-            else f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}); known: "
-            f"{', '.join(sorted(FAMILIES))}. Describe one of its layers in ten lines with hf_kprune.register_family: "
-            "docs/add_a_family.md"
+            f"no family describes model_type {model_type}; known: {', '.join(sorted(FAMILIES))}. Describe "
+            "one of its layers in ten lines with hf_kprune.register_family: docs/add_a_family.md"
         )
     sublayers = {path: _sublayers_of(path, owner, head_unit) for path, owner in owners}
     _check_nothing_left_out(model, [s for tower in sublayers.values() for s in tower])
@@ -208,7 +208,7 @@ def find_sublayers(model: PreTrainedModel, head_unit: str | None = None) -> list
 
 
 def _sublayers_of(path: str, owner: PreTrainedModel, head_unit: str | None) -> list[Sublayer]:
-    """The sublayers of one model, which lies at `path` inside another one, or is all of it if that is empty."""
+    """The sublayers of one model, which lies at `path` inside another one, or at `""`."""
     stacks = family_of(owner) or ()
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
         if read(owner.config, flag):
@@ -219,8 +219,9 @@ def _sublayers_of(path: str, owner: PreTrainedModel, head_unit: str | None) -> l
     lists = [(stack, layers) for stack in stacks if (layers := find_layers(owner, stack.layers))]
     if not lists:
         raise UnsupportedArchitectureError(
-            f"{type(owner).__name__} has no list of layers at {' or '.join(repr(s.layers) for s in stacks)}, where its family "
-            f"{owner.config.model_type!r} says; describe this variant with hf_kprune.register_family: docs/add_a_family.md"
+            f"{type(owner).__name__} has no list of layers at {' or '.join(repr(s.layers) for s in stacks)}, "
+            f"where its family {owner.config.model_type!r} says; describe this variant with "
+            "hf_kprune.register_family: docs/add_a_family.md"
         )
     return [s for stack, layers in lists for s in _sublayers_in(path, owner, stack, layers, head_unit)]
 
@@ -243,8 +244,8 @@ def _sublayers_in(
     reads_nothing = find_layers(owner, stack.reads) is None
     if reads_nothing and path and any(block.kind == "cross_attention" for block in stack.blocks):
         raise UnsupportedArchitectureError(
-            f"the {type(owner).__name__} inside this model has cross-attention to another model's output, which "
-            "no family describes: docs/add_a_family.md"
+            f"the {type(owner).__name__} inside this model has cross-attention to another model's output, "
+            "which no family describes: docs/add_a_family.md"
         )
     for index in range(len(layers)):
         numbers: Counter[str] = Counter()
@@ -279,8 +280,8 @@ def _block_plan(
     ]
     if odd := {count for count in columns if count and count % unit.width}:
         raise UnsupportedArchitectureError(
-            f"{block.output} reads {min(odd)} features, which heads of {unit.width} do not make up; the config tells another "
-            "size of heads than the layers have"
+            f"{block.output} reads {min(odd)} features, which heads of {unit.width} do not make up; the "
+            "config tells another size of heads than the layers have"
         )
     kept = [None if count is None else count // unit.width for count in columns]
     live = [(layer, units) for layer, units in zip(layers, kept, strict=True) if units is not None]
@@ -370,6 +371,6 @@ def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer
         holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules())
         if holds_projections and not isinstance(module[0], nn.Linear):
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} does not "
-                "describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
+                f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} "
+                "does not describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
             )

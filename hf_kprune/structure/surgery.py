@@ -1,4 +1,5 @@
-"""Change a live model: cut units, replace weights, copy without copying tensors, write the sizes into the config.
+"""Change a live model: cut units, replace weights, copy without copying tensors, write the sizes into the
+config.
 
 Shapes: U units of a sublayer, C columns of its output projection, D the width of the residual stream.
 """
@@ -31,13 +32,13 @@ from ..version import __version__
 from .sublayers import Sublayer, find_sublayers, oriented
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear module another weight (rows, columns), of any size, and another bias unless that is None."""
+    """Give a linear module another weight (rows, columns), of any size, and a bias; None keeps the old."""
     transposed = kind_of(projection) != "linear"
     for name, value in (("weight", weight.T if transposed else weight), ("bias", bias)):
         if value is not None:
@@ -97,7 +98,7 @@ def in_unit_order(sublayer: Sublayer) -> Tensor:
 
 @torch.no_grad()
 def set_output(sublayer: Sublayer, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Give the output projection a weight (D, C), columns unit by unit, and a bias (D,); None: the one that it has."""
+    """Give the output projection a weight (D, C), unit by unit, and a bias (D,); None keeps the old one."""
     old = sublayer.weight
     order = sublayer.columns.flatten().argsort().to(old.device)
     new_bias = None if bias is None or sublayer.bias is None else bias.to(old)
@@ -111,7 +112,7 @@ def has_bias(sublayer: Sublayer, paths: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def correct_inputs(sublayer: Sublayer, paths: Sequence[str], matrix: Tensor, shift: Tensor) -> None:
-    """Let these input projections read  M x + c  for x: M (D, D), c (D,), which is zero for those without a bias."""
+    """Let these input projections read  M x + c  for x: M (D, D), c (D,), zero for those without a bias."""
     for path in paths:
         projection = sublayer.layer.get_submodule(path)
         weight, bias = oriented(projection), cast("Tensor | None", projection.bias)
@@ -120,9 +121,9 @@ def correct_inputs(sublayer: Sublayer, paths: Sequence[str], matrix: Tensor, shi
         set_projection(projection, (exact @ matrix).to(weight.dtype), new_bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,14 +132,15 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
-    """A copy of `model` that takes no gradients and shares its memory, or, on the device `meta`, has shapes alone."""
+    """A copy of `model` without gradients that shares its memory or, on the device meta, has no values."""
     tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
     parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, {**tensors, **parameters})
 
 
 def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its own (T5).
+    """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its
+    own (T5).
 
     Then every layer can run by itself.
     """

@@ -1,4 +1,4 @@
-"""Settings of torch and transformers around a call: those of the caller do not reach in, those made inside are undone."""
+"""Settings around a call: those of the caller do not reach in, and those made inside are undone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .facts import same_modes
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Compute as torch does by default, whatever the caller has set: gradients, inference mode, autocast, dtype and device.
+    """Compute as torch does by default, whatever the caller has set: gradients, inference mode, autocast,
+    dtype and device.
 
     Measurements need gradients, and least squares needs what is left of numbers that are nearly equal.
     """
@@ -40,7 +41,7 @@ def plain_modes() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings of transformers, such as about padding on the right, which does not matter to a proof."""
+    """Silence the warnings of transformers, such as about padding on the right, which a proof may have."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -51,8 +52,8 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Take back what `Trainer` sets for itself: seeds of all generators, the verbosity, values in configs and of the model,
-    and the mode of each module."""
+    """Take back what `Trainer` sets for itself: seeds of all generators, the verbosity, values in configs and
+    of the model, and the mode of each module."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     holders: dict[int, Any] = {id(holder): holder for holder in (model, *configs)}
     if getattr(model, "generation_config", None) is not None:

@@ -1,4 +1,4 @@
-"""Uniform sizes: models all of whose layers are alike, which a stock config can describe and stock classes load."""
+"""Uniform sizes: models with layers all alike, which a stock config can describe and stock classes load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .sublayers import Sublayer
 
 
 def uniform_names(sublayers: Sequence[Sublayer], options: Any) -> list[tuple[int, str]]:
-    """For each sublayer, whose config and which attribute of it tell its size: those that share it must be alike.
+    """For each sublayer, whose config and which attribute of it tell its size: those that share it must be
+    alike.
 
     Args:
         sublayers: All those of a model.
@@ -27,12 +28,14 @@ def uniform_names(sublayers: Sequence[Sublayer], options: Any) -> list[tuple[int
     for s in sublayers:
         if plan_of(s.owner.config) is not None:
             raise UnsupportedArchitectureError(
-                f"uniform is True, but {type(s.owner).__name__} was pruned unevenly before; start from the dense model"
+                f"uniform is True, but {type(s.owner).__name__} was pruned unevenly before; start from the "
+                "dense model"
             )
         if getattr(options, s.unit.prunes) and not _has_attribute(s):
             raise UnsupportedArchitectureError(
-                f"uniform is True, but {type(s.owner.config).__name__} cannot say {s.unit.uniform_change}, so stock "
-                f"transformers could not load the result; pass {s.unit.prunes}=False to prune the rest, or uniform=False"
+                f"uniform is True, but {type(s.owner.config).__name__} cannot say {s.unit.uniform_change}, "
+                f"so stock transformers could not load the result; pass {s.unit.prunes}=False to prune the "
+                "rest, or uniform=False"
             )
         names.append((id(s.owner), s.stack.uniform.get(s.unit.uniform, s.stack_name + s.kind)))
     return names
@@ -55,7 +58,7 @@ def uniform_choices(sublayer: Sublayer) -> list[int] | None:
 
 
 def write_stock_config(sublayers: Sequence[Sublayer]) -> None:
-    """Write the sizes of `sublayers`, alike in all layers, where the stock config has them; nothing else is needed then."""
+    """Write the sizes of `sublayers`, alike in all layers, into the stock config; they need nothing else."""
     for s in sublayers:
         _set_stock_size(s.owner.config, s, s.num_units)
         for module in s.layer.modules():
@@ -65,7 +68,7 @@ def write_stock_config(sublayers: Sequence[Sublayer]) -> None:
 
 
 def _has_attribute(sublayer: Sublayer) -> bool:
-    """Whether the stock config has an attribute for the size of a sublayer. No family has one for cross-attention."""
+    """Whether the config has an attribute for the size of a sublayer; none has one for cross-attention."""
     return sublayer.unit.uniform in sublayer.stack.uniform and sublayer.kind != "cross_attention"
 
 

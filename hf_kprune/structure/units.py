@@ -1,9 +1,9 @@
-"""The kinds of unit: where the rows and columns of one head or one neuron lie, what it costs, and what it is called.
+"""The kinds of unit: where the rows and columns of a head or a neuron lie, its cost and its name.
 
-A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer, and it owns rows
-of the input projections. What depends on the kind of unit is in the class of that kind, and nothing outside this file tests
-which kind a unit is. A further kind (an expert, a whole layer, a channel of the hidden dimension) is a further subclass of
-`Unit` with its entry in `UNITS`.
+A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer,
+and it owns rows of the input projections. What depends on the kind of unit is in the class of that kind, and
+nothing outside this file tests which kind a unit is. A further kind (an expert, a whole layer, a channel of
+the hidden dimension) is a further subclass of `Unit` with its entry in `UNITS`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Unit(ABC):
     minimum: ClassVar[str]
     """Name of the option that says how many of them each sublayer must keep."""
     multiple: ClassVar[str] = ""
-    """Name of the option that says of which number each sublayer keeps a multiple; `""` if it may keep any number."""
+    """Name of the option of which each sublayer keeps a multiple; `""` if it may keep any number."""
     uniform: ClassVar[str]
     """Key of `Stack.uniform` for the config attribute that can say how many of them all layers have."""
     uniform_change: ClassVar[str]
@@ -64,8 +64,8 @@ class Unit(ABC):
             config: The config of the model that owns the stack.
             stack: Its `heads`, `kv_heads` and `head_dim` name the attributes.
             block: One of `stack.blocks`.
-            head_unit: With grouped queries, `"group"` for a key-value head with its query heads, or `"query"` for one query
-                head of every group.
+            head_unit: With grouped queries, `"group"` for a key-value head with its query heads, or `"query"`
+                for one query head of every group.
         """
 
     @property
@@ -80,14 +80,15 @@ class Unit(ABC):
 
     @abstractmethod
     def parts(self, layout: str) -> list[int]:
-        """Rows of a unit in each part of a projection, parts being fused one after the other. See `Block.inputs`."""
+        """Rows of a unit in each of the parts that a projection of this layout fuses, see `Block.inputs`."""
 
     def columns(self, count: int, width: int | None = None) -> Tensor:
         """Columns of the output projection that belong to each of `count` units, (count, width).
 
         Args:
             count: Units of the sublayer.
-            width: Entries of a unit in something else that is laid out like these columns. Default: `self.width`.
+            width: Entries of a unit in something else that is laid out like these columns. Default:
+                `self.width`.
         """
         width = self.width if width is None else width
         return torch.arange(count).unsqueeze(1) * width + torch.arange(width)
@@ -101,7 +102,8 @@ class Unit(ABC):
     def token_flops(self, tokens: float, keys: float) -> float:
         """FLOPs of a unit where no weight takes part, a multiply-add counted as 2.
 
-        Those of a head are 2 s s' d of the products of queries with keys, and as many of attention weights with values.
+        Those of a head are 2 s s' d of the products of queries with keys, and as many of attention weights
+        with values.
 
         Args:
             tokens: Tokens of a sequence, s.
@@ -110,12 +112,12 @@ class Unit(ABC):
         return 4 * tokens * keys * self.width if self.has_heads else 0
 
     def cached(self, count: int) -> int:
-        """Numbers of keys, and as many of values, that a cache holds for each token and `count` units of a sublayer."""
+        """Numbers of keys, and as many of values, that `count` units cache for each token."""
         return count * self.kv_heads * self.head_dim if self.has_heads else 0
 
     @abstractmethod
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
-        """The config attributes, with their values, that say of a stock model that each layer has `count` units.
+        """The config attributes by which each layer of a stock model has `count` units, with their values.
 
         Args:
             stack: Its `uniform` names the attributes.
@@ -142,9 +144,9 @@ class Neuron(Unit):
 
 
 class Head(Unit):
-    """An attention head; with grouped queries, a key-value head with its query heads; or all heads of an attention.
+    """An attention head, a key-value head with the query heads that share it, or all heads of an attention.
 
-    It has the d rows of each of its query heads and the d rows of each key and value head, d being `head_dim`.
+    It has the `head_dim` rows of each of its query heads and of each of its key and value heads.
     """
 
     plural, holder = "heads", "attention"
@@ -159,8 +161,9 @@ class Head(Unit):
         d = read(config, stack.head_dim) or (read(config, "hidden_size") or 0) // (heads or 1)
         if not heads or not d:
             raise UnsupportedArchitectureError(
-                f"{type(config).__name__} has {stack.heads} of {heads} and a head size ({stack.head_dim}) of {d}, by which "
-                "its family tells heads; expected both over 0. Describe this variant: docs/add_a_family.md"
+                f"{type(config).__name__} has {stack.heads} of {heads} and a head size ({stack.head_dim}) of "
+                f"{d}, by which its family tells heads; expected both over 0. Describe this variant: "
+                "docs/add_a_family.md"
             )
         kv_heads = int(ask(config, stack.kv_heads) or heads)  # True is one for all
         if block.whole and getattr(config, block.whole, True):
@@ -184,8 +187,8 @@ class Head(Unit):
 class QueryHead(Head):
     """One query head of each of `heads` groups; `kv_heads` is 0, as keys and values stay whole.
 
-    A projection has the query heads of a group side by side, so those of a unit lie apart. With a single key-value head for
-    all, a unit is one query head.
+    A projection has the query heads of a group side by side, so those of a unit lie apart. With a single
+    key-value head for all, a unit is one query head.
     """
 
     strided = True
@@ -195,7 +198,7 @@ class QueryHead(Head):
         return super().sizes | {"groups": 1}
 
     def columns(self, count: int, width: int | None = None, extra: int = 0) -> Tensor:
-        """As `Unit.columns`, with so many `extra` entries, that belong to no unit, after those of each group."""
+        """As `Unit.columns`, where `extra` entries that belong to no unit come after those of each group."""
         d = (self.width if width is None else width) // self.heads
         groups = torch.arange(self.heads).view(1, -1, 1) * (count * d + extra)
         return (groups + torch.arange(count).view(-1, 1, 1) * d + torch.arange(d)).flatten(1)

@@ -32,7 +32,8 @@ class HeadNames(TypedDict, total=False):
 def head_names(
     where: str, path: str, config: Any, observations: Sequence[Observation]
 ) -> Iterator[HeadNames]:
-    """The config attributes that may say how many heads there are, and of which size: those that fit the shapes.
+    """The config attributes that may say how many heads there are, and of which size: those that fit the
+    shapes.
 
     Args:
         where: Name of the layers, for errors.
@@ -51,7 +52,7 @@ def head_names(
     values = {name: value for name, value in values.items() if isinstance(value, int)}
 
     def saying(value: float, usual: str, default: int, *words: str) -> list[str]:
-        """The first attribute of this value: the usual one, none if the default has it, or one with such a word."""
+        """The first attribute of this value: the usual one, none if that is the default, or another one."""
         others = [name for name in values if any(word in name for word in words)]
         return [name for name in (usual, "", *others) if (read(config, name) or default) == value][:1]
 
@@ -68,12 +69,13 @@ def head_names(
     if not fits:
         shapes = ", ".join(f"{path} gives {rows}" for o in attentions for path, rows in o.rows.items())
         raise UnsupportedArchitectureError(
-            f"no attributes of {type(config).__name__} tell a number and size of heads that fit {where}, where {shapes}"
+            f"no attributes of {type(config).__name__} tell a number and size of heads that fit {where}, "
+            f"where {shapes}"
         )
 
 
 def _head_counts(values: Mapping[str, int], path: str) -> dict[int, str]:
-    """Numbers that may be those of heads, each with the likeliest config attribute that has it, the likeliest first."""
+    """How many heads there may be, each number with its likeliest config attribute, the likeliest first."""
     side = next((side for side in ("encoder", "decoder") if side in path), "")
     counts: dict[int, str] = {}
     for name in sorted(values, key=lambda n: (side not in n, n != "num_attention_heads", n)):
@@ -84,7 +86,7 @@ def _head_counts(values: Mapping[str, int], path: str) -> dict[int, str]:
 
 
 def key_value_heads(observation: Observation, heads: int) -> float:
-    """Key-value heads of an attention with so many heads; not a number if its shapes are not of an attention."""
+    """Key-value heads of an attention with so many heads; not a number if its shapes do not fit."""
     d = observation.columns / heads if heads else float("nan")
     rows, inputs = observation.rows, observation.block.inputs
     if len(rows) == 1:
@@ -127,7 +129,7 @@ def variants(observation: Observation, config: Any, names: HeadNames) -> Iterato
 def _sizes(
     observation: Observation, heads: int, kv_heads: int, config: Any, names: HeadNames
 ) -> list[dict[str, Size]]:
-    """What `Block.sizes` may be: numbers of modules that are surely sizes, then also doubtful ones, and those of configs."""
+    """What `Block.sizes` may be: surely sizes, doubtful ones too, those in the config too, or all."""
     counts: dict[Size, int] = {"heads": heads, "kv_heads": kv_heads, "groups": heads // kv_heads}
     sure: dict[str, Size] = {}
     doubtful: dict[str, Size] = {}
@@ -162,7 +164,7 @@ def _select(observation: Observation, heads: int) -> dict[str, Place]:
 
 
 def _slices(observation: Observation, heads: int, kv_heads: int) -> dict[str, Dimension]:
-    """What `Block.slices` may be: parameters of which a dimension, the first one that does, has a size of the heads."""
+    """What `Block.slices` may be: parameters with a dimension, the first such one, as large as heads make."""
     width = observation.columns
     sizes = {heads, kv_heads, width, kv_heads * width // heads} - {1}
     slices: dict[str, Dimension] = {}

@@ -1,9 +1,11 @@
-"""Observe what a layer does: which projections open and close its sublayers, from one forward pass and no names.
+"""Observe what a layer does: which projections open and close its sublayers, from one forward pass and no
+names.
 
-Autograd says so. Every projection's output is cut from the graph while the layer runs, and so is what comes into the layer;
-what a projection reads then depends on just those that feed it. One that is fed by others, and not by what came into the
-layer, closes a sublayer which those others open. If a token's features depend on several tokens of an opening projection,
-that makes keys or values; if on one at most of each, the sublayer is an FFN.
+Autograd says so. Every projection's output is cut from the graph while the layer runs, and so is what comes
+into the layer; what a projection reads then depends on just those that feed it. One that is fed by others,
+and not by what came into the layer, closes a sublayer which those others open. If a token's features depend
+on several tokens of an opening projection, that makes keys or values; if on one at most of each, the sublayer
+is an FFN.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Call:
         path: Path of the module, seen from the layer.
         arguments: What it was called with, by name.
         output: What it returned.
-        sources: Of a projection, those whose outputs reach its input through no other one; `""` is the layer's own input.
+        sources: Of a projection, those whose outputs reach its input through no other one; `""` is the
+            layer's own input.
         leaf: Of a projection, its output as a leaf of the graph.
     """
 
@@ -78,7 +81,8 @@ class Observation:
 class Watch:
     """Hooks on one layer. Once it has run, they know its sublayers, in their order, and what it returns.
 
-    The forward pass raises `UnsupportedArchitectureError` if the layer does not consist of such sublayers alone.
+    The forward pass raises `UnsupportedArchitectureError` if the layer does not consist of such sublayers
+    alone.
 
     Args:
         name: Path of the layer in the model.
@@ -179,7 +183,8 @@ class Watch:
         self.sublayers.append(Observation(block, rows, columns, len(self.leaf), memory))
 
     def tokens_read(self, features: Tensor, leaves: list[Tensor]) -> list[int]:
-        """On how many tokens of each leaf the features of one token depend: the first token of three to depend on several.
+        """On how many tokens of each leaf the features of one token depend: the first token of three to
+        depend on several.
 
         Args:
             features: What a closing projection reads, (B * T, C).
@@ -231,7 +236,7 @@ class Watch:
         )
 
     def complete(self, observation: Observation, calls: Mapping[str, Call]) -> Observation:
-        """Add the stream, and to an attention the smallest module around it that returns its output or its features."""
+        """Add the stream, and to an attention the smallest module that returns its output or its features."""
         last = calls[observation.block.output]
         block = replace(observation.block, stream=self.stream(last))
         if not UNITS[block.kind].has_heads:
@@ -289,7 +294,7 @@ class Watch:
 
 
 def alike(tensor: Tensor, value: Any) -> Any:
-    """`value` in the shape of `tensor`, as some modules see the tokens of all samples in one row; None if it does not fit."""
+    """`value` in the shape of `tensor`, where it is flat over samples; None if it does not fit."""
     same = (
         isinstance(value, Tensor) and value.numel() == tensor.numel() and value.shape[-1] == tensor.shape[-1]
     )
