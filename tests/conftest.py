@@ -66,6 +66,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line("\n".join(lines))
 
 
+@pytest.fixture
+def one_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the default method not try several splits of the budget, which takes most of its time on a tiny model."""
+    from hf_kprune.methods import METHODS
+
+    monkeypatch.setattr(METHODS["obs"], "exponents", (1.0,))
+
+
 @pytest.fixture(scope="session")
 def pack() -> Path:
     if not PACK.is_dir():

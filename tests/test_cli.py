@@ -33,6 +33,9 @@ from hf_kprune.cli.commands import main
 from hf_kprune.methods import METHODS
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 METRIC = '''
 import datasets
 import evaluate

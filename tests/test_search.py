@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_kprune.methods.search import TOLERANCE, group_sizes, threshold_search
+from hf_kprune.methods.search import TOLERANCE, group_sizes, split, threshold_search
 
 
 settings.register_profile("search", deadline=None, database=None, derandomize=True, max_examples=200)
@@ -184,3 +184,13 @@ def test_group_sizes_add_up_and_end_on_multiples(units: int, minimum: int, multi
     ends = torch.tensor(sizes).cumsum(0).tolist()
     assert all(end % multiple == 0 for end in ends[:-1])
     assert all(a < b for a, b in pairwise(ends))
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.7, 1.0, 2.0])
+def test_what_a_split_weighs_adds_up_to_the_loss_to_its_power(exponent: float) -> None:
+    """Scores per cost, times the cost, of all units that a sublayer has: its whole loss ** exponent, whatever a unit costs."""
+    generator = torch.Generator().manual_seed(0)
+    scores, costs = [torch.rand(n, generator=generator).double() for n in (4, 12, 1)], [7.0, 2.0, 0.3]
+    for slopes, score, cost in zip(split(scores, costs, exponent), scores, costs, strict=True):
+        torch.testing.assert_close(cost * slopes.sum(), (cost * score.sum()) ** exponent)
+        assert torch.equal(slopes.argsort(), score.argsort())

@@ -22,6 +22,9 @@ from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.sweep import Sweep, SweepPoint, smallest_within
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 def make_pruner(model: PreTrainedModel, **options: Any) -> KPrunePruner:
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, **options)
     data = [{**row, "label": i % 2} for i, row in enumerate(rows(24))]
