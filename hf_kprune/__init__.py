@@ -1,6 +1,6 @@
 """Make a Hugging Face model smaller and faster in minutes, without retraining, and leave it a normal Hugging Face model.
 
-Importing this package lets `from_pretrained` load K-pruned checkpoints with the stock classes of transformers.
+Importing this package lets `from_pretrained` load pruned checkpoints with the stock classes of transformers.
 """
 
 from .arguments import KPruneArguments
@@ -17,6 +17,7 @@ from .errors import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
+from .methods import Method, Statistics, register_method
 from .pruner import KPrunePruner
 from .report import PruningReport, SublayerReport
 from .structure.detect import describe
@@ -35,8 +36,10 @@ __all__ = [
     "KPruneCallback",
     "KPruneError",
     "KPrunePruner",
+    "Method",
     "PruningReport",
     "Stack",
+    "Statistics",
     "SublayerReport",
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
@@ -44,6 +47,7 @@ __all__ = [
     "describe",
     "from_legacy",
     "register_family",
+    "register_method",
 ]
 
 install()

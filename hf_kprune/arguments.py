@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-METHOD_NAMES = ("obs", "kprune", "kwon", "kcm", "magnitude", "random", "taylor", "flap", "wanda_sp")
+METHOD_ALIASES = {"obs": "surgeon"}
+"""Names that methods had in earlier releases."""
+
+METHOD_NAMES = ("surgeon", "kprune", "kwon", "kcm", "magnitude", "random", "taylor", "flap", "wanda_sp")
 """The keys of `methods.METHODS`, which takes PyTorch."""
 
 
@@ -67,6 +70,14 @@ class KPruneArguments:
 
     Raises:
         ArgumentError: If a value cannot be.
+
+    Example:
+
+        >>> from hf_kprune import KPruneArguments
+        >>> KPruneArguments(sparsity=0.75, num_tokens=20_000).budget
+        ('sparsity', 0.75)
+        >>> KPruneArguments(target_params=5e6).budget
+        ('target_params', 5000000.0)
     """
 
     output_dir: str | None = option(
@@ -92,12 +103,12 @@ class KPruneArguments:
     target_latency: float | None = option(
         None,
         "Let a forward pass take at most this many seconds, measured on this device, in place of a "
-        "sparsity. Methods that decide all at once can do it: 'obs', 'kwon', 'magnitude', 'taylor'.",
+        "sparsity. Methods that decide all at once can do it: 'surgeon', 'kwon', 'magnitude', 'taylor'.",
     )
     target_speedup: float | None = option(
         None,
         "Make a forward pass this many times as fast as now, measured on this device, in place of a "
-        "sparsity. Methods that decide all at once can do it: 'obs', 'kwon', 'magnitude', 'taylor'.",
+        "sparsity. Methods that decide all at once can do it: 'surgeon', 'kwon', 'magnitude', 'taylor'.",
     )
     latency_batch_size: int = option(
         LATENCY_BATCH,
@@ -114,10 +125,10 @@ class KPruneArguments:
         "encoder-decoder has one on both sides. By default it is as long as the calibration rows on average.",
     )
     method: str = option(
-        "obs",
-        "Choose units by this method. 'obs' is ours, an optimal brain surgeon in the Fisher metric. "
+        "surgeon",
+        "Choose units by this method. 'surgeon' is ours, an optimal brain surgeon in the Fisher metric. "
         "'kprune' is that of the paper (Park et al., ICLR 2024). The others are there for comparison.",
-        choices=list(METHOD_NAMES),
+        choices=[*METHOD_NAMES, *METHOD_ALIASES],
     )
     prune_heads: bool = option(True, "Prune attention heads.")
     prune_ffn: bool = option(True, "Prune FFN neurons.")
@@ -153,7 +164,7 @@ class KPruneArguments:
     num_measure_tokens: int | None = option(
         None,
         "Measure units on this many of the calibration tokens, as this costs more than tuning. By default "
-        "'obs' takes 10,000 and other methods take all of them.",
+        "'surgeon' takes 10,000 and other methods take all of them.",
     )
     max_seq_length: int | None = option(
         None, "Truncate texts to this many tokens. By default they have as many as the model can take."
@@ -199,22 +210,22 @@ class KPruneArguments:
     tune: bool = option(True, "Tune the output weights of the units that stay (KPWT).")
     tune_bias: bool | None = option(
         None,
-        "Fit the output bias too when weights are tuned. By default 'obs' does so and 'kprune' does not.",
+        "Fit the output bias too when weights are tuned. By default 'surgeon' does so and 'kprune' does not.",
     )
     ridge: float | None = option(
         None,
         "Pull tuned weights towards the present ones this strongly, relative to the mean square of the "
-        "features. By default it is 0.01 for 'obs' and 0 for 'kprune'.",
+        "features. By default it is 0.01 for 'surgeon' and 0 for 'kprune'.",
     )
     tune_inputs: bool | None = option(
         None,
         "Correct query, key, value and first FFN projections for the drift of their inputs. By default "
-        "'obs' does so and 'kprune' does not.",
+        "'surgeon' does so and 'kprune' does not.",
     )
     statistics_dtype: str | None = option(
         None,
         "Compute the products that tuning sums in this precision. Sums and solves are in float64 in any "
-        "case. By default it is float32 for 'obs' and float64 for 'kprune'.",
+        "case. By default it is float32 for 'surgeon' and float64 for 'kprune'.",
     )
 
     max_shard_size: str = option("50GB", "Split the saved weights into files of at most this size.")
@@ -286,6 +297,7 @@ class KPruneArguments:
         from .methods import METHODS
 
         check = partial(expect, self)
+        self.method = METHOD_ALIASES.get(self.method, self.method)
         near = suggestion(self.method, METHODS)
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}{near}")
         tokens = self.num_measure_tokens

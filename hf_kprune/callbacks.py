@@ -21,6 +21,14 @@ class KPruneCallback:
     """Base of callbacks; override what you need. `report` holds what was done so far.
 
     Keyword arguments always hold `model`, the student (the pruned model, in `on_prune_end` and `on_save`).
+
+    Example:
+
+        >>> from hf_kprune import KPruneCallback
+        >>> class Count(KPruneCallback):
+        ...     sublayers = 0
+        ...     def on_sublayer_end(self, args, report, sublayer, **kwargs):
+        ...         self.sublayers += 1
     """
 
     def on_prune_begin(self, args: KPruneArguments, report: PruningReport, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from .state import Pruner, in_place
 from .validation import checked
 
 
-RANGES = {"obs": {"ridge": (1e-4, 1.0)}, "kprune": {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}}
+RANGES = {"surgeon": {"ridge": (1e-4, 1.0)}, "kprune": {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}}
 """What a search varies of each method by default: the pull of tuned weights towards what they were; how
 K-prune weighs its two kinds of knowledge, and heads against neurons."""
 

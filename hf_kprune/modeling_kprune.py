@@ -1,6 +1,6 @@
-"""Load a K-pruned checkpoint: build the stock model, then shrink its layers to the sizes in `config.kprune`.
+"""Load a pruned checkpoint: build the stock model, then shrink its layers to the sizes in `config.kprune`.
 
-This file travels inside every K-pruned checkpoint, so that
+This file travels inside every pruned checkpoint, so that
 
     AutoModelFor....from_pretrained(checkpoint, trust_remote_code=True)
 
@@ -39,9 +39,10 @@ from transformers.utils import cached_file
 
 FORMAT = 1
 HOW_TO_LOAD = (
-    "this checkpoint is K-pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, "
+    "this checkpoint is pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, "
     "or pass trust_remote_code=True to an AutoModel class"
 )
+SEALS = ("this checkpoint is pruned", "this checkpoint is K-pruned")  # of today and of earlier releases
 NOTICE = f"no file is damaged or missing; {HOW_TO_LOAD}"
 RECORD = "kprune_weights"
 MISFIT = "the plan in config.json (kprune) and the weight files do not belong together"
@@ -119,7 +120,7 @@ class FileRecord(TypedDict):
 
 
 class CheckpointError(ValueError):
-    """A K-pruned checkpoint whose plan, config or weights contradict each other."""
+    """A pruned checkpoint whose plan, config or weights contradict each other."""
 
 
 def fill(returns: Returns, y: Tensor, arguments: dict[str, Any]) -> Any:
@@ -202,7 +203,7 @@ class EmptyAttention(nn.Module):
         elif arguments.get("output_attentions") and not self.has_weights:
             raise NotImplementedError(
                 f"output_attentions is True, but {type(self).__name__} cannot return attention weights where "
-                "no head is left, as in this K-pruned model; leave output_attentions out"
+                "no head is left, as in this pruned model; leave output_attentions out"
             )
         weights = hidden.new_zeros(hidden.shape[0], 0, hidden.shape[1], keys) if asked else None
         return with_weights(fill(self.returns, y, arguments), weights, "output_attentions" in arguments)
@@ -572,10 +573,10 @@ def is_pruned(config: Any) -> bool:
 
 def unseal(config: Any) -> Any:
     """Drop the notice that keeps plain transformers from loading this checkpoint at its dense sizes."""
-    if "this checkpoint is K-pruned" in str(getattr(config, "transformers_weights", "")):
+    if any(words in str(getattr(config, "transformers_weights", "")) for words in SEALS):
         if not is_pruned(config):
             raise CheckpointError(
-                "config.json says that this checkpoint is K-pruned, but its kprune plan is missing or no "
+                "config.json says that this checkpoint is pruned, but its kprune plan is missing or no "
                 "plan; restore the config.json that was saved"
             )
         del config.transformers_weights
@@ -668,7 +669,7 @@ def inner_models(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-    """Call `load`, a `from_pretrained`, and refuse a K-pruned model if the files lack a pruned layer."""
+    """Call `load`, a `from_pretrained`, and refuse a pruned model if the files lack a pruned layer."""
     try:
         model, info = load(name, *args, output_loading_info=True, **kwargs)
     except RuntimeError as error:
@@ -708,7 +709,7 @@ def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = F
 
 
 class KPruneMixin(PreTrainedModel):
-    """What a stock model class needs to load and save a K-pruned checkpoint by itself."""
+    """What a stock model class needs to load and save a pruned checkpoint by itself."""
 
     def post_init(self) -> None:
         for inner in inner_models(self):
@@ -763,7 +764,7 @@ class KPruneMixin(PreTrainedModel):
 
 
 def narrowed(dense: Any, module: str) -> Any:
-    """The class that loads K-pruned checkpoints of a model class, of the same name in `module`."""
+    """The class that loads pruned checkpoints of a model class, of the same name in `module`."""
     bases = (KPruneMixin, dense) + ((GenerationMixin,) if issubclass(dense, GenerationMixin) else ())
     return type(dense.__name__, bases, {"__module__": module, "__doc__": dense.__doc__})
 

@@ -63,6 +63,16 @@ class KPrunePruner:
 
     Raises:
         UnsupportedModelError: If the model cannot be pruned: unknown, quantised, with adapters, ...
+
+    Example:
+
+        >>> from hf_kprune import KPruneArguments, KPrunePruner
+        >>> texts = ["a warm and funny film", "a dull and lifeless sequel"] * 20
+        >>> options = {"method": "magnitude", "num_tokens": 100, "disable_tqdm": True}
+        >>> pruner = KPrunePruner("examples/sst2-tiny", KPruneArguments(sparsity=0.5, **options), texts)
+        >>> report = pruner.prune()
+        >>> round(report.sparsity, 2), pruner.model.num_parameters() == report.after.parameters
+        (0.5, True)
     """
 
     @checked_arguments(
@@ -358,7 +368,7 @@ class KPrunePruner:
     @checked_arguments()
     def push_to_hub(
         self,
-        commit_message: str = "K-pruned model",
+        commit_message: str = "Model pruned with hf_kprune",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
@@ -389,7 +399,7 @@ class KPrunePruner:
 
     def _push(
         self,
-        commit_message: str = "K-pruned model",
+        commit_message: str = "Model pruned with hf_kprune",
         token: str | None = None,
         revision: str | None = None,
         **kwargs: Any,

@@ -46,6 +46,12 @@ class SublayerReport:
         score_damping: Damping of the features' second moments that units were scored by, beyond the ridge,
             relative to their mean; more than 1e-10 where rounding left them singular.
         seconds: Wall-clock time of the sublayer.
+
+    Example:
+
+        >>> from hf_kprune import SublayerReport
+        >>> print(SublayerReport("encoder.layer.0.ffn", "ffn", units=4, kept=[0, 2]))
+        encoder.layer.0.ffn: kept 2/4 neurons | 0 GFLOPs left | 0.0 s
     """
 
     name: str
@@ -125,6 +131,13 @@ class PruningReport:
         device: Where it ran, and in how many processes.
         left_alone: Towers of the model that were not pruned, by their paths, and why.
         lineage: The cuts that were made in the model before, the oldest first, as `cut` gives them.
+
+    Example:
+
+        >>> from hf_kprune import PruningReport
+        >>> report = PruningReport("bert", "surgeon", "classification", asked={"sparsity": 0.5}, sparsity=0.5)
+        >>> PruningReport.from_json(report.to_json()) == report
+        True
     """
 
     model: str

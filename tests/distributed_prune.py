@@ -47,7 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("model", nargs="?", default="bert")
     parser.add_argument("--rows", type=int, default=31)
-    parser.add_argument("--method", default="obs")
+    parser.add_argument("--method", default="surgeon")
     parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--fail", type=int, help="Rank of the process whose dataset fails.")
     parser.add_argument("--split", action="store_true", help="Each process gets rows of its own.")

@@ -120,12 +120,12 @@ def test_limits_without_effect_warn(options: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lambda_rep": 1.0}, "lambda_rep is 1.0, but method 'obs' does not use it; 'kprune' does"),
-        ({"lambda_pred": 0.0}, "lambda_pred is 0.0, but method 'obs'"),
-        ({"mu": 3.0}, "mu is 3.0, but method 'obs'"),
+        ({"lambda_rep": 1.0}, "lambda_rep is 1.0, but method 'surgeon' does not use it; 'kprune' does"),
+        ({"lambda_pred": 0.0}, "lambda_pred is 0.0, but method 'surgeon'"),
+        ({"mu": 3.0}, "mu is 3.0, but method 'surgeon'"),
         (
             {"ridge": 0.1, "method": "flap"},
-            "ridge is 0.1, but method 'flap' does not use it; 'obs', 'kprune' does",
+            "ridge is 0.1, but method 'flap' does not use it; 'surgeon', 'kprune' does",
         ),
         ({"tune_bias": True, "method": "kwon"}, "tune_bias is True, but method 'kwon'"),
         ({"tune_inputs": True, "method": "random"}, "tune_inputs is True, but method 'random'"),
@@ -283,7 +283,7 @@ def removed(report: PruningReport, model: PreTrainedModel, length: float) -> flo
     return gone / sum(costs[s.kind] * s.units for s in report.sublayers)
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune", "magnitude"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune", "magnitude"])
 def test_the_budget_holds_at_the_length_asked_for(method: str) -> None:
     model = tiny(max_position_embeddings=512)
     report = make_pruner(model, method=method, sparsity=0.6, flops_length=512).prune()
@@ -340,7 +340,8 @@ def test_a_length_that_the_model_cannot_take_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "words"), [("obs", "pruned by obs: "), ("kprune", "K-pruned a model"), ("flap", "by flap")]
+    ("method", "words"),
+    [("surgeon", "pruned by surgeon: "), ("kprune", "K-pruned a model"), ("flap", "by flap")],
 )
 def test_only_what_k_prune_made_is_called_k_pruned(method: str, words: str) -> None:
     first = str(make_pruner(tiny(), method=method).prune()).splitlines()[0]

@@ -33,7 +33,7 @@ def pruner(model: Any, compute_loss: Any = None, **options: Any) -> KPrunePruner
 
 
 @functools.cache
-def pruned(method: str = "obs") -> dict[str, torch.Tensor]:
+def pruned(method: str = "surgeon") -> dict[str, torch.Tensor]:
     """The weights of a plain model after pruning."""
     model = tiny()
     pruner(model, method=method).prune()
@@ -327,7 +327,7 @@ LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
 @pytest.mark.parametrize("case", LOSSES)
 def test_a_loss_that_cannot_be_used_is_said_to_be_the_reason(case: str, method: str) -> None:
     loss, error, message = LOSSES[case]
@@ -450,7 +450,7 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
 @pytest.mark.parametrize("case", SURROUNDINGS)
 def test_what_is_set_around_prune_changes_nothing(case: str, method: str) -> None:
     model = tiny()

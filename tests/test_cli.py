@@ -320,7 +320,7 @@ def test_inspect(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None
     report = PruningReport.from_json((out / "kprune_report.json").read_text())
     code, stdout, _ = hf_kprune("inspect", out)
     assert code == 0
-    assert "(bert), K-pruned" in stdout
+    assert "(bert), pruned" in stdout
     assert f"parameters: {report.after.parameters:,} " in stdout
     assert f"without embeddings: {report.after.parameters_without_embeddings:,} " in stdout
     for layer in range(3):

@@ -118,7 +118,7 @@ def test_with_texts_alone_the_tower_of_images_is_left_alone(model_type: str, tmp
 
 @pytest.mark.parametrize("model_type", SEEING)
 def test_with_images_both_towers_are_pruned(model_type: str) -> None:
-    method = "obs" if model_type == "llava" else "magnitude"
+    method = "surgeon" if model_type == "llava" else "magnitude"
     report = pruner(seeing(model_type), rows(images=True), method=method).prune()
     assert report.left_alone == {}
     assert {s.name.split(".")[1] for s in report.sublayers} == {"vision_tower", "language_model"}

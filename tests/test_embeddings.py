@@ -262,10 +262,10 @@ def test_the_card_keeps_what_the_folder_says(transformer: str, tmp_path: Path) -
 def test_a_bare_model_of_such_a_folder_is_recognised(transformer: str, tmp_path: Path) -> None:
     """The same plan and the same folder as by its path."""
     folder = build(transformer, tmp_path / "dense", CHAIN["cls, normalised"]())
-    by_path = prune(folder, method="obs")
+    by_path = prune(folder, method="surgeon")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     bare = prune(
-        BertModel.from_pretrained(folder), tmp_path / "pruned", method="obs", processing_class=tokenizer
+        BertModel.from_pretrained(folder), tmp_path / "pruned", method="surgeon", processing_class=tokenizer
     )
     assert bare.report is not None
     assert by_path.report is not None

@@ -304,14 +304,14 @@ DATASETS = st.one_of(
     which=st.sampled_from(list(MODELS)),
     dataset=DATASETS,
     collated=st.booleans(),
-    method=st.sampled_from(["obs", "kprune", "magnitude"]),
+    method=st.sampled_from(["surgeon", "kprune", "magnitude"]),
     tokens=st.integers(1, 120),
 )
 def test_rows(which: str, dataset: Any, collated: bool, method: str, tokens: int) -> None:
     """Any calibration data give an error that names what is wrong, the caller's own exception, or a right result."""
     data = raising_stream() if isinstance(dataset, str) and dataset == "raises" else dataset
     args = KPruneArguments(
-        method=method, num_tokens=tokens, ridge=0.1 if method == "obs" else None, disable_tqdm=True
+        method=method, num_tokens=tokens, ridge=0.1 if method == "surgeon" else None, disable_tqdm=True
     )
 
     def make(model: PreTrainedModel) -> KPrunePruner:

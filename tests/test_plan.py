@@ -108,7 +108,7 @@ def test_totals_of_a_plan_are_as_asked(method: str, options: dict[str, float]) -
         assert 0.9 * asked < report.achieved <= asked
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
 def test_uniform_plans_are_uniform(method: str) -> None:
     report = make_pruner(make("llama"), sparsity=0.4, uniform=True, method=method).plan()
     for kind in ("attention", "ffn"):
@@ -130,7 +130,7 @@ def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(
 
 
 def test_the_words_of_a_plan_say_would_be() -> None:
-    for method, words in (("obs", "would be pruned by obs"), ("kprune", "would be K-pruned")):
+    for method, words in (("surgeon", "would be pruned by surgeon"), ("kprune", "would be K-pruned")):
         text = str(make_pruner(tiny(), method=method, sparsity=0.9).plan())
         first = text.splitlines()[0]
         assert first.startswith("Plan: ")

@@ -272,7 +272,7 @@ class Gauge(KPruneCallback):
         self.ends += 1
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune", "magnitude"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune", "magnitude"])
 def test_progress_moves_from_the_start_to_the_end_in_every_phase(method: str) -> None:
     gauge = Gauge()
     pruner = make_pruner(tiny(), sparsity=0.6, method=method, callbacks=[gauge], per_device_batch_size=8)

@@ -31,7 +31,7 @@ from hf_kprune.methods.mask_tuning import (
 from hf_kprune.methods.search import TOLERANCE, group_sizes, threshold_search
 
 
-RIVALS = [name for name in METHODS if name not in ("obs", "kprune")]
+RIVALS = [name for name in METHODS if name not in ("surgeon", "kprune")]
 
 
 TOKENS, WIDTH = 90, 5

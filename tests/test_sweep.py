@@ -40,7 +40,7 @@ def with_labels(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**collate(batch), **labels}
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
 def test_a_sweep_makes_the_models_that_prune_makes(method: str, tmp_path: Path) -> None:
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -193,7 +193,7 @@ def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: p
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["obs", "kprune"])
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
 def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path) -> None:
     """Without an evaluation dataset, what the held-out rows say changes the distance and, of K-prune, nothing else."""
     found = []
@@ -259,7 +259,7 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
 
 def test_each_method_has_options_worth_searching_or_says_that_it_has_none() -> None:
     pytest.importorskip("optuna")
-    for method, names in (("obs", {"ridge"}), ("kprune", {"lambda_rep", "mu"})):
+    for method, names in (("surgeon", {"ridge"}), ("kprune", {"lambda_rep", "mu"})):
         best = make_pruner(tiny(), method=method, sparsity=0.6).hyperparameter_search(n_trials=2)
         assert best.hyperparameters.keys() == names
     with pytest.raises(ArgumentError, match="no hp_space, and method 'flap' has none"):

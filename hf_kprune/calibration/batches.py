@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError, UnsupportedModelError
+from ..methods import METHODS
 from ..processes import together
 from ..structure.facts import (
     first_run,
@@ -319,7 +320,8 @@ class Calibration:
     def check_enough_tokens(self) -> None:
         """Raise `CalibrationError` if there are fewer tokens in a stack than weights that each must
         determine."""
-        for sublayer in self.sublayers if self.args.tune else ():
+        tunes = self.args.tune and METHODS[self.args.method].tunes
+        for sublayer in self.sublayers if tunes else ():
             tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
             columns = sublayer.weight.shape[1]
             if tokens < columns:

@@ -50,7 +50,7 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
         pipeline_tag=next(iter(as_list(tasks)), None),
         datasets=as_list(dataset_tags) or as_list(dataset) or None,
     )
-    title = printable(model_name or type(model).__name__ + (", K-pruned" if pruned else ""))
+    title = printable(model_name or type(model).__name__ + (", pruned" if pruned else ""))
     architecture = type(model).__name__
     loading = ""
     if is_pruned(model.config):

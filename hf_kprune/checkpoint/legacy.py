@@ -1,7 +1,7 @@
 """Old checkpoints: heads pruned by `prune_heads` of transformers 2 to 4, and FFNs narrower than their config says.
 
 transformers 5 knows no `config.pruned_heads` and builds the dense model. Here, the sizes of the tensors are what counts: they
-are written into the config as a plan, and from there on everything is as for a K-pruned checkpoint.
+are written into the config as a plan, and from there on everything is as for a pruned checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def from_legacy(
 ) -> PreTrainedModel:
     """Open a checkpoint whose heads were pruned by transformers 2 to 4, or whose FFNs are narrower than its config says.
 
-    Such are those of `prune_heads`, nn_pruning and TextPruner. The model that comes back is a K-pruned one: `save_pretrained`
+    Such are those of `prune_heads`, nn_pruning and TextPruner. The model that comes back is a pruned one: `save_pretrained`
     saves it in today's format, which `from_pretrained` loads.
 
     Args:
@@ -41,6 +41,12 @@ def from_legacy(
         ArgumentError: If the checkpoint is in today's format already.
         CheckpointError: If its config and its weights contradict each other.
         UnsupportedModelError: If its layers are of a kind that transformers lacks, or that no family describes.
+
+    Example:
+
+        >>> from hf_kprune import from_legacy
+        >>> type(from_legacy("examples/sst2-tiny")).__name__
+        'BertForSequenceClassification'
     """
     name = os.fspath(path_or_name)
     hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
@@ -49,7 +55,7 @@ def from_legacy(
     )  # early configs do not tell their model_type
     config, kwargs = reader.from_pretrained(name, return_unused_kwargs=True, **hub, **kwargs)
     if is_pruned(config):
-        raise ArgumentError(f"{name} is K-pruned, in today's format: load it with from_pretrained")
+        raise ArgumentError(f"{name} is pruned, in today's format: load it with from_pretrained")
     norm = getattr(config, "layer_norm_type", None)
     if norm not in (None, "layer_norm"):
         raise UnsupportedModelError(

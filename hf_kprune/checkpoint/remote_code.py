@@ -1,6 +1,6 @@
 """Models whose code is not that of transformers: it travels with the checkpoint, and each class gets a narrowed one beside it.
 
-A repository names its own classes in `config.auto_map`, as {"AutoModel": "modeling_own.OwnModel"}. In a K-pruned checkpoint
+A repository names its own classes in `config.auto_map`, as {"AutoModel": "modeling_own.OwnModel"}. In a pruned checkpoint
 the entry is "kprune_modeling_own.OwnModel": that file makes, of the class in modeling_own.py, one that is shrunk to the plan.
 Stock classes have theirs in modeling_kprune.py itself. With `import hf_kprune` neither of them is read: the entry is
 "modeling_own.OwnModel" again, or none.
@@ -84,7 +84,7 @@ def brings_code(config: Any) -> bool:
 
 
 def write_auto_map(config: Any, directory: Path) -> dict[str, Any]:
-    """The `auto_map` of a K-pruned checkpoint in `directory`, where its code is; writes the file of each narrowed class."""
+    """The `auto_map` of a pruned checkpoint in `directory`, where its code is; writes the file of each narrowed class."""
     entries = dense_auto_map(config)
     if not brings_code(config):
         return {**entries, **stock_entries(config)}
@@ -109,7 +109,7 @@ def is_stock(model: PreTrainedModel) -> bool:
 
 
 def check_code_is_used(model: PreTrainedModel, name: Any) -> None:
-    """Refuse a stock class for a K-pruned checkpoint `name` that brings code of its own."""
+    """Refuse a stock class for a pruned checkpoint `name` that brings code of its own."""
     if is_pruned(model.config) and brings_code(model.config) and is_stock(model):
         autos = ", ".join(auto for auto in dense_auto_map(model.config) if auto.startswith("AutoModel"))
         raise CheckpointError(

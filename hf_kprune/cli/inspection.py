@@ -44,7 +44,7 @@ def inspect(name: str, verify: bool = False) -> None:
         report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
     pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")
     kind = printable(config.model_type)
-    say(f"{printable(name)}: {type(model).__name__} ({kind}), {'K-pruned' if pruned else 'dense'}")
+    say(f"{printable(name)}: {type(model).__name__} ({kind}), {'pruned' if pruned else 'dense'}")
     say(f"parameters: {size.parameters:,} ({size.bytes / 1e6:,.1f} MB in {dtype})")
     say(
         f"without embeddings: {size.parameters_without_embeddings:,} "

@@ -6,6 +6,7 @@ To add a method, derive a class from `Method` and register it under the name tha
 
 from __future__ import annotations
 
+from ..errors import ArgumentError
 from .base import Method, Statistics
 from .baselines import FLAP, Magnitude, Random, Taylor, WandaSP
 from .kprune import KPrune
@@ -16,7 +17,7 @@ from .surgeon import Surgeon
 __all__ = ["METHODS", "Method", "Statistics", "register_method"]
 
 METHODS: dict[str, type[Method]] = {
-    "obs": Surgeon,
+    "surgeon": Surgeon,
     "kprune": KPrune,
     "kwon": Kwon,
     "kcm": KCM,
@@ -37,7 +38,7 @@ def register_method(name: str, method: type[Method]) -> None:
         method: The class, derived from `Method`.
 
     Raises:
-        ValueError: If the name is taken, or the class is none of `Method`.
+        ArgumentError: If the name is taken, or the class is none of `Method`.
 
     Example:
 
@@ -48,7 +49,7 @@ def register_method(name: str, method: type[Method]) -> None:
         >>> register_method("loudest", Loudest)
     """
     if name in METHODS and METHODS[name] is not method:
-        raise ValueError(f"method {name!r} is {METHODS[name].__name__} already; choose another name")
+        raise ArgumentError(f"method {name!r} is {METHODS[name].__name__} already; choose another name")
     if not (isinstance(method, type) and issubclass(method, Method)):
-        raise ValueError(f"{method!r} is no class derived from hf_kprune.Method")
+        raise ArgumentError(f"{method!r} is no class derived from hf_kprune.Method")
     METHODS[name] = method

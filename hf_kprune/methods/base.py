@@ -42,6 +42,15 @@ class Statistics:
         absolute: Sum over sequences of |g| of those, (U,), float64.
         damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its
             ridge, relative to its mean, as they were singular up to rounding.
+
+    Example:
+
+        >>> import torch
+        >>> from hf_kprune import Statistics
+        >>> ones = torch.ones(3, dtype=torch.float64)
+        >>> s = Statistics(False, 1, 4.0, torch.ones(2, 3), True, ones, ones, ones, tokens=2, samples=1)
+        >>> s.energy / s.tokens
+        tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
 
     has_heads: bool
@@ -83,6 +92,13 @@ class Method:
 
     Args:
         options: The options of the run.
+
+    Example:
+
+        >>> from hf_kprune import Method
+        >>> class Loudest(Method):
+        ...     def score(self, statistics):
+        ...         return statistics.energy.view(-1, statistics.unit_width).mean(1) / statistics.cost
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

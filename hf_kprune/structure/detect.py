@@ -52,6 +52,13 @@ def describe(
     Raises:
         UnsupportedArchitectureError: If its layers cannot be described or the proof fails, with a description
             to start from if there is one.
+
+    Example:
+
+        >>> from transformers import BertConfig, BertModel
+        >>> from hf_kprune import describe
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> describe(BertModel(config))
     """
     try:
         with step("", f"{type(model).__name__} is not built as its family says, as the error above shows"):

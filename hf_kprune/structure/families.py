@@ -83,6 +83,12 @@ class Block:
             says whether they cannot. Then all of them are one unit. `""` if they can.
         weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it
             refuses `output_attentions=True` once an attention is emptied.
+
+    Example:
+
+        >>> from hf_kprune import Block
+        >>> Block("ffn", inputs={"fc1": "f"}, output="fc2", stream="fc1").weights
+        True
     """
 
     kind: Kind
@@ -125,6 +131,13 @@ class Stack:
         uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute.
             A family that does not list `"heads"` derives the head size from their number, so stock
             transformers cannot hold fewer heads of the same size.
+
+    Example:
+
+        >>> from hf_kprune import Block, Stack
+        >>> ffn = Block("ffn", inputs={"fc1": "f"}, output="fc2", stream="fc1")
+        >>> len(Stack("encoder.layers", blocks=(ffn,)).blocks)
+        1
     """
 
     layers: str
@@ -889,5 +902,16 @@ REFUSED: dict[str, str] = {
 
 
 def register_family(model_type: str, *stacks: Stack) -> None:
-    """Describe the layers of a `model_type`, the one in a config, that is not known yet, or override one."""
+    """Describe the layers of a `model_type`, the one in a config, that is not known yet, or override one.
+
+    Args:
+        model_type: What the configs of such models name.
+        stacks: Each list of layers of the model, from the lowest to the highest.
+
+    Example:
+
+        >>> from hf_kprune import Block, Stack, register_family
+        >>> ffn = Block("ffn", inputs={"fc1": "f"}, output="fc2", stream="fc1")
+        >>> register_family("mlp_only", Stack("encoder.layers", blocks=(ffn,)))
+    """
     FAMILIES[model_type] = stacks
