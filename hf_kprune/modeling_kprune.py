@@ -330,11 +330,11 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
             prefixes.append(name + ".")
     for prefix in prefixes:
         try:
-            found = model.get_submodule(prefix + path)
+            layers = model.get_submodule(prefix + path)
         except AttributeError:
             continue
-        if isinstance(found, nn.ModuleList):
-            return found
+        if isinstance(layers, nn.ModuleList):
+            return layers
     return None
 
 

@@ -9,18 +9,12 @@ from typing import Any
 
 from .errors import ArgumentError
 from .reports import FORMATS, Document, Table, to_markdown
-from .structure.units import UNITS
+from .structure.units import KINDS, UNITS
 from .text import printable, public_name
 
 
 LITTLE = 0.1
 """Share of the units of a kind under which what is left of them is remarked on."""
-
-KINDS = {
-    "attention": ("heads", "attentions"),
-    "cross_attention": ("heads of cross-attention", "cross-attentions"),
-    "ffn": ("neurons", "FFNs"),
-}
 
 NAME = "kprune_report"
 JSON_NAME, MARKDOWN_NAME = f"{NAME}.json", f"{NAME}.md"

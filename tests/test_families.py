@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
-from hf_kprune.structure.families import FAMILIES
+from hf_kprune.structure.families import FAMILIES, Kind
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut
-from hf_kprune.structure.units import Head, Neuron
+from hf_kprune.structure.units import KINDS, UNITS, Head, Neuron, QueryHead, Unit
 
 
 def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
@@ -200,6 +200,41 @@ def test_rows_of_a_unit(layout: str) -> None:
     unit = Neuron() if "f" in layout else Head(HEAD_DIM, GROUP)
     assert unit.rows(layout, HEADS).tolist() == hand_built(layout)
     assert unit.rows(layout, 0).shape == (0, len(hand_built(layout)[0]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "rest"), [("q", 0), ("qkv", 0), ("qkv:perhead", 2 * HEAD_DIM), ("kv", None)]
+)
+def test_rows_of_a_query_head_of_every_group(layout: str, rest: int | None) -> None:
+    """Of each group the rows of its query heads, of which each unit has one, and then the `rest`, keys and values."""
+    group = [u for u in range(HEADS) for _ in range(HEAD_DIM)] + [-1] * (rest or 0)
+    owners = [] if rest is None else group * GROUP
+    expected = [[row for row, owner in enumerate(owners) if owner == unit] for unit in range(HEADS)]
+    assert QueryHead(HEAD_DIM, GROUP, 0).rows(layout, HEADS).tolist() == expected
+
+
+def test_what_units_cost_and_are_called() -> None:
+    head, query, neuron = Head(4, 3), QueryHead(4, 3, 0), Neuron()
+    assert [unit.width for unit in (head, query, neuron)] == [12, 12, 1]
+    assert [unit.token_flops(10, 7) for unit in (head, query, neuron)] == [4 * 10 * 7 * 12] * 2 + [0]
+    assert [unit.cached(5) for unit in (head, query, neuron)] == [5 * 4, 12, 0]
+    assert [unit.cached(0) for unit in (head, query, neuron)] == [0, 0, 0]
+    assert head.columns(2, 6).tolist() == [[*range(6)], [*range(6, 12)]]
+    assert query.columns(2, 6).tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    assert set(get_args(Kind)) == UNITS.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("unit", "sizes"),
+    [
+        (Head(4, 3), {"head_dim": 4, "n_head": 15, "n_kv": 5}),
+        (QueryHead(4, 3, 0), {"head_dim": 4, "n_head": 15}),
+        (Neuron(), {"n_inner": 5}),
+    ],
+)
+def test_sizes_in_a_stock_config(unit: Unit, sizes: dict[str, int]) -> None:
+    stack = Stack("layers", (), uniform={"heads": "n_head", "kv_heads": "n_kv", "ffn": "n_inner"})
+    assert unit.stock_sizes(stack, 5) == sizes
 
 
 def test_an_unknown_layout_is_an_error() -> None:

@@ -21,6 +21,7 @@ from ..sizes import model_size
 from ..structure.detect import describe
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers
+from ..structure.units import UNITS
 from ..text import printable
 from .inputs import trying
 from .terminal import say
@@ -99,7 +100,7 @@ def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
 
 def layers_of(sublayers: Sequence[Sublayer]) -> Table:
     """What is left of each layer, and of how much."""
-    names = {"attention": "heads", "cross_attention": "cross-attention heads", "ffn": "neurons"}
+    names = {kind: unit.plural for kind, unit in UNITS.items()} | {"cross_attention": "cross-attention heads"}
     kinds = list(dict.fromkeys(s.kind for s in sublayers))
     counts: dict[str, dict[str, tuple[str, str]]] = {}
     for s in sublayers:

@@ -214,3 +214,10 @@ class QueryHead(Head):
 
 UNITS: dict[str, type[Unit]] = {"attention": Head, "cross_attention": Head, "ffn": Neuron}
 """What the units of a block are, by `Block.kind`."""
+
+KINDS = {
+    "attention": ("heads", "attentions"),
+    "cross_attention": ("heads of cross-attention", "cross-attentions"),
+    "ffn": ("neurons", "FFNs"),
+}
+"""What a report calls the units of a block, and such blocks, by `Block.kind`."""
