@@ -37,12 +37,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def leaves_of(value: Any, generator: torch.Generator) -> Any:
     """The same output with noise, so that it is not the teacher's, as leaves of a graph."""
-    if isinstance(value, (tuple, list)):
-        return (
-            type(value)(leaves_of(part, generator) for part in value)
-            if type(value) in (tuple, list)
-            else value
-        )
+    if type(value) in (tuple, list):
+        return type(value)(leaves_of(part, generator) for part in value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
@@ -56,10 +52,10 @@ def check_loss(
 
     Args:
         loss: The loss.
-        outputs: Of the model for a few rows, in float32.
-        valid: Their tokens that count, (B, T).
-        draws: Of these rows.
-        samples: Number of rows.
+        outputs: Outputs of the model for a few rows, in float32.
+        valid: Tokens of these rows that count, (B, T).
+        draws: Random numbers of these rows.
+        samples: Number of these rows.
 
     Returns:
         Names of the outputs that the loss reads, and of those that it does not.
@@ -68,7 +64,6 @@ def check_loss(
         ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head, always the same.
     """
     name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
-    expected = "a floating tensor of one differentiable number for each row"
     generator = torch.Generator().manual_seed(0)
     drawn = loss.draw(outputs, loss.noise(outputs, draws), valid)
     student = copy.copy(outputs)
@@ -76,6 +71,30 @@ def check_loss(
         student[key] = leaves_of(value, generator)
     with torch.enable_grad():
         losses = loss(student, drawn, valid)
+        _check_losses(name, losses, samples)
+        total = losses.sum()
+    leaves = {
+        key: [leaf for leaf in tensors_in(value) if leaf.requires_grad] for key, value in student.items()
+    }
+    flat = [leaf for group in leaves.values() for leaf in group]
+    slopes = dict(zip(map(id, flat), torch.autograd.grad(total, flat, allow_unused=True), strict=True))
+    read = [key for key, group in leaves.items() if any(slopes[id(leaf)] is not None for leaf in group)]
+    gradients = [slope for slope in slopes.values() if slope is not None]
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        raise ArgumentError(
+            f"the gradient of {name} to {', '.join(read)} is NaN or infinite, expected finite numbers"
+        )
+    if loss.kinds is not None and bool(valid.any()) and not any(bool(g.any()) for g in gradients):
+        raise ArgumentError(
+            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
+            "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"
+        )
+    return read, [key for key in outputs if key not in read]
+
+
+def _check_losses(name: str, losses: Any, samples: int) -> None:
+    """Raise `ArgumentError` unless a loss of this name gave one finite number with a graph for each of the samples."""
+    expected = "a floating tensor of one differentiable number for each row"
     if not isinstance(losses, Tensor):
         raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
     if losses.shape != (samples,):
@@ -91,22 +110,3 @@ def check_loss(
         )
     if not bool(torch.isfinite(losses).all()):
         raise ArgumentError(f"{name} returned {losses.tolist()}, expected finite numbers")
-    by_key = {
-        key: [leaf for leaf in tensors_in(value) if leaf.requires_grad] for key, value in student.items()
-    }
-    leaves = [leaf for group in by_key.values() for leaf in group]
-    with torch.enable_grad():
-        total = losses.sum()
-    gradients = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves, allow_unused=True), strict=True))
-    read = [key for key, group in by_key.items() if any(gradients[id(leaf)] is not None for leaf in group)]
-    slopes = [gradient for gradient in gradients.values() if gradient is not None]
-    if not all(bool(torch.isfinite(slope).all()) for slope in slopes):
-        raise ArgumentError(
-            f"the gradient of {name} to {', '.join(read)} is NaN or infinite, expected finite numbers"
-        )
-    if loss.kinds is not None and bool(valid.any()) and not any(bool(slope.any()) for slope in slopes):
-        raise ArgumentError(
-            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
-            "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"
-        )
-    return read, [key for key in outputs if key not in read]

@@ -33,12 +33,12 @@ SPEAKERS |= {"system": "system", "tool": "tool", "observation": "tool", "functio
 def settled(encode: Callable[[int | None], dict[str, Any]], size: int, longest: int | None) -> dict[str, Any]:
     """What `encode` makes of a text, from no more of it than decides that.
 
+    A longer and longer part is encoded until twice as much of it gives the same tokens, as many as are kept.
+
     Args:
         encode: Makes at most `longest` tokens of so many characters of the text; None: of all.
         size: Characters of the text.
-        longest: Tokens to which it is truncated; None if it is not.
-
-    A longer and longer part is encoded until twice as much of it gives the same tokens, as many as are kept.
+        longest: Tokens to which the text is truncated; None if it is not.
     """
     part = CHARACTERS * (longest or 0)
     if longest is None or size <= part:
@@ -68,23 +68,19 @@ class Texts:
         self.longest = min((n for n in (args.max_seq_length, limit) if n is not None), default=None)
 
     def tokenizer(self, what: str) -> Any:
+        """The tokenizer, also that of a processor for texts and more. Raises `ArgumentError` if `what` has none."""
         if self.processing_class is None:
             raise ArgumentError(
                 f"the calibration dataset holds {what}: pass processing_class, the model's tokenizer"
             )
-        return getattr(
-            self.processing_class, "tokenizer", self.processing_class
-        )  # of a processor for texts and more
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
 
     def part(self, text: Any, size: int | None) -> Any:
         """So many characters of a text, or words of a list of them, from the side that is kept; None: all."""
         if size is None or len(text) <= size:
             return text
-        return (
-            text[-size:]
-            if getattr(self.tokenizer("texts"), "truncation_side", "right") == "left"
-            else text[:size]
-        )
+        left = getattr(self.tokenizer("texts"), "truncation_side", "right") == "left"
+        return text[-size:] if left else text[:size]
 
     def encode(self, *texts: Any, **options: Any) -> dict[str, Any]:
         """Token ids of a text, or of a pair of texts."""
@@ -96,7 +92,7 @@ class Texts:
         )
 
     def tokens(self, text: Any) -> dict[str, Any]:
-        """Of a text or a pair of texts; of a source and a target, which become `labels`, where the decoder needs one."""
+        """Token ids of a text or a pair of texts. Where the decoder needs a target, the second text becomes `labels`."""
         self.tokenizer("texts")
         pair = tuple(text) if isinstance(text, (tuple, list)) else (text,)
         if len(pair) not in (1, 2) or not all(isinstance(part, str) for part in pair):
@@ -117,7 +113,7 @@ class Texts:
         return list(encoded["input_ids"])
 
     def words(self, words: Sequence[Any]) -> dict[str, Any]:
-        """Of a text that comes as a list of words."""
+        """Token ids of a text that comes as a list of words."""
         if not all(isinstance(word, str) for word in words):
             raise CalibrationError(
                 f"a calibration text is {words!r:.80}, expected a string or a list of words"
@@ -125,7 +121,7 @@ class Texts:
         return self.encode(list(words), is_split_into_words=True)
 
     def choices(self, texts: Sequence[Any]) -> dict[str, Any]:
-        """Of a question and its choices, each with the question."""
+        """Token ids of the choices of a question, each with the question before it."""
         if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
             raise CalibrationError(
                 f"a calibration row has the texts {texts!r:.80}, expected a question and each of its choices"
@@ -134,7 +130,7 @@ class Texts:
         return {key: [row[key] for row in rows] for key in rows[0]}
 
     def chat(self, messages: Any) -> dict[str, Any]:
-        """Of a chat; `labels` are -100 where the assistant does not speak, if the template tells."""
+        """Token ids of a chat; `labels` are -100 where the assistant does not speak, if the template tells."""
         tokenizer = self.tokenizer("chats")
         name = type(tokenizer).__name__
         if getattr(tokenizer, "chat_template", None) is None:
@@ -144,18 +140,13 @@ class Texts:
         turns = [self.turn(message) for message in messages]
         if not turns:
             return {"input_ids": [], "attention_mask": []}
-        tells = (
-            tokenizer.is_fast
-            and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
-        )
+        marks = re.compile(r"\{%-?\s*generation\s*-?%\}")
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             encoded = self.encode(text, add_special_tokens=False)
-            return (
-                encoded
-                if not tells
-                else {**encoded, "labels": self.spoken(turns, encoded["input_ids"], len(text))}
-            )
+            if tokenizer.is_fast and marks.search(tokenizer.get_chat_template()):
+                encoded["labels"] = self.spoken(turns, encoded["input_ids"], len(text))
+            return encoded
         except TemplateError as error:
             roles = ", ".join(str(turn["role"]) for turn in turns)
             raise CalibrationError(
@@ -170,10 +161,8 @@ class Texts:
             "max_length": self.longest,
         }
         encoded: Mapping[str, Any] = {"input_ids": []}
-        for part in (
-            2 * CHARACTERS * (self.longest or size),
-            None,
-        ):  # all of it only if that makes a difference
+        # all of it only if that makes a difference
+        for part in (2 * CHARACTERS * (self.longest or size), None):
             if encoded["input_ids"] != ids:
                 cut = [{**turn, "content": self.part(turn["content"], part)} for turn in turns]
                 encoded = self.tokenizer("chats").apply_chat_template(
@@ -187,10 +176,9 @@ class Texts:
         if "from" in turn and "value" in turn:
             turn = {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
         content = turn.get("content")
-        if isinstance(content, list) and all(
-            isinstance(part, Mapping) and part.get("type") == "text" for part in content
-        ):
-            turn["content"] = content = "".join(str(part["text"]) for part in content)
+        parts: list[Any] = content if isinstance(content, list) else [None]
+        if all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+            turn["content"] = content = "".join(str(part["text"]) for part in parts)
         if content is None and turn.get("tool_calls"):
             turn["content"] = content = ""
         if "role" not in turn or not isinstance(content, str):
@@ -205,26 +193,20 @@ class Texts:
         tokenizer = self.tokenizer("texts")
         block = min(n for n in (self.args.max_seq_length or 1024, self.limit) if n is not None)
         ends = getattr(tokenizer, "truncation_side", "right") == "right"
-        # more tokens of one text of a stream are never drawn
-        most = (
-            self.args.num_tokens + block + tokenizer.num_special_tokens_to_add()
-            if ends and not sized
-            else None
-        )
-        limits: dict[str, Any] = {} if most is None else {"truncation": True, "max_length": most}
+        most, limits = None, dict[str, Any]()
+        if ends and not sized:  # more tokens of one text of a stream are never drawn
+            most = self.args.num_tokens + block + tokenizer.num_special_tokens_to_add()
+            limits = {"truncation": True, "max_length": most}
         stream: list[int] = []
         last, blocks, empty = None, 0, 0
-        for raw in rows:
-            text = self.text_to_pack(raw)
-            ids = []
-            if text.strip():
+        for row in rows:
+            text = self.text_to_pack(row)
 
-                def encode(size: int | None, text: str = text) -> dict[str, Any]:
-                    return dict(
-                        tokenizer(self.part(text, size), verbose=False, **limits)
-                    )  # or it warns of long documents
+            def encode(size: int | None, text: str = text) -> dict[str, Any]:
+                # not verbose, or it warns of long documents
+                return dict(tokenizer(self.part(text, size), verbose=False, **limits))
 
-                ids = settled(encode, len(text), most)["input_ids"]
+            ids = settled(encode, len(text), most)["input_ids"] if text.strip() else []
             empty = 0 if ids else empty + 1
             if not sized:
                 check_not_endless(empty)
@@ -244,13 +226,14 @@ class Texts:
                 "lower max_seq_length"
             )
 
-    def text_to_pack(self, raw: Any) -> str:
-        text = raw
-        if isinstance(raw, Mapping):
-            names = text_columns(raw.keys(), self.args.text_columns, targets=False)
-            text = raw[names[0]] if len(names) == 1 else None
+    def text_to_pack(self, row: Any) -> str:
+        """The text of a row. Raises `CalibrationError` if it is no string, and has no one column of texts."""
+        text = row
+        if isinstance(row, Mapping):
+            names = text_columns(row.keys(), self.args.text_columns, targets=False)
+            text = row[names[0]] if len(names) == 1 else None
         if not isinstance(text, str):
-            has = f"the columns {sorted(raw)}" if isinstance(raw, Mapping) else f"{raw!r:.80}"
+            has = f"the columns {sorted(row)}" if isinstance(row, Mapping) else f"{row!r:.80}"
             raise CalibrationError(
                 f"packing takes strings or one column of them (text_columns), the calibration dataset has {has}"
             )
