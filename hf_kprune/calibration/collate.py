@@ -1,4 +1,4 @@
-"""Calibration rows to the inputs of a model: padding, the decoder's inputs, and which tokens' knowledge counts."""
+"""Calibration rows become inputs of a model: padding, the decoder's inputs, and which tokens count."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
             extractor = getattr(processing_class, "feature_extractor", processing_class)
             if not hasattr(extractor, "pad"):
                 raise ArgumentError(
-                    f"the calibration rows' {key} differ in shape and there is nothing to pad them with; pass "
-                    "processing_class (the feature extractor) or data_collator"
+                    f"the calibration rows' {key} differ in shape and there is nothing to pad them with; "
+                    "pass processing_class (the feature extractor) or data_collator"
                 )
             inputs |= extractor.pad([{key: value} for value in values], return_tensors="pt")
     apart = [
@@ -69,8 +69,8 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if not hasattr(tokenizer, "pad") or has_choices(rows[0]):
             raise ArgumentError(
-                "the calibration rows differ in length and there is nothing to pad them with; pass processing_class (the "
-                "tokenizer) or data_collator"
+                "the calibration rows differ in length and there is nothing to pad them with; pass "
+                "processing_class (the tokenizer) or data_collator"
             )
         inputs |= tokenizer.pad(rows, return_tensors="pt")
     return inputs
@@ -129,10 +129,11 @@ def real_first(inputs: Mapping[str, Any], main: str, is_causal: bool) -> dict[st
 def collate(
     rows: list[dict[str, Any]], collator: Collator | None, processing_class: Any, model: PreTrainedModel
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The inputs of `model` for a batch, without labels; and, if labels tell it, the tokens (B, T) whose knowledge counts.
+    """The inputs of `model` for a batch, without labels; and, if labels tell it, the tokens (B, T) whose
+    knowledge counts.
 
-    Targets of an encoder-decoder become what its decoder reads. Targets of -100 of a causal language model are tokens whose
-    prediction does not count.
+    Targets of an encoder-decoder become what its decoder reads. Targets of -100 of a causal language model
+    are tokens whose prediction does not count.
 
     Raises:
         ArgumentError: If rows must be padded and there is nothing to do it with.
@@ -171,12 +172,13 @@ def collate(
     surplus = [key for key, value in inputs.items() if key not in accepted or not isinstance(value, Tensor)]
     if surplus:
         raise CalibrationError(
-            f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: {sorted(accepted)}"
+            f"the data collator made {sorted(surplus)}, expected tensors that {type(model).__name__} takes: "
+            f"{sorted(accepted)}"
         )
     ids = inputs.get("input_ids")
     if ids is not None and (ids.is_floating_point() or ids.dim() < 2 or len(ids) != len(rows)):
         raise CalibrationError(
-            f"the data collator made input_ids of {tuple(ids.shape)} in {ids.dtype} for {len(rows)} rows; expected "
-            "whole numbers, (rows, tokens)"
+            f"the data collator made input_ids of {tuple(ids.shape)} in {ids.dtype} for {len(rows)} rows; "
+            "expected whole numbers, (rows, tokens)"
         )
     return inputs, counted

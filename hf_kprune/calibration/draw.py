@@ -32,8 +32,9 @@ def draw_rows(
         dataset: Whatever `sources.rows_of` knows.
         processing_class: See `Reader`.
         args: Options.
-        keep_labels: Whether labels stay in the rows, as a data collator of the caller's may want to see them. Else they are
-            dropped, unless they are a decoder's targets, or mark by -100 tokens of a causal model that do not count.
+        keep_labels: Whether labels stay in the rows, as a data collator of the caller's may want to see them.
+            Else they are dropped, unless they are a decoder's targets, or mark by -100 tokens of a causal
+            model that do not count.
         tokens_per_row: Counts the tokens of rows without `input_ids`. None: such rows are refused.
     """
     reader = Reader(model, processing_class, args, keep_labels)
@@ -53,8 +54,8 @@ def draw_rows(
     if not rows:
         why = f": none of its {reader.count} rows has a token that is not padding" if reader.count else ""
         raise CalibrationError(
-            f"the calibration dataset is empty{why}; a few hundred rows like those the model will see will do (an iterator "
-            "can be read only once)"
+            f"the calibration dataset is empty{why}; a few hundred rows like those the model will see will "
+            "do (an iterator can be read only once)"
         )
     if reader.causal and any("labels" in row for row in rows):  # all or none: they are batched
         rows = [{**row, "labels": row.get("labels", row["input_ids"])} for row in rows]

@@ -1,9 +1,9 @@
 """sentence-transformers folders: what `encode` gives is the knowledge of their transformer.
 
-Such a folder has a `modules.json`, a list of modules: the transformer first, then for instance a pooling, a dense layer and a
-normalisation. `SentenceTransformer(folder).encode` runs them one after the other. They are read in sentence_modules.py, so
-that pruning knows what `encode` gives without that library, and carried to the pruned transformer in
-checkpoint/sentence_folder.py.
+Such a folder has a `modules.json`, a list of modules: the transformer first, then for instance a pooling, a
+dense layer and a normalisation. `SentenceTransformer(folder).encode` runs them one after the other. They are
+read in sentence_modules.py, so that pruning knows what `encode` gives without that library, and carried to
+the pruned transformer in checkpoint/sentence_folder.py.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ TABLES = {
     "fill-mask": ("MODEL_FOR_MASKED_LM_MAPPING",),
     "text-generation": ("MODEL_FOR_CAUSAL_LM_MAPPING",),
 }
-"""Where the class of the transformer is looked up, by its `transformer_task`: the config may name another class."""
+"""Where the class of the transformer is looked up, by its `transformer_task`; the config may name another."""
 
 
 @dataclass(frozen=True)
 class EmbeddingKnowledge(Knowledge):
-    """Squared distance of the embeddings, (B, E), that `embed` makes of outputs and valid tokens. They are what is drawn."""
+    """Squared distance of the embeddings, (B, E), that `embed` makes of outputs and valid tokens.
+
+    The embeddings are what is drawn.
+    """
 
     embed: Callable[[Any, Tensor], Tensor] = field(kw_only=True)
 
@@ -84,7 +87,7 @@ class SentenceFolder:
     Args:
         name: What it was asked for by.
         path: Where it is on this machine.
-        kind: The class of sentence-transformers that its config names, such as CrossEncoder; "" if it names none.
+        kind: The class of sentence-transformers that its config names, such as CrossEncoder; "" for none.
         place: Folder of the transformer in it, "" if that lies at the top.
         task: `transformer_task`, "feature-extraction" for embeddings.
         summary: What its modules do, for the report.
@@ -120,25 +123,25 @@ class SentenceFolder:
         )
 
     def transformer_class(self, config: Any) -> type[PreTrainedModel] | None:
-        """The class that sentence-transformers loads the transformer with, whatever the config names; None if unknown."""
+        """The class that sentence-transformers loads the transformer with; None if that is not known."""
         tables = (getattr(modeling_auto, name) for name in TABLES.get(self.task, ()))
         classes = (table.get(type(config), None) for table in tables)
         return next((cls for cls in classes if cls is not None), None)
 
     def check(self, args: KPruneArguments, has_loss: bool) -> None:
-        """Refuse what would prune for something else than what `encode` gives, unless the caller has a loss for it."""
+        """Refuse to prune for something else than what `encode` gives, unless the caller has a loss."""
         if has_loss:
             return
         if self.unknown:
             raise UnsupportedModelError(
-                f"what encode gives with the sentence-transformers folder {self.name} is not known: {self.unknown}; pass "
-                "compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> tensor of one loss per sequence, with which "
-                "its modules are kept as they are"
+                f"what encode gives with the sentence-transformers folder {self.name} is not known: "
+                f"{self.unknown}; pass compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> "
+                "tensor of one loss per sequence, with which its modules are kept as they are"
             )
         if args.pooling is not None and self.task == "feature-extraction":
             warnings.warn(
-                f"pooling is {args.pooling!r}, so that is compared, and not what encode gives with {self.name}: "
-                f"{self.summary}; leave pooling out for that",
+                f"pooling is {args.pooling!r}, so that is compared, and not what encode gives with "
+                f"{self.name}: {self.summary}; leave pooling out for that",
                 stacklevel=3,
             )
 
@@ -160,12 +163,12 @@ class SentenceFolder:
         return (self.embed(student, valid) - self.embed(teacher, valid)).square().sum(-1)
 
     def longest(self, asked: int | None, tokenizer: Any) -> int | None:
-        """Tokens after which `encode` truncates a text, or earlier if that is asked for; None if nothing limits them."""
+        """Tokens after which `encode` truncates a text, or `asked` if that is fewer; None for no limit."""
         limits = (asked, self.max_length, getattr(tokenizer, "model_max_length", None))
         return min((limit for limit in limits if limit and limit < LARGE_INTEGER), default=None)
 
     def reader(self, tokenizer: Any) -> Any:
-        """The tokenizer as `encode` uses it: after the default prompt, and in lower case where the folder says so."""
+        """The tokenizer as `encode` uses it: with the default prompt, and in lower case where that is set."""
         if self.lower_case and getattr(tokenizer, "is_fast", False):
             tokenizer = copy.deepcopy(tokenizer)
             normalizer = tokenizer.backend_tokenizer.normalizer
@@ -210,8 +213,8 @@ def read_folder(name: str, revision: str | None = None) -> SentenceFolder | None
     first = path / modules[0]["path"]
     if (first / "adapter_config.json").exists():
         raise UnsupportedModelError(
-            f"{name} carries PEFT adapters; load it with SentenceTransformer, call merge_and_unload() on its transformer, and "
-            "save it with save_pretrained first"
+            f"{name} carries PEFT adapters; load it with SentenceTransformer, call merge_and_unload() on its "
+            "transformer, and save it with save_pretrained first"
         )
     configs = (first / file for file in TRANSFORMER_CONFIGS)
     options: dict[str, Any] = next((read_json(file) for file in configs if file.exists()), {})
@@ -267,8 +270,9 @@ def read_modules(path: Path, name: str) -> list[dict[str, Any]]:
             )
     if not is_type(modules[0], "Transformer"):
         raise UnsupportedModelError(
-            f"the first module of {name} is {modules[0]['type']}, expected a Transformer of sentence-transformers; what can "
-            "be pruned is the PreTrainedModel in it: load that yourself, pass it, and put it back in its place"
+            f"the first module of {name} is {modules[0]['type']}, expected a Transformer of "
+            "sentence-transformers; what can be pruned is the PreTrainedModel in it: load that yourself, "
+            "pass it, and put it back in its place"
         )
     return list(modules)
 
@@ -297,9 +301,10 @@ def folder_of(model: PreTrainedModel) -> SentenceFolder | None:
     expected = folder.transformer_class(model.config)
     if expected is not None and not isinstance(model, expected):
         warnings.warn(
-            f"{type(model).__name__} has a head that the sentence-transformers folder {folder.name}, which it was loaded "
-            "from, does not run: it is pruned for that head, and the folder's modules are not saved with it. To prune what "
-            "encode gives pass the folder's name; set model.config.name_or_path = '' if that is not meant",
+            f"{type(model).__name__} has a head that the sentence-transformers folder {folder.name}, which "
+            "it was loaded from, does not run: it is pruned for that head, and the folder's modules are not "
+            "saved with it. To prune what encode gives pass the folder's name; set "
+            "model.config.name_or_path = '' if that is not meant",
             stacklevel=3,
         )
         return None
@@ -307,12 +312,12 @@ def folder_of(model: PreTrainedModel) -> SentenceFolder | None:
 
 
 def refuse_wrapper(model: Any) -> None:
-    """Raise `ArgumentError` for an object of sentence-transformers, which holds a model that can be pruned."""
+    """Raise `ArgumentError` for an object of sentence-transformers, whose folder can be pruned."""
     names = [
         cls.__name__ for cls in type(model).__mro__ if cls.__module__.split(".")[0] == "sentence_transformers"
     ]
     if names:
         raise ArgumentError(
-            f"model is a {type(model).__name__} of sentence-transformers, expected a folder, a name or a PreTrainedModel; "
-            "save it with save_pretrained('folder') and pass 'folder': its modules are kept"
+            f"model is a {type(model).__name__} of sentence-transformers, expected a folder, a name or a "
+            "PreTrainedModel; save it with save_pretrained('folder') and pass 'folder': its modules are kept"
         )

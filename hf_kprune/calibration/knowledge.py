@@ -1,9 +1,9 @@
 """A knowledge loss, and draws from what a teacher predicts, against which the loss has a gradient.
 
-The Fisher information needs gradients where student and teacher are the same, and there the loss has none. It has one
-against a draw from what the teacher predicts, and over many draws the products of these gradients are its curvature, up to
-a factor that is the same for all sublayers: the mean over the n tokens of a row gives 1/n of it, so that a row counts by its
-gradients, not by its length.
+The Fisher information needs gradients where student and teacher are the same, and there the loss has none. It
+has one against a draw from what the teacher predicts, and over many draws the products of these gradients are
+its curvature, up to a factor that is the same for all sublayers: the mean over the n tokens of a row gives
+1/n of it, so that a row counts by its gradients, not by its length.
 
 Shapes: B sequences, T tokens, K classes.
 """
@@ -67,9 +67,9 @@ class Draws:
         return numbers.to(self.valid.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How an output is drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Draw:
 
     Args:
         noise: The random numbers that this takes, of the output and `Draws`.
-        outcome: The output that is drawn, of the output, the noise, the valid tokens (B, T) and the temperature.
+        outcome: What is drawn, of the output, the noise, the valid tokens (B, T) and the temperature.
     """
 
     noise: Callable[[Tensor, Draws], Tensor]
@@ -153,8 +153,9 @@ class Knowledge:
         name: What the report calls it.
         loss: The loss.
         temperature: Temperature of the softmax.
-        kinds: How each output that the loss reads is drawn. None: all outputs are read, and drawn as `NORMAL`.
-        per_token: Whether the loss is a mean over tokens of divergences of their `logits`, so that it may be taken in parts.
+        kinds: How each output that the loss reads is drawn. None: all are read, and drawn as `NORMAL`.
+        per_token: Whether the loss is a mean over tokens of divergences of their `logits`, so that it may be
+            taken in parts.
     """
 
     name: str

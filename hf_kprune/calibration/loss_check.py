@@ -25,11 +25,11 @@ BY_PRODUCTS = {
     "text_model_output",
     "vision_model_output",
 }
-"""Outputs of Transformers' classes that others follow from, or that follow from others: no answers of their own."""
+"""Outputs of Transformers' classes that are no answers: others follow from them, or they from others."""
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The floating tensors in an output: itself, or those of a tuple, such as the hidden states of all layers."""
+    """The floating tensors in an output: itself, or those of a tuple, such as all hidden states."""
     if isinstance(value, (tuple, list)):
         return [tensor for part in value for tensor in tensors_in(part)]
     return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
@@ -61,7 +61,8 @@ def check_loss(
         Names of the outputs that the loss reads, and of those that it does not.
 
     Raises:
-        ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head, always the same.
+        ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head,
+            always the same.
     """
     name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
     generator = torch.Generator().manual_seed(0)
@@ -86,27 +87,29 @@ def check_loss(
         )
     if loss.kinds is not None and bool(valid.any()) and not any(bool(g.any()) for g in gradients):
         raise ArgumentError(
-            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing would be preserved; "
-            "a softmax over a single label is such a case: pass compute_loss, or set model.config.num_labels and problem_type"
+            f"{name} does not depend on the outputs ({', '.join(read) or ', '.join(outputs)}), so nothing "
+            "would be preserved; a softmax over a single label is such a case: pass compute_loss, or set "
+            "model.config.num_labels and problem_type"
         )
     return read, [key for key in outputs if key not in read]
 
 
 def _check_losses(name: str, losses: Any, samples: int) -> None:
-    """Raise `ArgumentError` unless a loss of this name gave one finite number with a graph for each of the samples."""
+    """Raise `ArgumentError` unless `losses` are one finite number with a graph for each of the samples."""
     expected = "a floating tensor of one differentiable number for each row"
     if not isinstance(losses, Tensor):
         raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
     if losses.shape != (samples,):
         raise ArgumentError(
-            f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: {expected}"
+            f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: "
+            f"{expected}"
         )
     if not losses.is_floating_point():
         raise ArgumentError(f"{name} returned numbers of {losses.dtype}, expected {expected}")
     if not losses.requires_grad:
         raise ArgumentError(
-            f"{name} returned numbers without a graph, expected {expected}; leave out torch.no_grad(), detach(), item() and "
-            "NumPy on the way from the student's outputs"
+            f"{name} returned numbers without a graph, expected {expected}; leave out torch.no_grad(), "
+            "detach(), item() and NumPy on the way from the student's outputs"
         )
     if not bool(torch.isfinite(losses).all()):
         raise ArgumentError(f"{name} returned {losses.tolist()}, expected finite numbers")

@@ -1,8 +1,9 @@
 """How far the answers of a student are from those of its teacher. Pure functions.
 
-Shapes: B sequences, T tokens, K classes, D residual width. The losses of heads, `of_...`, take the temperature of the softmax
-(gamma in the paper), the outputs of student and teacher, and which tokens are no padding, (B, T), and give one number per
-sequence, (B,): nothing depends on how the sequences are batched, and padding never counts.
+Shapes: B sequences, T tokens, K classes, D residual width. The losses of heads, `of_...`, take the
+temperature of the softmax (gamma in the paper), the outputs of student and teacher, and which tokens are no
+padding, (B, T), and give one number per sequence, (B,): nothing depends on how the sequences are batched, and
+padding never counts.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Predictive knowledge, T^2 KL(softmax(z_T / T) || softmax(z_S / T)) over the last dimension: (..., K) -> (...).
+    """Predictive knowledge, T^2 KL(softmax(z_T / T) || softmax(z_S / T)): (..., K) -> (...).
 
-    Park et al. 2024, eq. 4, in the direction of the published code.
+    The sum is over the last dimension. Park et al. 2024, eq. 4, in the direction of the published code.
     """
     target = F.log_softmax(teacher / temperature, dim=-1)
     return temperature**2 * (target.exp() * (target - F.log_softmax(student / temperature, dim=-1))).sum(-1)
 
 
 def bernoulli_kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The same for K independent yes-or-no decisions (multi-label heads): (..., K) -> (...), summed over them."""
+    """The sum of the divergences of K independent yes-or-no decisions: (..., K) -> (...)."""
     two = (
         torch.stack([student, torch.zeros_like(student)], -1),
         torch.stack([teacher, torch.zeros_like(teacher)], -1),
@@ -33,7 +34,11 @@ def bernoulli_kl_divergence(student: Tensor, teacher: Tensor, temperature: float
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over the last dimension, (..., K) -> (...). Raises ValueError if the shapes differ."""
+    """Mean squared difference over the last dimension: (..., K) -> (...).
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if student.shape != teacher.shape:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape"
@@ -42,14 +47,14 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mean_over_tokens(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of the values (B, T, ...) of the tokens that are not padding, valid (B, T), for each sequence: (B, ...)."""
+    """Mean of the values of the tokens of each sequence that are `valid`: (B, T, ...) -> (B, ...)."""
     weight = valid.to(values.dtype).reshape(*valid.shape, *[1] * (values.dim() - 2))
     return torch.where(weight.bool(), values, 0).sum(1) / weight.sum(1).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses of heads
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def of_classes(temperature: float, student: Any, teacher: Any, _valid: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def of_tokens(temperature: float, student: Any, teacher: Any, valid: Tensor) -> 
 
 
 def of_spans(temperature: float, student: Any, teacher: Any, valid: Tensor) -> Tensor:
-    """Mean of the divergences of the first and of the last token of an answer, each one of all tokens: (B, T) each."""
+    """Mean of the divergences of the first and of the last token of an answer: logits of (B, T) each."""
     pairs = [(student[key], teacher[key]) for key in ("start_logits", "end_logits")]
     # finite, and still so when divided by the temperature and shifted by the softmax
     lowest = min(temperature, 1) * torch.finfo(student.start_logits.dtype).min / 2
@@ -85,7 +90,10 @@ def of_spans(temperature: float, student: Any, teacher: Any, valid: Tensor) -> T
 
 
 def of_pretraining(temperature: float, student: Any, teacher: Any, valid: Tensor) -> Tensor:
-    """Divergence of both heads of BERT (words, and whether a sentence is the next), or of ELECTRA's (replaced or not)."""
+    """Divergence of both heads of BERT, or of ELECTRA's.
+
+    BERT's are of words, and whether a sentence is the next; ELECTRA's is whether a token was replaced.
+    """
     if "seq_relationship_logits" in student:
         words = kl_divergence(student.prediction_logits, teacher.prediction_logits, temperature)
         pair = kl_divergence(student.seq_relationship_logits, teacher.seq_relationship_logits, temperature)
@@ -95,7 +103,7 @@ def of_pretraining(temperature: float, student: Any, teacher: Any, valid: Tensor
 
 
 def of_towers(_temperature: float, student: Any, teacher: Any, _valid: Tensor) -> Tensor:
-    """Squared distance of the embeddings of text and of image, (B, E) each, normalised to length 1, summed."""
+    """Sum of the squared distances of embeddings of text and of image, (B, E) each, made of length 1."""
     pairs = [(student[key], teacher[key]) for key in ("text_embeds", "image_embeds") if key in student]
     distances = [(F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) for s, t in pairs]
     return torch.stack(distances).sum(0)
@@ -106,12 +114,12 @@ def of_embeddings(temperature: float, student: Any, teacher: Any, valid: Tensor,
 
     Args:
         temperature: It has no meaning here.
-        student: Outputs with `last_hidden_state` (B, T, D) and, for `"pooler"`, `pooler_output` (B, D); of one tower with a
-            projection `text_embeds` (B, E).
+        student: Outputs with `last_hidden_state` (B, T, D) and, for `"pooler"`, `pooler_output` (B, D); of
+            one tower with a projection `text_embeds` (B, E).
         teacher: The same.
         valid: Tokens that are not padding, (B, T).
-        pooling: `"mean"` over tokens, `"cls"` the first token, `"pooler"` the model's own pooler, each normalised to
-            length 1; `"none"` compares the hidden states themselves, as the mean over tokens.
+        pooling: `"mean"` over tokens, `"cls"` the first token, `"pooler"` the model's own pooler, each
+            normalised to length 1; `"none"` compares the hidden states themselves, as the mean over tokens.
     """
     if "last_hidden_state" not in student and "text_embeds" in student:
         return of_towers(temperature, student, teacher, valid)

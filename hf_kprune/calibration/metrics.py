@@ -1,7 +1,8 @@
-"""How good a model is at its task: accuracy, F1 and Matthews, Pearson and Spearman, SQuAD's figures, perplexity. No hub.
+"""How good a model is at its task: accuracy, F1, Matthews, Pearson, Spearman, SQuAD's figures, perplexity.
 
-What needs labelled classes or numbers is a `compute_metrics` of `Trainer`. Questions about contexts and running text are
-evaluated from the texts themselves, as their figures need offsets and windows: `evaluate_texts`. torchmetrics does the sums.
+What needs labelled classes or numbers is a `compute_metrics` of `Trainer`. Questions about contexts and
+running text are evaluated from the texts themselves, as their figures need offsets and windows:
+`evaluate_texts`. torchmetrics does the sums.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def metrics_of(model: PreTrainedModel) -> Callable[[Any], dict[str, float]] | No
 
 
 def class_figures(classes: Tensor, labels: Tensor, count: int) -> dict[str, float]:
-    """Accuracy, F1 and Matthews' correlation of classes (N,) among `count`. F1 is of class 1 of two, else the mean."""
+    """Accuracy, F1 and Matthews' correlation of classes (N,) among `count`.
+
+    F1 is that of class 1 of two, else the mean of all classes.
+    """
     from torchmetrics.functional import classification as tm  # takes seconds to import
 
     task: dict[str, Any] = {"task": "multiclass", "num_classes": max(count, 2)}
@@ -103,22 +107,22 @@ def correlations(values: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def named_metric(name: str, model: PreTrainedModel) -> Callable[[Any], dict[str, float]] | None:
-    """`compute_metrics` for a name of `ALIASES` that fits the model, under that name; None if there is none here."""
+    """`compute_metrics` for a name of `ALIASES`, under that name; None if none here fits the model."""
     compute, figure = metrics_of(model), ALIASES.get(name)
     if compute is None or figure not in task_of(model).figures:
         return None
     return lambda prediction: {name: compute(prediction)[str(figure)]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From the texts themselves
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def evaluate_texts(
     model: PreTrainedModel, dataset: Any, tokenizer: Any, args: KPruneArguments
 ) -> dict[str, float] | None:
-    """Figures of a model that answers questions or continues text, on rows of texts; None if this is not such a case.
+    """Figures of a model that answers questions or continues text, on rows of texts; None for others.
 
     Args:
         model: In evaluation mode or not, which is left as it is.
@@ -145,17 +149,18 @@ def texts_of(dataset: Iterable[Any], first: Any, args: KPruneArguments) -> Itera
     columns = text_columns(list(first), args.text_columns, False) if isinstance(first, Mapping) else ()
     if len(columns) != 1:
         raise ArgumentError(
-            f"perplexity is of one column of texts, the evaluation data have {sorted(first)}: set text_columns"
+            f"perplexity is of one column of texts, the evaluation data have {sorted(first)}: set "
+            "text_columns"
         )
     for row in dataset:
         yield row[columns[0]]
 
 
 def perplexity(model: PreTrainedModel, texts: Iterable[str], tokenizer: Any, args: KPruneArguments) -> float:
-    """Exponential of the mean loss of a token, in windows that do not overlap, of all texts after one another.
+    """Exponential of the mean loss of a token, in windows without overlap, of all texts one after another.
 
-    Each window has as many tokens as the model takes, `max_seq_length` or 1,024, whatever is fewest. Texts that do not end a
-    line themselves are kept apart by an empty one.
+    Each window has as many tokens as the model takes, `max_seq_length` or 1,024, whatever is fewest. Texts
+    that do not end a line themselves are kept apart by an empty one.
     """
     limits = (max_positions(model), args.max_seq_length, LM_LENGTH)
     length = min(limit for limit in limits if limit is not None)
@@ -180,8 +185,9 @@ def perplexity(model: PreTrainedModel, texts: Iterable[str], tokenizer: Any, arg
 
 @dataclass
 class Window:
-    """A part of a context with its question: which row it is of, the model's inputs, and the characters of each token of the
-    context, None for other tokens."""
+    """A part of a context with its question: which row it is of, the model's inputs, and the characters of
+    each token of the context, None for other tokens.
+    """
 
     row: int
     inputs: dict[str, list[int]]
@@ -213,12 +219,14 @@ def answer_figures(
 ) -> dict[str, float]:
     """Exact match and F1 of SQuAD, in per cent: the best span of all windows of a row against its answers.
 
-    An answer has at most 30 tokens. Where rows have no answer, as in SQuAD 2, none is given if the first token is more likely.
+    An answer has at most 30 tokens. Where rows have no answer, as in SQuAD 2, none is given if the first
+    token is more likely.
     """
     missing = [column for column in QA_COLUMNS if column not in rows[0]]
     if missing:
         raise ArgumentError(
-            f"the evaluation data have the columns {', '.join(rows[0])}, expected question, context and answers, as SQuAD has"
+            f"the evaluation data have the columns {', '.join(rows[0])}, expected question, context and "
+            "answers, as SQuAD has"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ArgumentError(
@@ -261,7 +269,7 @@ def answer_figures(
 def best_span(
     first: Tensor, last: Tensor, characters: Sequence[tuple[int, int] | None], context: str
 ) -> tuple[float, str]:
-    """Score and text of the likeliest span of context tokens, by logits of its first and last token, (T,) each."""
+    """Score and text of the likeliest span of context tokens, by logits of first and last, (T,) each."""
     inside = torch.tensor(
         [place is not None for place in characters] + [False] * (len(first) - len(characters))
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def depth(value: Any) -> int:
-    """Dimensions of a tensor or array, or of lists in lists, of which the first at each level is looked at."""
+    """Dimensions of a tensor or array, or of lists in lists, as the first at each level tells them."""
     if hasattr(value, "ndim"):
         return int(value.ndim)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -36,7 +36,7 @@ def plain(value: Any) -> Any:
 
 
 def strays(value: Any, dims: int) -> Iterator[tuple[Any]]:
-    """What is no whole number in lists or tensors of so many dimensions; each comes in a tuple, as it may be None."""
+    """What is no whole number in lists or tensors of `dims` dimensions, each in a tuple as it may be None."""
     if dims == 0 or not depth(value):
         if dims or isinstance(value, bool) or not isinstance(value, Integral):
             yield (value,)
@@ -51,7 +51,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 def floats(value: Any) -> Tensor | None:
-    """An input of floats as a float32 tensor, which is many times smaller than a list; None for other inputs."""
+    """An input of floats as a float32 tensor, many times smaller than a list; None for other inputs."""
     if not hasattr(value, "dtype"):
         if not hasattr(value, "__len__") or not isinstance(next(flat(value), None), float):
             return None

@@ -1,4 +1,4 @@
-"""The entries of a dataset are made into rows that a model takes, if they are not such rows yet, and checked."""
+"""The entries of a dataset become rows that a model takes, if they are not such rows yet, and are checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reader:
 
     Args:
         model: The model that the rows are for.
-        processing_class: Its tokenizer, image processor or feature extractor; None if the entries are rows already.
+        processing_class: Its tokenizer, image processor or feature extractor; None if entries are rows.
         args: Options: `text_columns`, `remove_unused_columns`, and those of `Texts`.
         keep_labels: Whether labels that the model does not read stay in the rows.
     """
@@ -59,12 +59,12 @@ class Reader:
         self.digest = hashlib.sha256()  # of what the model reads
         self.count, self.messages = 0, set[str]()
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # A row, checked
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
 
     def read(self, index: int, entry: Any, tokens_per_row: TokensPerRow | None) -> tuple[dict[str, Any], int]:
-        """A row of those columns that are used, with floats in tensors, and its tokens; 0 if there is nothing in it."""
+        """A row of those columns that are used, with floats in tensors, and how many tokens it has."""
         columns = {key: plain(value) for key, value in self.columns(entry).items()}
         inputs = self.inputs(index, columns)
         self.check_columns(columns, inputs)
@@ -88,7 +88,7 @@ class Reader:
         return row, tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
-        """Names of the columns that are inputs; labels are if they are targets, or mark tokens that do not count."""
+        """Names of the columns that are inputs. Labels are if they are targets, or tell which tokens count."""
         names = self.accepted & columns.keys()
         if "labels" in columns and self.needs_targets and "decoder_input_ids" not in columns:
             names.add("labels")
@@ -96,13 +96,17 @@ class Reader:
             names.add("labels")
             if (labels := len(columns["labels"])) != (length := len(columns.get("input_ids", ()))):
                 raise CalibrationError(
-                    f"calibration row {index} has {labels} labels for {length} tokens; expected one each, -100 where the "
-                    "knowledge is not to be compared"
+                    f"calibration row {index} has {labels} labels for {length} tokens; expected one each, "
+                    "-100 where the knowledge is not to be compared"
                 )
         return names
 
     def note(self, index: int, inputs: Mapping[str, Any]) -> None:
-        """Add what the model reads of a row to the digest. Raise `CalibrationError` for floats that are not finite."""
+        """Add what the model reads of a row to the digest.
+
+        Raises:
+            CalibrationError: If there are floats that are not finite.
+        """
         for key, value in inputs.items():
             real = isinstance(value, Tensor) and value.is_floating_point()
             if key in ("input_ids", "labels", "decoder_input_ids"):
@@ -116,17 +120,19 @@ class Reader:
             self.digest.update(np.ascontiguousarray(value).tobytes())
 
     def check_columns(self, columns: Mapping[str, Any], inputs: set[str]) -> None:
-        """Raise `CalibrationError` if the main input is missing, or if there are other columns where none may be."""
+        """Raise `CalibrationError` if the main input is missing, or if columns are left where none may be."""
         surplus = sorted(columns.keys() - inputs - self.labels)
         if self.main not in columns or (surplus and not self.args.remove_unused_columns):
             text = (
-                "tokenise the texts (dataset.map), or pass processing_class and either a plain list of strings or, in "
-                "text_columns, the names of the columns that hold the texts"
+                "tokenise the texts (dataset.map), or pass processing_class and either a plain list of "
+                "strings or, in text_columns, the names of the columns that hold the texts"
             )
-            other = f"make {self.main} of them (dataset.map), or pass a column {self.sense!r} and processing_class"
+            feature = f"make {self.main} of them (dataset.map)"
+            other = f"{feature}, or pass a column {self.sense!r} and processing_class"
             drop = ", and drop the other columns or set remove_unused_columns=True"
             raise CalibrationError(
-                f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes {sorted(self.accepted)}; "
+                f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes "
+                f"{sorted(self.accepted)}; "
                 + (text if self.main == "input_ids" else other)
                 + ("" if self.args.remove_unused_columns else drop)
             )
@@ -137,15 +143,16 @@ class Reader:
         """Raise `CalibrationError` unless ids are whole numbers, in as many dimensions as the model reads."""
         if depth(columns["input_ids"]) != self.dims and self.dims > 1:
             raise CalibrationError(
-                f"{has} a single text, but {self.name} compares choices; name the question and its choices in "
-                "text_columns, or pass input_ids of (choices, tokens)"
+                f"{has} a single text, but {self.name} compares choices; name the question and its choices "
+                "in text_columns, or pass input_ids of (choices, tokens)"
             )
         for key in ("input_ids", "decoder_input_ids", "labels", "token_type_ids", "position_ids"):
             value = columns.get(key, ())
             dims = self.dims if key == "input_ids" else max(1, depth(value))
             for (stray,) in strays(value, dims):
                 raise CalibrationError(
-                    f"{has} {stray!r:.80} in its {key}, expected whole numbers{', in lists of them' if dims > 1 else ''}"
+                    f"{has} {stray!r:.80} in its {key}, expected whole "
+                    f"numbers{', in lists of them' if dims > 1 else ''}"
                 )
 
     def check_beside(self, has: str, columns: Mapping[str, Any]) -> None:
@@ -154,7 +161,8 @@ class Reader:
         for key in ("attention_mask", "token_type_ids"):
             if key in columns and shape_of(columns[key]) != shape:
                 raise CalibrationError(
-                    f"{has} {key} of {shape_of(columns[key])} for input_ids of {shape}; expected one number for each token"
+                    f"{has} {key} of {shape_of(columns[key])} for input_ids of {shape}; expected one number "
+                    "for each token"
                 )
         if not {*flat(columns.get("attention_mask", ()))} <= {0, 1}:
             raise CalibrationError(
@@ -163,17 +171,21 @@ class Reader:
         types = {*flat(columns.get("token_type_ids", ()))}
         if types and self.types and not 0 <= min(types) <= max(types) < self.types:
             raise CalibrationError(
-                f"{has} token_type_ids {min(types)} to {max(types)}, {self.name} has {self.types} types of tokens; was it "
-                "made with another tokenizer?"
+                f"{has} token_type_ids {min(types)} to {max(types)}, {self.name} has {self.types} types of "
+                "tokens; was it made with another tokenizer?"
             )
 
     def check_target(self, index: int, row: Mapping[str, Any]) -> bool:
-        """Whether there is a token in the target of a row. Raises `CalibrationError` if the row has no target."""
+        """Whether there is a token in the target of a row.
+
+        Raises:
+            CalibrationError: If the row has no target, or one that the decoder cannot read.
+        """
         targets = [row[key] for key in ("decoder_input_ids", "labels") if key in row]
         if not targets:
             raise CalibrationError(
-                f"calibration row {index} has only {', '.join(row)}, which leaves the decoder of {self.name} nothing to "
-                "read; pass (source, target) pairs, or rows with labels or decoder_input_ids"
+                f"calibration row {index} has only {', '.join(row)}, which leaves the decoder of {self.name} "
+                "nothing to read; pass (source, target) pairs, or rows with labels or decoder_input_ids"
             )
         target = [token for token in flat(targets[0]) if token != -100]
         has = f"the target of calibration row {index} has"
@@ -183,7 +195,7 @@ class Reader:
     def check_ids(
         self, has: str, ids: list[int], length: int, limit: int | None, vocabulary: int | None
     ) -> None:
-        """Raise `CalibrationError` unless ids fit a vocabulary, and their number a limit; None: there is none."""
+        """Raise `CalibrationError` unless ids fit a vocabulary and their number a limit, where not None."""
         if limit is not None and length > limit:
             raise CalibrationError(
                 f"{has} {length} tokens, {self.name} takes at most {limit}; tokenise with truncation=True, "
@@ -191,13 +203,13 @@ class Reader:
             )
         if ids and vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
             raise CalibrationError(
-                f"{has} token ids {min(ids)} to {max(ids)}, the model's vocabulary has {vocabulary}; was it made with "
-                "another tokenizer?"
+                f"{has} token ids {min(ids)} to {max(ids)}, the model's vocabulary has {vocabulary}; was it "
+                "made with another tokenizer?"
             )
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # An entry of the dataset, as columns
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
 
     def split(self, entry: Any) -> Iterable[Any]:
         """The rows in an entry of the dataset: itself, or those of a batch of token ids, (1, L) or more."""
@@ -220,7 +232,7 @@ class Reader:
         return {self.main if ready else str(self.sense): entry}
 
     def text_or_ids(self, entry: Any) -> dict[str, Any]:
-        """A chat, a text or several, or token ids, as the one column that holds them; nothing if it is none of these."""
+        """A chat, texts or token ids, under the name of the column that holds such; nothing for others."""
         if isinstance(entry, (tuple, list)):
             if entry and all(isinstance(part, Mapping) for part in entry):
                 return {"messages": entry}
@@ -235,13 +247,14 @@ class Reader:
         return {"text": entry} if isinstance(entry, str) else {}
 
     def tuple_of_ids(self, ids: Any, *others: Any) -> dict[str, Any]:
-        """Token ids, with the mask if that comes next. What else a tuple has, as targets, is not read; a warning says so."""
+        """Token ids, with the mask if that comes next. Of a tuple nothing else is read, as a warning says."""
         columns, rest = {"input_ids": ids}, list(others)
         if rest and depth(rest[0]) and {*flat(rest[0])} <= {0, 1} and not {*flat(ids)} <= {0, 1}:
             columns["attention_mask"] = rest.pop(0)
         if rest:
             self.warn(
-                "the calibration rows are tuples: their token ids are read, and a mask that comes next, nothing else"
+                "the calibration rows are tuples: their token ids are read, and a mask that comes next, "
+                "nothing else"
             )
         return columns
 
@@ -287,8 +300,8 @@ class Reader:
         )
         if others and len(names) == 1 and self.args.text_columns is None:
             self.warn(
-                f"the calibration texts are read from the column {names[0]}, not from {', '.join(others)}; choose with "
-                "text_columns"
+                f"the calibration texts are read from the column {names[0]}, not from {', '.join(others)}; "
+                "choose with text_columns"
             )
         if self.dims > 1:
             return self.texts.choices(texts)
@@ -309,7 +322,8 @@ class Reader:
         if processor is None or isinstance(processor, PreTrainedTokenizerBase):
             wanted = "image processor" if sense == "image" else "feature extractor"
             raise ArgumentError(
-                f"the calibration dataset holds rows of {sense}, processing_class is {name}; pass the model's {wanted}"
+                f"the calibration dataset holds rows of {sense}, processing_class is {name}; pass the "
+                f"model's {wanted}"
             )
         if sense == "audio":
             extractor = getattr(processor, "feature_extractor", processor)
@@ -320,8 +334,8 @@ class Reader:
                 value, rate = value["array"], value["sampling_rate"]
             if rate != expected:
                 raise CalibrationError(
-                    f"the calibration dataset has audio at {rate} Hz, {name} takes {expected} Hz; resample it: "
-                    f"dataset.cast_column('audio', datasets.Audio(sampling_rate={expected}))"
+                    f"the calibration dataset has audio at {rate} Hz, {name} takes {expected} Hz; resample "
+                    f"it: dataset.cast_column('audio', datasets.Audio(sampling_rate={expected}))"
                 )
             value, options["sampling_rate"] = np.asarray(value, dtype=np.float32), rate
         if hasattr(processor, "tokenizer"):

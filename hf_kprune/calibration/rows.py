@@ -60,11 +60,11 @@ class Rows:
 
     @property
     def held_out(self) -> int:
-        """So many of the last measured rows are held out of trials, to compare their students; trials have the first half."""
+        """So many of the last measured rows compare the students of trials, which have the first half."""
         return self.measured // 4
 
     def first(self, tokens: int, tokens_per_row: TokensPerRow | None = None) -> int:
-        """How many of the measured rows, from the first on, hold no more than so many tokens; at least one."""
+        """How many measured rows, from the first on, hold no more than so many tokens; at least one."""
         sums = itertools.accumulate(row_tokens(row, tokens_per_row) for row in self.rows[: self.measured])
         return max(1, sum(total <= tokens for total in sums))
 

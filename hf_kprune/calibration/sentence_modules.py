@@ -1,4 +1,4 @@
-"""What the modules of a sentence-transformers folder make of the transformer's outputs, read from their JSON and weight files.
+"""What the modules of a sentence-transformers folder make of the transformer's outputs, read from files.
 
 Shapes: B sequences, T tokens, D width of a token, E width of an embedding.
 """
@@ -63,9 +63,9 @@ def pool(tokens: Tensor, valid: Tensor, modes: Sequence[str], prompt_length: int
     return torch.cat([poolings[mode]() for mode in modes], -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
@@ -213,4 +213,4 @@ READERS: dict[str, Callable[[Module], tuple[str, Step] | str]] = {
     "Normalize": read_normalize,
     "Dropout": read_dropout,
 }
-"""By the class of a module: a function that gives a word for it and what it does, or why that is not known."""
+"""By the class of a module: what gives a word for it and what it does, or why that is not known."""

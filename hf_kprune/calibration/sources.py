@@ -32,7 +32,7 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("question", "sentence"),
     ("question1", "question2"),
 )
-"""Names under which datasets hold texts or pairs of texts: those of GLUE and SuperGLUE, SQuAD, and usual ones."""
+"""Names under which datasets hold texts or pairs of texts: of GLUE, SuperGLUE, SQuAD, and usual ones."""
 
 TARGET_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("source", "target"),
@@ -65,8 +65,8 @@ def text_columns(columns: Collection[str], names: Sequence[str] | None, targets:
         missing = [name for name in names if name not in columns]
         if missing:
             raise ArgumentError(
-                f"no column {', '.join(missing)} in the data, which has: {', '.join(columns)}; text_columns names those that "
-                "hold the texts"
+                f"no column {', '.join(missing)} in the data, which has: {', '.join(columns)}; text_columns "
+                "names those that hold the texts"
             )
         return tuple(names)
     single = [entry for entry in TEXT_COLUMNS if len(entry) == 1]
@@ -89,7 +89,7 @@ def split_rows(columns: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
 
 
 def rows_of_columns(columns: Mapping[str, Any], main: str, dims: int) -> list[dict[str, Any]]:
-    """A dict of columns, such as a tokenizer makes of a list of texts, as rows; that of a single text is one row.
+    """The rows of a dict of columns, such as a tokenizer makes of texts; that of a single text is one row.
 
     Args:
         columns: Tensors, arrays or lists by name.
@@ -101,8 +101,8 @@ def rows_of_columns(columns: Mapping[str, Any], main: str, dims: int) -> list[di
     """
     if any(hasattr(value, "column_names") for value in columns.values()):
         raise CalibrationError(
-            f"the calibration dataset is a {type(columns).__name__}, expected a dataset of rows or a list of texts (of a "
-            f"DatasetDict, pass one split: {', '.join(map(str, columns))})"
+            f"the calibration dataset is a {type(columns).__name__}, expected a dataset of rows or a list of "
+            f"texts (of a DatasetDict, pass one split: {', '.join(map(str, columns))})"
         )
     columns = {key: listed(value) for key, value in columns.items() if value is not None}
     single = main in columns and depth(columns[main]) <= dims
@@ -116,8 +116,8 @@ def rows_of_columns(columns: Mapping[str, Any], main: str, dims: int) -> list[di
     if len({*lengths.values()}) > 1 or None in lengths.values():
         sizes = ", ".join(f"{name} ({'no list' if n is None else n})" for name, n in lengths.items())
         raise CalibrationError(
-            f"the calibration dataset is a {type(columns).__name__} of columns that differ in length: {sizes}; expected as "
-            "many entries in each"
+            f"the calibration dataset is a {type(columns).__name__} of columns that differ in length: "
+            f"{sizes}; expected as many entries in each"
         )
     return split_rows(columns, next(iter(lengths.values()), 0) or 0)
 
@@ -130,7 +130,7 @@ def listed(value: Any) -> Any:
 
 
 def rows_of_batch(batch: Any, by_column: bool, main: str, dims: int) -> Iterable[Any]:
-    """The rows in a batch of a DataLoader. `by_column` tells whether a list in it holds columns, else it holds rows."""
+    """The rows in a batch of a DataLoader, in which a list holds columns if `by_column`, else rows."""
     if isinstance(batch, Mapping):
         return rows_of_columns(batch, main, dims)
     if isinstance(batch, (list, tuple)):
@@ -150,10 +150,11 @@ def rows_of_loader(loader: DataLoader[Any], main: str, dims: int) -> Iterator[An
 
 
 def rows_of(dataset: Any, main: str, dims: int) -> Any:
-    """What was passed as calibration data, as something with a length and items, or as something to iterate over.
+    """Calibration data of any kind, as something with a length and items, or as something to iterate over.
 
     Args:
-        dataset: A map-style or iterable dataset, a list, a generator, a DataLoader, a dict of columns, a table of pandas.
+        dataset: A map-style or iterable dataset, a list, a generator, a DataLoader, a dict of columns, a
+            table of pandas.
         main: Name of the model's main input.
         dims: Dimensions of that input in one row.
 
@@ -172,8 +173,8 @@ def rows_of(dataset: Any, main: str, dims: int) -> Any:
         or (hasattr(dataset, "ndim") and not depth(dataset))
     ):
         raise CalibrationError(
-            f"the calibration dataset is a {type(dataset).__name__}, expected a dataset of rows or a list of texts; of a "
-            "single text pass [text], of a file what datasets.load_dataset reads from it"
+            f"the calibration dataset is a {type(dataset).__name__}, expected a dataset of rows or a list of "
+            "texts; of a single text pass [text], of a file what datasets.load_dataset reads from it"
         )
     return dataset
 
@@ -195,7 +196,7 @@ def is_sized(dataset: Any) -> bool:
 
 
 def read_rows(dataset: Any, sized: bool, seed: int | None) -> Iterator[tuple[int, Any]]:
-    """The rows of a dataset with their numbers: at random without replacement if there is a `seed`, else in their order.
+    """The rows of a dataset with their numbers: in their order, or at random, each once, if there is a `seed`.
 
     Raises `CalibrationError` if the dataset fails at one of them.
     """
@@ -205,8 +206,8 @@ def read_rows(dataset: Any, sized: bool, seed: int | None) -> Iterator[tuple[int
             return error
         length = f", though its length is {len(dataset)}" if sized else ""
         return CalibrationError(
-            f"row {index} of the calibration dataset could not be read{length}: the dataset raised the {type(error).__name__} "
-            "shown above; mend it, or leave the row out"
+            f"row {index} of the calibration dataset could not be read{length}: the dataset raised the "
+            f"{type(error).__name__} shown above; mend it, or leave the row out"
         )
 
     if sized:

@@ -32,13 +32,13 @@ class Task:
     Args:
         name: What the report calls it.
         tables: Names of the auto-model tables of Transformers that list the classes with such a head.
-        loss: The loss: temperature, outputs of student and teacher, valid tokens (B, T) -> (B,). See losses.py.
+        loss: Temperature, outputs of student and teacher, valid tokens (B, T) -> (B,). See losses.py.
         draws: How each output that the loss reads is drawn, see knowledge.py.
         per_token: Whether the loss is a mean over tokens of divergences of their `logits`.
-        figures: Names of the figures that `evaluate()` gives, see metrics.py; none if it gives the loss alone.
-        variant: The `config.problem_type`, or the `pooling`, that the entry is for; `""` if its tables have one entry.
+        figures: Names of the figures that `evaluate()` gives beside the loss, see metrics.py.
+        variant: The `config.problem_type`, or the `pooling`, that the entry is for; `""` if it is for all.
         modules: Names of modules of which the model must have one; any model will do if there are none.
-        targets: Whether an encoder-decoder must be told what its decoder reads, which else is what its encoder does.
+        targets: Whether an encoder-decoder must be told what its decoder reads, or else both read the same.
         choices: Whether a row holds several sequences, so that example inputs are (B, choices, T).
     """
 
@@ -145,11 +145,11 @@ TASKS = (
 
 
 def task_of(model: PreTrainedModel, problem: str | None = None, pooling: str = "mean") -> Task:
-    """The task of `model`, by the table that lists its class, or else one that it is a subclass of; `OTHER` if none does.
+    """The task of `model`, by the table that lists its class, or one that this derives from; `OTHER` if none.
 
     Args:
         model: Any.
-        problem: What a sequence head answers. None: what its config says by `problem_type`, or by the number of labels.
+        problem: What a sequence head answers. None: what `problem_type` or `num_labels` of its config say.
         pooling: How a base model without a head makes an embedding, see `losses.of_embeddings`.
     """
     problem = problem or _stated_problem(model.config)
@@ -176,8 +176,8 @@ def problem_type(config: Any, label: Any = None) -> str:
 
     Args:
         config: It has `num_labels` and, if it says what these are, `problem_type`.
-        label: The label of one row of the data, which tells it too: a class, or a list of yes or no, or of numbers. None:
-            there is none.
+        label: The label of one row of the data, which tells it too: a class, or a list of yes or no, or of
+            numbers. None: there is none.
 
     Raises:
         ArgumentError: If the config contradicts itself, so that there would be nothing to preserve.
@@ -191,15 +191,16 @@ def problem_type(config: Any, label: Any = None) -> str:
     if len(values) == count or names:
         likely = "multi_label_classification" if names or set(values) <= {0, 1} else "regression"
         warnings.warn(
-            f"config.problem_type is missing, and the data have labels such as {str(values[:6]):.80}: the {count} labels are "
-            f"compared as {likely}; set model.config.problem_type to say it",
+            f"config.problem_type is missing, and the data have labels such as {str(values[:6]):.80}: the "
+            f"{count} labels are compared as {likely}; set model.config.problem_type to say it",
             stacklevel=2,
         )
         return likely
     if label is None and count > 2:
         warnings.warn(
-            f"config.problem_type is missing: the {count} labels are compared as classes of which one is right; if several "
-            "may be, set model.config.problem_type = 'multi_label_classification', or 'regression' if they are numbers",
+            f"config.problem_type is missing: the {count} labels are compared as classes of which one is "
+            "right; if several may be, set model.config.problem_type = 'multi_label_classification', or "
+            "'regression' if they are numbers",
             stacklevel=2,
         )
     return problem
@@ -227,8 +228,8 @@ def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str, lab
         task = task_of(model, problem_type(model.config, label), pooling)
     if task.loss is None:
         raise UnsupportedModelError(
-            f"no knowledge loss is known for the head of {type(model).__name__}; pass compute_loss=(student_outputs, "
-            "teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
+            f"no knowledge loss is known for the head of {type(model).__name__}; pass "
+            "compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
         )
     return Knowledge(task.name, partial(task.loss, temperature), temperature, task.draws, task.per_token)
 
@@ -244,10 +245,10 @@ def needs_targets(model: PreTrainedModel) -> bool:
 
 
 def text_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
-    """Random token ids, (batch_size, length), without padding, and as many for a decoder that must be told what to read.
+    """Random token ids, (batch_size, length), and as many for a decoder that must be told what to read.
 
-    The last one is the end-of-sequence token, if there is one; there are no other special ones. Of a model for multiple
-    choice each row has one choice.
+    The last one is the end-of-sequence token, if there is one; there are no other special ones and no
+    padding. Of a model for multiple choice each row has one choice.
 
     Raises:
         ArgumentError: If the model does not run on token ids alone, or not on so many.
@@ -256,8 +257,8 @@ def text_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[st
     other = accepted.keys() & {"pixel_values", "input_values", "input_features"}
     if "input_ids" not in accepted or other:
         raise ArgumentError(
-            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass inputs, such as "
-            "a batch of the calibration data"
+            f"the inputs of {name} cannot be made up, it takes {', '.join(sorted(other) or accepted)}; pass "
+            "inputs, such as a batch of the calibration data"
         )
     config = text_config(model.config).to_dict()
     ids_of = {key: ids for key, ids in config.items() if key.endswith("_token_id") and ids is not None}

@@ -1,4 +1,4 @@
-"""Texts, pairs of texts, chats and packed texts to token ids. Of a long text no more is tokenised than is kept."""
+"""Texts, pairs of texts and chats become token ids. Of a long text no more is tokenised than is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sources import text_columns
 
 
 CHARACTERS = 32
-"""Characters to a token that a text is cut after at first. Where that changes the result, twice as many are tried."""
+"""Characters to a token after which a text is cut at first. Twice as many are tried if that makes a change."""
 
 EMPTY_ROWS = 10_000
 """Rows without tokens, one after the other, after which a stream is given up: it may be endless."""
@@ -68,7 +68,11 @@ class Texts:
         self.longest = min((n for n in (args.max_seq_length, limit) if n is not None), default=None)
 
     def tokenizer(self, what: str) -> Any:
-        """The tokenizer, also that of a processor for texts and more. Raises `ArgumentError` if `what` has none."""
+        """The tokenizer, also that of a processor for texts and more.
+
+        Raises:
+            ArgumentError: If there is none, though the dataset holds `what`.
+        """
         if self.processing_class is None:
             raise ArgumentError(
                 f"the calibration dataset holds {what}: pass processing_class, the model's tokenizer"
@@ -92,7 +96,7 @@ class Texts:
         )
 
     def tokens(self, text: Any) -> dict[str, Any]:
-        """Token ids of a text or a pair of texts. Where the decoder needs a target, the second text becomes `labels`."""
+        """Token ids of a text or a pair of texts; the second becomes `labels` where the decoder needs them."""
         self.tokenizer("texts")
         pair = tuple(text) if isinstance(text, (tuple, list)) else (text,)
         if len(pair) not in (1, 2) or not all(isinstance(part, str) for part in pair):
@@ -130,7 +134,7 @@ class Texts:
         return {key: [row[key] for row in rows] for key in rows[0]}
 
     def chat(self, messages: Any) -> dict[str, Any]:
-        """Token ids of a chat; `labels` are -100 where the assistant does not speak, if the template tells."""
+        """Token ids of a chat; if the template tells, `labels` are -100 where the assistant is silent."""
         tokenizer = self.tokenizer("chats")
         name = type(tokenizer).__name__
         if getattr(tokenizer, "chat_template", None) is None:
@@ -150,7 +154,8 @@ class Texts:
         except TemplateError as error:
             roles = ", ".join(str(turn["role"]) for turn in turns)
             raise CalibrationError(
-                f"the chat_template of {name} takes no chat of the roles {roles:.200}; leave such chats out, or pass texts"
+                f"the chat_template of {name} takes no chat of the roles {roles:.200}; leave such chats out, "
+                "or pass texts"
             ) from error
 
     def spoken(self, turns: list[dict[str, Any]], ids: list[int], size: int) -> list[int]:
@@ -183,13 +188,13 @@ class Texts:
             turn["content"] = content = ""
         if "role" not in turn or not isinstance(content, str):
             raise CalibrationError(
-                f"a message of a calibration chat is {message!r:.80}, expected a role and a content of text; leave such chats "
-                "out"
+                f"a message of a calibration chat is {message!r:.80}, expected a role and a content of text; "
+                "leave such chats out"
             )
         return turn
 
     def pack(self, rows: Iterable[Any], sized: bool) -> Iterator[dict[str, Any]]:
-        """Blocks of one length, cut from all texts in their order, one after the other. What is left over is dropped."""
+        """Blocks of one length, cut from all texts one after the other. What is left over is dropped."""
         tokenizer = self.tokenizer("texts")
         block = min(n for n in (self.args.max_seq_length or 1024, self.limit) if n is not None)
         ends = getattr(tokenizer, "truncation_side", "right") == "right"
@@ -222,8 +227,8 @@ class Texts:
             stream = stream[len(stream) // block * block :]
         if stream and not blocks:
             raise CalibrationError(
-                f"packed, the calibration texts hold {len(stream)} tokens, fewer than a block of {block}; give more texts or "
-                "lower max_seq_length"
+                f"packed, the calibration texts hold {len(stream)} tokens, fewer than a block of {block}; "
+                "give more texts or lower max_seq_length"
             )
 
     def text_to_pack(self, row: Any) -> str:
@@ -235,15 +240,16 @@ class Texts:
         if not isinstance(text, str):
             has = f"the columns {sorted(row)}" if isinstance(row, Mapping) else f"{row!r:.80}"
             raise CalibrationError(
-                f"packing takes strings or one column of them (text_columns), the calibration dataset has {has}"
+                "packing takes strings or one column of them (text_columns), the calibration dataset "
+                f"has {has}"
             )
         return text
 
 
 def check_not_endless(empty: int) -> None:
-    """Raise `CalibrationError` if so many rows of a stream, one after the other, that it may be endless, had no tokens."""
+    """Raise `CalibrationError` if so many rows of a stream in a row had no tokens that it may be endless."""
     if empty >= EMPTY_ROWS:
         raise CalibrationError(
-            f"{EMPTY_ROWS:,} rows of the calibration stream, one after the other, hold no tokens, where reading ends lest it "
-            "never does; leave empty rows out of it"
+            f"{EMPTY_ROWS:,} rows of the calibration stream, one after the other, hold no tokens, where "
+            "reading ends lest it never does; leave empty rows out of it"
         )

@@ -1,4 +1,6 @@
-"""What lies beside the transformer in a sentence-transformers folder is carried into the folder of the pruned one."""
+"""What lies beside the transformer in a sentence-transformers folder is carried into the folder of the pruned
+one.
+"""
 
 from __future__ import annotations
 
