@@ -20,7 +20,8 @@ from zoo import ZOO, inputs_for, make
 from hf_kprune import ArgumentError, BudgetWarning, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.arguments import TARGETS
 from hf_kprune.sizes import model_size
-from hf_kprune.structure.hooks import matrix_flops, run_to_bottom
+from hf_kprune.structure.hooks import run_to_bottom
+from hf_kprune.structure.probes import matrix_flops
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -29,7 +29,7 @@ from transformers import (
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__
 from hf_kprune.arguments import METHOD_NAMES
 from hf_kprune.cli import parser
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 from hf_kprune.methods import METHODS
 
 

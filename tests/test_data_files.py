@@ -12,8 +12,8 @@ import pytest
 from zoo import make
 
 from hf_kprune import ArgumentError
-from hf_kprune.cli.commands import main
 from hf_kprune.cli.data_files import FORMATS, load_data
+from hf_kprune.cli.terminal import main
 
 
 FRAME = pd.DataFrame({"text": ["a b", "None", "", "NA", "für"], "label": [0, 1, 0, 1, 0]})

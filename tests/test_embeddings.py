@@ -23,7 +23,7 @@ from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, UnsupportedM
 from hf_kprune.calibration.embeddings import folder_of, read_folder
 from hf_kprune.calibration.knowledge import Draws
 from hf_kprune.calibration.sentence_modules import pool
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 
 
 with warnings.catch_warnings():

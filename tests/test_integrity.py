@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_kprune import CheckpointError
 from hf_kprune.checkpoint.integrity import verify_weights
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 
 
 OTHER = KEY.replace("query", "key")

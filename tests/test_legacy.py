@@ -34,7 +34,7 @@ from hf_kprune import (
     UnsupportedModelError,
     from_legacy,
 )
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.checkpoint.hub import model_card
 from hf_kprune.checkpoint.lineage import earlier_cuts
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 
 
 ARGUMENTS = KPruneArguments(sparsity=0.4, num_tokens=200, disable_tqdm=True, method="magnitude")

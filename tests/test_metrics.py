@@ -32,7 +32,7 @@ from hf_kprune.calibration.metrics import (
     perplexity,
 )
 from hf_kprune.calibration.tasks import task_of
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 
 
 def figures(model: Any, scores: Any, labels: Any) -> dict[str, float]:

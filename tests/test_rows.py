@@ -21,7 +21,7 @@ from transformers import (
 from hf_kprune import ArgumentError, CalibrationError, PruningReport
 from hf_kprune.calibration.rows import has_choices, row_length, row_tokens
 from hf_kprune.calibration.tasks import needs_targets
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 from hf_kprune.structure.facts import max_positions
 
 

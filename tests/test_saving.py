@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.checkpoint.saving import save_atomically
-from hf_kprune.cli.commands import main
+from hf_kprune.cli.terminal import main
 from hf_kprune.files import exchange
 from hf_kprune.files.exchange import aside, workplaces
 from hf_kprune.sizes import expected_bytes

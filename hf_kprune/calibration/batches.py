@@ -35,11 +35,8 @@ from ..structure.facts import (
     max_positions,
     to_model,
 )
-from ..structure.hooks import (
-    matrix_flops,
-    part_of,
-    run_to_bottom,
-)
+from ..structure.hooks import part_of, run_to_bottom
+from ..structure.probes import matrix_flops
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .collate import Collator, collate

@@ -15,7 +15,8 @@ from ..errors import UnsupportedArchitectureError, UnsupportedModelError
 from ..processes import together
 from ..structure.checks import prove_projections
 from ..structure.facts import first_run
-from ..structure.hooks import State, Tap, by_token, check_order, only_tokens, outputs_of
+from ..structure.hooks import State, Tap, by_token
+from ..structure.probes import check_order, only_tokens, outputs_of
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .batches import Batch, Calibration, in_float32

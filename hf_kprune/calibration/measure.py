@@ -21,7 +21,8 @@ from ..methods.base import Statistics
 from ..methods.least_squares import Centred, add_products
 from ..processes import together
 from ..structure.facts import in_eval_mode, to_model
-from ..structure.hooks import State, by_token, only_tokens, outputs_of, probed, resumed, run_to_top
+from ..structure.hooks import State, by_token, resumed, run_to_top
+from ..structure.probes import only_tokens, outputs_of, probed
 from ..structure.sublayers import Sublayer
 from ..structure.surgery import in_unit_order
 from ..structure.walk import Walk

@@ -35,10 +35,10 @@ from ..sweep import check_plot
 from .inputs import make_pruner, trying
 from .inspection import inspect
 from .options import DataArguments, SweepArguments
-from .terminal import main, say
+from .output import say
 
 
-__all__ = ["DataArguments", "SweepArguments", "main", "run"]
+__all__ = ["DataArguments", "SweepArguments", "run"]
 
 
 def prune(data: DataArguments, args: KPruneArguments) -> None:

@@ -27,7 +27,7 @@ from ..pruner import KPrunePruner
 from ..structure.facts import PROBLEMS, max_positions
 from .data_files import load_data
 from .options import DataArguments
-from .terminal import say
+from .output import say
 
 
 NO_PIPELINE = {

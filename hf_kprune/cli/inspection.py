@@ -24,7 +24,7 @@ from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.units import UNITS
 from ..text import printable
 from .inputs import trying
-from .terminal import say
+from .output import say
 
 
 def inspect(name: str, verify: bool = False) -> None:

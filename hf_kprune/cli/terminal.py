@@ -12,47 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, KPruneError
-from ..text import printable
+from .output import complain
 from .parser import COMMANDS, as_options, options_of, parse
 
 
 INPUT, INTERRUPT, NO_READER = 2, 130, 141
 """Exit codes: something in the input, Ctrl-C, and nobody who reads what is printed."""
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that speaks, of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: Any) -> None:
-    """Print on the main process, without control characters.
-
-    Raises:
-        BrokenPipeError: If nobody reads the output any more.
-        ArgumentError: If it cannot be written.
-    """
-    if not is_main_process():
-        return
-    try:
-        print(printable(str(text), keep="\n\t"), flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise ArgumentError(
-            f"cannot write to the standard output: {error.strerror}; send it elsewhere"
-        ) from error
-
-
-def complain(message: str) -> None:
-    """A line on the standard error of the main process; lost if that is closed, as there is nowhere else to
-    say so.
-    """
-    if is_main_process():
-        try:
-            print(f"hf-kprune: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
-        except OSError:
-            pass
 
 
 def is_there() -> bool:

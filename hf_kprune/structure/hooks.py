@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import fill, kind_of, parameter_names
+from ..modeling_kprune import fill, parameter_names
 from .sublayers import Sublayer
 
 
@@ -86,7 +86,7 @@ def by_token(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hook(handle: RemovableHandle) -> Iterator[None]:
+def hooked(handle: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:
@@ -148,7 +148,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                         ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
                     )
 
-                stack.enter_context(_hook(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
+                stack.enter_context(hooked(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
             for layer in layers:
                 result = fill(form_of(sublayer), stream, {})
                 stack.enter_context(_forward(layer, lambda *_, result=result, **__: result))
@@ -203,30 +203,19 @@ def run_sublayer(
         note_form(sublayer, output)
 
     with ExitStack() as hooks, resumed(sublayers, position, state):
-        hooks.enter_context(_hook(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
-        hooks.enter_context(_hook(sublayer.layer.register_forward_hook(on_layer)))
+        hooks.enter_context(hooked(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
+        hooks.enter_context(hooked(sublayer.layer.register_forward_hook(on_layer)))
         if block.stream is not None:
             for path in block.stream.split("|"):
                 reader = sublayer.layer.get_submodule(path)
-                hooks.enter_context(_hook(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
-        hooks.enter_context(_hook(sublayer.output.register_forward_hook(on_output)))
+                hooks.enter_context(hooked(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+        hooks.enter_context(hooked(sublayer.output.register_forward_hook(on_output)))
         hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
         if following is None or following.layers is not sublayer.layers:
-            hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end)))
+            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
         elif following.layer is not sublayer.layer:
-            hooks.enter_context(_hook(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
-        for name, later in {
-            s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers
-        }.items():
-            for layer in (
-                later.layers if name not in state.inputs else ()
-            ):  # runs first, but nothing here waits for it
-                template = form_of(later)
-
-                def skip(*args: Any, template: Any = template, **kwargs: Any) -> Any:
-                    return fill(template, _first(args, kwargs), {})
-
-                hooks.enter_context(_forward(layer, skip))
+            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        hooks.enter_context(_passing(sublayers, position, state))
         _run(model, inputs)
 
     output = by_token(seen["output"], seen["input"])
@@ -239,6 +228,26 @@ def run_sublayer(
     inputs_above = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
     held = {} if "above" in seen else {**state.held, sublayer.name: seen["output"]}
     return Tap(stream, by_token(seen["features"], seen["input"]), output, State(inputs_above, held), reads)
+
+
+@contextmanager
+def _passing(sublayers: Sequence[Sublayer], position: int, state: State) -> Iterator[None]:
+    """Let the layers of stacks that run earlier, but are not reached yet, pass their input on."""
+    sublayer = sublayers[position]
+    with ExitStack() as stack:
+        for name, later in {
+            s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers
+        }.items():
+            for layer in (
+                later.layers if name not in state.inputs else ()
+            ):  # runs first, but nothing here waits for it
+                template = form_of(later)
+
+                def skip(*args: Any, template: Any = template, **kwargs: Any) -> Any:
+                    return fill(template, _first(args, kwargs), {})
+
+                stack.enter_context(_forward(layer, skip))
+        yield
 
 
 @contextmanager
@@ -255,7 +264,7 @@ def _reading(
                 if stop and len(reads) == len(paths):
                     raise _Stop
 
-            hooks.enter_context(_hook(sublayer.layer.get_submodule(path).register_forward_pre_hook(see)))
+            hooks.enter_context(hooked(sublayer.layer.get_submodule(path).register_forward_pre_hook(see)))
         yield
 
 
@@ -311,7 +320,7 @@ def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayer: Sublaye
         seen.append(_first(args, kwargs))
         raise _Stop
 
-    with _hook(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+    with hooked(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
         _run(model, inputs)
     return seen[0]
 
@@ -332,116 +341,6 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[
 
     with ExitStack() as hooks:
         for name, sublayer in stacks.items():
-            hooks.enter_context(_hook(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
+            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
         _run(model, inputs)
     return State(tops)
-
-
-@torch.no_grad()
-def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted
-    as 2.
-
-    Experts that lie in one tensor, (E, ..., ...), count for the tokens that are sent to them: a module that
-    holds such tensors is told by an integer argument where each token goes, or gets a row for each. What
-    multiplies no weights is not counted.
-    """
-    total = 0.0
-
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal total
-        arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear) or kind_of(module) == "conv1d":
-            total += (
-                2 * cast(Tensor, weight).numel() * arguments[0].shape[:-1].numel()
-            )  # routers give more than a product
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            total += 2 * module.weight.numel() * output.numel() / module.out_channels
-        elif arguments:
-            routes = [value for value in arguments if value.dtype in (torch.int64, torch.int32)]
-            rows = routes[0].numel() if routes else arguments[0][..., 0].numel()
-            banks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1]
-            total += sum(2 * bank.numel() / len(bank) * rows for bank in banks)
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if next(module.parameters(recurse=False), None) is not None and not isinstance(
-                module, nn.Embedding
-            ):
-                hooks.enter_context(_hook(module.register_forward_hook(count, with_kwargs=True)))
-        model(**inputs)
-    return total
-
-
-@torch.no_grad()
-def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> None:
-    """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run once, in their order."""
-    ran: list[int] = []
-    with ExitStack() as hooks:
-        for place, sublayer in enumerate(sublayers):
-            hooks.enter_context(
-                _hook(sublayer.output.register_forward_hook(lambda *_, place=place: ran.append(place)))
-            )
-        run_to_top(model, inputs, sublayers)
-    for stack in dict.fromkeys(s.stack_name for s in sublayers):
-        expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
-        found = [place for place in ran if sublayers[place].stack_name == stack]
-        if found != expected:
-            names = [sublayers[place].name for place in found]
-            raise UnsupportedArchitectureError(
-                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its family describes "
-                f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "
-                "does the family name its blocks in another order? docs/add_a_family.md"
-            )
-
-
-@contextmanager
-def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
-    """Let `module`, which takes (B, T, D), see the tokens from `start` to `stop` only."""
-
-    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, start:stop], *args[1:])
-
-    with _hook(module.register_forward_pre_hook(narrow)):
-        yield
-
-
-@contextmanager
-def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place
-    in `sublayers`.
-
-    With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c =
-    1, the gradient to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
-    """
-    features: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for place, sublayer in enumerate(sublayers):
-
-            def show(_: nn.Module, args: tuple[Any, ...], place: int = place) -> tuple[Any, ...]:
-                tensor = args[0]
-                if (
-                    torch.is_grad_enabled() and not tensor.requires_grad
-                ):  # the lowest one, where the graph begins
-                    tensor = tensor.detach().requires_grad_()
-                features[place] = tensor
-                return (tensor, *args[1:])
-
-            stack.enter_context(_hook(sublayer.output.register_forward_pre_hook(show)))
-        yield features
-
-
-@contextmanager
-def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place
-    in `sublayers`."""
-    outputs: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for place, sublayer in enumerate(sublayers):
-
-            def note(_: nn.Module, args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
-                outputs[place] = output
-
-            stack.enter_context(_hook(sublayer.output.register_forward_hook(note)))
-        yield outputs

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
 from .facts import evaluation_copy, floats, to_model
-from .hooks import State, check_order, resumed, run_sublayer, run_to_top
+from .hooks import State, resumed, run_sublayer, run_to_top
+from .probes import check_order
 from .sublayers import Sublayer, find_sublayers
 from .surgery import cut_twin, twin, with_own_tables
 from .surroundings import quiet

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .facts import first_run, to_model
-from .hooks import only_tokens
+from .probes import only_tokens
 from .proof import prove_carrying
 from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
 from .surgery import with_own_tables

@@ -1,0 +1,125 @@
+"""What hooks see of a forward pass: features, outputs, the order of sublayers, FLOPs. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import kind_of
+from .hooks import hooked, run_to_top
+from .sublayers import Sublayer
+
+
+@torch.no_grad()
+def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted
+    as 2.
+
+    Experts that lie in one tensor, (E, ..., ...), count for the tokens that are sent to them: a module that
+    holds such tensors is told by an integer argument where each token goes, or gets a row for each. What
+    multiplies no weights is not counted.
+    """
+    total = 0.0
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal total
+        arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) or kind_of(module) == "conv1d":
+            total += (
+                2 * cast(Tensor, weight).numel() * arguments[0].shape[:-1].numel()
+            )  # routers give more than a product
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            total += 2 * module.weight.numel() * output.numel() / module.out_channels
+        elif arguments:
+            routes = [value for value in arguments if value.dtype in (torch.int64, torch.int32)]
+            rows = routes[0].numel() if routes else arguments[0][..., 0].numel()
+            banks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1]
+            total += sum(2 * bank.numel() / len(bank) * rows for bank in banks)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None and not isinstance(
+                module, nn.Embedding
+            ):
+                hooks.enter_context(hooked(module.register_forward_hook(count, with_kwargs=True)))
+        model(**inputs)
+    return total
+
+
+@torch.no_grad()
+def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> None:
+    """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run once, in their order."""
+    ran: list[int] = []
+    with ExitStack() as hooks:
+        for place, sublayer in enumerate(sublayers):
+            hooks.enter_context(
+                hooked(sublayer.output.register_forward_hook(lambda *_, place=place: ran.append(place)))
+            )
+        run_to_top(model, inputs, sublayers)
+    for stack in dict.fromkeys(s.stack_name for s in sublayers):
+        expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
+        found = [place for place in ran if sublayers[place].stack_name == stack]
+        if found != expected:
+            names = [sublayers[place].name for place in found]
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its family describes "
+                f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "
+                "does the family name its blocks in another order? docs/add_a_family.md"
+            )
+
+
+@contextmanager
+def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
+    """Let `module`, which takes (B, T, D), see the tokens from `start` to `stop` only."""
+
+    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, start:stop], *args[1:])
+
+    with hooked(module.register_forward_pre_hook(narrow)):
+        yield
+
+
+@contextmanager
+def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
+    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place
+    in `sublayers`.
+
+    With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c =
+    1, the gradient to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
+    """
+    features: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, sublayer in enumerate(sublayers):
+
+            def show(_: nn.Module, args: tuple[Any, ...], place: int = place) -> tuple[Any, ...]:
+                tensor = args[0]
+                if (
+                    torch.is_grad_enabled() and not tensor.requires_grad
+                ):  # the lowest one, where the graph begins
+                    tensor = tensor.detach().requires_grad_()
+                features[place] = tensor
+                return (tensor, *args[1:])
+
+            stack.enter_context(hooked(sublayer.output.register_forward_pre_hook(show)))
+        yield features
+
+
+@contextmanager
+def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
+    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place
+    in `sublayers`."""
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, sublayer in enumerate(sublayers):
+
+            def note(_: nn.Module, args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
+                outputs[place] = output
+
+            stack.enter_context(hooked(sublayer.output.register_forward_hook(note)))
+        yield outputs
