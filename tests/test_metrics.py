@@ -35,6 +35,9 @@ from hf_kprune.calibration.tasks import task_of
 from hf_kprune.cli.terminal import main
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 def figures(model: Any, scores: Any, labels: Any) -> dict[str, float]:
     compute = metrics_of(model)
     assert compute is not None

@@ -49,6 +49,9 @@ from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 LAYERS, HEADS, NEURONS, WIDTH, HEAD_SIZE = 3, 4, 12, 16, 4
 
 

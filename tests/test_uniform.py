@@ -20,6 +20,9 @@ from hf_kprune.methods.search import uniform_search
 from hf_kprune.structure.sublayers import find_sublayers
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 Record = Callable[[str, object], None]
 STOCK = [
     name
