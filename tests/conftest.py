@@ -69,9 +69,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture
 def one_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the default method not try several splits of the budget, which takes most of its time on a tiny model."""
-    from hf_kprune.methods import METHODS
+    from hf_kprune.methods.surgeon import Surgeon
 
-    monkeypatch.setattr(METHODS["obs"], "exponents", (1.0,))
+    monkeypatch.setattr(Surgeon, "exponents", (1.0,))
 
 
 @pytest.fixture(scope="session")
