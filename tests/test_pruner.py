@@ -854,7 +854,12 @@ def lora(model: PreTrainedModel) -> Any:
 
 
 def injected(model: PreTrainedModel) -> Any:
-    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    try:
+        model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    except ValueError as error:  # the newest transformers may ask for a peft that is not out yet
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     return model
 
 
