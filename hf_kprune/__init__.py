@@ -7,7 +7,7 @@ from .arguments import KPruneArguments
 from .budgets import BudgetWarning
 from .callbacks import KPruneCallback
 from .checkpoint.legacy import from_legacy
-from .checkpoint.saving import install
+from .checkpoint.patches import install
 from .errors import (
     ArgumentError,
     BudgetError,

@@ -4,11 +4,12 @@
     |-- ArgumentError                   an option, or a combination of options, that cannot be
     |-- BudgetError                     a sparsity that the model and the options cannot reach
     |-- CalibrationError                calibration data that cannot be used
+    |-- CheckpointError                 a saved model that contradicts itself
     `-- UnsupportedModelError           a model that cannot be pruned as it is
         `-- UnsupportedArchitectureError    a model whose layers are not described
 
-CheckpointError, for a saved model that contradicts itself, lives in modeling_kprune.py, which travels alone. It is looked
-up there when it is asked for, so that this module takes no library.
+CheckpointError lives in modeling_kprune.py, which travels alone and cannot know its base. It is looked up there
+and given it when it is asked for, so that this module takes no library.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ __all__ = [
 
 class KPruneError(ValueError):
     """Base of what hf_kprune raises for input it refuses."""
+
+    __slots__ = ()  # so that it can become the base of a class that was made with ValueError as its base
 
 
 class ArgumentError(KPruneError):
@@ -58,4 +61,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .modeling_kprune import CheckpointError
 
+    CheckpointError.__bases__ = (KPruneError,)
     return CheckpointError

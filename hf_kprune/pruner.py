@@ -23,7 +23,7 @@ from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, Progres
 from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
 from .checkpoint.loading import check_is_model, load_model, load_tokenizer
 from .checkpoint.sentence_folder import card_of
-from .errors import ArgumentError, CheckpointError, KPruneError
+from .errors import ArgumentError, KPruneError
 from .hyperparameters import Search
 from .preparation import Run, bare_model, describe_units, warn_of
 from .processes import together
@@ -325,7 +325,7 @@ class KPrunePruner:
         try:
             with one_run(self):
                 path = write(self, output_dir)
-        except (KPruneError, CheckpointError) as error:
+        except KPruneError as error:
             if self.report is None:
                 raise
             advice = (

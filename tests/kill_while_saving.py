@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
-from hf_kprune.files.exchange import aside, workplaces
+from hf_kprune.files.contents import workplaces
+from hf_kprune.files.exchange import aside
 
 
 NOT_REACHED, FAILED, BROKEN = 3, 4, 5

@@ -56,7 +56,9 @@ from hf_kprune import (
     UnsupportedModelError,
     modeling_kprune,
 )
-from hf_kprune.checkpoint.saving import install, save_atomically
+from hf_kprune.checkpoint.exporters import EXPORTERS
+from hf_kprune.checkpoint.patches import install
+from hf_kprune.checkpoint.saving import save_atomically
 from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -887,7 +889,7 @@ def test_an_exception_leaves_what_was_there(
     if stage == "save_pretrained":
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
     elif stage == "verify":
-        monkeypatch.setattr("hf_kprune.checkpoint.saving.verify", fail)
+        monkeypatch.setitem(EXPORTERS, "native", EXPORTERS["native"]._replace(verify=fail))
     with pytest.raises(KeyboardInterrupt):
         save_atomically(model, str(out), "50GB", fail if stage == "add" else lambda _: None)
     assert files(tmp_path) == {"out/mine": b"old"}

@@ -136,6 +136,7 @@ def test_values_that_cannot_be_are_refused_by_name(name: str, value: Any) -> Non
 
 def test_errors_are_a_tree_of_value_errors() -> None:
     for name, error in public(errors).items():
+        assert issubclass(error, errors.KPruneError), name
         assert issubclass(error, ValueError), name
         assert error.__doc__, name
         assert name in (errors.__doc__ or ""), f"{name} is missing in the tree that errors.py draws"

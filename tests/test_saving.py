@@ -30,8 +30,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.checkpoint.saving import save_atomically
 from hf_kprune.cli.terminal import main
-from hf_kprune.files import exchange
-from hf_kprune.files.exchange import aside, workplaces
+from hf_kprune.files import exchange, workplace
+from hf_kprune.files.contents import workplaces
+from hf_kprune.files.exchange import aside
 from hf_kprune.sizes import expected_bytes
 from hf_kprune.state import write_beside
 
@@ -382,7 +383,7 @@ def test_a_plan_of_moves_that_leads_elsewhere_is_not_followed(tmp_path: Path) ->
     _, inside = workplaces(out)
     for name in ("../../secret", str(tmp_path / "secret"), 3):
         (inside / "new").mkdir(parents=True, exist_ok=True)
-        (inside / exchange.READY).write_text(json.dumps({"old": [name], "new": []}))
+        (inside / workplace.READY).write_text(json.dumps({"old": [name], "new": []}))
         with pytest.raises(CheckpointError, match="is not what this program wrote"):
             AutoModelForSequenceClassification.from_pretrained(out)
     assert (tmp_path / "secret").read_text() == "key"

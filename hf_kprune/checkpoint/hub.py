@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError
+from ..files.contents import is_card
 from ..files.destination import as_text
-from ..files.exchange import is_card
 from ..modeling_kprune import HOW_TO_LOAD, is_pruned
 from ..report import PruningReport, in_words
 from ..text import in_markdown, printable, public_name
@@ -76,21 +76,20 @@ def as_list(value: str | list[str] | None) -> list[str]:
 
 
 def check_card_place(directory: Any, overwrite: bool) -> Path:
-    """Where a model card is written. Raises `ArgumentError` if something else is there that `overwrite` does not give up."""
+    """Where a model card is written. Raises `ArgumentError` if something else is there that `overwrite` does
+    not give up.
+    """
     path = Path(as_text(directory), "README.md")
     if not path.parent.is_dir():
         raise ArgumentError(
             f"output_dir {str(directory)!r} is no directory; save the model there first, or name another"
         )
-    if (
-        path.is_dir()
-        or path.exists()
-        and "hf_kprune" not in path.read_text("utf-8", "replace").split("\n---")[0]
-    ):
-        if path.is_dir() or not (overwrite and is_card(path)):
-            raise ArgumentError(
-                f"{str(path)!r} is not a model card of hf_kprune; move it elsewhere, or name another output_dir"
-            )
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    foreign = path.exists() and "hf_kprune" not in text.split("\n---")[0]
+    if path.is_dir() or (foreign and not (overwrite and is_card(path))):
+        raise ArgumentError(
+            f"{str(path)!r} is not a model card of hf_kprune; move it elsewhere, or name another output_dir"
+        )
     return path
 
 
@@ -102,7 +101,8 @@ def check_push(args: KPruneArguments, path: str | None, token: str | None = None
         )
     if not (token or args.hub_token or get_token()):
         raise ArgumentError(
-            "push_to_hub is asked for, but there is no token: run hf auth login, set HF_TOKEN, or pass hub_token"
+            "push_to_hub is asked for, but there is no token: run hf auth login, set HF_TOKEN, or pass "
+            "hub_token"
         )
     if args.hub_model_id is not None or path is not None:
         name = repository_name(args, path)
@@ -128,7 +128,9 @@ def push_folder(
     revision: str | None,
     **kwargs: Any,
 ) -> Any:
-    """Upload a saved checkpoint to `args.hub_model_id` (default: the name of the folder), made if it does not exist."""
+    """Upload a saved checkpoint to `args.hub_model_id` (default: the name of the folder), made if it does not
+    exist.
+    """
     revision = revision or args.hub_revision
     api = HfApi(token=token or args.hub_token)
     repository = api.create_repo(

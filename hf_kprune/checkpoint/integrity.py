@@ -1,4 +1,5 @@
-"""What a load does not look at: whether the weight files of a checkpoint are, byte by byte, those that were saved.
+"""What a load does not look at: whether the weight files of a checkpoint are, byte by byte, those that were
+saved.
 
 The record that it is compared with is `kprune_weights` in config.json, see `modeling_kprune.record_weights`.
 """
@@ -24,8 +25,8 @@ def verify_weights(name: str) -> list[str]:
         name: A directory or a name on the Hub.
 
     Raises:
-        CheckpointError: If a file is not the one that was saved, or if there is no record and a file holds NaN, Inf or
-            integers.
+        CheckpointError: If a file is not the one that was saved, or if there is no record and a file holds
+            NaN, Inf or integers.
     """
     record: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0].get(RECORD) or {}
     if not record:
@@ -34,8 +35,9 @@ def verify_weights(name: str) -> list[str]:
         if remarks:
             raise CheckpointError(f"{name} is damaged: {'; '.join(remarks)}")
         return [
-            "there is no record of the weights in config.json: they were saved without hf_kprune, by one of before there was "
-            f"a record, or written otherwise; {len(files)} files hold no NaN, no Inf and no integers"
+            "there is no record of the weights in config.json: they were saved without hf_kprune, by one of "
+            f"before there was a record, or written otherwise; {len(files)} files hold no NaN, no Inf and no "
+            "integers"
         ]
     damages, lines = [], list[str]()
     for file, entry in record.items():

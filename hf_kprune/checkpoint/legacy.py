@@ -1,7 +1,9 @@
-"""Old checkpoints: heads pruned by `prune_heads` of transformers 2 to 4, and FFNs narrower than their config says.
+"""Old checkpoints: heads pruned by `prune_heads` of transformers 2 to 4, and FFNs narrower than their config
+says.
 
-transformers 5 knows no `config.pruned_heads` and builds the dense model. Here, the sizes of the tensors are what counts: they
-are written into the config as a plan, and from there on everything is as for a pruned checkpoint.
+transformers 5 knows no `config.pruned_heads` and builds the dense model. Here, the sizes of the tensors are
+what counts: they are written into the config as a plan, and from there on everything is as for a pruned
+checkpoint.
 """
 
 from __future__ import annotations
@@ -27,20 +29,23 @@ WEIGHT_OPTIONS = ("use_safetensors", "variant")
 def from_legacy(
     path_or_name: str | os.PathLike[str], model_class: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Open a checkpoint whose heads were pruned by transformers 2 to 4, or whose FFNs are narrower than its config says.
+    """Open a checkpoint whose heads were pruned by transformers 2 to 4, or whose FFNs are narrower than its
+    config says.
 
-    Such are those of `prune_heads`, nn_pruning and TextPruner. The model that comes back is a pruned one: `save_pretrained`
-    saves it in today's format, which `from_pretrained` loads.
+    Such are those of `prune_heads`, nn_pruning and TextPruner. The model that comes back is a pruned one:
+    `save_pretrained` saves it in today's format, which `from_pretrained` loads.
 
     Args:
         path_or_name: A directory or a name on the Hub.
-        model_class: A model class or an AutoModel class. Unset: what the config names, the base model if it names none.
+        model_class: A model class or an AutoModel class. Unset: what the config names, the base model if it
+            names none.
         kwargs: Of `from_pretrained`.
 
     Raises:
         ArgumentError: If the checkpoint is in today's format already.
         CheckpointError: If its config and its weights contradict each other.
-        UnsupportedModelError: If its layers are of a kind that transformers lacks, or that no family describes.
+        UnsupportedModelError: If its layers are of a kind that transformers lacks, or that no family
+            describes.
 
     Example:
 
@@ -72,13 +77,15 @@ def from_legacy(
 def planned(
     name: str, model_class: Any, config: Any, new_heads: bool, where: dict[str, Any]
 ) -> PreTrainedConfig:
-    """The config with a plan of the sizes that the tensors have, which transformers is asked for: it knows their names.
+    """The config with a plan of the sizes that the tensors have, which transformers is asked for: it knows
+    their names.
 
     Args:
         name: Of the checkpoint.
         model_class: As in `from_legacy`.
         config: Of the dense model.
-        new_heads: Whether tensors outside the layers may be of another size, as `ignore_mismatched_sizes` says.
+        new_heads: Whether tensors outside the layers may be of another size, as `ignore_mismatched_sizes`
+            says.
         where: Options for finding the weights.
     """
     verbosity = logging.get_verbosity()
@@ -95,8 +102,9 @@ def planned(
     lost = [key for key in info["missing_keys"] if key.startswith(inside)]
     if lost:
         raise CheckpointError(
-            f"{name}: {len(lost)} tensors of the layers are not in the weight files, such as {min(lost)}; layers that lost "
-            f"more than heads and neurons (biases, projections) or are named otherwise cannot be read"
+            f"{name}: {len(lost)} tensors of the layers are not in the weight files, such as {min(lost)}; "
+            "layers that lost more than heads and neurons (biases, projections) or are named otherwise "
+            "cannot be read"
         )
     expected = {key: list(value.shape) for key, value in dense.state_dict().items()}
     found = {key: list(shape) for key, shape in expected.items()}
@@ -112,7 +120,8 @@ def planned(
     if wrong:
         key = min(wrong)
         raise CheckpointError(
-            f"{name}: {key} is {found[key]} in the weight files, {expected.get(key)} by config.json and the tensors beside it"
+            f"{name}: {key} is {found[key]} in the weight files, {expected.get(key)} by config.json and the "
+            "tensors beside it"
         )
     # a block that lost nothing stays out of the plan: T5's tables of positions stay shared
     write_plan([s for s in sublayers if any(units not in (None, s.plan["of"]) for units in s.plan["kept"])])
@@ -122,7 +131,9 @@ def planned(
 
 
 def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, set[int]]]:
-    """What `pruned_heads` says, by the identity of the model whose config it is in: layer to heads that are gone."""
+    """What `pruned_heads` says, by the identity of the model whose config it is in: layer to heads that are
+    gone.
+    """
     told = {}
     for owner in {id(s.owner): s.owner for s in sublayers}.values():
         entry = getattr(owner.config, "pruned_heads", None) or {}
@@ -141,8 +152,8 @@ def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, 
         strange = [(i, head) for i, heads in gone.items() for head in heads if not 0 <= head < of.get(i, 0)]
         if strange:
             raise CheckpointError(
-                f"{name}: pruned_heads names head {min(strange)[1]} of layer {min(strange)[0]}; there are {len(of)} layers "
-                f"of {max(of.values(), default=0)} heads"
+                f"{name}: pruned_heads names head {min(strange)[1]} of layer {min(strange)[0]}; there are "
+                f"{len(of)} layers of {max(of.values(), default=0)} heads"
             )
         told[id(owner)] = gone
     return told
@@ -156,7 +167,8 @@ def narrow(
     found: dict[str, list[int]],
     expected: dict[str, list[int]],
 ) -> None:
-    """Write into the plan of `s` how many units its output projection has in `found`, and into `expected` what follows.
+    """Write into the plan of `s` how many units its output projection has in `found`, and into `expected`
+    what follows.
 
     Args:
         name: Of the checkpoint.
@@ -171,8 +183,8 @@ def narrow(
     units, rest = divmod(columns, s.unit_width)
     if rest or units > s.plan["of"]:
         raise CheckpointError(
-            f"{name}: {layer}.{s.block.output} has {columns} columns in the weight files, expected a multiple of "
-            f"{s.unit_width} and at most {s.plan['of'] * s.unit_width}"
+            f"{name}: {layer}.{s.block.output} has {columns} columns in the weight files, expected a "
+            f"multiple of {s.unit_width} and at most {s.plan['of'] * s.unit_width}"
         )
     if s.unit.has_heads:
         left = [head for head in range(s.plan["of"] * s.plan["heads"]) if head not in gone]

@@ -1,7 +1,9 @@
-"""What a model was before it came here: the cuts that were made in it, the oldest first, from the dense model on.
+"""What a model was before it came here: the cuts that were made in it, the oldest first, from the dense model
+on.
 
-They are kept as `history` in the plan of the config, and follow from the report that lies beside a model whose config has
-no plan (a uniform one). An entry is what `PruningReport.cut` gives; an empty one is a cut of which no record is left.
+They are kept as `history` in the plan of the config, and follow from the report that lies beside a model
+whose config has no plan (a uniform one). An entry is what `PruningReport.cut` gives; an empty one is a cut of
+which no record is left.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def earlier_cuts(model: PreTrainedModel, report: PruningReport | None = None) ->
 
 
 def report_beside(model: PreTrainedModel) -> PruningReport | None:
-    """The report in the folder, or the part of the Hub's cache, that a model was loaded from; None if there is none."""
+    """The report in the folder, or the part of the Hub's cache, that a model was loaded from; None if there
+    is none.
+    """
     if not model.config.name_or_path:
         return None
     options: dict[str, Any] = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}

@@ -33,11 +33,13 @@ TOKENIZER_FILES = (
 
 
 def check_stock(config: Any, name: str) -> None:
-    """Refuse a config that names code of its own: by name alone none is run, and the stock class would be another model."""
+    """Refuse a config that names code of its own: by name alone none is run, and the stock class would be
+    another model.
+    """
     if brings_code(config):
         raise ArgumentError(
-            f"{name or 'the model'} brings model code of its own, which is not run unless you ask for it: load the model by "
-            "an AutoModel class with trust_remote_code=True and give it to KPrunePruner"
+            f"{name or 'the model'} brings model code of its own, which is not run unless you ask for it: "
+            "load the model by an AutoModel class with trust_remote_code=True and give it to KPrunePruner"
         )
 
 
@@ -49,8 +51,8 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     found = getattr(transformers, config.architectures[0], None)
     if found is None:
         raise ArgumentError(
-            f"the config of {config.name_or_path or 'the model'} names the architecture {config.architectures[0]!r}, which "
-            "transformers lacks; load the model yourself"
+            f"the config of {config.name_or_path or 'the model'} names the architecture "
+            f"{config.architectures[0]!r}, which transformers lacks; load the model yourself"
         )
     return cast(type[PreTrainedModel], found)
 
@@ -67,8 +69,8 @@ def load_model(name: str) -> PreTrainedModel:
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         warnings.warn(
-            f"{name} has no weights for {len(names)} tensors of {kind.__name__}, such as {names[0]}, which are random "
-            "now; load it with the class that it was saved by",
+            f"{name} has no weights for {len(names)} tensors of {kind.__name__}, such as {names[0]}, which "
+            "are random now; load it with the class that it was saved by",
             stacklevel=2,
         )
     return cast(PreTrainedModel, model)
@@ -82,20 +84,24 @@ def reading(name: str) -> Iterator[None]:
     except OSError as error:
         if os.path.isdir(name):
             raise ArgumentError(
-                f"cannot load the model in {name!r}: a file of it is missing or damaged; save or download it again"
+                f"cannot load the model in {name!r}: a file of it is missing or damaged; save or download it "
+                "again"
             ) from error
         raise ArgumentError(
-            f"there is no directory {name!r}, and no such model could be fetched from the Hub; check the name, the "
-            "connection, and, if it is private, hf auth login"
+            f"there is no directory {name!r}, and no such model could be fetched from the Hub; check the "
+            "name, the connection, and, if it is private, hf auth login"
         ) from error
 
 
 def check_place(name: str) -> None:
-    """Raise `ArgumentError` for a path where there is no model, which would be taken for a name on the Hub otherwise."""
+    """Raise `ArgumentError` for a path where there is no model, which would be taken for a name on the Hub
+    otherwise.
+    """
     path = Path(name).expanduser()
     if os.path.isfile(path):
         raise ArgumentError(
-            f"{name!r} is a file, expected the directory of a model, with its config.json, or a name on the Hub"
+            f"{name!r} is a file, expected the directory of a model, with its config.json, or a name on the "
+            "Hub"
         )
     if os.path.isdir(path):
         if not any(
@@ -109,7 +115,9 @@ def check_place(name: str) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer saved with a model; None if there is none, where transformers would make one without words."""
+    """Load the tokenizer saved with a model; None if there is none, where transformers would make one without
+    words.
+    """
     with quiet():
         folder = read_folder(name)
         name = name if folder is None else folder.transformer

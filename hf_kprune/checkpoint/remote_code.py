@@ -1,9 +1,10 @@
-"""Models whose code is not that of transformers: it travels with the checkpoint, and each class gets a narrowed one beside it.
+"""Models whose code is not that of transformers: it travels with the checkpoint, and each class gets a
+narrowed one beside it.
 
-A repository names its own classes in `config.auto_map`, as {"AutoModel": "modeling_own.OwnModel"}. In a pruned checkpoint
-the entry is "kprune_modeling_own.OwnModel": that file makes, of the class in modeling_own.py, one that is shrunk to the plan.
-Stock classes have theirs in modeling_kprune.py itself. With `import hf_kprune` neither of them is read: the entry is
-"modeling_own.OwnModel" again, or none.
+A repository names its own classes in `config.auto_map`, as {"AutoModel": "modeling_own.OwnModel"}. In a
+pruned checkpoint the entry is "kprune_modeling_own.OwnModel": that file makes, of the class in
+modeling_own.py, one that is shrunk to the plan. Stock classes have theirs in modeling_kprune.py itself. With
+`import hf_kprune` neither of them is read: the entry is "modeling_own.OwnModel" again, or none.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from .modeling_kprune import narrowed
 
 
 def auto_classes() -> dict[str, Any]:
-    """The `AutoModel...` classes of transformers, by name, with the table of each: model type to class name or names."""
+    """The `AutoModel...` classes of transformers, by name, with the table of each: model type to class name
+    or names.
+    """
     found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
@@ -39,9 +42,11 @@ def auto_classes() -> dict[str, Any]:
 
 
 def stock_entries(config: Any) -> dict[str, str]:
-    """`AutoModel...` class name to class in modeling_kprune.py, for every auto class that has this model type.
+    """`AutoModel...` class name to class in modeling_kprune.py, for every auto class that has this model
+    type.
 
-    A class that no table has is under the auto class of its task: `MllamaForCausalLM` under `AutoModelForCausalLM`.
+    A class that no table has is under the auto class of its task: `MllamaForCausalLM` under
+    `AutoModelForCausalLM`.
     """
     tables = {
         name: table[config.model_type] for name, table in auto_classes().items() if config.model_type in table
@@ -84,7 +89,9 @@ def brings_code(config: Any) -> bool:
 
 
 def write_auto_map(config: Any, directory: Path) -> dict[str, Any]:
-    """The `auto_map` of a pruned checkpoint in `directory`, where its code is; writes the file of each narrowed class."""
+    """The `auto_map` of a pruned checkpoint in `directory`, where its code is; writes the file of each
+    narrowed class.
+    """
     entries = dense_auto_map(config)
     if not brings_code(config):
         return {**entries, **stock_entries(config)}
@@ -113,13 +120,14 @@ def check_code_is_used(model: PreTrainedModel, name: Any) -> None:
     if is_pruned(model.config) and brings_code(model.config) and is_stock(model):
         autos = ", ".join(auto for auto in dense_auto_map(model.config) if auto.startswith("AutoModel"))
         raise CheckpointError(
-            f"{name} brings code of its own, without which {type(model).__name__} would compute something else: load it with "
-            f"trust_remote_code=True, and one of {autos}"
+            f"{name} brings code of its own, without which {type(model).__name__} would compute something "
+            f"else: load it with trust_remote_code=True, and one of {autos}"
         )
 
 
 def check_code_travels(model: PreTrainedModel) -> None:
-    """Warn of a model whose class is in no checkpoint: whoever loads it needs that class, as for the dense model.
+    """Warn of a model whose class is in no checkpoint: whoever loads it needs that class, as for the dense
+    model.
 
     Raises `ArgumentError` if its code is meant to travel (`register_for_auto_class`) and is in no file.
     """
@@ -132,8 +140,8 @@ def check_code_travels(model: PreTrainedModel) -> None:
         return
     if not kind.is_remote_code():
         warnings.warn(
-            f"{name} is a class of {kind.__module__}, not of transformers: the checkpoint loads by {name}.from_pretrained "
-            f"where that class is at hand; to let its code travel with it, {advice}",
+            f"{name} is a class of {kind.__module__}, not of transformers: the checkpoint loads by "
+            f"{name}.from_pretrained where that class is at hand; to let its code travel with it, {advice}",
             stacklevel=2,
         )
     elif kind.__module__ == "__main__" or not getattr(module, "__file__", None):

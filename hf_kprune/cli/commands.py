@@ -23,7 +23,7 @@ from ..checkpoint.hub import check_push
 from ..checkpoint.legacy import from_legacy
 from ..checkpoint.loading import load_tokenizer
 from ..checkpoint.saving import save_atomically
-from ..errors import ArgumentError, CheckpointError, KPruneError
+from ..errors import ArgumentError, KPruneError
 from ..modeling_kprune import is_pruned
 from ..progress import quiet
 from ..pruner import KPrunePruner
@@ -128,13 +128,13 @@ def save(pruner: KPrunePruner, path: str) -> None:
     """
     try:
         return pruner.save_model(path)
-    except (KPruneError, CheckpointError) as error:
+    except KPruneError as error:
         first = error.__cause__ or error  # without the advice for those who write Python
     name = f"{Path(path).resolve().name[:32]}-{os.getpid()}"
     for place in (str(Path(path).resolve().with_name(name)), str(Path(tempfile.gettempdir(), name))):
         try:
             pruner.save_model(place)
-        except (KPruneError, CheckpointError):
+        except KPruneError:
             continue  # the error says why the first place failed
         raise ArgumentError(f"{first}; the pruned model was saved to {place!r} instead") from first
     raise first

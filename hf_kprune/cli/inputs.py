@@ -20,7 +20,7 @@ from ..calibration.metrics import ALIASES, QA_COLUMNS, named_metric
 from ..calibration.sources import text_columns
 from ..calibration.tasks import needs_targets, task_of
 from ..checkpoint.loading import check_place, check_stock, load_model, load_tokenizer, reading
-from ..errors import ArgumentError, CheckpointError, KPruneError
+from ..errors import ArgumentError, KPruneError
 from ..processes import together
 from ..progress import quiet
 from ..pruner import KPrunePruner
@@ -161,7 +161,7 @@ def trying(what: str) -> Iterator[None]:
     """Turn what libraries raise for a name, file or directory that they refuse into an `ArgumentError`."""
     try:
         yield
-    except (KPruneError, CheckpointError):
+    except KPruneError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ArgumentError(f"cannot {what}: {error}") from error

@@ -226,7 +226,7 @@ class Listing(argparse.Action):
         super().__init__(**kwargs)
         self.item = item
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, _: str | None = None) -> None:
         try:
             parts = [part.strip() for part in ",".join(values).replace(",,", ",").split(",")]
             items = [self.item(part) for part in parts if part]

@@ -37,7 +37,7 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, as it stays open
         reconfigure = getattr(getattr(sys, name), "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
@@ -85,18 +85,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[], None] | None = No
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at its end
         return NO_READER
-    except ValueError as error:
-        if not is_refusal(error):
-            raise
+    except KPruneError as error:
         code, message = INPUT, f"error: {as_options(str(error), names)}"
     complain(message)
     return code
-
-
-def is_refusal(error: ValueError) -> bool:
-    """Whether an error is one of ours, for the user, and no bug."""
-    if isinstance(error, KPruneError):
-        return True
-    from ..errors import CheckpointError  # takes libraries, which are there if it was raised
-
-    return isinstance(error, CheckpointError)

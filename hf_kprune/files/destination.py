@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, CheckpointError
-from .exchange import NAMES, check_contents, is_empty, reason, recover, workplaces
+from ..errors import ArgumentError, KPruneError
+from .contents import NAMES, check_contents, is_empty, reason, workplaces
+from .exchange import recover
 
 
 def check_destination(
@@ -22,14 +23,15 @@ def check_destination(
     Args:
         path: Text or a path.
         overwrite: Whether a checkpoint that is there may be replaced. Other files stay in any case.
-        read_from: Files and directories that model and data were read from. What is no path of this machine is passed over.
+        read_from: Files and directories that model and data were read from. What is no path of this machine
+            is passed over.
         size: Bytes that the checkpoint will take; 0 if that is not known.
 
     Raises:
-        ArgumentError: If the path is no path, or blank; if it is the home directory, the root of the file system, a parent of
-            one of these or of the current directory, or the current directory itself while something is in it; if it holds
-            what was read, or, without `overwrite`, anything; with it, files that only look like a checkpoint's; if it cannot
-            be written or has no room.
+        ArgumentError: If the path is no path, or blank; if it is the home directory, the root of the file
+            system, a parent of one of these or of the current directory, or the current directory itself
+            while something is in it; if it holds what was read, or, without `overwrite`, anything; with it,
+            files that only look like a checkpoint's; if it cannot be written or has no room.
         CheckpointError: If another process writes there, or what a killed one left cannot be completed.
     """
     text = as_text(path)
@@ -41,13 +43,13 @@ def check_destination(
         check_not_read(text, target, read_from)
         free = probe(target)
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, (ArgumentError, CheckpointError)):
+        if isinstance(error, KPruneError):
             raise
         raise ArgumentError(f"cannot write to {text!r}: {reason(error)}; name another directory") from error
     if free is not None and size > free:
         raise ArgumentError(
-            f"cannot write to {text!r}: the checkpoint takes about {size:,.0f} bytes, {free:,} are free there; "
-            "make room, or name another directory"
+            f"cannot write to {text!r}: the checkpoint takes about {size:,.0f} bytes, {free:,} are free "
+            "there; make room, or name another directory"
         )
     return text
 
@@ -69,13 +71,15 @@ def as_text(path: Any) -> str:
 
 
 def resolve(text: str) -> Path:
-    """The directory itself, absolute, where symbolic links lead to. Raises `ArgumentError` if one leads nowhere."""
+    """The directory itself, absolute, where symbolic links lead to. Raises `ArgumentError` if one leads
+    nowhere.
+    """
     target = Path(text).resolve()
     for place in (Path(text), *Path(text).parents):
         if place.is_symlink() and not place.exists():
             raise ArgumentError(
-                f"output_dir {text!r}: {str(place)!r} is a symbolic link to {os.readlink(place)!r}, which does not exist; "
-                "make that directory, or name another"
+                f"output_dir {text!r}: {str(place)!r} is a symbolic link to {os.readlink(place)!r}, which "
+                "does not exist; make that directory, or name another"
             )
     return target
 
@@ -100,7 +104,8 @@ def refuse_roots(text: str, target: Path) -> None:
     else:
         return
     raise ArgumentError(
-        f"output_dir {text!r} is {what}, expected a directory of its own, such as {str(Path(text, 'pruned'))!r}"
+        f"output_dir {text!r} is {what}, expected a directory of its own, such as "
+        f"{str(Path(text, 'pruned'))!r}"
     )
 
 
@@ -128,7 +133,8 @@ def origins(*things: Any) -> list[str]:
 
 
 def probe(target: Path) -> int | None:
-    """Write next to nothing where `target` is to be, as permissions do not tell, and return the bytes that are free there.
+    """Write next to nothing where `target` is to be, as permissions do not tell, and return the bytes that
+    are free there.
 
     None if the file system does not tell. Raises `OSError` if it cannot be written.
     """

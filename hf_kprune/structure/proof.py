@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, KPruneError, UnsupportedArchitectureError
+from ..errors import KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
 from .facts import evaluation_copy, floats, to_model
 from .hooks import State, resumed, run_sublayer, run_to_top
@@ -154,7 +154,7 @@ def step(what: str, meaning: str = "it does not run then, as the error above sho
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, KPruneError | CheckpointError) else meaning
+        reason = str(error) if isinstance(error, KPruneError) else meaning
         raise UnsupportedArchitectureError(f"{what}: {reason}" if what else reason) from error
 
 

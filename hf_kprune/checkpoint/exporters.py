@@ -1,0 +1,110 @@
+"""The formats that a model is saved in: what writes each, and what reads it back and compares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from .. import modeling_kprune
+from ..errors import CheckpointError
+from ..modeling_kprune import is_pruned
+from .remote_code import is_stock, split, write_auto_map
+
+
+def write(model: PreTrainedModel, directory: str, max_shard_size: str) -> None:
+    """Write a model with its config. patches.py adds to it what a model with a plan needs."""
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+
+
+def verify_tensors(model: PreTrainedModel, directory: str) -> None:
+    """Reload `directory` with the class of `model` and raise `CheckpointError` unless all tensors are the
+    same bits.
+    """
+    again = type(model).from_pretrained(directory, dtype=model.dtype).state_dict()
+    # from_pretrained gives every floating tensor one dtype, whatever is in the file
+    expected = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    differing = [
+        name for name in expected.keys() | again.keys() if not same(expected.get(name), again.get(name))
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{len(differing)} tensors do not load back as they were saved, such as {min(differing)}"
+        )
+
+
+def verify_native(model: PreTrainedModel, directory: str) -> None:
+    """Verify the tensors, and the ways to load them where the class of the model is not the only one."""
+    verify_tensors(model, directory)
+    if is_stock(model) or type(model).is_remote_code():
+        verify_ways_in(model, directory)
+
+
+def verify_ways_in(model: PreTrainedModel, directory: str) -> None:
+    """Load `directory` in the other ways that docs/loading.md promises, and raise unless they give the class
+    of `model`.
+
+    By the auto classes that have it, and by the file that travels. Weights stay on disk: names and sizes are
+    compared.
+    """
+    wanted, config = (
+        type(model).__name__,
+        json.loads(Path(directory, "config.json").read_text(encoding="utf-8")),
+    )
+    try:
+        if Path(directory, "modeling_kprune.py").read_bytes() != Path(modeling_kprune.__file__).read_bytes():
+            raise CheckpointError("modeling_kprune.py is not the one of hf_kprune")
+        expected = write_auto_map(
+            AutoConfig.from_pretrained(directory, trust_remote_code=True), Path(directory)
+        )
+        if config.get("auto_map") != expected:
+            raise CheckpointError(f"its auto_map is {config.get('auto_map')}, expected {expected}")
+        for auto, entry in expected.items():
+            if not auto.startswith("AutoModel") or split(entry)[2] != wanted:
+                continue
+            of_file = (
+                getattr(modeling_kprune, wanted)
+                if is_stock(model)
+                else get_class_from_dynamic_module(entry, directory)
+            )
+            for load in (getattr(transformers, auto).from_pretrained, of_file.from_pretrained):
+                loaded = load(directory, device_map="meta", trust_remote_code=True)
+                if type(loaded).__name__ != wanted:
+                    raise CheckpointError(f"{auto} gives a {type(loaded).__name__}")
+    except Exception as error:
+        message = f"the checkpoint does not load as {wanted}, as docs/loading.md promises: {type(error).__name__}: {error}"
+        raise CheckpointError(message) from error
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether both are there, of one dtype, and equal."""
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+class Exporter(NamedTuple):
+    """How a model is saved in a format.
+
+    Args:
+        write: Called with the model, the folder to write into, and the largest size of a file, as in
+            `save_pretrained`.
+        verify: Called with the model and the folder. It raises `CheckpointError` unless that holds the same
+            model.
+    """
+
+    write: Callable[[PreTrainedModel, str, str], None]
+    verify: Callable[[PreTrainedModel, str], None]
+
+
+EXPORTERS = {"native": Exporter(write, verify_native), "stock": Exporter(write, verify_tensors)}
+"""The formats: the checkpoint of a model with a plan, and the plain one of a dense or a uniform model."""
+
+
+def form_of(model: PreTrainedModel) -> str:
+    """The format that a model is saved in."""
+    return "native" if is_pruned(model.config) else "stock"
