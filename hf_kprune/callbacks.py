@@ -1,4 +1,6 @@
-"""What may listen to a pruning run, and the listeners that come with it. All are called on the main process only."""
+"""What may listen to a pruning run, and the listeners that come with it. All are called on the main process
+only.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,19 @@ class KPruneCallback:
     def on_phase_begin(
         self, args: KPruneArguments, report: PruningReport | None, phase: str, **kwargs: Any
     ) -> None:
-        """A part of the work begins: prepare, time, measure, search, tune, evaluate or save. They may take turns."""
+        """A part of the work begins: prepare, time, measure, search, tune, evaluate or save.
+
+        Phases may take turns: methods that decide sublayer by sublayer measure, search and tune each of them,
+        and those that decide all at once measure first. Trials of how to split the budget over depth are a
+        part of the search.
+        """
 
     def on_progress(
         self, args: KPruneArguments, report: PruningReport | None, done: float, **kwargs: Any
     ) -> None:
-        """The fraction `done`, from 0 to 1, of what `prune()`, `plan()` or `sweep()` does has been done, about."""
+        """The fraction `done`, from 0 to 1, of what `prune()`, `plan()` or `sweep()` does has been done,
+        about.
+        """
 
     def on_run_end(self, args: KPruneArguments, report: PruningReport | None, **kwargs: Any) -> None:
         """What was begun by the first `on_phase_begin` is over, well or by an error."""
@@ -63,7 +72,9 @@ class KPruneCallback:
     def on_save(
         self, args: KPruneArguments, report: PruningReport | None, output_dir: str, **kwargs: Any
     ) -> None:
-        """After a checkpoint has been written to `output_dir`. `report` is None if nothing was pruned in this run."""
+        """After a checkpoint has been written to `output_dir`. `report` is None if nothing was pruned in this
+        run.
+        """
 
 
 class CallbackHandler:
@@ -77,6 +88,8 @@ class CallbackHandler:
         self.callbacks = callbacks
         self.runs = 0
         """How many runs are going on, one within the other."""
+        self.phase = ""
+        """The phase that began last in the run that is going on."""
 
     def call(self, event: str, *args: Any, **kwargs: Any) -> None:
         """Call the method of that name of every callback."""
@@ -95,7 +108,9 @@ class CallbackHandler:
 
 
 class PrinterCallback(KPruneCallback):
-    """Prints a line per sublayer, above the bar: kept/total, FLOPs left, error before and after tuning, seconds."""
+    """Prints a line per sublayer, above the bar: kept/total, FLOPs left, error before and after tuning,
+    seconds.
+    """
 
     def on_sublayer_end(
         self, args: KPruneArguments, report: PruningReport, sublayer: SublayerReport, **kwargs: Any
@@ -104,7 +119,9 @@ class PrinterCallback(KPruneCallback):
 
 
 class ProgressCallback(KPruneCallback):
-    """One bar for a whole run on the standard error, with phase and time left; a line per phase where that is no terminal."""
+    """One bar for a whole run on the standard error, with phase and time left; a line per phase where that is
+    no terminal.
+    """
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -142,7 +159,9 @@ def shows_bars() -> bool:
 
 
 class ReportingCallback(KPruneCallback):
-    """Sends the figures of every sublayer, and of the whole, to the integrations of `report_to` (TensorBoard, W&B, ...)."""
+    """Sends the figures of every sublayer, and of the whole, to the integrations of `report_to` (TensorBoard,
+    W&B, ...).
+    """
 
     def __init__(self, args: KPruneArguments) -> None:
         self.arguments = args.training_arguments("kprune_runs")  # not output_dir, which must be empty
@@ -155,11 +174,12 @@ class ReportingCallback(KPruneCallback):
             unknown = [name for name in args.report_to if name not in {"all", *INTEGRATION_TO_CALLBACK}]
             if unknown:
                 raise ArgumentError(
-                    f"report_to is {args.report_to}, of which {', '.join(unknown)} is not supported; expected any of "
-                    f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+                    f"report_to is {args.report_to}, of which {', '.join(unknown)} is not supported; "
+                    f"expected any of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
                 ) from error
             raise ArgumentError(
-                f"report_to is {args.report_to}, and the package of one of them is not installed: install it, or leave it out"
+                f"report_to is {args.report_to}, and the package of one of them is not installed: install "
+                "it, or leave it out"
             ) from error
 
     def _tell(self, event: str, **kwargs: Any) -> None:

@@ -39,7 +39,7 @@ from .progress import Work
 from .pruning import Pruning
 from .report import PruningReport
 from .sizes import model_size, peak_memory, prunable_flops
-from .state import Pruner, call, in_place, one_run
+from .state import Pruner, begin_phase, call, in_place, one_run
 from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
 from .structure.facts import in_eval_mode
@@ -185,7 +185,7 @@ class Run:
                 if "input_ids" in inputs and "pixel_values" not in inputs:
                     length = self.args.latency_length or math.ceil(max(calibration.lengths.values()))
                     inputs = dict(text_inputs(model, self.args.latency_batch_size, length))
-                self.tell("on_phase_begin", "time", model=model)
+                begin_phase(self.pruner, "time")
                 entry = LatencyTable.cached(model, inputs, head_unit=self.args.head_unit), inputs
         table, inputs = broadcast_object_list([entry])[0]
         return Timing(model, table, inputs)
@@ -295,7 +295,7 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Tell listeners of a phase, and count its seconds."""
         begin = time.perf_counter()
-        self.tell("on_phase_begin", name)
+        begin_phase(self.pruner, name)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 

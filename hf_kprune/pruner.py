@@ -28,7 +28,7 @@ from .hyperparameters import Search
 from .preparation import Run, bare_model, describe_units, warn_of
 from .processes import together
 from .report import PruningReport
-from .state import adopt, check_place, one_run, tell, tell_of_the_save, write
+from .state import adopt, begin_phase, check_place, one_run, tell_of_the_save, write
 from .structure.facts import is_causal
 from .structure.surroundings import plain_modes, undisturbed
 from .sweep import Sweep
@@ -270,7 +270,7 @@ class KPrunePruner:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_rows("eval_dataset", dataset)
         if self.callback_handler.runs:
-            tell(self, "on_phase_begin", "evaluate")
+            begin_phase(self, "evaluate")
         if self.compute_metrics is None and self.data_collator is None:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             with undisturbed(self.model):

@@ -246,12 +246,12 @@ def steps_of(
     """About how many steps a student takes.
 
     Args:
-        method: That decides.
-        calibration: Of its batches.
-        sublayers: How many.
+        method: It decides which units stay.
+        calibration: It has the batches.
+        sublayers: How many sublayers there are.
         measured: Whether the dense model was measured for an earlier student, as one-shot methods do once.
         tune: Whether weights are tuned.
-        dry: Whether it is planned only.
+        dry: Whether the student is planned only.
     """
     batches = calibration.batches
     few = sum(batch.measured for batch in batches)
@@ -260,7 +260,10 @@ def steps_of(
     if not method.one_shot and not dry:
         measuring = few * sublayers + 3 * few * sublayers * (sublayers + 1) / 2
         return measuring + len(batches) * sublayers * (1 + correct)
-    measuring = 0 if measured else few * sublayers * (6 if method.needs else 1)
+    passes = (
+        (6 if method.one_shot else 3) if method.needs else 1
+    )  # a plan takes no losses for decisions in turn
+    measuring = 0 if measured else few * sublayers * passes
     if dry:
         return measuring
     trials = len(method.exponents) if len(method.exponents) > 1 and compared else 0

@@ -64,6 +64,13 @@ def call(pruner: Pruner, event: str, *args: Any, **kwargs: Any) -> None:
     pruner.callback_handler.call(event, pruner.args, pruner.report, *args, **about)
 
 
+def begin_phase(pruner: Pruner, name: str) -> None:
+    """Tell the listeners of a pruner that a phase begins, if it is another one than the last."""
+    if pruner.callback_handler.phase != name:
+        pruner.callback_handler.phase = name
+        tell(pruner, "on_phase_begin", name)
+
+
 @contextmanager
 def one_run(pruner: Pruner) -> Iterator[None]:
     """Within this context all events belong to one run; a run within a run is a part of it."""
@@ -74,6 +81,7 @@ def one_run(pruner: Pruner) -> Iterator[None]:
     finally:
         handler.runs -= 1
         if not handler.runs:
+            handler.phase = ""
             tell(pruner, "on_run_end")
 
 
@@ -142,7 +150,7 @@ def write(pruner: Pruner, output_dir: str | None) -> str:
             size = model_size(pruner.model).bytes
             path = args.check_output_dir(output_dir, origins_of(pruner), size)
             check_code_travels(pruner.model)
-            tell(pruner, "on_phase_begin", "save")
+            begin_phase(pruner, "save")
             options = (
                 args.max_shard_size,
                 lambda folder: write_beside(pruner, folder),
