@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from ..errors import ArgumentError
@@ -39,7 +40,5 @@ def complain(message: str) -> None:
     say so.
     """
     if is_main_process():
-        try:
+        with suppress(OSError):
             print(f"hf-kprune: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
-        except OSError:
-            pass
