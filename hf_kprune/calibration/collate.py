@@ -34,11 +34,8 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
     if "decoder_input_ids" in rows[0]:
         for row in rows:
             row.setdefault("decoder_attention_mask", [1] * len(row["decoder_input_ids"]))
-    for key, value in (
-        ("labels", IGNORED),
-        ("decoder_input_ids", pad_token_id),
-        ("decoder_attention_mask", 0),
-    ):
+    padding = {"labels": IGNORED, "decoder_input_ids": pad_token_id, "decoder_attention_mask": 0}
+    for key, value in padding.items():
         if key in rows[0] and torch.as_tensor(rows[0][key]).dim() == 1:
             inputs[key] = pad([row.pop(key) for row in rows], value)
     floats = [
@@ -59,9 +56,8 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: in
     apart = [
         key for key in rows[0] if any(len(row[key]) != len(row.get("input_ids", row[key])) for row in rows)
     ]
-    if apart and all(
-        len({len(row[key]) for row in rows}) == 1 for key in apart
-    ):  # not by token: sizes of an image
+    # these are not by token: sizes of an image
+    if apart and all(len({len(row[key]) for row in rows}) == 1 for key in apart):
         inputs |= default_data_collator([{key: row.pop(key) for key in apart} for row in rows])
     if rows[0] and len({len(row[key]) for row in rows for key in row}) == 1:
         inputs |= default_data_collator(rows)
@@ -101,22 +97,21 @@ def real_first(inputs: Mapping[str, Any], main: str, is_causal: bool) -> dict[st
     for prefix in ("", "decoder_"):
         mask = inputs.get(f"{prefix}attention_mask")
         read = inputs.get(f"{prefix}input_ids", None if prefix else inputs.get(main))
-        if (
-            not isinstance(mask, Tensor)
-            or not isinstance(read, Tensor)
-            or mask.is_floating_point()
-            or not mask.numel()
-        ):
+        if not (isinstance(mask, Tensor) and isinstance(read, Tensor)):
+            continue
+        if mask.is_floating_point() or not mask.numel():
             continue
         first = mask.bool().long().argmax(-1, keepdim=True)
         if read.shape[: mask.dim()] != mask.shape or not bool(first.any()):
             continue
         order = (torch.arange(mask.shape[-1], device=mask.device) + first) % mask.shape[-1]
         for key, value in inputs.items():
-            ours = (
-                key.startswith("decoder_") == bool(prefix) if key != "labels" else bool(prefix) != is_causal
-            )
-            if not ours or not isinstance(value, Tensor) or (value.is_floating_point() and key != main):
+            of_decoder = not is_causal if key == "labels" else key.startswith("decoder_")
+            if (
+                of_decoder != bool(prefix)
+                or not isinstance(value, Tensor)
+                or (value.is_floating_point() and key != main)
+            ):
                 continue
             if value.shape[: mask.dim()] == mask.shape:  # and any width of a token
                 wide = order.view(*order.shape, *[1] * (value.dim() - mask.dim()))

@@ -86,7 +86,7 @@ class SentenceFolder:
 
     Args:
         name: What it was asked for by.
-        path: Where it is on this machine.
+        path: Where its files are.
         kind: The class of sentence-transformers that its config names, such as CrossEncoder; "" for none.
         place: Folder of the transformer in it, "" if that lies at the top.
         task: `transformer_task`, "feature-extraction" for embeddings.
