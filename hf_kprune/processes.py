@@ -17,7 +17,8 @@ from .errors import ArgumentError, CalibrationError
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Let an error on any process end all of them, with its message, before they would wait for each other."""
+    """Let an error on any process end all of them, with its message, before they would wait for each
+    other."""
     error: BaseException | None = None
     try:
         yield
@@ -34,7 +35,8 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def accompanied(accelerator: Accelerator) -> Iterator[None]:
-    """Say in words that another process is gone, where the library that joins them says that a connection was closed."""
+    """Say in words that another process is gone, where the library that joins them says that a connection was
+    closed."""
     try:
         yield
     except RuntimeError as error:
@@ -47,7 +49,8 @@ def accompanied(accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_alike(accelerator: Accelerator, model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Raise `ArgumentError` on every process if they hold different options or weights, whose sums would mean nothing.
+    """Raise `ArgumentError` on every process if they hold different options or weights, whose sums would mean
+    nothing.
 
     Args:
         accelerator: Device and processes.
