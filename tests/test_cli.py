@@ -660,6 +660,7 @@ def test_processes_but_the_first_are_quiet_about_errors(
     assert hf_kprune("inspect") == (2, "", "")
 
 
+@pytest.mark.slow  # test_command.py starts the program once by default
 def test_the_command_line_runs_as_a_module(dense: str) -> None:
     command = [sys.executable, "-m", "hf_kprune", "inspect", dense]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -43,6 +43,9 @@ from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import twin
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Detected == listed
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", slow_unless_in(REFUSALS.keys() - {"mt5"}, REFUSALS))
 def test_refused_with_the_reason(name: str) -> None:
     model = make(name)
     inputs = inputs_for(model, ZOO[name][2], batch=3)

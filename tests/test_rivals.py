@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,14 @@ def test_filters_that_others_resemble_represent_themselves_less() -> None:
     filters[5:] = filters[4] + 1e-3 * normal(3, 6, seed=1)
     alone, alike = representative(filters).diagonal().split(4)
     assert float(alike.max()) < float(alone.min())
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_filters_are_near_by_a_gaussian_of_their_distance(sigma: float) -> None:
+    """One step from C = 1/2 on, for two filters at distance 1: C_ij = 1/2 sqrt(K_ij / mean_j K_ij)."""
+    kernel = torch.tensor([[1.0, math.exp(-1 / sigma**2)], [math.exp(-1 / sigma**2), 1.0]])
+    made = representative(torch.tensor([[0.0], [1.0]]), sigma, alpha=1e9)
+    torch.testing.assert_close(made, (kernel / kernel.mean(1, keepdim=True)).sqrt() / 2)
 
 
 def test_kcm_keeps_all_heads_and_says_how_far_it_goes() -> None:

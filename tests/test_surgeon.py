@@ -24,6 +24,7 @@ from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_dr
 from hf_kprune.methods.search import convex_slopes, split, threshold_search
 from hf_kprune.methods.surgeon import covariance, eliminate
 from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.surgery import correct_inputs
 
 
 def problem(columns: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +152,17 @@ def test_drift_is_corrected_by_the_affine_map_that_undoes_it() -> None:
         fit = correct_drift(same, 0.01, tune_bias)
         torch.testing.assert_close(fit.weight, torch.eye(4, dtype=torch.float64))
         assert float(fit.bias.abs().max()) < 1e-12
+
+
+def test_corrected_inputs_read_what_the_map_makes_of_theirs() -> None:
+    """A projection of x is then what it was of  M x + c."""
+    (sublayer, *_) = find_sublayers(tiny().double())
+    query = sublayer.layer.get_submodule("attention.self.query")
+    generator = torch.Generator().manual_seed(0)
+    x, matrix, shift = (torch.randn(*s, generator=generator).double() for s in ((5, 16), (16, 16), (16,)))
+    expected = query(x @ matrix.T + shift)
+    correct_inputs(sublayer, ["attention.self.query"], matrix, shift)
+    torch.testing.assert_close(query(x), expected)
 
 
 def dense_statistics(
