@@ -8,8 +8,8 @@
     `-- UnsupportedModelError           a model that cannot be pruned as it is
         `-- UnsupportedArchitectureError    a model whose layers are not described
 
-CheckpointError lives in modeling_kprune.py, which travels alone and cannot know its base. It is looked up there
-and given it when it is asked for, so that this module takes no library.
+CheckpointError lives in modeling_kprune.py, which travels alone and cannot know its base. It is looked up
+there and given it when it is asked for, so that this module takes no library.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -39,11 +39,6 @@ from .validation import checked_arguments
 class KPrunePruner:
     """Makes a Transformers model smaller and faster without retraining. It is modelled on `Trainer`.
 
-        args = KPruneArguments(sparsity=0.5)
-        pruner = KPrunePruner(model, args, calibration_dataset=texts, processing_class=tokenizer)
-        report = pruner.prune()
-        pruner.save_model("pruned")
-
     Args:
         model: A `PreTrainedModel`, or the name or path of one, which is loaded with the class that its config
             names. `prune()` changes it in place, all at once at its end; submodules that you hold on to stay
@@ -130,10 +125,6 @@ class KPrunePruner:
         share.
         """
         return Accelerator(cpu=self.args.use_cpu)
-
-    # ----------------------------------------------------------------------------------------------------
-    # Pruning
-    # ----------------------------------------------------------------------------------------------------
 
     @plain_modes()
     def prune(self, calibration_dataset: Any = None) -> PruningReport:
@@ -240,10 +231,6 @@ class KPrunePruner:
         """
         search = Search(self, hp_space, compute_objective, calibration_dataset)
         return search.best_run(n_trials, direction, **kwargs)
-
-    # ----------------------------------------------------------------------------------------------------
-    # As in Trainer
-    # ----------------------------------------------------------------------------------------------------
 
     @checked_arguments(callback="derive it from hf_kprune.KPruneCallback; a TrainerCallback has other events")
     def add_callback(self, callback: KPruneCallback | type[KPruneCallback]) -> None:

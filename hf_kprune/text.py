@@ -27,7 +27,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def in_markdown(value: object) -> str:
-    """A value as plain text in Markdown, also in a table: it ends no cell and no line, and makes no link, tag or emphasis."""
+    """A value as plain text in Markdown, also in a table: it ends no cell and no line, and makes no link, tag
+    or emphasis.
+    """
     return re.sub(r"([|`*<>\[\]])", r"\\\1", printable(str(value)))
 
 

@@ -1,4 +1,5 @@
-"""Values checked by the annotations of the fields and arguments that they are for, once. Standard library only.
+"""Values checked by the annotations of the fields and arguments that they are for, once. Standard library
+only.
 
 Numbers of NumPy and PyTorch are taken as numbers, paths as strings, and a single string as a list of one.
 """
@@ -134,7 +135,9 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def to_number(value: Any, kind: type[int] | type[float]) -> int | float:
-    """A whole number for `int`, any finite one for `float`. Raises `TypeError` for another, and for a truth value."""
+    """A whole number for `int`, any finite one for `float`. Raises `TypeError` for another, and for a truth
+    value.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
         raise TypeError
     number: Any = value if isinstance(value, (int, float)) else kind(typing.cast(Any, value))
@@ -175,7 +178,9 @@ def checked(name: str, value: Any, kind: Any, way_out: str = "", secret: bool = 
 
 
 def unquoted(text: str, kind: Any) -> str:
-    """The way out for a number or a truth value that was passed as a string; nothing if it is no such string."""
+    """The way out for a number or a truth value that was passed as a string; nothing if it is no such
+    string.
+    """
     for literal in (text.strip(), text.strip().capitalize()):
         try:
             value = ast.literal_eval(literal)
@@ -213,7 +218,9 @@ def check_names(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def known_keywords(cls: type[Class]) -> type[Class]:
-    """Class decorator: a keyword that a dataclass has no field for is an `ArgumentError` with a suggestion."""
+    """Class decorator: a keyword that a dataclass has no field for is an `ArgumentError` with a
+    suggestion.
+    """
     make = cls.__init__
 
     @functools.wraps(make)

@@ -78,8 +78,10 @@ def verify_ways_in(model: PreTrainedModel, directory: str) -> None:
                 if type(loaded).__name__ != wanted:
                     raise CheckpointError(f"{auto} gives a {type(loaded).__name__}")
     except Exception as error:
-        message = f"the checkpoint does not load as {wanted}, as docs/loading.md promises: {type(error).__name__}: {error}"
-        raise CheckpointError(message) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"the checkpoint does not load as {wanted}, as docs/loading.md promises: {reason}"
+        ) from error
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -3,13 +3,13 @@
 `import hf_kprune` wraps seven functions of transformers; each does nothing for a model whose config has no
 plan in `kprune`:
 
-    PreTrainedModel.post_init                 shrinks the model, built on the meta device, before its weights are loaded
-    PreTrainedModel.from_pretrained           refuses weights that do not fit the plan, or are not those that were saved
+    PreTrainedModel.post_init                 shrinks the model, on the meta device, before its weights come
+    PreTrainedModel.from_pretrained           refuses weights that do not fit, or are not those saved
     PreTrainedModel.save_pretrained           records what the weight files are
     PreTrainedModel._upload_modified_files    the same, before an upload
     PreTrainedConfig.get_config_dict          completes a save that was killed while it moved files
     PreTrainedConfig.from_dict                takes off the notice that stops plain transformers
-    PreTrainedConfig.to_json_file             adds modeling_kprune.py, its auto_map and the notice, before uploads too
+    PreTrainedConfig.to_json_file             adds modeling_kprune.py, its auto_map and the notice
 
 Each wrapper here is made of the function that it wraps.
 """

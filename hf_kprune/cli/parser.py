@@ -113,7 +113,7 @@ OFF = {
     "prune_heads": "Keep all attention heads.",
     "prune_ffn": "Keep all FFN neurons.",
     "tune": "Leave the weights of the units that stay as they are. Otherwise they are tuned.",
-    "remove_unused_columns": "Refuse data with columns that the model does not take. Otherwise they are dropped.",
+    "remove_unused_columns": "Refuse columns that the model does not take. Otherwise they are dropped.",
 }
 """What the switch does that turns off an option that is on by default."""
 

@@ -61,7 +61,10 @@ NAMES = (
 write.
 """
 
-NOT_OURS = "which the checkpoint would replace and which no checkpoint wrote; move that elsewhere, or name another directory"
+NOT_OURS = (
+    "which the checkpoint would replace and which no checkpoint wrote; move that elsewhere, or name another "
+    "directory"
+)
 TEMPLATES = "additional_chat_templates"
 
 WORDS = {errno.EROFS: "its file system is read-only", errno.ENAMETOOLONG: "its name is too long"}
