@@ -380,7 +380,7 @@ def test_help_lists_every_option_once_with_its_default(hf_kprune: Any, command: 
         told = parser.as_options(told, list(parser.options_of("sweep")))
         assert "".join(told.split()) in squeezed, name
         assert f"--{name.replace('_', '-')} " not in words or "_" not in name
-    for default in ("(default: 0.5)", "(default: 100000)", "(default: 0.00025)", "(default: obs)"):
+    for default in ("(default: 0.5)", "(default: 100000)", "(default: 0.00025)", "(default: surgeon)"):
         assert default in words
     assert "(default: None)" not in words
     assert "None:" not in words

@@ -76,7 +76,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "hub_revision",
     ),
     "how": ("method", "tune", "measure_dtype", "statistics_dtype", "temperature", "pooling", "use_cpu"),
-    "how, with --method obs or kprune": ("ridge", "tune_bias", "tune_inputs"),
+    "how, with --method surgeon or kprune": ("ridge", "tune_bias", "tune_inputs"),
     "how, with --method kprune": ("lambda_pred", "lambda_rep", "mu"),
     "what is printed": ("verbose", "disable_tqdm", "report_to", "run_name"),
 }
