@@ -25,6 +25,9 @@ from hf_kprune.structure.probes import matrix_flops
 from hf_kprune.structure.sublayers import find_sublayers
 
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
+
 def make_pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPrunePruner:
     args = KPruneArguments(**{"disable_tqdm": True, "use_cpu": True, "num_tokens": 2_000, **options})
     return KPrunePruner(model, args, rows() if data is None else data, collate)
@@ -77,7 +80,7 @@ def asks_for_nothing() -> list[dict[str, float]]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
-    for module in ("algorithm", "latency.table", "sweeper"):
+    for module in ("budgets.times", "latency.table", "sweeper"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", lambda models, *_, **__: [1.0] * len(models))
 
 
@@ -257,7 +260,7 @@ def test_a_speed_up_that_takes_everything_warns(monkeypatch: pytest.MonkeyPatch)
     def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
         return [1.0 + sum(s.num_units for s in find_sublayers(model)) / 48 for model in models]
 
-    for module in ("algorithm", "latency.table", "sweeper"):
+    for module in ("budgets.times", "latency.table", "sweeper"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
     with pytest.warns(
         BudgetWarning, match="3 of 3 attentions are left without heads .*; 0.0% of the heads .*; 3 of 3 FFNs"

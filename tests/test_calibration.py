@@ -336,8 +336,8 @@ def test_measured_sums_are_those_of_real_masks_row_by_row(model_type: str, head:
     mean = sum(map(row_tokens, data)) / (
         27 if head == "MULTIPLE_CHOICE" else 9
     )  # FLOPs are those of one sequence
-    assert [(s.kind, s.unit_width, s.cost) for s in made] == [
-        (s.kind, s.unit_width, s.unit_flops({s.stack_name: mean})) for s in sublayers
+    assert [(s.has_heads, s.unit_width, s.cost) for s in made] == [
+        (s.unit.has_heads, s.unit_width, s.unit_flops({s.stack_name: mean})) for s in sublayers
     ]
     assert all(s.weight is sublayer.output.weight for s, sublayer in zip(made, sublayers, strict=True))
 

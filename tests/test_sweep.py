@@ -157,7 +157,7 @@ def clock_of_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def compare(models: list[PreTrainedModel], *_: Any, **__: Any) -> list[float]:
         return [units(model) for model in models]
 
-    for module in ("algorithm", "latency.table", "sweeper"):
+    for module in ("budgets.times", "latency.table", "sweeper"):
         monkeypatch.setattr(f"hf_kprune.{module}.compare", compare)
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
 
@@ -183,7 +183,7 @@ def test_budgets_of_all_kinds_in_one_sweep_are_those_of_single_runs() -> None:
 
 @pytest.mark.usefixtures("clock_of_units")
 def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_kprune.algorithm.compare", lambda models, *_: [1.0, 0.9])
+    monkeypatch.setattr("hf_kprune.budgets.times.compare", lambda models, *_: [1.0, 0.9])
     model = tiny()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
         ):
             make_pruner(tiny(), **{name: value}).prune()
     with pytest.raises(
-        ArgumentError, match="method is 'kprune', expected with target_speedup, one of obs, kwon"
+        ArgumentError, match="method is 'kprune', expected with target_speedup, one of surgeon, kwon"
     ):
         KPruneArguments(target_speedup=2.0, method="kprune")
 
