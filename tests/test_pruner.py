@@ -280,7 +280,7 @@ def test_progress_moves_from_the_start_to_the_end_in_every_phase(method: str) ->
     gauge = Gauge()
     pruner = make_pruner(tiny(), sparsity=0.6, method=method, callbacks=[gauge], per_device_batch_size=8)
     for run, phases in (
-        (pruner.plan, ["prepare", "measure", "search", "tune"]),
+        (pruner.plan, ["prepare", "measure", "search"]),
         (pruner.prune, ["prepare", "measure", "search", "tune"]),
     ):
         run()
