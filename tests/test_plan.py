@@ -123,7 +123,6 @@ def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(
 
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
     monkeypatch.setattr("hf_kprune.budgets.times.compare", compare)
-    monkeypatch.setattr("hf_kprune.algorithm.compare", None)
     report = make_pruner(tiny(), target_speedup=1.5).plan()
     assert report.achieved == pytest.approx(1.5, rel=0.1)
     assert "Times are those of the look-up table" in str(report)
