@@ -106,7 +106,7 @@ def fine_tune(
         loss_of(model, tokenizer, task, some).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        steps += 1
+        steps += 1  # noqa: SIM113
     raise AssertionError("batches do not end")
 
 

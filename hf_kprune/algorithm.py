@@ -72,8 +72,7 @@ def prune(
 ) -> None:
     """Cut each sublayer of the student and tune it against the teacher, which also corrects for the error
     from below."""
-    with job.calibration.phase("measure"):
-        tops = tops_of(job.calibration, teacher) if decisions is None else []
+    tops = [] if decisions is not None else tops_of(job.calibration, teacher)
     for position, sublayer in enumerate(student.sublayers):
         with journal(sublayer) as entry:
             decision = decide(job, student, teacher, tops) if decisions is None else decisions[position]

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -174,7 +175,8 @@ class Run:
         model.__dict__[LEFT_ALONE] = frozenset(left_alone)  # until `leaving` ends
         self.left_alone = {path.rstrip("."): reason for path, reason in left_alone.items()}
         few = PLAN_TOKENS if self.dry else None
-        return Calibration(self.pruner.accelerator, rows, *readers, args, count, few)
+        make_batch = partial(collate, collator=readers[0], processing_class=readers[1], model=model)
+        return Calibration(self.pruner.accelerator, rows, make_batch, model, args, count, few)
 
     def time(self, model: PreTrainedModel, calibration: Calibration) -> Timing:
         """The look-up table of a model, which the main process measures, or finds in the cache."""

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ REPORTED_LENGTHS = (128, 512)
 """Tokens of the sequences for which a report says what is removed, beside those that the budget is about."""
 
 
+@dataclass
 class Pruning:
     """One teacher and one calibration set, from which students for one budget or several come.
 
@@ -52,35 +54,29 @@ class Pruning:
             search and not tuned.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        calibration: Calibration,
-        loss: Knowledge,
-        before: Size,
-        timed: Timing | None,
-        args: KPruneArguments,
-        hold_out: bool,
-        phase: Callable[[str], AbstractContextManager[None]],
-        tell: Callable[..., None],
-        work: Work,
-        dry: bool = False,
-    ):
-        self.dry, self.work = dry, work
-        self.args, self.calibration, self.loss, self.before = args, calibration, loss, before
-        self.hold_out, self.fitted = hold_out, calibration
-        self.timed, self.phase, self.tell = timed, phase, tell
-        calibration.phase = phase
+    model: PreTrainedModel
+    calibration: Calibration
+    loss: Knowledge
+    before: Size
+    timed: Timing | None
+    args: KPruneArguments
+    hold_out: bool
+    phase: Callable[[str], AbstractContextManager[None]]
+    tell: Callable[..., None]
+    work: Work
+    dry: bool = False
+
+    def __post_init__(self) -> None:
+        self.fitted, self.calibration.phase = self.calibration, self.phase
+        model = self.model
         # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
         half = in_half_precision(model)
         # of weights that were made in inference mode no graph can be built
         inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
         copied = copy.deepcopy(model) if half or inference else model
         self.teacher = with_own_tables(copied.float() if half else copied)
-        self.references = find_sublayers(self.teacher, args.head_unit)
-        self.modes = {
-            name: module.training for name, module in model.named_modules()
-        }  # before evaluation mode
+        self.references = find_sublayers(self.teacher, self.args.head_unit)
+        self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation
         self.checked = False
         self.compared: list[str] = []  # names of the outputs that the loss reads, and of the others
         self.ignored: list[str] = []

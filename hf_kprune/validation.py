@@ -105,33 +105,38 @@ def convert(value: Any, kind: Any) -> Any:
         if not any(type(value) is type(part) and value == part for part in parts):
             raise TypeError
         return value
+    if origin in (list, Sequence):
+        return to_list(value, parts[0])
     if kind in (bool, int, float) and getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # of NumPy or PyTorch
     if kind in (int, float):
         return to_number(value, kind)
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if kind is str and isinstance(value, str) and "\0" in value:
+    if not is_of(value, kind):
         raise TypeError
+    return value
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated kind as it is: a function, a class, or an instance of a class."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Callable:
-        if callable(value) and not isinstance(value, type):
-            return value
-        raise TypeError
+        return callable(value) and not isinstance(value, type)
     if origin is type:
-        if isinstance(value, type) and issubclass(value, parts[0]):
-            return value
+        return isinstance(value, type) and issubclass(value, parts[0])
+    return isinstance(value, origin or kind) and not (kind is str and "\0" in value)
+
+
+def to_list(value: Any, kind: Any) -> list[Any]:
+    """A list of values of an annotated kind; one text is a list of it. Raises `TypeError` for what is no list."""
+    if isinstance(value, str) and kind is str:
+        return [value]
+    if len(getattr(value, "shape", ())) == 1 and hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple, range)):
         raise TypeError
-    if origin in (list, Sequence):
-        if isinstance(value, str) and parts[0] is str:
-            return [value]
-        if len(getattr(value, "shape", ())) == 1 and hasattr(value, "tolist"):
-            value = value.tolist()
-        if isinstance(value, (list, tuple, range)):
-            return [convert(entry, parts[0]) for entry in value]
-        raise TypeError
-    if isinstance(value, origin or kind):
-        return value
-    raise TypeError
+    return [convert(entry, kind) for entry in value]
 
 
 def to_number(value: Any, kind: type[int] | type[float]) -> int | float:

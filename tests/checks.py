@@ -18,6 +18,7 @@ from zoo import make
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.calibration.batches import Calibration
+from hf_kprune.calibration.collate import collate as make_batch
 from hf_kprune.calibration.rows import Rows, row_tokens
 from hf_kprune.modeling_kprune import has
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
@@ -114,7 +115,13 @@ def calibration(
     """Of all rows in order, whatever their number of tokens."""
     tokens = sum(map(row_tokens, data))
     drawn_rows = Rows(data, len(data) if measured < 0 else measured, tokens, {})
-    return Calibration(Accelerator(cpu=True), drawn_rows, collator, None, model, KPruneArguments(**options))
+    return Calibration(
+        Accelerator(cpu=True),
+        drawn_rows,
+        lambda part: make_batch(part, collator, None, model),
+        model,
+        KPruneArguments(**options),
+    )
 
 
 def plan_and_weights(dataset: Any, **kwargs: Any) -> tuple[list[list[int]], dict[str, Tensor]]:

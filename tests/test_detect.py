@@ -50,11 +50,46 @@ pytestmark = pytest.mark.usefixtures("one_split")
 # Detected == listed
 # ---------------------------------------------------------------------------------------------------------------------
 
-SAME = (
-    "bert bloom cohere2 falcon:alibi gemma2 glm gpt2 gpt_neo gpt_neox gptj llama llama:multi-query mpt opt opt:post-norm "
-    "persimmon phi phi3 qwen3 stablelm:parallel xglm olmo2 deberta-v2 distilbert esm megatron-bert modernbert mpnet tapas "
-    "bart m2m_100 speech_to_text dinov2:swiglu dinov3_vit vit clip chinese_clip hubert"
-).split()
+SAME = [
+    "bert",
+    "bloom",
+    "cohere2",
+    "falcon:alibi",
+    "gemma2",
+    "glm",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "llama:multi-query",
+    "mpt",
+    "opt",
+    "opt:post-norm",
+    "persimmon",
+    "phi",
+    "phi3",
+    "qwen3",
+    "stablelm:parallel",
+    "xglm",
+    "olmo2",
+    "deberta-v2",
+    "distilbert",
+    "esm",
+    "megatron-bert",
+    "modernbert",
+    "mpnet",
+    "tapas",
+    "bart",
+    "m2m_100",
+    "speech_to_text",
+    "dinov2:swiglu",
+    "dinov3_vit",
+    "vit",
+    "clip",
+    "chinese_clip",
+    "hubert",
+]
 
 APART: dict[str, set[str]] = {
     "deberta-v2": {"inputs"},  # what positions ask is q or kv: of as many rows
@@ -338,7 +373,7 @@ def test_nothing_leaks() -> None:
     state, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     ids, generator = [id(p) for p in model.parameters()], torch.get_rng_state()
     describe(model)
-    assert hf_kprune.structure.families.FAMILIES == before
+    assert before == hf_kprune.structure.families.FAMILIES
     assert model.config.to_dict() == config
     assert [id(p) for p in model.parameters()] == ids
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -438,12 +473,14 @@ def test_sizes_that_a_config_tells_wrongly_are_named() -> None:
 
 def test_errors_of_others_are_chained_and_never_the_reason() -> None:
     for raised in (RuntimeError("size mismatch"), KeyError("a.b"), StopIteration()):
-        with pytest.raises(
-            UnsupportedArchitectureError,
-            match="^odd units cut: it does not run then, as the error above shows$",
-        ) as e:
-            with step("odd units cut"):
-                raise raised
+        with (
+            pytest.raises(
+                UnsupportedArchitectureError,
+                match="^odd units cut: it does not run then, as the error above shows$",
+            ) as e,
+            step("odd units cut"),
+        ):
+            raise raised
         assert e.value.__cause__ is raised
     with pytest.raises(torch.OutOfMemoryError), step("odd units cut"):
         raise torch.OutOfMemoryError("full")

@@ -15,6 +15,7 @@ from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
 from hf_kprune.calibration.batches import Batch, Calibration, tokens_of
+from hf_kprune.calibration.collate import collate as make_batch
 from hf_kprune.calibration.collate import shifted_right
 from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.calibration.tasks import knowledge_loss
@@ -53,7 +54,13 @@ def prune(model: PreTrainedModel, rows: list[Any], **more: Any) -> Any:
 
 def batches(model: PreTrainedModel, rows: list[Any], collator: Any = None) -> list[Batch]:
     drawn = draw_rows(model, rows, Padding(), options(), collator is not None)
-    return Calibration(Accelerator(cpu=True), drawn, collator, Padding(), model, options()).batches
+    return Calibration(
+        Accelerator(cpu=True),
+        drawn,
+        lambda part: make_batch(part, collator, Padding(), model),
+        model,
+        options(),
+    ).batches
 
 
 def bert(name: str, **config: Any) -> PreTrainedModel:

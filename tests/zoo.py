@@ -592,10 +592,34 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
 for unknown in [name for name in ZOO if name.split(":")[0] not in CONFIG_MAPPING]:
     del ZOO[unknown]  # a type that came with a later version of transformers than the one at hand
 
-DISTINCT = (
-    "bert distilbert mpnet deberta-v2 modernbert longformer opt gpt2 gptj gpt_neox bloom falcon falcon:new phi3 llama gemma2 "
-    "olmo2 granite mixtral t5 bart whisper vit dinov2 clip wav2vec2"
-).split()
+DISTINCT = [
+    "bert",
+    "distilbert",
+    "mpnet",
+    "deberta-v2",
+    "modernbert",
+    "longformer",
+    "opt",
+    "gpt2",
+    "gptj",
+    "gpt_neox",
+    "bloom",
+    "falcon",
+    "falcon:new",
+    "phi3",
+    "llama",
+    "gemma2",
+    "olmo2",
+    "granite",
+    "mixtral",
+    "t5",
+    "bart",
+    "whisper",
+    "vit",
+    "dinov2",
+    "clip",
+    "wav2vec2",
+]
 """Families of which no two are built alike: proved by default; those built like one of them are slow tests."""
 
 

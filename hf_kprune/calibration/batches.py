@@ -155,8 +155,7 @@ class Calibration:
     Args:
         accelerator: Device and processes.
         rows: The same on every process.
-        collator: Data collator of the caller's, or None.
-        processing_class: Tokenizer, whose padding is used if there is no collator.
+        collate: Makes inputs, and which tokens count if some do not, of a list of rows, see collate.py.
         model: Whose inputs are prepared.
         args: Options.
         tokens_per_row: Counts the tokens of a row without token ids, see `tokens_of`.
@@ -167,8 +166,7 @@ class Calibration:
         self,
         accelerator: Accelerator,
         rows: Rows,
-        collator: Collator | None,
-        processing_class: Any,
+        collate: Callable[[list[Any]], tuple[dict[str, Tensor], Tensor | None]],
         model: PreTrainedModel,
         args: KPruneArguments,
         tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
@@ -194,7 +192,7 @@ class Calibration:
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
             for first in range(0, len(mine), args.per_device_batch_size):
                 picked = mine[first : first + args.per_device_batch_size]
-                inputs, counted = collate([rows.rows[i] for i in picked], collator, processing_class, model)
+                inputs, counted = collate([rows.rows[i] for i in picked])
                 batch = self._batch(model, inputs, counted)
                 batch.rows, batch.measured = picked, start < self.sample
                 batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]

@@ -103,10 +103,15 @@ def backward(
             batch = whole.part(start, stop)
             chunk = calibration.chunk(model, batch) if loss is not None and loss.per_token else 0
             autocast = torch.autocast(device, torch.bfloat16, enabled=half)
-            with torch.set_grad_enabled(loss is not None), autocast, walk.part(i, start, stop, samples):
-                with probed(targets) as features, outputs_of(targets) as outputs:
-                    top = run_to_top(model, batch.inputs, walk.sublayers) if chunk else None
-                    predicted = model(**batch.inputs, return_dict=True) if top is None else None
+            with (
+                torch.set_grad_enabled(loss is not None),
+                autocast,
+                walk.part(i, start, stop, samples),
+                probed(targets) as features,
+                outputs_of(targets) as outputs,
+            ):
+                top = run_to_top(model, batch.inputs, walk.sublayers) if chunk else None
+                predicted = model(**batch.inputs, return_dict=True) if top is None else None
             result = Pass(batch, {}, {})
             for place, tensor in features.items():
                 a = by_token(tensor.detach(), batch.valid[targets[place].stack_name].unsqueeze(-1))
@@ -353,7 +358,7 @@ def statistics_of(
 
 def tops_of(calibration: Calibration, teacher: Walk) -> list[State | None]:
     """The states of the teacher above its highest sublayer, of the batches that are measured."""
-    with together(calibration.accelerator):
+    with calibration.phase("measure"), together(calibration.accelerator):
         return [teacher.top(i) if batch.measured else None for i, batch in enumerate(calibration.batches)]
 
 

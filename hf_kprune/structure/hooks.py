@@ -205,10 +205,9 @@ def run_sublayer(
     with ExitStack() as hooks, resumed(sublayers, position, state):
         hooks.enter_context(hooked(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
         hooks.enter_context(hooked(sublayer.layer.register_forward_hook(on_layer)))
-        if block.stream is not None:
-            for path in block.stream.split("|"):
-                reader = sublayer.layer.get_submodule(path)
-                hooks.enter_context(hooked(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+        for path in [] if block.stream is None else block.stream.split("|"):
+            reader = sublayer.layer.get_submodule(path)
+            hooks.enter_context(hooked(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
         hooks.enter_context(hooked(sublayer.output.register_forward_hook(on_output)))
         hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
         if following is None or following.layers is not sublayer.layers:
@@ -221,13 +220,17 @@ def run_sublayer(
     output = by_token(seen["output"], seen["input"])
     stream = torch.zeros_like(output)
     if "stream" in seen:
-        earlier = [
-            state.held[s.name] for s in sublayers[:position] if stack.parallel and s.name in state.held
-        ]
+        below = sublayers[:position] if stack.parallel else ()
+        earlier = [state.held[s.name] for s in below if s.name in state.held]
         stream = by_token(seen["stream"], seen["input"]) / sublayer.residual + sum(earlier)
-    inputs_above = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
-    held = {} if "above" in seen else {**state.held, sublayer.name: seen["output"]}
-    return Tap(stream, by_token(seen["features"], seen["input"]), output, State(inputs_above, held), reads)
+    features = by_token(seen["features"], seen["input"])
+    return Tap(stream, features, output, _state_above(sublayer, state, seen), reads)
+
+
+def _state_above(sublayer: Sublayer, state: State, seen: Mapping[str, Tensor]) -> State:
+    """The state above a sublayer, from that below it and what hooks saw of its input, its output and what comes next."""
+    inputs = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
+    return State(inputs, {} if "above" in seen else {**state.held, sublayer.name: seen["output"]})
 
 
 @contextmanager
