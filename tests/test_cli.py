@@ -635,7 +635,7 @@ def test_ctrl_c_ends_with_130(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_kprune.algorithm.cut", interrupt)
+    monkeypatch.setattr("hf_kprune.structure.walk.cut", interrupt)
     code, _, stderr = hf_kprune("prune", *options(dense, data, output_dir=tmp_path / "out"))
     assert code == 130
     assert stderr.splitlines()[-1] == "hf-kprune: interrupted"
@@ -648,7 +648,7 @@ def test_a_bug_keeps_its_traceback(
     def bug(*_: Any, **__: Any) -> None:
         raise ValueError("a bug, not the user's doing")
 
-    monkeypatch.setattr("hf_kprune.algorithm.cut", bug)
+    monkeypatch.setattr("hf_kprune.structure.walk.cut", bug)
     with pytest.raises(ValueError, match="a bug, not the user's doing"):
         main([str(a) for a in ("prune", *options(dense, data, output_dir=tmp_path / "out"))])
 

@@ -186,7 +186,7 @@ def test_a_uniform_budget_out_of_reach_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The config takes 1, 2, 3, 4 or 6 of 6 heads, so at least 5 means 6."""
-    monkeypatch.setattr(Calibration, "check", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr("hf_kprune.pruning.check_walk", lambda *_, **__: pytest.fail("ran"))
     model = llama(6, 6, 48, head_dim=8)
     with pytest.raises(BudgetError):
         prune(model, text_rows(), uniform=True, min_heads=5, prune_ffn=False, sparsity=0.1)

@@ -18,18 +18,10 @@ from zoo import ZOO, make
 
 from hf_kprune.calibration.tasks import text_inputs
 from hf_kprune.errors import ArgumentError, BudgetError
-from hf_kprune.latency import table as latency
-from hf_kprune.latency.table import (
-    FAINT,
-    STEPS,
-    Curve,
-    LatencyTable,
-    compare,
-    counts_to_measure,
-    cut_to,
-    search_latency,
-    time_model,
-)
+from hf_kprune.latency import timing
+from hf_kprune.latency.search import STEPS, search_latency
+from hf_kprune.latency.table import AT_ONCE, FAINT, Curve, LatencyTable, counts_to_measure
+from hf_kprune.latency.timing import compare, cut_to, time_model
 from hf_kprune.methods.search import group_sizes, threshold_search
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -54,7 +46,7 @@ class Clock:
         self.now, self.order, self.turns = 0.0, [], dict.fromkeys(costs, 0)
         for model, cost in costs.items():
             model.register_forward_pre_hook(lambda m, _, cost=cost: self.tick(m, cost, slowdown))
-        monkeypatch.setattr(latency, "_now", lambda device: self.now)
+        monkeypatch.setattr(timing, "_now", lambda device: self.now)
 
     def tick(self, model: PreTrainedModel, cost: float, slowdown: Sequence[float]) -> None:
         assert not model.training
@@ -72,7 +64,7 @@ def test_models_take_turns_and_their_ratios_survive_a_machine_that_slows_down(
     costs, slowdown = [2 / 1024, 1 / 1024, 6 / 1024], [9, 7, 1, 1, 5, 1, 8]
     clock = Clock(monkeypatch, dict(zip(models, costs, strict=True)), slowdown)
     assert compare(models, text_inputs(models[0], 2, 5), rounds=5) == costs
-    rounds = latency.WARM_UP + 5
+    rounds = timing.WARM_UP + 5
     assert clock.order == [m for _ in range(rounds) for m in models for _ in range(2)]
     assert [m.training for m in models] == [True, False, True]
 
@@ -87,9 +79,9 @@ def test_where_nobody_says_how_many_passes_are_as_many_as_there_is_patience_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for cost, passes in (
-        (latency.PATIENCE, 1 + 3),
-        (latency.PATIENCE / 8, 1 + 8),
-        (latency.SHORT / 8, 2 * (1 + 20)),
+        (timing.PATIENCE, 1 + 3),
+        (timing.PATIENCE / 8, 1 + 8),
+        (timing.SHORT / 8, 2 * (1 + 20)),
     ):
         model = tiny()
         clock = Clock(monkeypatch, {model: cost}, [1] * 30)
@@ -294,7 +286,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(models))
         return by_law(models)
 
-    monkeypatch.setattr(latency, "compare", counted)
+    monkeypatch.setattr("hf_kprune.latency.table.compare", counted)
     return calls
 
 
@@ -317,7 +309,7 @@ def test_table_predicts_every_plan(name: str, machine: list[int]) -> None:
         assert table.predict(counts) == pytest.approx(expected)
     assert table.predict(table.units) == pytest.approx(table.dense)
     assert table.predict([0] * len(table.units)) == pytest.approx(table.emptied) == table.rest
-    assert max(machine) <= 2 + latency.AT_ONCE
+    assert max(machine) <= 2 + AT_ONCE
 
 
 def test_table_of_a_model_that_is_pruned_already(machine: list[int]) -> None:
@@ -336,7 +328,7 @@ def test_ends_of_the_table_hold_where_times_are_no_straight_lines(monkeypatch: p
     def bent(models: Sequence[PreTrainedModel], *_: Any) -> list[float]:
         return [REST + sum(s.num_units**0.7 for s in find_sublayers(model)) for model in models]
 
-    monkeypatch.setattr(latency, "compare", bent)
+    monkeypatch.setattr("hf_kprune.latency.table.compare", bent)
     model = tiny()
     table = LatencyTable.measure(model, {}, rounds=1)
     for counts in (table.units, [0] * len(table.units)):
