@@ -23,7 +23,7 @@ from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.calibration.equations import normal_equations
 from hf_kprune.calibration.knowledge import Knowledge
-from hf_kprune.calibration.measure import measure_knowledge, tops_of
+from hf_kprune.calibration.measure import distance, measure_knowledge, tops_of
 from hf_kprune.calibration.rows import Rows, row_length, row_tokens
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
@@ -400,6 +400,21 @@ def test_without_a_loss_only_energy_is_measured() -> None:
         torch.testing.assert_close(s.energy, wanted["energy"], rtol=1e-4, atol=1e-4)
         assert not s.gradient_sum.any()
         assert not s.gradient_square.any()
+
+
+def test_the_distance_is_the_mean_loss_of_the_rows_held_out() -> None:
+    data, teacher = rows(12), tiny()
+    student, made = pruned(teacher, 4), calibration(teacher, rows(12), per_device_batch_size=2)
+    loss = knowledge_loss(student, 2.0, "mean")
+    numbers = [number for batch in made.batches if batch.held_out for number in batch.rows]
+    assert 1 < len(numbers) < len(data)
+    losses = []
+    for number in numbers:
+        inputs = collate([data[number]])
+        with torch.no_grad():
+            outputs = [model.eval()(**inputs) for model in (student, teacher)]
+        losses.append(float(loss(*outputs, inputs["attention_mask"].bool())))
+    assert distance(made, student, teacher, loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_bfloat16_measures_about_the_same() -> None:
