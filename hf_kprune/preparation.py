@@ -48,7 +48,6 @@ from .structure.reach import leaving, towers_left_alone
 from .structure.sublayers import LEFT_ALONE, find_sublayers
 from .structure.surgery import with_own_tables
 from .structure.surroundings import plain_modes
-from .structure.uniform import uniform_names
 from .text import public_name
 from .version import versions
 
@@ -139,8 +138,6 @@ class Run:
             )
         for remark in dict.fromkeys(remarks):
             warnings.warn(remark, BudgetWarning, stacklevel=6)
-        if args.uniform:
-            uniform_names(calibration.sublayers, args)
         loss = self.knowledge()
         if self.pruner.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -159,7 +156,7 @@ class Run:
             raise ArgumentError("no calibration_dataset: pass it to KPrunePruner or to prune()")
         model, pruner, processing_class = self.model, self.pruner, self.pruner.processing_class
         count = tokens_of(model, pruner.data_collator, processing_class)
-        args, method = copy.copy(self.args), METHODS[self.args.method](self.args)
+        args, method = copy.copy(self.args), METHODS[self.args.method]
         if pruner.sentence_folder is not None:
             args.max_seq_length = pruner.sentence_folder.longest(args.max_seq_length, processing_class)
             processing_class = pruner.sentence_folder.reader(processing_class)
@@ -168,14 +165,18 @@ class Run:
         args.statistics_dtype = args.statistics_dtype or method.dtype
         collates = pruner.data_collator is not None
         rows = draw_rows(model, self.dataset, processing_class, args, collates, count)
-        readers = pruner.data_collator, pruner.processing_class, model
-        inputs, _ = collate(rows.rows[:2], *readers)
+        make_batch = partial(
+            collate,
+            collator=pruner.data_collator,
+            processing_class=pruner.processing_class,
+            model=model,
+        )
+        inputs, _ = make_batch(rows.rows[:2])
         with in_eval_mode(model):
             left_alone = towers_left_alone(model, inputs, args.head_unit)
         model.__dict__[LEFT_ALONE] = frozenset(left_alone)  # until `leaving` ends
         self.left_alone = {path.rstrip("."): reason for path, reason in left_alone.items()}
         few = PLAN_TOKENS if self.dry else None
-        make_batch = partial(collate, collator=readers[0], processing_class=readers[1], model=model)
         return Calibration(self.pruner.accelerator, rows, make_batch, model, args, count, few)
 
     def time(self, model: PreTrainedModel, calibration: Calibration) -> Timing:
@@ -267,11 +268,11 @@ class Run:
             lineage=earlier_cuts(model, self.pruner.report),
         )
         if self.dry:
-            report.estimate, counts = self.estimate(METHODS[args.method](args))
+            report.estimate, counts = self.estimate(METHODS[args.method])
             report.calibration = report.calibration | counts
         return report
 
-    def estimate(self, method: Method) -> tuple[str, dict[str, int]]:
+    def estimate(self, method: type[Method]) -> tuple[str, dict[str, int]]:
         """What a plan is estimated from, and what pruning does otherwise; counts of rows and tokens
         measured.
         """

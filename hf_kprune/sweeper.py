@@ -67,8 +67,9 @@ class Sweeper:
         self.pruner.args.check()
         self.check_metric()
         self.check_budgets()
-        self.check_places()
-        budgets, hold_out = list(map(self.arguments, self.asked)), self.pruner.eval_dataset is None
+        budgets = list(map(self.arguments, self.asked))
+        self.check_places(budgets)
+        hold_out = self.pruner.eval_dataset is None
         self.run = Run(self.pruner, self.calibration_dataset, budgets, hold_out)
         with self.pruner.callback_handler.unreported(), self.run.open():
             self.dense = self.pruner.model
@@ -128,14 +129,14 @@ class Sweeper:
                 stacklevel=5,
             )
 
-    def check_places(self) -> None:
-        """Raise `ArgumentError` for budgets and directories that cannot be."""
+    def check_places(self, budgets: list[KPruneArguments]) -> None:
+        """Raise `ArgumentError` for directories that the models for these budgets cannot be saved to."""
         pruner, args = self.pruner, self.pruner.args
         if self.output_dir is not None and args.push_to_hub:
             raise ArgumentError(
                 "push_to_hub is True, but a sweep makes many models: push the one that you choose"
             )
-        budgets, read = list(map(self.arguments, self.asked)), origins_of(pruner, self.calibration_dataset)
+        read = origins_of(pruner, self.calibration_dataset)
         if self.output_dir is not None:
             as_text(self.output_dir)
         with together(pruner.accelerator):

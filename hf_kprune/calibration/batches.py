@@ -35,8 +35,8 @@ from ..structure.facts import (
     max_positions,
     to_model,
 )
-from ..structure.hooks import part_of, run_to_bottom
-from ..structure.probes import matrix_flops
+from ..structure.hooks import by_token, part_of, run_to_bottom
+from ..structure.probes import matrix_flops, only_tokens
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .collate import Collator, collate
@@ -108,6 +108,10 @@ class Batch:
             )
         return torch.nn.functional.pad(valid, (0, more))
 
+    def by_token(self, tensor: Tensor, stack: str) -> Tensor:
+        """(B, T, ...) from what some models flatten to (B * T, ...), of the tokens of a stack."""
+        return by_token(tensor, self.valid[stack].unsqueeze(-1))
+
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop`."""
         samples = self.samples
@@ -115,7 +119,7 @@ class Batch:
         def of(tensor: Any) -> Any:
             return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
 
-        inputs, valid = ({k: of(v) for k, v in held.items()} for held in (self.inputs, self.valid))
+        inputs, valid = ({k: of(v) for k, v in tensors.items()} for tensors in (self.inputs, self.valid))
         return Batch(
             inputs, valid, of(self.counted), self.rows[start:stop], self.measured, self.tried, self.held_out
         )
@@ -124,6 +128,13 @@ class Batch:
 def untimed(name: str) -> AbstractContextManager[None]:
     """A phase of the work whose time nobody takes."""
     return nullcontext()
+
+
+def narrowed(model: PreTrainedModel, chunk: int, start: int = 0) -> AbstractContextManager[None]:
+    """Within this context the head of a model runs on `chunk` tokens from `start` on; on all if that is 0."""
+    if not chunk:
+        return nullcontext()
+    return only_tokens(model.get_output_embeddings(), start, start + chunk)
 
 
 def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tensor:
@@ -220,9 +231,8 @@ class Calibration:
             self.stacks_of_ids.add(name)
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
-        if (
-            mask is not None or name not in self.tokens
-        ):  # images, audio: how many tokens they make is the model's business
+        # how many tokens an image or a sound makes is the model's business
+        if mask is not None or name not in self.tokens:
             with in_eval_mode(model), first_run(model, inputs):
                 bottom = run_to_bottom(model, to_model(inputs, model), sublayer)
             self.tokens[name] = bottom.shape[1]
@@ -346,8 +356,10 @@ class Calibration:
     def advance(self, walk: Walk) -> None:
         """Carry all batches of a walk above its sublayer."""
         with self.phase("tune"), together(self.accelerator):
-            for _ in walk.advance():
+            for batch in walk.behind:
+                walk.step(batch)
                 self.step(1)
+            walk.advance()
 
     def zeros(self, *shape: int) -> Tensor:
         """Sums to add to, in float64 on the device."""

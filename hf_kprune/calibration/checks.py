@@ -4,7 +4,6 @@ the loss can be used."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -15,11 +14,11 @@ from ..errors import UnsupportedArchitectureError, UnsupportedModelError
 from ..processes import together
 from ..structure.checks import prove_projections
 from ..structure.facts import first_run
-from ..structure.hooks import State, Tap, by_token
-from ..structure.probes import check_order, only_tokens, outputs_of
+from ..structure.hooks import State, Tap
+from ..structure.probes import check_order, outputs_of
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
-from .batches import Batch, Calibration, in_float32
+from .batches import Batch, Calibration, in_float32, narrowed
 from .knowledge import Draws, Knowledge
 from .loss_check import check_loss
 from .measure import Head
@@ -44,8 +43,7 @@ def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequ
             top = walk.top(0)
             for sublayer in walk.sublayers:
                 readers.append(readers_of(batch, sublayer, walk.step(0)))
-                for _ in walk.advance():
-                    pass
+                walk.advance()
             for name, expected in top.inputs.items():
                 valid = batch.tokens(next(s for s in sublayers if s.stack_name == name), expected)
                 error = (walk.states[0].inputs[name] - expected)[valid].abs().max()
@@ -93,10 +91,9 @@ def check_head(calibration: Calibration, walk: Walk, top: State, sample: Batch) 
     """
     model = walk.model
     chunk = calibration.chunk(model, sample)
-    few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
-    with few:
+    with narrowed(model, chunk):
         outputs = model(**sample.inputs, return_dict=True)
-    above = Head(walk, top)(sample, 0, chunk) if chunk else Head(walk, top)(sample)
+    above = Head(walk, top)(sample, chunk)
     for name, value in outputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             alone = above[name]
@@ -125,11 +122,14 @@ def try_loss(
         sample = batch if loss.kinds is None else batch.part(0, min(2, batch.samples))
         chunk = calibration.chunk(model, sample) if loss.per_token else 0
         counted = sample.counted[:, :chunk] if chunk else sample.counted
-        few = only_tokens(model.get_output_embeddings(), 0, chunk) if chunk else nullcontext()
-        with few, first_run(model, sample.inputs), outputs_of(sublayers) as activations:
+        with (
+            narrowed(model, chunk),
+            first_run(model, sample.inputs),
+            outputs_of(sublayers) as activations,
+        ):
             outputs = in_float32(model(**sample.inputs, return_dict=True))
         for place, y in activations.items():
-            y = by_token(y, sample.valid[sublayers[place].stack_name].unsqueeze(-1))
+            y = sample.by_token(y, sublayers[place].stack_name)
             calibration.check_finite(sublayers[place], (y[sample.tokens(sublayers[place], y)].sum(),))
         return check_loss(loss, outputs, counted, Draws(args.seed, sample.rows, counted), sample.samples)
     return [], []

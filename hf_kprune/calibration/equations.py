@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..methods.least_squares import NormalEquations
 from ..processes import together
-from ..structure.hooks import by_token
 from ..structure.sublayers import oriented
 from ..structure.walk import Walk
 from .batches import Calibration
@@ -22,15 +19,12 @@ def normal_equations(calibration: Calibration, student: Walk, teacher: Walk) -> 
     sublayer = student.sublayer
     rows, columns = sublayer.weight.shape
     equations = NormalEquations.zeros(columns, rows, calibration.accelerator.device)
-    order: Any = slice(None)
-    if sublayer.unit.strided:
-        order = sublayer.columns.flatten().to(calibration.accelerator.device)
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
             teacher_tap, student_tap = teacher.step(i), student.tap(i)
             valid = batch.tokens(sublayer, teacher_tap.output)
             reference = (teacher_tap.stream + teacher_tap.output)[valid]
-            features, stream = student_tap.features[valid][:, order], student_tap.stream[valid]
+            features, stream = student_tap.features[valid][:, sublayer.order], student_tap.stream[valid]
             equations.add(features, reference - stream, reference, calibration.dtype)
             calibration.step(2)
     calibration.reduce(equations.tensors())
@@ -56,8 +50,7 @@ def input_equations(
             teacher_reads, student_reads = teacher.reads(i, first), student.reads(i, first)
             for path, equations in zip(first, sums, strict=True):
                 stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
-                like = batch.valid[stack].unsqueeze(-1)
-                x, y = (by_token(reads[path], like) for reads in (student_reads, teacher_reads))
+                x, y = (batch.by_token(reads[path], stack) for reads in (student_reads, teacher_reads))
                 valid = batch.tokens(sublayer, x, stack)
                 equations.add(x[valid], y[valid], y[valid], calibration.dtype)
             calibration.step(2)

@@ -9,7 +9,6 @@ draws from what it predicts itself.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,12 +20,12 @@ from ..methods.base import Statistics
 from ..methods.least_squares import Centred, add_products
 from ..processes import together
 from ..structure.facts import in_eval_mode, to_model
-from ..structure.hooks import State, by_token, resumed, run_to_top
-from ..structure.probes import only_tokens, outputs_of, probed
+from ..structure.hooks import State, resumed, run_to_top
+from ..structure.probes import outputs_of, probed
 from ..structure.sublayers import Sublayer
 from ..structure.surgery import in_unit_order
 from ..structure.walk import Walk
-from .batches import Batch, Calibration, in_float32, losses_of, untimed
+from .batches import Batch, Calibration, in_float32, losses_of, narrowed, untimed
 from .knowledge import Draws, Knowledge
 
 
@@ -49,11 +48,10 @@ class Head:
     walk: Walk
     state: State
 
-    def __call__(self, batch: Batch, start: int | None = None, stop: int = 0) -> Any:
-        """Its outputs in float32, of all tokens or of those from `start` to `stop`."""
+    def __call__(self, batch: Batch, chunk: int = 0, start: int = 0) -> Any:
+        """Its outputs in float32, of all tokens or of `chunk` tokens from `start` on."""
         model, sublayers = self.walk.model, self.walk.sublayers
-        few = nullcontext() if start is None else only_tokens(model.get_output_embeddings(), start, stop)
-        with resumed(sublayers, len(sublayers), self.state), few:
+        with resumed(sublayers, len(sublayers), self.state), narrowed(model, chunk, start):
             return in_float32(model(**batch.inputs, return_dict=True))
 
 
@@ -108,79 +106,73 @@ def backward(
                 autocast,
                 walk.part(i, start, stop, samples),
                 probed(targets) as features,
-                outputs_of(targets) as outputs,
+                outputs_of(targets if points == "outputs" else ()) as outputs,
             ):
                 top = run_to_top(model, batch.inputs, walk.sublayers) if chunk else None
                 predicted = model(**batch.inputs, return_dict=True) if top is None else None
             result = Pass(batch, {}, {})
             for place, tensor in features.items():
-                a = by_token(tensor.detach(), batch.valid[targets[place].stack_name].unsqueeze(-1))
+                a = batch.by_token(tensor.detach(), targets[place].stack_name)
                 calibration.check_finite(targets[place], (a[batch.tokens(targets[place], a)].sum(),))
                 result.features[place] = a
             if loss is not None:
                 leaves = features if points == "features" else outputs
                 above = tops[i] if teacher is not None else None
-                head = None
+                reference: Head | Draws
                 if teacher is not None and above is not None:
-                    head = Head(teacher, above.part(start, stop, samples))
-                draws = Draws(args.seed, batch.rows, batch.counted)
+                    reference = Head(teacher, above.part(start, stop, samples))
+                else:
+                    reference = Draws(args.seed, batch.rows, batch.counted)
                 pull: Tensor | None = None
                 if top is None:
-                    total = loss_on(in_float32(predicted), head, batch, loss, draws, autocast)
+                    total = loss_on(in_float32(predicted), reference, batch, loss, autocast)
                 else:
                     with autocast:
-                        total, pull = pull_on_top(Head(walk, top), head, batch, loss, chunk, draws)
+                        total, pull = pull_on_top(Head(walk, top), reference, batch, loss, chunk)
                 gradients = torch.autograd.grad(total, list(leaves.values()), pull, allow_unused=True)
                 for place, gradient in zip(leaves, gradients, strict=True):
                     if gradient is not None:
-                        like = batch.valid[targets[place].stack_name].unsqueeze(-1)
-                        result.gradients[place] = by_token(gradient, like)
+                        result.gradients[place] = batch.by_token(gradient, targets[place].stack_name)
             calibration.step((3 if loss is not None else 1) * len(targets) * (stop - start) / samples)
             yield result
 
 
 def loss_on(
-    predicted: Any,
-    teacher: Head | None,
-    batch: Batch,
-    loss: Knowledge,
-    draws: Draws,
-    autocast: torch.autocast,
+    predicted: Any, reference: Head | Draws, batch: Batch, loss: Knowledge, autocast: torch.autocast
 ) -> Tensor:
-    """The knowledge loss of outputs, summed over the rows of a batch: against a teacher, or against draws
-    from them."""
-    if teacher is None:
-        expected = loss.draw(predicted, loss.noise(predicted, draws), batch.counted)
+    """The knowledge loss of outputs, summed over the rows of a batch: against a teacher's head, or against
+    draws from them."""
+    if isinstance(reference, Draws):
+        expected = loss.draw(predicted, loss.noise(predicted, reference), batch.counted)
     else:
         with torch.no_grad(), autocast:
-            expected = teacher(batch)
+            expected = reference(batch)
     return losses_of(loss, predicted, expected, batch).sum()
 
 
 def pull_on_top(
-    student: Head, teacher: Head | None, batch: Batch, loss: Knowledge, chunk: int, draws: Draws
+    student: Head, reference: Head | Draws, batch: Batch, loss: Knowledge, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The hidden states below the student's head, (B, T, D), and the gradient of the summed knowledge loss to
     them.
 
     The heads run on `chunk` tokens at a time, so that not all logits of a large vocabulary exist at once.
-    Without a teacher the loss is against draws from what the student predicts.
+    The loss is against a teacher's head, or against draws from what the student predicts.
     """
     name = student.walk.sublayers[-1].stack_name
     hidden, counts = student.state.inputs[name], batch.counted.sum(1)
     leaf, pull = hidden.detach().requires_grad_(), torch.zeros_like(hidden)
     top = Head(student.walk, State({**student.state.inputs, name: leaf}))
-    noise = draws.uniform_of_tokens() if teacher is None else None
+    noise = reference.uniform_of_tokens() if isinstance(reference, Draws) else None
     for start in range(0, hidden.shape[1], chunk):
-        stop = start + chunk
-        counted = batch.counted[:, start:stop]
+        counted = batch.counted[:, start : start + chunk]
         with torch.enable_grad():
-            predicted = top(batch, start, stop)
+            predicted = top(batch, chunk, start)
         if noise is not None:
-            expected = loss.draw(predicted, {"logits": noise[:, start:stop]}, counted)
-        elif teacher is not None:
+            expected = loss.draw(predicted, {"logits": noise[:, start : start + chunk]}, counted)
+        elif isinstance(reference, Head):
             with torch.no_grad():
-                expected = teacher(batch, start, stop)
+                expected = reference(batch, chunk, start)
         losses = loss(predicted, expected, counted) * counted.sum(1) / counts.clamp(min=1)
         pull += torch.autograd.grad(losses.sum(), leaf)[0]
     return hidden, pull
@@ -338,9 +330,7 @@ def statistics_of(
     sublayer: Sublayer, cost: float, tokens: float, samples: float, sums: dict[str, Tensor]
 ) -> Statistics:
     """The statistics of a sublayer, their columns in the order of the units."""
-    order: Any = slice(None)
-    if sublayer.unit.strided:
-        order = sublayer.columns.flatten().to(sums["energy"].device)
+    order = sublayer.order
     by_column = {name: sums[name][order] for name in sums.keys() - {"metric", "fisher", "absolute", "gram"}}
     by_two = {"gram": sums["gram"][order][:, order]} if "gram" in sums else {}
     return Statistics(

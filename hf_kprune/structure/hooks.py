@@ -238,13 +238,10 @@ def _passing(sublayers: Sequence[Sublayer], position: int, state: State) -> Iter
     """Let the layers of stacks that run earlier, but are not reached yet, pass their input on."""
     sublayer = sublayers[position]
     with ExitStack() as stack:
-        for name, later in {
-            s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers
-        }.items():
-            for layer in (
-                later.layers if name not in state.inputs else ()
-            ):  # runs first, but nothing here waits for it
-                template = form_of(later)
+        others = {s.stack_name: s for s in sublayers[position:] if s.layers is not sublayer.layers}
+        for later in (other for name, other in others.items() if name not in state.inputs):
+            template = form_of(later)
+            for layer in later.layers:
 
                 def skip(*args: Any, template: Any = template, **kwargs: Any) -> Any:
                     return fill(template, _first(args, kwargs), {})

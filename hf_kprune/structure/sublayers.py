@@ -101,6 +101,11 @@ class Sublayer:
         return self.unit.columns(self.num_units)
 
     @property
+    def order(self) -> Tensor | slice:
+        """Index of these columns that puts those of each unit side by side, on the device of the weight."""
+        return self.columns.flatten().to(self.weight.device) if self.unit.strided else slice(None)
+
+    @property
     def magnitude(self) -> Tensor:
         """Sum of the squares of all weights of each unit, (U,), float64."""
         total = self.weight.double().square().sum(0)[self.columns.to(self.weight.device)].sum(1)

@@ -92,8 +92,7 @@ def _keep_rows(projection: nn.Module, rows: Tensor, kept: Tensor) -> None:
 
 def in_unit_order(sublayer: Sublayer) -> Tensor:
     """The output weight, (D, C), with the columns of each unit side by side."""
-    weight = sublayer.weight
-    return weight[:, sublayer.columns.flatten().to(weight.device)] if sublayer.unit.strided else weight
+    return sublayer.weight[:, sublayer.order] if sublayer.unit.strided else sublayer.weight
 
 
 @torch.no_grad()

@@ -62,13 +62,15 @@ class Walk:
         self._ahead.add(batch)
         return tap
 
-    def advance(self) -> Iterator[int]:
-        """Carry the batches that are still below the sublayer above it, one at each turn, and reach the next
-        sublayer."""
-        for batch in range(len(self.inputs)):
-            if batch not in self._ahead:
-                self.step(batch)
-                yield batch
+    @property
+    def behind(self) -> list[int]:
+        """The batches that are still below the sublayer."""
+        return [batch for batch in range(len(self.inputs)) if batch not in self._ahead]
+
+    def advance(self) -> None:
+        """Carry the batches that are still below the sublayer above it, and reach the next sublayer."""
+        for batch in self.behind:
+            self.step(batch)
         self._ahead.clear()
         self.position += 1
 
