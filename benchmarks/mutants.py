@@ -177,16 +177,18 @@ def tests_pass(folder: Path, guards: tuple[str, ...]) -> bool:
 def main(words: list[str]) -> int:
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    wrong, whole = 0, {}
+    wrong, unchanged = 0, {}
     mutants = [m for m in MUTANTS if not words or any(word in m[0] for word in words)]
     for text, becomes, guards in mutants:
         try:
-            if guards not in whole:
+            if guards not in unchanged:
                 with changed("", "") as folder:
-                    whole[guards] = tests_pass(folder, guards)
+                    unchanged[guards] = tests_pass(folder, guards)
             with changed(text, becomes) as folder:
                 survived = tests_pass(folder, guards)
-            verdict = "survived" if survived else "fallen" if whole[guards] else "its tests fail without it"
+            verdict = (
+                "survived" if survived else "fallen" if unchanged[guards] else "its tests fail without it"
+            )
         except (ValueError, RuntimeError) as error:
             verdict = str(error)
         wrong += verdict != "fallen"

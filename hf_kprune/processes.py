@@ -26,9 +26,9 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         error = caught
     if accelerator.num_processes > 1:
         message = None if error is None else f"{type(error).__name__}: {error}"
-        for rank, told in enumerate(gather_object([message])):
-            if told is not None and error is None:
-                error = CalibrationError(f"process {rank} failed: {told}")
+        for rank, reason in enumerate(gather_object([message])):
+            if reason is not None and error is None:
+                error = CalibrationError(f"process {rank} failed: {reason}")
     if error is not None:
         raise error
 

@@ -44,17 +44,27 @@ class Work:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No bars, tables and warnings of Transformers and datasets inside; afterwards as the caller had them."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    no_hub_bars, no_data_bars = are_progress_bars_disabled(), datasets.are_progress_bars_disabled()
+def unwarned() -> Iterator[None]:
+    """No warnings of Transformers inside; afterwards as the caller had them."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars, tables and warnings of Transformers and datasets inside; afterwards as the caller had them."""
+    bars = logging.is_progress_bar_enabled()
+    no_hub_bars, no_data_bars = are_progress_bars_disabled(), datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with unwarned():
+            yield
+    finally:
         if bars:
             with warnings.catch_warnings():  # of the Hub's bars, where the environment forbids them
                 warnings.simplefilter("ignore")

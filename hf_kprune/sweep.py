@@ -165,19 +165,19 @@ def smallest_within(
     if not sparsities:
         raise ArgumentError("no sparsity to sweep over; give at least one")
     least = sweep.quality(sweep.points[0]) - max_drop
-    made = {0.0: sweep.points[0]}
+    points = {0.0: sweep.points[0]}
     for sparsity in sorted(sparsities):
-        made[sparsity] = evaluate(sparsity)
+        points[sparsity] = evaluate(sparsity)
 
     def good(sparsity: float) -> bool:
-        return sweep.quality(made[sparsity]) >= least
+        return sweep.quality(points[sparsity]) >= least
 
     for _ in range(refine):
-        low = max(filter(good, made))
-        above = [sparsity for sparsity in made if sparsity > low]
+        low = max(filter(good, points))
+        above = [sparsity for sparsity in points if sparsity > low]
         if not above:
             break
         middle = (low + min(above)) / 2
-        made[middle] = evaluate(middle)
-    sweep.points[:] = [made[sparsity] for sparsity in sorted(made)]
-    sweep.best = sweep.points.index(made[max(filter(good, made))])
+        points[middle] = evaluate(middle)
+    sweep.points[:] = [points[sparsity] for sparsity in sorted(points)]
+    sweep.best = sweep.points.index(points[max(filter(good, points))])

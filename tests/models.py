@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from zoo import ENCODER
+from zoo import DISTILBERT, ENCODER
 
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut, write_plan
@@ -24,15 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "xlm-roberta": BERT_LIKE,
     "camembert": BERT_LIKE,
     "electra": {**BERT_LIKE, "embedding_size": 8},
-    "distilbert": {
-        "vocab_size": 60,
-        "dim": 16,
-        "n_heads": 4,
-        "hidden_dim": 12,
-        "n_layers": 3,
-        "max_position_embeddings": 40,
-        "pad_token_id": 1,
-    },
+    "distilbert": DISTILBERT,
     "mpnet": BERT_LIKE,
 }
 MODEL_TYPES = list(CONFIGS)

@@ -62,6 +62,15 @@ ENCODER: dict[str, Any] = {
     "max_position_embeddings": 40,
     "pad_token_id": 1,
 }
+DISTILBERT = {
+    "vocab_size": 60,
+    "dim": 16,
+    "n_heads": 4,
+    "hidden_dim": 12,
+    "n_layers": 3,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+}
 
 SEQ2SEQ: dict[str, Any] = {
     "vocab_size": 60,
@@ -392,15 +401,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "distilbert": (
         "DistilBertForSequenceClassification",
-        {
-            "vocab_size": 60,
-            "dim": 16,
-            "n_heads": 4,
-            "hidden_dim": 12,
-            "n_layers": 3,
-            "max_position_embeddings": 40,
-            "pad_token_id": 1,
-        },
+        DISTILBERT,
         "text",
     ),
     "longformer": (

@@ -58,12 +58,12 @@ def verify_weights(name: str) -> list[str]:
 
 def strange(file: str | Path) -> list[str]:
     """Tensors of a safetensors file that are integers, or hold NaN or Inf, one at a time in memory."""
-    found = []
+    faults = []
     with safe_open(file, "pt") as weights:
         for key in weights.keys():  # noqa: SIM118
             tensor: Any = weights.get_tensor(key)
             if not tensor.is_floating_point():
-                found.append(f"{key} in {Path(file).name} is {str(tensor.dtype).removeprefix('torch.')}")
+                faults.append(f"{key} in {Path(file).name} is {str(tensor.dtype).removeprefix('torch.')}")
             elif not bool(torch.isfinite(tensor).all()):
-                found.append(f"{key} in {Path(file).name} holds NaN or Inf")
-    return found
+                faults.append(f"{key} in {Path(file).name} holds NaN or Inf")
+    return faults

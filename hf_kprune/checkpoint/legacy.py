@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..errors import ArgumentError, CheckpointError, UnsupportedModelError
 from ..modeling_kprune import HUB_OPTIONS, has, is_pruned, kind_of
+from ..progress import unwarned
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.surgery import write_plan
 from . import loading
@@ -70,11 +70,11 @@ def from_legacy(
     model_class = model_class or loading.model_class(config)
     new_heads = bool(kwargs.get("ignore_mismatched_sizes"))
     where = {**hub, **{key: kwargs[key] for key in WEIGHT_OPTIONS if key in kwargs}}
-    config = planned(name, model_class, config, new_heads, where)
+    config = plan_from_weights(name, model_class, config, new_heads, where)
     return cast(PreTrainedModel, model_class.from_pretrained(name, config=config, **hub, **kwargs))
 
 
-def planned(
+def plan_from_weights(
     name: str, model_class: Any, config: Any, new_heads: bool, where: dict[str, Any]
 ) -> PreTrainedConfig:
     """The config with a plan of the sizes that the tensors have, which transformers is asked for: it knows
@@ -88,14 +88,10 @@ def planned(
             says.
         where: Options for finding the weights.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the sizes that are wanted here
-    try:
+    with unwarned():  # of the sizes that are wanted here
         dense, info = model_class.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **where
         )
-    finally:
-        logging.set_verbosity(verbosity)
     sublayers = find_sublayers(dense)
     paths = {id(module): path for path, module in dense.named_modules()}
     inside = tuple({f"{paths[id(s.layers)]}." for s in sublayers})
@@ -107,20 +103,20 @@ def planned(
             "cannot be read"
         )
     expected = {key: list(value.shape) for key, value in dense.state_dict().items()}
-    found = {key: list(shape) for key, shape in expected.items()}
-    found |= {key: list(shape) for key, shape, _ in info["mismatched_keys"]}
+    shapes = {key: list(shape) for key, shape in expected.items()}
+    shapes |= {key: list(shape) for key, shape, _ in info["mismatched_keys"]}
     gone = heads_gone(name, sublayers)
     for s in sublayers:
-        narrow(name, s, paths[id(s.layer)], gone[id(s.owner)].get(s.index, set()), found, expected)
+        narrow(name, s, paths[id(s.layer)], gone[id(s.owner)].get(s.index, set()), shapes, expected)
     wrong = [
         key
-        for key, shape in found.items()
+        for key, shape in shapes.items()
         if shape != expected.get(key) and (key.startswith(inside) or not new_heads)
     ]
     if wrong:
         key = min(wrong)
         raise CheckpointError(
-            f"{name}: {key} is {found[key]} in the weight files, {expected.get(key)} by config.json and the "
+            f"{name}: {key} is {shapes[key]} in the weight files, {expected.get(key)} by config.json and the "
             "tensors beside it"
         )
     # a block that lost nothing stays out of the plan: T5's tables of positions stay shared
@@ -134,7 +130,7 @@ def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, 
     """What `pruned_heads` says, by the identity of the model whose config it is in: layer to heads that are
     gone.
     """
-    told = {}
+    heads_by_owner = {}
     for owner in {id(s.owner): s.owner for s in sublayers}.values():
         entry = getattr(owner.config, "pruned_heads", None) or {}
         try:
@@ -155,8 +151,8 @@ def heads_gone(name: str, sublayers: Sequence[Sublayer]) -> dict[int, dict[int, 
                 f"{name}: pruned_heads names head {min(strange)[1]} of layer {min(strange)[0]}; there are "
                 f"{len(of)} layers of {max(of.values(), default=0)} heads"
             )
-        told[id(owner)] = gone
-    return told
+        heads_by_owner[id(owner)] = gone
+    return heads_by_owner
 
 
 def narrow(
@@ -164,10 +160,10 @@ def narrow(
     s: Sublayer,
     layer: str,
     gone: set[int],
-    found: dict[str, list[int]],
+    shapes: dict[str, list[int]],
     expected: dict[str, list[int]],
 ) -> None:
-    """Write into the plan of `s` how many units its output projection has in `found`, and into `expected`
+    """Write into the plan of `s` how many units its output projection has in `shapes`, and into `expected`
     what follows.
 
     Args:
@@ -175,11 +171,11 @@ def narrow(
         s: A sublayer of the dense model.
         layer: Path of its layer.
         gone: Heads that its layer lost.
-        found: Shapes of the tensors in the weight files.
+        shapes: Shapes of the tensors in the weight files.
         expected: Those of the dense model.
     """
     turned = kind_of(s.output) != "linear"  # the weight is (in, out)
-    columns = found[f"{layer}.{s.block.output}.weight"][0 if turned else 1]
+    columns = shapes[f"{layer}.{s.block.output}.weight"][0 if turned else 1]
     units, rest = divmod(columns, s.unit_width)
     if rest or units > s.plan["of"]:
         raise CheckpointError(

@@ -48,13 +48,13 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     check_stock(config, config.name_or_path)
     if not config.architectures:
         return cast(type[PreTrainedModel], MODEL_MAPPING[type(config)])
-    found = getattr(transformers, config.architectures[0], None)
-    if found is None:
+    kind = getattr(transformers, config.architectures[0], None)
+    if kind is None:
         raise ArgumentError(
             f"the config of {config.name_or_path or 'the model'} names the architecture "
             f"{config.architectures[0]!r}, which transformers lacks; load the model yourself"
         )
-    return cast(type[PreTrainedModel], found)
+    return cast(type[PreTrainedModel], kind)
 
 
 def load_model(name: str) -> PreTrainedModel:

@@ -33,12 +33,12 @@ def auto_classes() -> dict[str, Any]:
     """The `AutoModel...` classes of transformers, by name, with the table of each: model type to class name
     or names.
     """
-    found = {}
+    mappings = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None:
-            found[name] = mapping._model_mapping
-    return found
+            mappings[name] = mapping._model_mapping
+    return mappings
 
 
 def stock_entries(config: Any) -> dict[str, str]:

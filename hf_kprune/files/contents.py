@@ -131,11 +131,11 @@ def contents(folder: Path) -> tuple[list[str], list[str]]:
 
 def leaves(folder: Path) -> list[str]:
     """Files and empty directories in a directory and those below it, by relative path."""
-    found = ["."] if not os.listdir(folder) else []
+    paths = ["."] if not os.listdir(folder) else []
     for root, folders, names in os.walk(folder):
         empty = [name for name in folders if not os.listdir(Path(root, name))]
-        found += [str(Path(root, name).relative_to(folder)) for name in [*names, *empty]]
-    return found
+        paths += [str(Path(root, name).relative_to(folder)) for name in [*names, *empty]]
+    return paths
 
 
 def is_name(relative: str) -> bool:

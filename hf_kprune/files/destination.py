@@ -122,14 +122,14 @@ def check_not_read(text: str, target: Path, read_from: Iterable[Any]) -> None:
 
 def origins(*things: Any) -> list[str]:
     """The files and directories that models, tokenizers, folders and datasets say they come from."""
-    found = []
+    names = []
     for thing in things:
-        found.append(getattr(getattr(thing, "config", thing), "name_or_path", None))
-        found.append(str(thing.path) if hasattr(thing, "path") else None)
-        found += [
+        names.append(getattr(getattr(thing, "config", thing), "name_or_path", None))
+        names.append(str(thing.path) if hasattr(thing, "path") else None)
+        names += [
             file["filename"] for file in getattr(thing, "cache_files", None) or () if "filename" in file
         ]
-    return [name for name in found if isinstance(name, str) and name]
+    return [name for name in names if isinstance(name, str) and name]
 
 
 def probe(target: Path) -> int | None:

@@ -75,8 +75,8 @@ def search_latency(
                 a * n for a, n in zip(slopes, least, strict=True)
             )
             densities = [scores[i].double() / (curves[i].a or 1) for i in live]
-            found = threshold_search(densities, slopes, left, least, [multiple[i] for i in live])
-            for i, mask in zip(live, found, strict=True):
+            best = threshold_search(densities, slopes, left, least, [multiple[i] for i in live])
+            for i, mask in zip(live, best, strict=True):
                 masks[i] = mask
         return masks
 
@@ -92,9 +92,8 @@ def search_latency(
         starts += [counts for counts in (freely(kept), kept) if fits(counts) and counts not in starts]
         if fits(kept):
             break
-    found = [spend(counts) for counts in starts]
     return max(
-        found,
+        map(spend, starts),
         key=lambda masks: sum(float(s.double().cpu()[m].sum()) for s, m in zip(scores, masks, strict=True)),
     )
 

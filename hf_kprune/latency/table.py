@@ -157,11 +157,11 @@ class LatencyTable:
             plans = [
                 [min(u, n) if k == kind else u for k, u in zip(kinds, units, strict=True)] for kind, n in some
             ]
-            whole, least, *seconds = compare(
+            full, least, *seconds = compare(
                 [model, hollow, *(cut_to(model, p, head_unit) for p in plans)], inputs, rounds
             )
-            ends.append((whole, least / whole))
-            shares |= {task: taken / whole for task, taken in zip(some, seconds, strict=True)}
+            ends.append((full, least / full))
+            shares |= {task: taken / full for task, taken in zip(some, seconds, strict=True)}
         dense, emptied = (statistics.median(values) for values in zip(*ends, strict=True))
         points = {
             kind: [(n, dense * (shares[kind, n] - shares[kind, 0]) / live[kind]) for n in counts]
@@ -236,10 +236,16 @@ class LatencyTable:
             ArgumentError: If it is something else.
         """
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
-            points = {kind: [(int(n), float(s)) for n, s in told["points"][kind]] for kind in told["points"]}
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
+            points = {
+                kind: [(int(n), float(s)) for n, s in entries["points"][kind]] for kind in entries["points"]
+            }
             return cls(
-                float(told["dense"]), float(told["emptied"]), list(told["units"]), list(told["kinds"]), points
+                float(entries["dense"]),
+                float(entries["emptied"]),
+                list(entries["units"]),
+                list(entries["kinds"]),
+                points,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(
@@ -265,7 +271,7 @@ def counts_to_measure(units: int) -> list[int]:
 def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> str:
     """Of all that the time of `model` depends on: shapes rather than values, and where it runs."""
     device = model.device
-    told = {
+    facts = {
         "class": type(model).__name__,
         "config": {
             k: v
@@ -283,4 +289,4 @@ def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -
         "machine": [platform.node(), torch.get_num_threads(), torch.get_float32_matmul_precision()],
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -87,17 +87,17 @@ def compare(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(in_eval_mode(model))
-        given = [to_model(inputs, model) for model in models]
+        each = [to_model(inputs, model) for model in models]
         while len(taken) < WARM_UP + (rounds or 20):
             taken.append([])
-            for model, own in zip(models, given, strict=True):
+            for model, arguments in zip(models, each, strict=True):
                 begin = _now(model.device)
-                model(**own)
+                model(**arguments)
                 if (
                     _now(model.device) - begin < SHORT
                 ):  # else the caches that the model before it has left would count
                     begin = _now(model.device)
-                    model(**own)
+                    model(**arguments)
                 taken[-1].append(_now(model.device) - begin)
             if rounds is None:
                 rounds = max(3, min(20, int(PATIENCE / max(sum(taken[0]), 1e-9))))

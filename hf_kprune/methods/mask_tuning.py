@@ -82,10 +82,9 @@ class KCM(Method):
 
     No program of its authors is known to us, and what we know of the paper leaves open what is our choice
     here: filters are the columns of the output projection; sigma and alpha of `representative`; D2 is the
-        root mean square of the activation
-    over tokens that are not padding; both go from 0 to 1 within a sublayer and are multiplied; factors are
-    tuned against the dense model. Scores are per cost, which says something only where neurons of several
-    stacks do not cost the same. The variant with few labels is left out.
+    root mean square of the activation over tokens that are not padding; both go from 0 to 1 within a sublayer
+    and are multiplied; factors are tuned against the dense model. Scores are per cost, which says something
+    only where neurons of several stacks do not cost the same. The variant with few labels is left out.
     """
 
     tunes = True

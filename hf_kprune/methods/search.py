@@ -145,9 +145,9 @@ def uniform_search(
         joint_scores.append(torch.stack(list(ranked)).sum(0) / joint_costs[-1])
     first = [same[0] for same in members.values()]
     bound = {
-        g: [n for n in told if n >= minimum[i]]
+        g: [n for n in numbers if n >= minimum[i]]
         for g, i in enumerate(first)
-        if (told := allowed[i]) is not None
+        if (numbers := allowed[i]) is not None
     }
     free = [g for g in range(len(first)) if g not in bound]
     best, most = None, -1.0

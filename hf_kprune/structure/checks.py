@@ -24,9 +24,9 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import has, inner_models, plan_of
+from ..progress import unwarned
 from .facts import check_problem_type, in_half_precision
 from .sublayers import described, find_sublayers, oriented
-from .surroundings import quiet
 
 
 logger = logging.get_logger(__name__)
@@ -281,7 +281,7 @@ def _check_built_again(model: PreTrainedModel) -> None:
     """Refuse a model whose config makes other tensors: what is saved is loaded into those."""
     kind = type(model).__name__
     try:
-        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"), _safe_on_meta():
+        with unwarned(), torch.random.fork_rng(devices=[]), torch.device("meta"), _safe_on_meta():
             again = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
     except Exception as error:
         raise UnsupportedModelError(

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import plan_of
+from ..progress import unwarned
 from .facts import evaluation_copy, example_inputs, masks_frames, to_model
 from .families import FAMILIES, REFUSED, Block, Stack
 from .proof import implementations, prove, prove_cuts, step, trial_masks
 from .sublayers import find_sublayers
-from .surroundings import quiet
 from .units import UNITS
 from .variants import HeadNames, head_names, variants
 from .watch import PROJECTIONS, Observation, Watch
@@ -70,7 +70,7 @@ def describe(
     families: Families = {}
     try:
         with (
-            quiet(),
+            unwarned(),
             step(
                 "detection",
                 "its modules or its config are of a kind that is not known, as the error above shows",

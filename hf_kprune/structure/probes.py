@@ -64,9 +64,9 @@ def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence
         run_to_top(model, inputs, sublayers)
     for stack in dict.fromkeys(s.stack_name for s in sublayers):
         expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
-        found = [place for place in ran if sublayers[place].stack_name == stack]
-        if found != expected:
-            names = [sublayers[place].name for place in found]
+        order = [place for place in ran if sublayers[place].stack_name == stack]
+        if order != expected:
+            names = [sublayers[place].name for place in order]
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its family describes "
                 f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "

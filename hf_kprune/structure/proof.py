@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 
 from ..errors import KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
+from ..progress import unwarned
 from .facts import evaluation_copy, floats, to_model
 from .hooks import State, resumed, run_sublayer, run_to_top
 from .probes import check_order
 from .sublayers import Sublayer, find_sublayers
 from .surgery import cut_twin, twin, with_own_tables
-from .surroundings import quiet
 
 
 TOLERANCE = 1e-4
@@ -52,7 +52,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "g
         UnsupportedArchitectureError: If a step fails; it says which one, where, and how far off the result
             is.
     """
-    with quiet():
+    with unwarned():
         dense = with_own_tables(evaluation_copy(model))
         inputs = to_model(inputs, dense)
         sublayers = find_sublayers(dense, head_unit)

@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..progress import unwarned
 from .facts import first_run, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
 from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
 from .surgery import with_own_tables
-from .surroundings import quiet
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def count_runs(
 
 def walks(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str, others: Collection[str]) -> bool:
     """Whether all towers but those at the paths `others` can be carried from sublayer to sublayer."""
-    with leaving(model, others), quiet():
+    with leaving(model, others), unwarned():
         try:
             prove_carrying(with_own_tables(model), inputs, head_unit)
         except (torch.OutOfMemoryError, MemoryError):

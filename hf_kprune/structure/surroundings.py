@@ -40,17 +40,6 @@ def plain_modes() -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings of transformers, such as about padding on the right, which a proof may have."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Take back what `Trainer` sets for itself: seeds of all generators, the verbosity, values in configs and
     of the model, and the mode of each module."""
