@@ -6,14 +6,26 @@ what needs them.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .errors import ArgumentError
-from .options import CHOICES, Unasked, check_values, expect, has_size, option
+from .options import (
+    CHOICES,
+    Bound,
+    Unasked,
+    at_least,
+    check_values,
+    expect,
+    from_json,
+    has_size,
+    option,
+    over,
+)
 from .validation import check_fields, known_keywords, suggestion
 
 
@@ -27,6 +39,8 @@ METHOD_ALIASES = {"obs": "surgeon"}
 METHOD_NAMES = ("surgeon", "kprune", "kwon", "kcm", "magnitude", "random", "taylor", "flap", "wanda_sp")
 """The keys of `methods.METHODS`, which takes PyTorch."""
 
+IN_METHOD_KWARGS = ("lambda_pred", "lambda_rep", "mu")
+"""Options of earlier releases that are in `method_kwargs` now."""
 
 TIMES = ("target_latency", "target_speedup")
 LATENCY_BATCH = 32
@@ -56,7 +70,8 @@ class KPruneArguments:
 
     > How units are chosen
 
-    `method`, `measure_dtype`, `temperature`, `lambda_pred`, `lambda_rep`, `mu`, `pooling`.
+    `method`, `method_kwargs`, `measure_dtype`, `temperature`, `pooling`. `lambda_pred`, `lambda_rep` and `mu` are
+    old names of what is in `method_kwargs`.
 
     > How weights are tuned
 
@@ -91,26 +106,26 @@ class KPruneArguments:
         "Remove this fraction of the prunable FLOPs, in [0, 1): 0.75 leaves a quarter of them. Attention "
         "heads and FFN neurons are prunable. Embeddings, experts and the head of the model are not.",
     )
-    target_flops: float | None = option(
+    target_flops: Annotated[float | None, over(0)] = option(
         None, "Keep at most this many FLOPs of a sequence of flops_length tokens, in place of a sparsity."
     )
-    target_params: float | None = option(
+    target_params: Annotated[float | None, over(0)] = option(
         None, "Keep at most this many parameters in the model, embeddings included, in place of a sparsity."
     )
-    target_bytes: float | None = option(
+    target_bytes: Annotated[float | None, over(0)] = option(
         None, "Keep at most this many bytes of weights, in the dtype that they have, in place of a sparsity."
     )
-    target_latency: float | None = option(
+    target_latency: Annotated[float | None, over(0)] = option(
         None,
         "Let a forward pass take at most this many seconds, measured on this device, in place of a "
         "sparsity. Methods that decide all at once can do it: 'surgeon', 'kwon', 'magnitude', 'taylor'.",
     )
-    target_speedup: float | None = option(
+    target_speedup: Annotated[float | None, over(0)] = option(
         None,
         "Make a forward pass this many times as fast as now, measured on this device, in place of a "
         "sparsity. Methods that decide all at once can do it: 'surgeon', 'kwon', 'magnitude', 'taylor'.",
     )
-    latency_batch_size: int = option(
+    latency_batch_size: Annotated[int, at_least(1)] = option(
         LATENCY_BATCH,
         "Measure the time of a batch of this many sequences; of images and audio, of a calibration batch.",
     )
@@ -119,7 +134,7 @@ class KPruneArguments:
         "Measure the time of sequences of this many tokens. By default they are as long as the calibration "
         "rows are on average.",
     )
-    flops_length: int | None = option(
+    flops_length: Annotated[int | None, at_least(1)] = option(
         None,
         "Count the FLOPs of a sequence of this many tokens, as many as the model will serve. An "
         "encoder-decoder has one on both sides. By default it is as long as the calibration rows on average.",
@@ -129,6 +144,11 @@ class KPruneArguments:
         "Choose units by this method. 'surgeon' is ours, an optimal brain surgeon in the Fisher metric. "
         "'kprune' is that of the paper (Park et al., ICLR 2024). The others are there for comparison.",
         choices=[*METHOD_NAMES, *METHOD_ALIASES],
+    )
+    method_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Pass these options to the method, which other methods do not take. They are a dict, or JSON on the "
+        "command line: '{\"mu\": 64}' with method kprune. docs/cli.md lists them.",
     )
     prune_heads: bool = option(True, "Prune attention heads.")
     prune_ffn: bool = option(True, "Prune FFN neurons.")
@@ -143,13 +163,13 @@ class KPruneArguments:
         "Leave equally many heads and neurons in all layers of a stack. The result is a plain checkpoint "
         "that any program loads. The config of the architecture must be able to say it.",
     )
-    min_heads: int = option(
+    min_heads: Annotated[int, at_least(0)] = option(
         0, "Keep at least this many heads in every attention sublayer. With 0 it may lose all."
     )
-    min_neurons: int = option(
+    min_neurons: Annotated[int, at_least(0)] = option(
         0, "Keep at least this many neurons in every FFN sublayer. With 0 it may lose all."
     )
-    round_to: int = option(
+    round_to: Annotated[int, at_least(1)] = option(
         1,
         "Keep a multiple of this number of neurons in every FFN, or all of them. 8 or 64 suit some hardware.",
     )
@@ -160,13 +180,15 @@ class KPruneArguments:
         "For multiple choice, name the question and each choice. By default columns of known names are "
         "read, such as text, sentence, or sentence1 and sentence2.",
     )
-    num_tokens: int = option(100_000, "Tune weights on this many calibration tokens. Padding does not count.")
+    num_tokens: Annotated[int, at_least(1)] = option(
+        100_000, "Tune weights on this many calibration tokens. Padding does not count."
+    )
     num_measure_tokens: int | None = option(
         None,
         "Measure units on this many of the calibration tokens, as this costs more than tuning. By default "
         "'surgeon' takes 10,000 and other methods take all of them.",
     )
-    max_seq_length: int | None = option(
+    max_seq_length: Annotated[int | None, at_least(1)] = option(
         None, "Truncate texts to this many tokens. By default they have as many as the model can take."
     )
     packing: bool = option(
@@ -174,31 +196,24 @@ class KPruneArguments:
         "Join all texts and cut them into calibration rows of max_seq_length tokens. By default these are as "
         "many as the model can take, and at most 1024.",
     )
-    per_device_batch_size: int = option(
+    per_device_batch_size: Annotated[int, at_least(1)] = option(
         32, "Run this many calibration sequences at a time on each device. The result stays the same."
     )
     remove_unused_columns: bool = option(
         True,
         "Drop the columns of the calibration data that the model does not take. Otherwise they are an error.",
     )
-    seed: int = option(42, "Draw calibration rows with this seed.")
+    seed: Annotated[int, Bound("from 0 to 2**32 - 1", lambda seed: 0 <= seed < 2**32)] = option(
+        42, "Draw calibration rows with this seed."
+    )
 
     measure_dtype: str = option(
         "float32",
         "Measure knowledge in this precision. bfloat16 (autocast) is about twice as fast and rounds scores.",
         choices=CHOICES["measure_dtype"],
     )
-    temperature: float = option(
+    temperature: Annotated[float, over(0)] = option(
         2.0, "Divide logits by this temperature (gamma of the paper) in the predictive knowledge."
-    )
-    lambda_pred: float = option(1.0, "Weigh the predictive knowledge by this number.")
-    lambda_rep: float = option(
-        2.5e-4, "Weigh the representational knowledge by this number, which must be over 0."
-    )
-    mu: float | None = option(
-        None,
-        "Weigh the scores of heads by this number against those of neurons. By default it is the size of a "
-        "head, as in the paper.",
     )
     pooling: str | None = option(
         None,
@@ -212,7 +227,7 @@ class KPruneArguments:
         None,
         "Fit the output bias too when weights are tuned. By default 'surgeon' does so and 'kprune' does not.",
     )
-    ridge: float | None = option(
+    ridge: Annotated[float | None, at_least(0)] = option(
         None,
         "Pull tuned weights towards the present ones this strongly, relative to the mean square of the "
         "features. By default it is 0.01 for 'surgeon' and 0 for 'kprune'.",
@@ -229,7 +244,7 @@ class KPruneArguments:
     )
 
     max_shard_size: str = option("50GB", "Split the saved weights into files of at most this size.")
-    per_device_eval_batch_size: int = option(
+    per_device_eval_batch_size: Annotated[int, at_least(1)] = option(
         32, "Evaluate and predict this many sequences at a time on each device."
     )
     disable_tqdm: bool = option(
@@ -256,6 +271,10 @@ class KPruneArguments:
         None, "Make the repository private. By default it is as the account has it."
     )
     hub_revision: str | None = option(None, "Push to this branch of the repository.")
+
+    lambda_pred: float | None = option(None, "Pass this option of kprune in method_kwargs.")
+    lambda_rep: float | None = option(None, "Pass this option of kprune in method_kwargs.")
+    mu: float | None = option(None, "Pass this option of kprune in method_kwargs.")
 
     def __post_init__(self) -> None:
         self.check()
@@ -300,6 +319,7 @@ class KPruneArguments:
         self.method = METHOD_ALIASES.get(self.method, self.method)
         near = suggestion(self.method, METHODS)
         check("method", self.method in METHODS, f"one of {', '.join(METHODS)}{near}")
+        self._check_method_kwargs()
         tokens = self.num_measure_tokens
         check("num_measure_tokens", tokens is None or 1 <= tokens <= self.num_tokens, "from 1 to num_tokens")
         names = self.text_columns is None or bool(self.text_columns and all(self.text_columns))
@@ -317,13 +337,44 @@ class KPruneArguments:
             idle = not self.tune and getattr(self, name)
             check(name, not idle, "False or None with tune=False, which tunes nothing")
 
+    def _check_method_kwargs(self) -> None:
+        """The options of the method are those that it takes, with values that they may have; those of earlier
+        releases join them."""
+        from .methods import METHODS
+
+        method = METHODS[self.method]
+        known = method.kwargs_names()
+        early = {name: getattr(self, name) for name in IN_METHOD_KWARGS if name in known}
+        early = {name: value for name, value in early.items() if value is not None}
+        kwargs = from_json("method_kwargs", self.method_kwargs) | early
+        for name in (name for name in kwargs if name not in known):
+            users = [repr(key) for key, each in METHODS.items() if name in each.kwargs_names()]
+            near = f"; {' and '.join(users)} does" if users else suggestion(str(name), known)
+            listed = ", ".join(known) or "none"
+            raise ArgumentError(
+                f"method_kwargs names {name!r}, which method {self.method!r} does not take: it takes {listed}{near}"
+            )
+        options = method.kwargs_class(**kwargs)
+        check_fields(options)
+        check_values(options)
+        self.method_kwargs = {name: getattr(options, name) for name in kwargs} or None
+        if early:
+            warnings.warn(
+                f"pass {', '.join(early)} in method_kwargs: '{json.dumps(early)}'",
+                FutureWarning,
+                stacklevel=7,
+            )
+            for name in early:
+                setattr(self, name, None)
+
     def unused_options(self) -> dict[str, str]:
         """Options that differ from their defaults and that the others leave without effect, and why."""
         from .methods import METHODS
 
         method, reasons = METHODS[self.method], dict[str, str]()
-        for name in sorted({name for each in METHODS.values() for name in each.options} - method.options):
-            users = ", ".join(repr(key) for key, each in METHODS.items() if name in each.options)
+        readers = {key: each.options.union(each.kwargs_names()) for key, each in METHODS.items()}
+        for name in sorted(set().union(*readers.values()) - readers[self.method]):
+            users = ", ".join(repr(key) for key, names in readers.items() if name in names)
             reasons[name] = f"method {self.method!r} does not use it; {users} does"
         if not self.prune_heads:
             reasons["min_heads"] = "prune_heads is False, so every head stays"
@@ -336,7 +387,11 @@ class KPruneArguments:
         if not method.needs:
             reasons["measure_dtype"] = f"method {self.method!r} measures no knowledge"
         defaults = {each.name: each.default for each in fields(self)}
-        return {name: why for name, why in reasons.items() if getattr(self, name) != defaults[name]}
+        return {
+            name: why
+            for name, why in reasons.items()
+            if name in defaults and getattr(self, name) != defaults[name]
+        }
 
     @property
     def budget(self) -> tuple[str, float]:

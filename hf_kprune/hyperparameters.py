@@ -11,14 +11,11 @@ from transformers.trainer_utils import BestRun
 
 from .calibration.measure import distance
 from .errors import ArgumentError
+from .methods import METHODS
+from .options import from_json
 from .preparation import Run
 from .state import Pruner, in_place
 from .validation import checked
-
-
-RANGES = {"surgeon": {"ridge": (1e-4, 1.0)}, "kprune": {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}}
-"""What a search varies of each method by default: the pull of tuned weights towards what they were; how
-K-prune weighs its two kinds of knowledge, and heads against neurons."""
 
 
 @dataclass
@@ -57,7 +54,7 @@ class Search:
         self.args.check()
         if n_trials < 1:
             raise ArgumentError(f"n_trials is {n_trials}, expected at least 1")
-        if self.hp_space is None and self.args.method not in RANGES:
+        if self.hp_space is None and not METHODS[self.args.method].ranges:
             raise ArgumentError(f"no hp_space, and method {self.args.method!r} has none by default: pass one")
         study = optuna.create_study(direction=direction, **kwargs)
         try:
@@ -74,8 +71,12 @@ class Search:
         """The options that an Optuna trial is about."""
         if self.hp_space is not None:
             return dict(checked("what hp_space gives", self.hp_space(trial), dict[str, Any]))
-        ranges = RANGES[self.args.method]
-        return {name: trial.suggest_float(name, *ends, log=True) for name, ends in ranges.items()}
+        method = METHODS[self.args.method]
+        values = {name: trial.suggest_float(name, *ends, log=True) for name, ends in method.ranges.items()}
+        kwargs = {name: values.pop(name) for name in method.kwargs_names() if name in values}
+        if kwargs:
+            values["method_kwargs"] = from_json("method_kwargs", self.args.method_kwargs) | kwargs
+        return values
 
     def objective(self, trial: Any) -> float:
         """Prune with the options of a trial, and judge the student."""

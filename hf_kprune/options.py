@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+import json
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ArgumentError
 from .validation import show
 
-
-PER_DEVICE = ("per_device_batch_size", "per_device_eval_batch_size")
 
 CHOICES = {
     "head_unit": ["group", "query"],
@@ -19,18 +20,28 @@ CHOICES = {
 }
 """The values that options may have."""
 
-LEAST = dict.fromkeys(("min_heads", "min_neurons", "lambda_pred", "ridge"), 0) | dict.fromkeys(
-    ("flops_length", "max_seq_length", "num_tokens", "latency_batch_size", "round_to", *PER_DEVICE), 1
-)
-"""The least values that options may have."""
 
-POSITIVE = {
-    **dict.fromkeys(("target_flops", "target_params", "target_bytes", "target_latency"), ""),
-    **dict.fromkeys(("target_speedup", "temperature"), ""),
-    "lambda_rep": ": the first sublayer, below which nothing differs, has no other score",
-    "mu": ", or None for the head size",
-}
-"""Options that are over 0, and what an error says behind that."""
+@dataclass(frozen=True)
+class Bound:
+    """What a number must be beside a number, for `typing.Annotated`.
+
+    Args:
+        words: What is expected, in an error.
+        holds: Whether a number is so.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def at_least(least: float) -> Bound:
+    """Bound of an option that may be `least`, and more."""
+    return Bound(f"at least {least}", lambda value: value >= least)
+
+
+def over(least: float, remark: str = "") -> Bound:
+    """Bound of an option that is more than `least`; an error ends with the remark."""
+    return Bound(f"over {least}{remark}", lambda value: value > least)
 
 
 class Unasked(float):
@@ -73,16 +84,32 @@ def has_size(text: str) -> bool:
 
 
 def check_values(options: Any) -> None:
-    """Raise `ArgumentError` for an option of `POSITIVE`, `LEAST` or `CHOICES` with a value that it may not
-    have.
+    """Raise `ArgumentError` for an option with a value that the bound in its annotation or `CHOICES` does not
+    allow.
     """
-    for name, more in POSITIVE.items():
+    for name, kind in typing.get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
-        expect(options, name, value is None or value > 0, f"over 0{more}")
-    for name, least in LEAST.items():
-        value = getattr(options, name)
-        expect(options, name, value is None or value >= least, f"at least {least}")
-    for name, (*others, last) in CHOICES.items():
-        value, wish = getattr(options, name), f"{', '.join(others)} or {last}"
-        expect(options, name, value in (None, *others, last), wish)
-    expect(options, "seed", 0 <= options.seed < 2**32, "from 0 to 2**32 - 1")
+        for bound in getattr(kind, "__metadata__", ()):
+            expect(options, name, value is None or bound.holds(value), bound.words)
+        if name in CHOICES and value is not None:
+            *others, last = CHOICES[name]
+            expect(options, name, value in (*others, last), f"{', '.join(others)} or {last}")
+
+
+def from_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The options in a dict, or in one that is JSON, as a command line has it. None is no options.
+
+    Raises:
+        ArgumentError: If the text is no JSON of a dict.
+    """
+    if not isinstance(value, str):
+        return dict(value or {})
+    try:
+        options = json.loads(value)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ArgumentError(
+            f"{name} is {show(value)}, expected a dict, or one as JSON, such as '{{\"mu\": 64}}'"
+        )
+    return options

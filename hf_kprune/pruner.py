@@ -216,8 +216,8 @@ class KPrunePruner:
         `pruner.args = replace(pruner.args, **best.hyperparameters)` and prune.
 
         Args:
-            hp_space: From an Optuna trial to options. Default: `ridge` of our method, `lambda_rep` and `mu`
-                of K-prune.
+            hp_space: From an Optuna trial to options. Default: the `ranges` of the method, `ridge` of ours,
+                `lambda_rep` and `mu` of K-prune in `method_kwargs`.
             compute_objective: From the metrics of `evaluate()`, with an `eval_dataset`, and `distance` to a
                 number. Default: `distance`, the knowledge loss on calibration rows that are held out, on
                 which nothing is fitted then.

@@ -374,13 +374,13 @@ def test_help_lists_every_option_once_with_its_default(hf_kprune: Any, command: 
     words, squeezed = " ".join(stdout.split()), "".join(stdout.split())
     for name, option in parser.options_of(command).items():
         flag = f"--no_{name}" if option.default is True else f"--{name}"
-        assert len(re.findall(rf"^  {flag} ?", stdout, re.MULTILINE)) == 1, name
+        assert len(re.findall(rf"^  {flag}\b", stdout, re.MULTILINE)) == 1, name
         assert not re.search(rf"^  --(no_)?{name}\b(?<!{flag})", stdout, re.MULTILINE), name
         told = parser.OFF.get(name) or option.metadata["help"].split(".")[0]
         told = parser.as_options(told, list(parser.options_of("sweep")))
         assert "".join(told.split()) in squeezed, name
         assert f"--{name.replace('_', '-')} " not in words or "_" not in name
-    for default in ("(default: 0.5)", "(default: 100000)", "(default: 0.00025)", "(default: surgeon)"):
+    for default in ("(default: 0.5)", "(default: 100000)", "(default: 2.0)", "(default: surgeon)"):
         assert default in words
     assert "(default: None)" not in words
     assert "None:" not in words
@@ -423,12 +423,21 @@ def test_help_is_grouped_by_question_and_marks_what_single_methods_read(hf_kprun
         ("--num_tokens=5", "num_tokens", 5),
         ("--run_name a-b", "run_name", "a-b"),
         ("--target_params 5e6", "target_params", 5e6),
+        ('--method kprune --method_kwargs {"mu":64}', "method_kwargs", {"mu": 64}),
     ],
 )
 def test_every_spelling_is_understood(words: str, name: str, value: Any) -> None:
     more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
     _, (_, args) = parser.parse(["prune", *more, *words.split()])
     assert getattr(args, name) == value
+
+
+@pytest.mark.filterwarnings("default:pass mu")
+def test_an_old_name_of_an_option_of_a_method_is_taken_and_said_where_it_is(hf_kprune: Any) -> None:
+    more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
+    code, _, stderr = hf_kprune("prune", *more, "--method", "kprune", "--mu", "64")
+    assert code == 2  # there is no such file
+    assert "hf-kprune: warning: pass mu in --method_kwargs: '{\"mu\": 64.0}'\n" in stderr
 
 
 def test_budgets_are_separated_by_spaces_or_commas() -> None:
@@ -468,6 +477,7 @@ def test_options_of_a_sweep_that_lack_another_are_refused_at_once(
         ("the method and the metric of the model's task", "the method and the metric of the model's task"),
         ("method is 'x', expected one", "--method is 'x', expected one"),
         ("--output_dir is missing", "--output_dir is missing"),
+        ("method_kwargs names 'm', which", "--method_kwargs names 'm', which"),
         ("/srv/max_drop/text_columns is gone", "/srv/max_drop/text_columns is gone"),
     ],
 )

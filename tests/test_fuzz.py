@@ -193,9 +193,14 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**32),
     "measure_dtype": st.sampled_from(["float32", "bfloat16"]),
     "temperature": st.floats(0.1, 10),
-    "lambda_pred": st.floats(0, 10),
-    "lambda_rep": st.floats(1e-6, 10),
-    "mu": st.floats(0.1, 100),
+    "method_kwargs": st.fixed_dictionaries(
+        {},
+        optional={
+            "lambda_pred": st.floats(0, 10),
+            "lambda_rep": st.floats(1e-6, 10),
+            "mu": st.floats(0.1, 100),
+        },
+    ),
     "pooling": st.sampled_from(["mean", "cls", "pooler", "none"]),
     "tune": st.booleans(),
     "tune_bias": st.booleans(),

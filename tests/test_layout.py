@@ -16,8 +16,9 @@ PACKAGE = Path(hf_kprune.__file__).parent
 FLOORS = [
     ["version", "text", "modeling_kprune"],
     ["errors"],
-    ["validation", "processes", "progress", "files", "methods", "reports"],
+    ["validation", "processes", "progress", "files", "reports"],
     ["options"],
+    ["methods"],
     ["arguments", "structure"],
     ["calibration"],
     ["latency"],

@@ -696,7 +696,7 @@ def test_compute_loss_replaces_the_predictive_knowledge() -> None:
     own = make_pruner(tiny(), compute_loss=indifferent, **options).prune()
     assert calls
     assert own.knowledge == "custom"
-    without = make_pruner(tiny(), lambda_pred=0.0, **options).prune()
+    without = make_pruner(tiny(), method_kwargs={"lambda_pred": 0.0}, **options).prune()
     assert [s.scores for s in own.sublayers] == [s.scores for s in without.sublayers]
     ordinary = make_pruner(tiny(), **options).prune()
     assert [s.scores for s in own.sublayers] != [s.scores for s in ordinary.sublayers]

@@ -259,9 +259,14 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
 
 def test_each_method_has_options_worth_searching_or_says_that_it_has_none() -> None:
     pytest.importorskip("optuna")
-    for method, names in (("surgeon", {"ridge"}), ("kprune", {"lambda_rep", "mu"})):
-        best = make_pruner(tiny(), method=method, sparsity=0.6).hyperparameter_search(n_trials=2)
-        assert best.hyperparameters.keys() == names
+    best = make_pruner(tiny(), sparsity=0.6).hyperparameter_search(n_trials=2)
+    assert best.hyperparameters.keys() == {"ridge"}
+    pruner = make_pruner(tiny(), method="kprune", method_kwargs={"lambda_pred": 2.0}, sparsity=0.6)
+    best = pruner.hyperparameter_search(n_trials=2)
+    assert best.hyperparameters.keys() == {"method_kwargs"}
+    assert best.hyperparameters["method_kwargs"].keys() == {"lambda_pred", "lambda_rep", "mu"}
+    assert best.hyperparameters["method_kwargs"]["lambda_pred"] == 2.0
+    assert replace(pruner.args, **best.hyperparameters).method_kwargs == best.hyperparameters["method_kwargs"]
     with pytest.raises(ArgumentError, match="no hp_space, and method 'flap' has none"):
         make_pruner(tiny(), method="flap").hyperparameter_search(n_trials=2)
 
@@ -273,7 +278,7 @@ def test_search_over_options_finds_the_best_of_its_trials() -> None:
     tried = []
 
     def space(trial: Any) -> dict[str, Any]:
-        return {"lambda_rep": trial.suggest_float("lambda_rep", 1e-6, 1.0, log=True)}
+        return {"method_kwargs": {"lambda_rep": trial.suggest_float("lambda_rep", 1e-6, 1.0, log=True)}}
 
     def objective(metrics: dict[str, float]) -> float:
         tried.append(metrics["distance"])

@@ -43,6 +43,7 @@ RIGHT: dict[Any, list[Any]] = {
     str: ["a", np.str_("a"), Path("a")],
     list[str]: [["a"], ("a",), "a", np.array(["a"])],
     list[float]: [[0.5], (np.float64(0.5),), np.array([0.5])],
+    dict[str, Any] | str: [{}, "{}"],
 }
 PLAIN = {kind: values[0] for kind, values in RIGHT.items()}
 
@@ -61,11 +62,11 @@ def wrong_for(kind: Any) -> list[Any]:
         str: [True, 5, 0.5, ["a"], "a\0b"],
         list[str]: [5, [1], [["a"]], {"a": 1}],
         list[float]: [0.5, "0.5", ["0.5"], [True], [float("nan")]],
+        dict[str, Any] | str: [True, 5, ["a"], "a", "[]", "a\0b"],
     }
     right = plain(kind)
-    values = others[right] + [
-        value for value in STRANGE if not (isinstance(value, str) and right in (str, list[str]))
-    ]
+    fine = {str: (str,), list[str]: (str,), dict[str, Any] | str: (dict,)}.get(right, ())
+    values = others[right] + [value for value in STRANGE if not isinstance(value, fine)]
     return values if kind != right else [*values, None]
 
 

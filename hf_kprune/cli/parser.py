@@ -75,10 +75,19 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "hub_private_repo",
         "hub_revision",
     ),
-    "how": ("method", "tune", "measure_dtype", "statistics_dtype", "temperature", "pooling", "use_cpu"),
+    "how": (
+        "method",
+        "method_kwargs",
+        "tune",
+        "measure_dtype",
+        "statistics_dtype",
+        "temperature",
+        "pooling",
+        "use_cpu",
+    ),
     "how, with --method surgeon or kprune": ("ridge", "tune_bias", "tune_inputs"),
-    "how, with --method kprune": ("lambda_pred", "lambda_rep", "mu"),
     "what is printed": ("verbose", "disable_tqdm", "report_to", "run_name"),
+    "old names": ("lambda_pred", "lambda_rep", "mu"),
 }
 """The options by the question that they answer, in the order of the help. Those in no group come last."""
 
@@ -119,6 +128,7 @@ OFF = {
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
+ENDINGS = {"dir": "DIR", "file": "FILE", "kwargs": "JSON", "plot": "FILE"}
 
 
 def options_of(command: str) -> dict[str, Field[Any]]:
@@ -127,16 +137,15 @@ def options_of(command: str) -> dict[str, Field[Any]]:
 
 
 def kinds_of(command: str) -> dict[str, Any]:
-    """The annotations of its options without their None."""
+    """What is read of its options: the annotation without None, text where it can be text."""
     hints = {
         name: hint for kind in COMMANDS[command][0] for name, hint in typing.get_type_hints(kind).items()
     }
-    return {
-        name: next(part for part in typing.get_args(hint) or [hint] if part is not type(None))
-        if typing.get_origin(hint) is not list
-        else hint
-        for name, hint in hints.items()
-    }
+    kinds = {}
+    for name, hint in hints.items():
+        parts = typing.get_args(hint) if typing.get_origin(hint) is not list else ()
+        kinds[name] = str if str in parts else next((part for part in parts if part is not type(None)), hint)
+    return kinds
 
 
 def reader(kind: Any) -> Callable[[str], Any]:
@@ -215,7 +224,7 @@ def add_option(group: Any, option: Field[Any], kind: Any) -> None:
         shared["choices"] = option.metadata["choices"]
     else:
         ending = option.name.rpartition("_")[2]
-        shared["metavar"] = {"dir": "DIR", "file": "FILE", "plot": "FILE"}.get(ending, METAVARS[kind])
+        shared["metavar"] = ENDINGS.get(ending, METAVARS[kind])
     group.add_argument(flag, **shared)
 
 

@@ -6,6 +6,9 @@ To add a method, derive a class from `Method` and register it under the name tha
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+from inspect import signature
+
 from ..errors import ArgumentError
 from .base import Method, Statistics
 from .baselines import FLAP, Magnitude, Random, Taylor, WandaSP
@@ -38,7 +41,8 @@ def register_method(name: str, method: type[Method]) -> None:
         method: The class, derived from `Method`.
 
     Raises:
-        ArgumentError: If the name is taken, or the class is none of `Method`.
+        ArgumentError: If the name is taken, the class is none of `Method`, or its `kwargs_class` is no dataclass
+            of which every field has a default.
 
     Example:
 
@@ -52,4 +56,9 @@ def register_method(name: str, method: type[Method]) -> None:
         raise ArgumentError(f"method {name!r} is {METHODS[name].__name__} already; choose another name")
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise ArgumentError(f"{method!r} is no class derived from hf_kprune.Method")
+    kwargs = method.kwargs_class
+    if not is_dataclass(kwargs) or any(p.default is p.empty for p in signature(kwargs).parameters.values()):
+        raise ArgumentError(
+            f"{kwargs!r} is no dataclass whose fields have defaults: method {name!r} needs one"
+        )
     METHODS[name] = method

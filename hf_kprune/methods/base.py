@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..options import from_json
 from .least_squares import Fit, NormalEquations, fit_of
 from .search import threshold_search
 
@@ -79,9 +80,12 @@ class Options(Protocol):
     ridge: float | None
     tune_bias: bool | None
     tune_inputs: bool | None
-    lambda_pred: float
-    lambda_rep: float
-    mu: float | None
+    method_kwargs: dict[str, Any] | str | None
+
+
+@dataclass
+class NoKwargs:
+    """The options of a method that takes none in `method_kwargs`."""
 
 
 class Method:
@@ -106,7 +110,17 @@ class Method:
     (`gram`, `metric`), `"fisher"` (`fisher`, `absolute`)."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """Names of the options that it reads and other methods do not."""
+    """Names of the options of `KPruneArguments` that it reads and other methods do not."""
+
+    kwargs_class: ClassVar[type[Any]] = NoKwargs
+    """Dataclass of the options that it alone takes, in `method_kwargs`. Every field has a default; its annotation
+    is what a value is checked by."""
+
+    kwargs: object
+    """Those of the run."""
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    """What a search for options varies by default, of either kind, on a logarithmic scale."""
 
     one_shot: ClassVar[bool] = True
     """Whether all masks follow from one measurement of the dense model. Else every sublayer is decided on the
@@ -138,6 +152,12 @@ class Method:
 
     def __init__(self, options: Options) -> None:
         self.seed = options.seed
+        self.kwargs = self.kwargs_class(**from_json("method_kwargs", options.method_kwargs))
+
+    @classmethod
+    def kwargs_names(cls) -> list[str]:
+        """Names of the options that it takes in `method_kwargs`."""
+        return [each.name for each in fields(cls.kwargs_class)]
 
     def score(self, statistics: Statistics) -> Tensor:
         """Importance of each unit per cost, (U,)."""

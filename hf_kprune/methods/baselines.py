@@ -1,7 +1,7 @@
 """Baselines and published methods to compare with, each from one measurement of the dense model and cut once.
 
 They share units, budgets and checkpoints with ours, so that only their decisions differ. Options that serve
-`"surgeon"` and `"kprune"` alone (lambda, mu, ridge, tune_bias, tune_inputs) say nothing to them.
+`"surgeon"` and `"kprune"` alone (ridge, tune_bias, tune_inputs) say nothing to them.
 """
 
 from __future__ import annotations

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
 from torch import Tensor
 
+from ..options import at_least, option, over
 from .base import Method, Options, Statistics
 from .knowledge import mean_squared_gradient, per_unit, representational
 from .least_squares import Fit, NormalEquations, tune_weight
+
+
+@dataclass
+class KPruneKwargs:
+    """How K-prune weighs its two kinds of knowledge, and heads against neurons."""
+
+    lambda_pred: Annotated[float, at_least(0)] = option(1.0, "Weigh the predictive knowledge by this number.")
+    lambda_rep: Annotated[
+        float, over(0, ": the first sublayer, below which nothing differs, has no other score")
+    ] = option(2.5e-4, "Weigh the representational knowledge by this number, which must be over 0.")
+    mu: Annotated[float | None, over(0, ", or None for the head size")] = option(
+        None,
+        "Weigh the scores of heads by this number against those of neurons. By default it is the size of a "
+        "head, as in the paper.",
+    )
 
 
 class KPrune(Method):
@@ -25,7 +44,10 @@ class KPrune(Method):
     """
 
     needs = frozenset({"knowledge"})
-    options = frozenset({"lambda_pred", "lambda_rep", "mu", "ridge", "tune_bias", "tune_inputs"})
+    options = frozenset({"ridge", "tune_bias", "tune_inputs"})
+    kwargs_class = KPruneKwargs
+    kwargs: KPruneKwargs
+    ranges: ClassVar = {"lambda_rep": (1e-6, 1.0), "mu": (4.0, 256.0)}
     one_shot = False
     tunes = True
     dtype = "float64"
@@ -35,18 +57,17 @@ class KPrune(Method):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.lambda_pred, self.lambda_rep, self.mu = options.lambda_pred, options.lambda_rep, options.mu
         self.ridge, self.tune_bias = options.ridge or 0.0, bool(options.tune_bias)
         self.tune_inputs = bool(options.tune_inputs)
 
     def score(self, statistics: Statistics) -> Tensor:
-        s = statistics
+        s, kwargs = statistics, self.kwargs
         assert s.gradient_sum is not None
         assert s.gradient_square is not None
         predictive = mean_squared_gradient(s.gradient_sum, s.gradient_square, s.samples, self.batch)
         represented = representational(s.energy, s.weight, s.tokens)
-        knowledge = self.lambda_pred * predictive + self.lambda_rep * represented
-        mu = (s.unit_width if self.mu is None else self.mu) if s.has_heads else 1
+        knowledge = kwargs.lambda_pred * predictive + kwargs.lambda_rep * represented
+        mu = (s.unit_width if kwargs.mu is None else kwargs.mu) if s.has_heads else 1
         return mu * per_unit(knowledge, s.unit_width) / (s.cost / 1e9)
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:

@@ -6,6 +6,8 @@ Shapes: C columns of an output projection, D residual width, U units of w column
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class Surgeon(Method):
 
     needs = frozenset({"curvature"})
     options = frozenset({"ridge", "tune_bias", "tune_inputs"})
+    ranges: ClassVar = {"ridge": (1e-4, 1.0)}
     exponents = (0.5, 0.7, 1.0)
     tunes = True
     measure_tokens = 10_000
