@@ -43,8 +43,9 @@ IN_METHOD_KWARGS = ("lambda_pred", "lambda_rep", "mu")
 """Options of earlier releases that are in `method_kwargs` now."""
 
 TIMES = ("target_latency", "target_speedup")
+"""The budgets of time."""
+
 LATENCY_BATCH = 32
-TARGETS = ("target_flops", "target_params", "target_bytes", *TIMES)
 
 
 @known_keywords
@@ -438,3 +439,7 @@ class KPruneArguments:
     def to_dict(self) -> dict[str, Any]:
         """All options, without the hub token."""
         return {key: value for key, value in asdict(self).items() if key != "hub_token"}
+
+
+TARGETS = tuple(each.name for each in fields(KPruneArguments) if each.name.startswith("target_"))
+"""The options that say in place of a sparsity what may be left."""

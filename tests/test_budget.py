@@ -19,6 +19,7 @@ from zoo import ZOO, inputs_for, make
 
 from hf_kprune import ArgumentError, BudgetWarning, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.arguments import TARGETS
+from hf_kprune.budgets import BUDGETS
 from hf_kprune.sizes import model_size
 from hf_kprune.structure.hooks import run_to_bottom
 from hf_kprune.structure.probes import matrix_flops
@@ -34,6 +35,10 @@ def make_pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPr
 
 
 # One budget
+
+
+def test_every_budget_has_a_class_and_an_option() -> None:
+    assert BUDGETS.keys() == {"sparsity", *TARGETS}
 
 
 @pytest.mark.parametrize("target", TARGETS)

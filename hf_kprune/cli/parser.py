@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
-from ..arguments import KPruneArguments
+from ..arguments import TARGETS, KPruneArguments
 from ..errors import ArgumentError
 from ..validation import checked, suggestion
 from ..version import __version__
@@ -25,11 +25,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "what is pruned": ("model_name_or_path", "task"),
     "how small": (
         "sparsity",
-        "target_params",
-        "target_bytes",
-        "target_flops",
-        "target_speedup",
-        "target_latency",
+        *TARGETS,
         "latency_batch_size",
         "latency_length",
         "flops_length",
