@@ -1,4 +1,4 @@
-"""The `hf-kprune` program. It puts off the imports of hf_kprune until a command runs, so that `--help` answers at once."""
+"""The `hf-kprune` program. hf_kprune is imported as a whole when a command runs; `--help` answers at once."""
 
 import sys
 from importlib.util import find_spec, module_from_spec

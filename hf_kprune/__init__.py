@@ -1,4 +1,5 @@
-"""Make a Hugging Face model smaller and faster in minutes, without retraining, and leave it a normal Hugging Face model.
+"""Make a Hugging Face model smaller and faster in minutes, without retraining, and leave it a normal Hugging
+Face model.
 
 Importing this package lets `from_pretrained` load pruned checkpoints with the stock classes of transformers.
 """

@@ -71,8 +71,8 @@ class KPruneArguments:
 
     > How units are chosen
 
-    `method`, `method_kwargs`, `measure_dtype`, `temperature`, `pooling`. `lambda_pred`, `lambda_rep` and `mu` are
-    old names of what is in `method_kwargs`.
+    `method`, `method_kwargs`, `measure_dtype`, `temperature`, `pooling`. `lambda_pred`, `lambda_rep` and `mu`
+    are old names of what is in `method_kwargs`.
 
     > How weights are tuned
 
@@ -353,7 +353,8 @@ class KPruneArguments:
             near = f"; {' and '.join(users)} does" if users else suggestion(str(name), known)
             listed = ", ".join(known) or "none"
             raise ArgumentError(
-                f"method_kwargs names {name!r}, which method {self.method!r} does not take: it takes {listed}{near}"
+                f"method_kwargs names {name!r}, which method {self.method!r} does not take: it takes "
+                f"{listed}{near}"
             )
         options = method.kwargs_class(**kwargs)
         check_fields(options)

@@ -237,7 +237,7 @@ class Run:
         result = student if report.cut_something else model
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
         report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
-        report.achieved = pruning.achieved(student, report)
+        report.achieved = pruning.achieved(student)
         total = self.seconds.get("prepare", 0.0) + time.perf_counter() - begin
         report.seconds = {**self.seconds, "total": total}
         self.seconds.clear()

@@ -44,7 +44,8 @@ def accompanied(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.num_processes == 1 or not lost:
             raise
         raise CalibrationError(
-            f"process {accelerator.process_index} waited for another one that has ended; its own output says why it did"
+            f"process {accelerator.process_index} waited for another one that has ended; its own output "
+            "says why it did"
         ) from error
 
 
@@ -65,16 +66,17 @@ def check_alike(accelerator: Accelerator, model: nn.Module, options: Mapping[str
         for name in dict.fromkeys([*first[0], *entry[0]]):
             if first[0].get(name) != entry[0].get(name):
                 raise ArgumentError(
-                    f"{name} is {first[0].get(name)} on process 0 and {entry[0].get(name)} on process {rank}; give all "
-                    "processes the same options"
+                    f"{name} is {first[0].get(name)} on process 0 and {entry[0].get(name)} on process "
+                    f"{rank}; give all processes the same options"
                 )
         differing = sorted(
             name for name in first[1].keys() | entry[1].keys() if first[1].get(name) != entry[1].get(name)
         )
         if differing:
             raise ArgumentError(
-                f"processes 0 and {rank} hold different models ({len(differing)} tensors, such as {differing[0]}); load one "
-                "checkpoint on all of them, and set one seed before a new head is made: transformers.set_seed(42)"
+                f"processes 0 and {rank} hold different models ({len(differing)} tensors, such as "
+                f"{differing[0]}); load one checkpoint on all of them, and set one seed before a new head "
+                "is made: transformers.set_seed(42)"
             )
 
 

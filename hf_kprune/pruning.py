@@ -126,9 +126,9 @@ class Pruning:
         self.work.end_student()
         return student
 
-    def achieved(self, student: PreTrainedModel, report: PruningReport) -> float:
+    def achieved(self, student: PreTrainedModel) -> float:
         """What the last student comes to, in terms of the budget; a time is measured."""
-        return self.budget.achieved(student, [len(entry.kept) for entry in report.sublayers])
+        return self.budget.achieved(student)
 
     def _announce(self, method: Method, budget: Budget) -> None:
         """Say how much there is to do."""
@@ -197,8 +197,9 @@ class Pruning:
         exponents, rows = method.exponents, self.calibration.rows
         if len(exponents) > 1 and not rows.held_out:
             warnings.warn(
-                f"{rows.measured} calibration rows are measured on, too few to hold some out, so the budget is split without "
-                "trying how; give at least 4 rows, shorter ones if need be, and a larger num_measure_tokens",
+                f"{rows.measured} calibration rows are measured on, too few to hold some out, so the "
+                "budget is split without trying how; give at least 4 rows, shorter ones if need be, and a "
+                "larger num_measure_tokens",
                 stacklevel=2,
             )
             exponents = (1.0,)

@@ -129,7 +129,8 @@ def is_of(value: Any, kind: Any) -> bool:
 
 
 def to_list(value: Any, kind: Any) -> list[Any]:
-    """A list of values of an annotated kind; one text is a list of it. Raises `TypeError` for what is no list."""
+    """A list of values of an annotated kind; one text is a list of it. Raises `TypeError` for what is no
+    list."""
     if isinstance(value, str) and kind is str:
         return [value]
     if len(getattr(value, "shape", ())) == 1 and hasattr(value, "tolist"):

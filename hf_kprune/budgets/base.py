@@ -52,11 +52,12 @@ class Budget:
         self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float], before: Size
     ):
         self.sublayers, self.args, self.asked = sublayers, args, args.budget[1]
-        self.costs = [self.unit_cost(sublayer, lengths, before) for sublayer in sublayers]
+        self.lengths, self.before = lengths, before
+        self.costs = [self.unit_cost(sublayer) for sublayer in sublayers]
         self.total = self.cost_from(0)
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
-        self.fixed_cost = self.whole_cost(before) - self.total
+        self.fixed_cost = self.whole_cost() - self.total
         """Cost of what is not prunable."""
         self.limit = self.spendable()
         """What the units may cost together."""
@@ -74,11 +75,11 @@ class Budget:
 
     # ---- what a kind says ---------------------------------------------------------------------------------
 
-    def unit_cost(self, sublayer: Sublayer, lengths: Mapping[str, float], before: Size) -> float:
+    def unit_cost(self, sublayer: Sublayer) -> float:
         """Cost of one unit of a sublayer. Default: FLOPs."""
-        return sublayer.unit_flops(lengths)
+        return sublayer.unit_flops(self.lengths)
 
-    def whole_cost(self, before: Size) -> float:
+    def whole_cost(self) -> float:
         """Cost of the whole model as it is now. Default: that of its units."""
         return self.total
 
@@ -90,13 +91,8 @@ class Budget:
         """What the model comes to now, in terms of what is asked for."""
         return self.fixed_cost + self.cost_from(0)
 
-    def achieved(self, student: PreTrainedModel, counts: Sequence[int]) -> float:
-        """What a student comes to, in terms of what is asked for.
-
-        Args:
-            student: The pruned model, of which `sublayers` are part.
-            counts: The number of units of each of its sublayers.
-        """
+    def achieved(self, student: PreTrainedModel) -> float:
+        """What a pruned model, of which `sublayers` are part, comes to, in terms of what is asked for."""
         return self.present()
 
     def reach(self, least: float) -> str:
@@ -122,8 +118,8 @@ class Budget:
         if least > self.limit * (1 + TOLERANCE):
             raise BudgetError(
                 f"{self.option} is {self.asked:,}, {self.meaning}; with min_heads={args.min_heads}, "
-                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} and "
-                f"prune_ffn={args.prune_ffn} this model can reach {self.reach(least)}"
+                f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} "
+                f"and prune_ffn={args.prune_ffn} this model can reach {self.reach(least)}"
             )
 
     @property
@@ -184,22 +180,22 @@ class Budget:
         args, remarks = self.args, []
         if self.keeps_all and self.option != "sparsity":  # sparsity=0 asks for nothing in so many words
             remarks.append(
-                f"{self.option} is {self.asked:,.6g}, {self.meaning}; the model is at {self.present():,.6g} as it is, so "
-                "nothing is cut"
+                f"{self.option} is {self.asked:,.6g}, {self.meaning}; the model is at {self.present():,.6g} "
+                "as it is, so nothing is cut"
             )
         for kind in dict.fromkeys(UNITS.values()):
             alike = [s.num_units for s in self.sublayers if isinstance(s.unit, kind)]
             largest, least = max(alike, default=0), getattr(args, kind.minimum)
             if getattr(args, kind.prunes) and 0 < largest <= least:
                 remarks.append(
-                    f"{kind.minimum} is {least:,}, and no {kind.holder} has more than {largest:,} {kind.plural}: none of "
-                    "them is pruned"
+                    f"{kind.minimum} is {least:,}, and no {kind.holder} has more than {largest:,} "
+                    f"{kind.plural}: none of them is pruned"
                 )
         for s, multiple in zip(self.sublayers, self.multiple, strict=True):
             if 0 < s.num_units < multiple and getattr(args, s.unit.prunes):
                 remarks.append(
-                    f"{s.unit.multiple} is {multiple:,}, and {s.name} has {s.num_units:,} {s.unit.plural}: it is kept "
-                    "whole or goes whole"
+                    f"{s.unit.multiple} is {multiple:,}, and {s.name} has {s.num_units:,} {s.unit.plural}: "
+                    "it is kept whole or goes whole"
                 )
                 break
         return remarks

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
-from ..report import Size
 from ..structure.sublayers import Sublayer
 from .base import Budget
 
@@ -40,11 +38,11 @@ class TargetParams(Budget):
     option = "target_params"
     meaning = "the parameters that the model may keep"
 
-    def unit_cost(self, sublayer: Sublayer, lengths: Mapping[str, float], before: Size) -> float:
+    def unit_cost(self, sublayer: Sublayer) -> float:
         return float(sublayer.unit_parameters)
 
-    def whole_cost(self, before: Size) -> float:
-        return before.parameters
+    def whole_cost(self) -> float:
+        return self.before.parameters
 
 
 class TargetBytes(Budget):
@@ -53,8 +51,8 @@ class TargetBytes(Budget):
     option = "target_bytes"
     meaning = "the bytes that its weights may take"
 
-    def unit_cost(self, sublayer: Sublayer, lengths: Mapping[str, float], before: Size) -> float:
-        return before.bytes / before.parameters * sublayer.unit_parameters
+    def unit_cost(self, sublayer: Sublayer) -> float:
+        return self.before.bytes / self.before.parameters * sublayer.unit_parameters
 
-    def whole_cost(self, before: Size) -> float:
-        return before.bytes
+    def whole_cost(self) -> float:
+        return self.before.bytes

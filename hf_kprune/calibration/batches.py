@@ -103,8 +103,9 @@ class Batch:
         more = like.shape[1] - valid.shape[1]
         if more < 0 or (more and not sublayer.stack.pads):
             raise UnsupportedModelError(
-                f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have {valid.shape[1]}; "
-                "which of them are real is not known. Calibrate without the inputs that add tokens"
+                f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have "
+                f"{valid.shape[1]}; which of them are real is not known. Calibrate without the inputs that "
+                "add tokens"
             )
         return torch.nn.functional.pad(valid, (0, more))
 
@@ -125,7 +126,7 @@ class Batch:
         )
 
 
-def untimed(name: str) -> AbstractContextManager[None]:
+def untimed(_: str) -> AbstractContextManager[None]:
     """A phase of the work whose time nobody takes."""
     return nullcontext()
 
@@ -147,12 +148,13 @@ def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tens
     losses = loss(student, teacher, batch.counted)
     if losses.shape != (batch.samples,):
         raise ArgumentError(
-            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one number each"
+            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one "
+            "number each"
         )
     if not bool(torch.isfinite(losses).all()):
         raise CalibrationError(
-            f"NaN or Inf in the knowledge loss ({loss.name}), while the activations below it are finite; check what the head "
-            "of the model, or compute_loss, makes of the calibration data"
+            f"NaN or Inf in the knowledge loss ({loss.name}), while the activations below it are finite; "
+            "check what the head of the model, or compute_loss, makes of the calibration data"
         )
     return losses
 
@@ -185,7 +187,7 @@ class Calibration:
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
         self.dtype = getattr(torch, args.statistics_dtype or "float64")
-        self.step: Callable[[float], None] = lambda steps: None
+        self.step: Callable[[float], None] = lambda _: None
         self.phase: Callable[[str], AbstractContextManager[None]] = untimed
         self.batches: list[Batch] = []
         self.sublayers = find_sublayers(model, args.head_unit)
@@ -277,8 +279,8 @@ class Calibration:
         length, limit = self.args.flops_length, max_positions(model)
         if length is not None and not self.texts:
             raise ArgumentError(
-                f"flops_length is {length}, but {type(model).__name__} reads no token ids: how many tokens an image or a "
-                "sound makes is up to the model; leave flops_length at None"
+                f"flops_length is {length}, but {type(model).__name__} reads no token ids: how many tokens "
+                "an image or a sound makes is up to the model; leave flops_length at None"
             )
         if length is not None and limit is not None and length > limit:
             raise ArgumentError(
@@ -319,7 +321,8 @@ class Calibration:
             and len(set(gather_object([self.rows.fingerprint["sha256"]]))) > 1
         ):
             raise CalibrationError(
-                "the processes drew different calibration rows; give all of them the whole dataset, it is shared out here"
+                "the processes drew different calibration rows; give all of them the whole dataset, it is "
+                "shared out here"
             )
 
     def check_enough_tokens(self) -> None:
@@ -331,9 +334,9 @@ class Calibration:
             columns = sublayer.weight.shape[1]
             if tokens < columns:
                 raise CalibrationError(
-                    f"{tokens} calibration tokens (in {len(self.rows.rows)} rows) are fewer than the {columns} columns of "
-                    f"{sublayer.name}, whose weights they must determine; raise num_tokens (now {self.args.num_tokens}) "
-                    "or give more rows"
+                    f"{tokens} calibration tokens (in {len(self.rows.rows)} rows) are fewer than the "
+                    f"{columns} columns of {sublayer.name}, whose weights they must determine; raise "
+                    f"num_tokens (now {self.args.num_tokens}) or give more rows"
                 )
 
     def agree(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -369,8 +372,9 @@ class Calibration:
         """Raise `CalibrationError` if there are too few rows to hold some out."""
         if not self.rows.held_out:
             raise CalibrationError(
-                f"{self.rows.measured} calibration rows are measured on, expected at least 4, so that models can be compared "
-                "on those held out; give more rows, shorter ones if need be, and a larger num_measure_tokens"
+                f"{self.rows.measured} calibration rows are measured on, expected at least 4, so that "
+                "models can be compared on those held out; give more rows, shorter ones if need be, and a "
+                "larger num_measure_tokens"
             )
 
     def only(self, chosen: Callable[[Batch], bool]) -> Calibration:
@@ -390,6 +394,6 @@ class Calibration:
         """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""
         if not all(bool(torch.isfinite(t).all()) for t in sums):
             raise CalibrationError(
-                f"NaN or Inf in the {what} of {sublayer.name}; check that the model gives finite outputs on the "
-                "calibration data, and that its weights are finite"
+                f"NaN or Inf in the {what} of {sublayer.name}; check that the model gives finite outputs on "
+                "the calibration data, and that its weights are finite"
             )

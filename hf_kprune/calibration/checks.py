@@ -50,9 +50,9 @@ def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequ
                 size = expected[valid].abs().max()
                 if error > 1e-3 * size:
                     raise UnsupportedArchitectureError(
-                        f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} away from where "
-                        f"it does as a whole; its family {model.config.model_type!r} does not tell what its layers give: "
-                        "docs/add_a_family.md"
+                        f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} "
+                        f"away from where it does as a whole; its family {model.config.model_type!r} does "
+                        "not tell what its layers give: docs/add_a_family.md"
                     )
             check_head(calibration, walk, top.part(0, 1, batch.samples), batch.part(0, 1))
     (calibration.readers,) = broadcast_object_list([readers])
@@ -101,9 +101,9 @@ def check_head(calibration: Calibration, walk: Walk, top: State, sample: Batch) 
                 value, alone = value[sample.counted], alone[sample.counted]
             if value.numel() and (alone - value).abs().max() > 1e-3 * value.abs().max():
                 raise UnsupportedModelError(
-                    f"the {name} of {type(model).__name__} do not follow from its last layer alone: its head reads lower "
-                    "layers too, which is not carried here; use a head on the last layer (for instance "
-                    "use_weighted_layer_sum=False)"
+                    f"the {name} of {type(model).__name__} do not follow from its last layer alone: its "
+                    "head reads lower layers too, which is not carried here; use a head on the last layer "
+                    "(for instance use_weighted_layer_sum=False)"
                 )
 
 

@@ -88,7 +88,7 @@ class Reader:
         return row, tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
-        """Names of the columns that are inputs. Labels are if they are targets, or tell which tokens count."""
+        """Names of the columns that are inputs. Labels are if they are targets, or say which tokens count."""
         names = self.accepted & columns.keys()
         if "labels" in columns and self.needs_targets and "decoder_input_ids" not in columns:
             names.add("labels")

@@ -196,7 +196,7 @@ def is_sized(dataset: Any) -> bool:
 
 
 def read_rows(dataset: Any, sized: bool, seed: int | None) -> Iterator[tuple[int, Any]]:
-    """The rows of a dataset with their numbers: in their order, or at random, each once, if there is a `seed`.
+    """The rows of a dataset with their numbers: in their order, or if there is a `seed` at random, each once.
 
     Raises `CalibrationError` if the dataset fails at one of them.
     """

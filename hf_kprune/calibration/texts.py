@@ -14,7 +14,7 @@ from .sources import text_columns
 
 
 CHARACTERS = 32
-"""Characters to a token after which a text is cut at first. Twice as many are tried if that makes a change."""
+"""Characters to a token after which a text is cut at first. Twice as many are tried if that changes it."""
 
 EMPTY_ROWS = 10_000
 """Rows without tokens, one after the other, after which a stream is given up: it may be endless."""
@@ -96,7 +96,7 @@ class Texts:
         )
 
     def tokens(self, text: Any) -> dict[str, Any]:
-        """Token ids of a text or a pair of texts; the second becomes `labels` where the decoder needs them."""
+        """Token ids of a text or a pair of texts; the second becomes `labels` if the decoder needs them."""
         self.tokenizer("texts")
         pair = tuple(text) if isinstance(text, (tuple, list)) else (text,)
         if len(pair) not in (1, 2) or not all(isinstance(part, str) for part in pair):

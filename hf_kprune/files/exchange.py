@@ -6,9 +6,9 @@ inside it, and then put in place (`put`):
 
     destination absent                          one rename
     an old checkpoint and nothing else          one exchange of the two folders (`renameat2` of Linux)
-    other files too, a mount point, a file      file by file: the old config.json goes first, the new one comes
-    system that cannot exchange, ...            last; whoever saves or loads next completes what a kill
-                                                interrupted (`recover`)
+    other files too, a mount point, a file      file by file: the old config.json goes first, the new one
+    system that cannot exchange, ...            comes last; whoever saves or loads next completes what a
+                                                kill interrupted (`recover`)
 
 The folder is locked by the process that writes it. Locks end with their process, so a folder that nobody
 locks is a leftover.

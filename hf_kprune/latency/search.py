@@ -46,16 +46,7 @@ def search_latency(
     Raises:
         BudgetError: If the minimum alone exceeds the budget.
     """
-    numbers, worths, costs = (
-        [],
-        [],
-        [],
-    )  # of each sublayer: how many units it may keep, their importance, their seconds
-    for score, curve, low, m in zip(scores, curves, minimum, multiple, strict=True):
-        total = score.double().cpu().sort(descending=True).values.cumsum(0)
-        numbers.append(torch.tensor(group_sizes(len(score), low, m)).cumsum(0))
-        worths.append(torch.cat([total.new_zeros(1), total])[numbers[-1]])
-        costs.append(curve(numbers[-1]))
+    numbers, worths, costs = choices(scores, curves, minimum, multiple)
     free = [int(n[cost <= cost[(n > 0).long().argmax()]][-1]) for n, cost in zip(numbers, costs, strict=True)]
 
     def freely(counts: Sequence[int]) -> list[int]:
@@ -65,26 +56,11 @@ def search_latency(
     def fits(counts: Sequence[int]) -> bool:
         return seconds_of(curves, counts) <= budget * (1 + TOLERANCE)
 
-    def spend(counts: Sequence[int]) -> list[Tensor]:
-        """The best masks with at least so many units, and none where that is 0."""
-        live = [i for i, n in enumerate(counts) if n]
-        masks = [torch.zeros(len(score), dtype=torch.bool) for score in scores]
-        if live:
-            slopes, least = [curves[i].a for i in live], [counts[i] for i in live]
-            left = max(budget - seconds_of(curves, counts), 0.0) + sum(
-                a * n for a, n in zip(slopes, least, strict=True)
-            )
-            densities = [scores[i].double() / (curves[i].a or 1) for i in live]
-            best = threshold_search(densities, slopes, left, least, [multiple[i] for i in live])
-            for i, mask in zip(live, best, strict=True):
-                masks[i] = mask
-        return masks
-
     fewest = freely([int(n[0]) for n in numbers])
     if not fits(fewest):
         raise BudgetError(
-            f"the units that must stay take {seconds_of(curves, fewest):.6g} s, over the {budget:.6g} s that there are for "
-            "sublayers; allow more time, or lower min_heads and min_neurons"
+            f"the units that must stay take {seconds_of(curves, fewest):.6g} s, over the {budget:.6g} s that "
+            "there are for sublayers; allow more time, or lower min_heads and min_neurons"
         )
     starts = [counts for counts in ([len(score) for score in scores], fewest) if fits(counts)]
     for plan in _knapsack(worths, costs, budget):
@@ -93,9 +69,44 @@ def search_latency(
         if fits(kept):
             break
     return max(
-        map(spend, starts),
+        (spend(scores, curves, budget, counts, multiple) for counts in starts),
         key=lambda masks: sum(float(s.double().cpu()[m].sum()) for s, m in zip(scores, masks, strict=True)),
     )
+
+
+def choices(
+    scores: Sequence[Tensor], curves: Sequence[Curve], minimum: Sequence[int], multiple: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of each sublayer, how many units it may keep, the importance of so many, and their seconds, (N_i,)
+    each."""
+    numbers, worths, costs = [], [], []
+    for score, curve, low, m in zip(scores, curves, minimum, multiple, strict=True):
+        total = score.double().cpu().sort(descending=True).values.cumsum(0)
+        numbers.append(torch.tensor(group_sizes(len(score), low, m)).cumsum(0))
+        worths.append(torch.cat([total.new_zeros(1), total])[numbers[-1]])
+        costs.append(curve(numbers[-1]))
+    return numbers, worths, costs
+
+
+def spend(
+    scores: Sequence[Tensor],
+    curves: Sequence[Curve],
+    budget: float,
+    counts: Sequence[int],
+    multiple: Sequence[int],
+) -> list[Tensor]:
+    """The best masks (U_i,) with at least `counts` units, and none in sublayers where that is 0."""
+    live = [i for i, n in enumerate(counts) if n]
+    masks = [torch.zeros(len(score), dtype=torch.bool) for score in scores]
+    if live:
+        slopes, least = [curves[i].a for i in live], [counts[i] for i in live]
+        left = max(budget - seconds_of(curves, counts), 0.0)
+        left += sum(a * n for a, n in zip(slopes, least, strict=True))
+        densities = [scores[i].double() / (curves[i].a or 1) for i in live]
+        best = threshold_search(densities, slopes, left, least, [multiple[i] for i in live])
+        for i, mask in zip(live, best, strict=True):
+            masks[i] = mask
+    return masks
 
 
 def _knapsack(worths: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> Iterator[list[int]]:

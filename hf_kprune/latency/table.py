@@ -36,16 +36,6 @@ FAINT = 0.05
 """Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
 that one."""
 
-STEPS = 1000
-"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
-
-FAINT = 0.05
-"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
-that one."""
-
-STEPS = 1000
-"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
-
 
 @dataclass(frozen=True)
 class Curve:

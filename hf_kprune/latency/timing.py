@@ -26,45 +26,6 @@ PATIENCE = 10.0
 SHORT = 0.1
 """Seconds under which a pass is timed again at once, as what is in the caches would count."""
 
-AT_ONCE = 4
-"""Cut models that are held at once while measuring."""
-
-FAINT = 0.05
-"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
-that one."""
-
-STEPS = 1000
-"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
-
-PATIENCE = 10.0
-"""Seconds that the timed passes are to take together, where nobody says how many there are to be."""
-
-SHORT = 0.1
-"""Seconds under which a pass is timed again at once, as what is in the caches would count."""
-
-AT_ONCE = 4
-"""Cut models that are held at once while measuring."""
-
-FAINT = 0.05
-"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
-that one."""
-
-STEPS = 1000
-"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
-
-SHORT = 0.1
-"""Seconds under which a pass is timed again at once, as what is in the caches would count."""
-
-AT_ONCE = 4
-"""Cut models that are held at once while measuring."""
-
-FAINT = 0.05
-"""Of the largest time of a curve, what is taken for noise: errors of smaller ones count as if they were of
-that one."""
-
-STEPS = 1000
-"""Parts into which `search_latency` divides the budget to choose which sublayers stay."""
-
 
 @torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
 def compare(

@@ -41,8 +41,8 @@ def register_method(name: str, method: type[Method]) -> None:
         method: The class, derived from `Method`.
 
     Raises:
-        ArgumentError: If the name is taken, the class is none of `Method`, or its `kwargs_class` is no dataclass
-            of which every field has a default.
+        ArgumentError: If the name is taken, the class is none of `Method`, or its `kwargs_class` is no
+            dataclass of which every field has a default.
 
     Example:
 

@@ -113,8 +113,8 @@ class Method:
     """Names of the options of `KPruneArguments` that it reads and other methods do not."""
 
     kwargs_class: ClassVar[type[Any]] = NoKwargs
-    """Dataclass of the options that it alone takes, in `method_kwargs`. Every field has a default; its annotation
-    is what a value is checked by."""
+    """Dataclass of the options that it alone takes, in `method_kwargs`. Every field has a default; its
+    annotation is what a value is checked by."""
 
     kwargs: object
     """Those of the run."""

@@ -43,9 +43,9 @@ class Random(Method):
 
 
 class Taylor(Method):
-    """First order Taylor importance, the mean over sequences of |dL/dm| of a unit's mask m (Michel, Levy, Neubig: Are Sixteen
-    Heads Really Better than One?, NeurIPS 2019; Molchanov et al. 2017, for neurons), per cost, by one
-    threshold. Not tuned.
+    """First order Taylor importance, the mean over sequences of |dL/dm| of a unit's mask m, per cost, by one
+    threshold (Michel, Levy, Neubig: Are Sixteen Heads Really Better than One?, NeurIPS 2019; Molchanov et al.
+    2017, for neurons). Not tuned.
 
     Unlike there, labels are drawn from what the dense model predicts, and scores of a layer are not divided
     by their norm: as changes of one loss they compare across layers, and per cost heads with neurons.
@@ -94,10 +94,10 @@ class WandaSP(Method):
     """Wanda-sp, the structured form of Wanda (Sun et al., ICLR 2024) that An et al. 2024 compare FLAP with.
     Not tuned.
 
-    A unit's importance is the sum of |W| ||x||_2 over its weights in the output projection, x its feature over all tokens. It
-    is compared within a sublayer only, and all sublayers keep an equal share. The score is therefore the
-    share of the sublayer's units that are no more important, on which one threshold does just that and then
-    fills what the rounding to whole units leaves; the program leaves it.
+    A unit's importance is the sum of |W| ||x||_2 over its weights in the output projection, x its feature
+    over all tokens. It is compared within a sublayer only, and all sublayers keep an equal share. The score
+    is therefore the share of the sublayer's units that are no more important, on which one threshold does
+    just that and then fills what the rounding to whole units leaves; the program leaves it.
     """
 
     def score(self, statistics: Statistics) -> Tensor:

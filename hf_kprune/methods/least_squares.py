@@ -169,7 +169,9 @@ def tune_weight(
     ridge: float = 0.0,
     tune_bias: bool = False,
 ) -> Fit:
-    """argmin_{W, b} ||Y - A W^T - 1 b^T||_F^2 + ridge * mean(diag A^T A) * ||W - W_0||_F^2   (Park et al. 2024, KPWT).
+    """Weight and bias that tune what the kept columns give (KPWT of Park et al. 2024):
+
+    argmin_{W, b} ||Y - A W^T - 1 b^T||_F^2 + ridge * mean(diag A^T A) * ||W - W_0||_F^2.
 
     The unknown is the change from the present weights W_0: (G + ridge) dW = A^T (Y - A W_0^T - 1 b_0^T), by a
     Cholesky factorisation. Where G is singular, damping of `DAMPING` (more if rounding asks for it) picks the

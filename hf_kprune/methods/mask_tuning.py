@@ -116,9 +116,10 @@ class KCM(Method):
         if needed > budget * (1 + TOLERANCE):
             reach = math.floor(1e4 * (1 - needed / total)) / 1e4  # rounded down, so that it can be asked for
             raise BudgetError(
-                f"the budget asks to remove {1 - budget / total:.4f} of what heads and neurons cost; method 'kcm' removes "
-                f"neurons only and, with those that must stay, can reach 0 to {reach:.4f}. "
-                "Ask for less, lower min_neurons or round_to, pass prune_heads=False if uniform, or use another method"
+                f"the budget asks to remove {1 - budget / total:.4f} of what heads and neurons cost; method "
+                f"'kcm' removes neurons only and, with those that must stay, can reach 0 to {reach:.4f}. "
+                "Ask for less, lower min_neurons or round_to, pass prune_heads=False if uniform, or use "
+                "another method"
             )
         return super().search(statistics, scores, budget, least, multiple)
 
@@ -261,9 +262,10 @@ def representative(filters: Tensor, sigma: float = 1.0, alpha: float = 0.01) -> 
     """Convex non-negative factorisation of filters in the space of a Gaussian kernel (Nova et al. 2023): C,
     (N, N).
 
-    K_ij = exp(-||w_i - w_j||^2 / sigma^2);  from C = 1/N on,  C <- C * sqrt(K / (K C))  elementwise, as long as the sum of C
-    changes by more than `alpha` of itself, which takes few steps. It would end at K C = K, that is C = 1;
-    stopped before, C_ii tells how much filter i is needed to represent itself: little where others are near.
+    K_ij = exp(-||w_i - w_j||^2 / sigma^2);  from C = 1/N on,  C <- C * sqrt(K / (K C))  elementwise, as long
+    as the sum of C changes by more than `alpha` of itself, which takes few steps. It would end at K C = K,
+    that is C = 1; stopped before, C_ii tells how much filter i is needed to represent itself: little where
+    others are near.
 
     Args:
         filters: w, (N, D).

@@ -138,11 +138,7 @@ def uniform_search(
     members: dict[Hashable, list[int]] = {}
     for i, name in enumerate(alike):
         members.setdefault(name, []).append(i)
-    joint_scores, joint_costs = [], []
-    for same in members.values():
-        joint_costs.append(sum(costs[i] for i in same))
-        ranked = (costs[i] * scores[i].cpu().double().sort(descending=True).values for i in same)
-        joint_scores.append(torch.stack(list(ranked)).sum(0) / joint_costs[-1])
+    joint_scores, joint_costs = joint(scores, costs, list(members.values()))
     first = [same[0] for same in members.values()]
     bound = {
         g: [n for n in numbers if n >= minimum[i]]
@@ -172,6 +168,19 @@ def uniform_search(
         raise ValueError(f"no uniform plan costs at most {budget:.6g}")
     kept = {name: best[g] for g, name in enumerate(members)}
     return [kept[name] for name in alike]
+
+
+def joint(
+    scores: Sequence[Tensor], costs: Sequence[float], groups: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[float]]:
+    """Scores per cost, best first, and costs of the units that the n-th best of each sublayer of a group make
+    together."""
+    joint_costs = [sum(costs[i] for i in group) for group in groups]
+    joint_scores = []
+    for group, cost in zip(groups, joint_costs, strict=True):
+        ranked = (costs[i] * scores[i].cpu().double().sort(descending=True).values for i in group)
+        joint_scores.append(torch.stack(list(ranked)).sum(0) / cost)
+    return joint_scores, joint_costs
 
 
 def group_sizes(num_units: int, minimum: int, multiple: int) -> list[int]:

@@ -69,13 +69,8 @@ def describe(
             raise
     families: Families = {}
     try:
-        with (
-            unwarned(),
-            step(
-                "detection",
-                "its modules or its config are of a kind that is not known, as the error above shows",
-            ),
-        ):
+        unknown = "its modules or its config are of a kind that is not known, as the error above shows"
+        with unwarned(), step("detection", unknown):
             if any(plan_of(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)):
                 raise UnsupportedArchitectureError(
                     "it was pruned before, and its checkpoint tells sizes alone"
@@ -85,16 +80,22 @@ def describe(
         with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
             prove(keep(evaluation_copy(model), families), inputs, head_unit)
     except UnsupportedArchitectureError as error:
-        start = "".join(
-            f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
-        )
-        raise UnsupportedArchitectureError(
-            f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
-            f"was not found out what its layers do; {error}. Describe one of them in ten lines with "
-            "hf_kprune.register_family: "
-            f"docs/add_a_family.md{' has the steps; to start from:' if start else ''}{start}"
-        ) from error
+        raise UnsupportedArchitectureError(way_out(model, families, error)) from error
     keep(model, families)
+
+
+def way_out(model: PreTrainedModel, families: Families, error: Exception) -> str:
+    """What to do about a model whose layers could not be described for this error: describe one by hand, from
+    what was detected."""
+    start = "".join(
+        f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
+    )
+    return (
+        f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
+        f"was not found out what its layers do; {error}. Describe one of them in ten lines with "
+        "hf_kprune.register_family: "
+        f"docs/add_a_family.md{' has the steps; to start from:' if start else ''}{start}"
+    )
 
 
 def keep(model: PreTrainedModel, families: Families) -> PreTrainedModel:

@@ -195,11 +195,11 @@ def run_sublayer(
         seen["above"] = _first(args, kwargs)
         raise _Stop
 
-    def on_end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def on_end(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         seen["above"] = hidden_states(stack.returns, output)
         raise _Stop
 
-    def on_layer(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def on_layer(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         note_form(sublayer, output)
 
     with ExitStack() as hooks, resumed(sublayers, position, state):
@@ -228,7 +228,8 @@ def run_sublayer(
 
 
 def _state_above(sublayer: Sublayer, state: State, seen: Mapping[str, Tensor]) -> State:
-    """The state above a sublayer, from that below it and what hooks saw of its input, its output and what comes next."""
+    """The state above a sublayer, from that below it and what hooks saw of its input, its output and what
+    comes next."""
     inputs = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
     return State(inputs, {} if "above" in seen else {**state.held, sublayer.name: seen["output"]})
 
@@ -331,7 +332,7 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[
     stacks = {s.stack_name: s for s in sublayers}
 
     def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def see(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             note_form(sublayer, output)
             tops[name] = hidden_states(sublayer.stack.returns, output)
             if len(tops) == len(stacks):

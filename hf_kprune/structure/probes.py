@@ -68,9 +68,10 @@ def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence
         if order != expected:
             names = [sublayers[place].name for place in order]
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its family describes "
-                f"{', '.join(sublayers[place].name for place in expected)}. Does it need other inputs for some of them, or "
-                "does the family name its blocks in another order? docs/add_a_family.md"
+                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its "
+                f"family describes {', '.join(sublayers[place].name for place in expected)}. Does it need "
+                "other inputs for some of them, or does the family name its blocks in another order? "
+                "docs/add_a_family.md"
             )
 
 
@@ -118,7 +119,7 @@ def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):
 
-            def note(_: nn.Module, args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
+            def note(_: nn.Module, _args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
                 outputs[place] = output
 
             stack.enter_context(hooked(sublayer.output.register_forward_hook(note)))
