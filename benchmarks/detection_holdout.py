@@ -505,7 +505,7 @@ def main() -> None:
                 for m in model.modules()
                 for s in vars(m).get("kprune_family", ())
                 for b in s.blocks
-                if b.whole
+                if b.obstacle
             ]
             why += "heads together" if kept else ""
         tally[result] = tally.get(result, 0) + 1

@@ -374,7 +374,7 @@ def kind_of(module: nn.Module) -> str:
     )
 
 
-def own_tables(layers: nn.ModuleList, block: BlockPlan) -> None:
+def give_tables(layers: nn.ModuleList, block: BlockPlan) -> None:
     """Give every layer its own table of relative positions, of which the dense model has one for all (T5)."""
     for path in block["table"]:
         owner, _, name = path.rpartition(".")
@@ -536,7 +536,7 @@ def shrink(model: nn.Module) -> nn.Module:
             )
         for stack, layers in todo:
             for block in stack["blocks"]:
-                own_tables(layers, block)
+                give_tables(layers, block)
                 for index, layer in enumerate(layers):
                     shrink_layer(layer, block, index)
             layers.__dict__["kprune_stack"] = stack

@@ -46,7 +46,7 @@ from .structure.detect import describe
 from .structure.facts import in_eval_mode
 from .structure.reach import leaving, towers_left_alone
 from .structure.sublayers import LEFT_ALONE, find_sublayers
-from .structure.surgery import with_own_tables
+from .structure.surgery import with_table_per_layer
 from .structure.surroundings import plain_modes
 from .text import public_name
 from .version import versions
@@ -121,7 +121,7 @@ class Run:
         calibration.check_flops_length(model)
         lengths = calibration.flops_lengths  # are sums over processes, so what follows is the same on all
         calibration.check_enough_tokens()
-        teacher = with_own_tables(model)
+        teacher = with_table_per_layer(model)
         before = model_size(teacher, find_sublayers(teacher), prunable_flops(calibration.sublayers, lengths))
         in_time = any(budget.budget[0] in TIMES for budget in self.budgets)
         timed = self.time(teacher, calibration) if in_time else None

@@ -26,7 +26,7 @@ from .report import PruningReport, Size, SublayerReport
 from .sizes import prunable_flops
 from .structure.facts import in_half_precision
 from .structure.sublayers import Sublayer, find_sublayers
-from .structure.surgery import cut, frozen, with_own_tables, write_plan
+from .structure.surgery import cut, frozen, with_table_per_layer, write_plan
 from .structure.uniform import write_stock_config
 
 
@@ -74,7 +74,7 @@ class Pruning:
         # of weights that were made in inference mode no graph can be built
         inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
         copied = copy.deepcopy(model) if half or inference else model
-        self.teacher = with_own_tables(copied.float() if half else copied)
+        self.teacher = with_table_per_layer(copied.float() if half else copied)
         self.references = find_sublayers(self.teacher, self.args.head_unit)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation
         self.checked = False

@@ -154,7 +154,7 @@ def test_heads_that_cannot_be_told_apart_stay_together(name: str) -> None:
     keep(model, detect(model, inputs))
     assert {s.num_units for s in find_sublayers(model) if s.kind == "attention"} == {1}
     assert all(
-        s.block.whole == "cutting one of its heads changes others"
+        s.block.obstacle == "cutting one of its heads changes others"
         for s in find_sublayers(model)
         if s.kind != "ffn"
     )

@@ -22,7 +22,7 @@ from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.hooks import State, resumed, run_sublayer, run_to_top
 from hf_kprune.structure.probes import probed
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
-from hf_kprune.structure.surgery import cut, with_own_tables, write_plan
+from hf_kprune.structure.surgery import cut, with_table_per_layer, write_plan
 
 
 def batch(head: str = "") -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def check_walk(model: PreTrainedModel, head: str) -> None:
     for state in (stream, run_to_top(model, inputs, sublayers)):
         (top,) = state.inputs.values()
         torch.testing.assert_close(top, last, rtol=1e-5, atol=1e-5)
-        assert not state.held
+        assert not state.outputs
     with resumed(sublayers, 3, State()), torch.no_grad():  # nothing was carried: the whole model
         assert all(torch.equal(a, b) for a, b in zip(floats(model(**inputs)), expected, strict=True))
 
@@ -273,7 +273,7 @@ def test_layers_return_what_they_return_whatever_the_family_says(
 ) -> None:
     """Hidden states alone or in a tuple: in that, releases of transformers differ."""
     kind = ZOO[name][2]
-    model = with_own_tables(make(name))
+    model = with_table_per_layer(make(name))
     expected, inputs = outputs_of(model, kind), inputs_for(model, kind)
     monkeypatch.setitem(FAMILIES, name, tuple(replace(stack, returns=declared) for stack in FAMILIES[name]))
     sublayers, state = find_sublayers(model), State()

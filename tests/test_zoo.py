@@ -26,7 +26,7 @@ from hf_kprune import UnsupportedModelError
 from hf_kprune.structure.families import FAMILIES, REFUSED
 from hf_kprune.structure.hooks import State, resumed, run_sublayer, run_to_top
 from hf_kprune.structure.sublayers import find_sublayers
-from hf_kprune.structure.surgery import with_own_tables
+from hf_kprune.structure.surgery import with_table_per_layer
 
 
 Record = Callable[[str, object], None]
@@ -138,7 +138,7 @@ def test_a_query_head_of_every_group_is_a_unit_too(name: str, tmp_path: Path) ->
 def test_carried_equals_run(name: str, record_property: Record) -> None:
     """Also of a pruned model, whose positions with nothing left are carried too."""
     record_property("family", (name, "carried"))
-    kind, dense = ZOO[name][2], with_own_tables(make(name))
+    kind, dense = ZOO[name][2], with_table_per_layer(make(name))
     units = [s.num_units for s in find_sublayers(dense)]
     for model in (
         dense,
@@ -167,7 +167,7 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
     sublayer in a pre-norm layer, the norm in a post-norm one. Of sublayers side by side only the sum of all is.
     """
     record_property("family", (name, "stream"))
-    kind, model = ZOO[name][2], with_own_tables(make(name))
+    kind, model = ZOO[name][2], with_table_per_layer(make(name))
     sublayers, inputs = find_sublayers(model), inputs_for(model, kind)
     state = State()
     for position, sublayer in enumerate(sublayers):

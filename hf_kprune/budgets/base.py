@@ -57,7 +57,7 @@ class Budget:
         self.total = self.cost_from(0)
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
-        self.fixed_cost = self.whole_cost() - self.total
+        self.fixed_cost = self.model_cost() - self.total
         """Cost of what is not prunable."""
         self.limit = self.spendable()
         """What the units may cost together."""
@@ -79,7 +79,7 @@ class Budget:
         """Cost of one unit of a sublayer. Default: FLOPs."""
         return sublayer.unit_flops(self.lengths)
 
-    def whole_cost(self) -> float:
+    def model_cost(self) -> float:
         """Cost of the whole model as it is now. Default: that of its units."""
         return self.total
 

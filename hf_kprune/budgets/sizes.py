@@ -41,7 +41,7 @@ class TargetParams(Budget):
     def unit_cost(self, sublayer: Sublayer) -> float:
         return float(sublayer.unit_parameters)
 
-    def whole_cost(self) -> float:
+    def model_cost(self) -> float:
         return self.before.parameters
 
 
@@ -54,5 +54,5 @@ class TargetBytes(Budget):
     def unit_cost(self, sublayer: Sublayer) -> float:
         return self.before.bytes / self.before.parameters * sublayer.unit_parameters
 
-    def whole_cost(self) -> float:
+    def model_cost(self) -> float:
         return self.before.bytes

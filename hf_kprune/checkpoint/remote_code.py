@@ -16,10 +16,10 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from ..errors import ArgumentError, CheckpointError
 from ..modeling_kprune import is_pruned
+from ..structure.facts import auto_class, auto_tables
 
 
 STOCK, PREFIX = "modeling_kprune", "kprune_"
@@ -27,18 +27,6 @@ WRAPPER = '''"""Written by hf_kprune: the classes of {module}.py, shrunk to the 
 
 from .modeling_kprune import narrowed
 '''
-
-
-def auto_classes() -> dict[str, Any]:
-    """The `AutoModel...` classes of transformers, by name, with the table of each: model type to class name
-    or names.
-    """
-    mappings = {}
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None:
-            mappings[name] = mapping._model_mapping
-    return mappings
 
 
 def stock_entries(config: Any) -> dict[str, str]:
@@ -49,15 +37,14 @@ def stock_entries(config: Any) -> dict[str, str]:
     `AutoModelForCausalLM`.
     """
     tables = {
-        name: table[config.model_type] for name, table in auto_classes().items() if config.model_type in table
+        name: table[config.model_type] for name, table in auto_tables().items() if config.model_type in table
     }
     entries = {
         name: f"{STOCK}.{target if isinstance(target, str) else target[0]}" for name, target in tables.items()
     }
     for name in config.architectures or ():
         if f"{STOCK}.{name}" not in entries.values() and hasattr(transformers, name):
-            auto = "AutoModelFor" + name.rpartition("For")[2]
-            entries.setdefault(auto if hasattr(transformers, auto) else "AutoModel", f"{STOCK}.{name}")
+            entries.setdefault(auto_class(name), f"{STOCK}.{name}")
     return entries
 
 
@@ -75,7 +62,7 @@ def dense_auto_map(config: Any) -> dict[str, Any]:
     for auto, reference in written.items() if isinstance(written, dict) else ():
         if isinstance(reference, str):
             repository, module, name = split(reference)
-            if module == STOCK and config.model_type in auto_classes().get(auto, ()):
+            if module == STOCK and config.model_type in auto_tables().get(auto, ()):
                 continue
             reference = f"{repository}{module.removeprefix(PREFIX)}.{name}"
         entries[auto] = reference
@@ -152,7 +139,5 @@ def check_code_travels(model: PreTrainedModel) -> None:
 
 def auto_name(kind: Any) -> str:
     """Name of the auto class that a model class belongs to, by the names of it and of what it is made of."""
-    names = (
-        "AutoModelFor" + base.__name__.rpartition("For")[2] for base in kind.__mro__ if "For" in base.__name__
-    )
-    return next((name for name in names if hasattr(transformers, name)), "AutoModel")
+    names = (auto_class(base.__name__) for base in kind.__mro__)
+    return next((name for name in names if name != "AutoModel"), "AutoModel")

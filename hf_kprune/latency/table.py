@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import ArgumentError
 from ..methods.search import TOLERANCE
 from ..structure.sublayers import find_sublayers
-from ..structure.surgery import with_own_tables
+from ..structure.surgery import with_table_per_layer
 from ..version import __version__
 from .timing import compare, cut_to, time_model
 
@@ -125,7 +125,7 @@ class LatencyTable:
             head_unit: As for `find_sublayers`.
             rounds: Timed passes of each copy. None: as many as the model does in a second, from 3 to 50.
         """
-        model = with_own_tables(model)
+        model = with_table_per_layer(model)
         rounds = rounds or max(3, min(50, int(1 / time_model(model, inputs, 1))))
         sublayers = find_sublayers(model, head_unit)
         units, kinds = (

@@ -31,7 +31,7 @@ from .watch import PROJECTIONS, Observation, Watch
 Families = Mapping[str, tuple[Stack, ...]]
 """What was detected: the stacks of a model by its path, `""` or that of a tower in it."""
 
-WHOLE = "cutting one of its heads changes others"
+OBSTACLE = "cutting one of its heads changes others"
 
 
 def describe(
@@ -297,7 +297,7 @@ def _settle(
             break
     stack, failures = min(candidates, key=lambda candidate: len(candidate[1]))
     for block in failures:
-        block = replace(block, whole=WHOLE)
+        block = replace(block, obstacle=OBSTACLE)
         if not UNITS[block.kind].has_heads or not right(stack, block):
             raise UnsupportedArchitectureError(
                 f"of all that was tried, nothing was right: {errors[block.output]}"

@@ -78,6 +78,24 @@ def classes_in(table: str) -> frozenset[str]:
     return frozenset(name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry))
 
 
+def auto_tables() -> dict[str, Mapping[str, Any]]:
+    """The tables of the `AutoModel...` classes of Transformers, by the name of the class: from model type to
+    name of class, or names."""
+    mappings = ((name, getattr(auto, "_model_mapping", None)) for name, auto in vars(modeling_auto).items())
+    return {
+        name: mapping._model_mapping
+        for name, mapping in mappings
+        if name.startswith("AutoModel") and mapping is not None
+    }
+
+
+def auto_class(name: str) -> str:
+    """The `AutoModel...` class of the head that the name of a model class ends with, such as
+    `AutoModelForCausalLM` for `MllamaForCausalLM`, which no table lists."""
+    auto = f"AutoModelFor{name.rpartition('For')[2]}"
+    return auto if hasattr(modeling_auto, auto) else "AutoModel"
+
+
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether `model` is a causal language model, whose labels are those of its own inputs."""
     return any(cls.__name__ in classes_in("MODEL_FOR_CAUSAL_LM") for cls in type(model).__mro__)

@@ -79,7 +79,7 @@ class Block:
         slices: Parameters, none of a projection, that hold one slice for each head, and where.
         table: An embedding of relative positions with one column for each head, which the first layer of the
             stack holds for all (T5). In a pruned model every layer has its own.
-        whole: Why its heads cannot be told apart (a norm across all of them), or the config attribute that
+        obstacle: Why its heads cannot be told apart (a norm across all of them), or the config attribute that
             says whether they cannot. Then all of them are one unit. `""` if they can.
         weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it
             refuses `output_attentions=True` once an attention is emptied.
@@ -101,7 +101,7 @@ class Block:
     select: Mapping[str, Place] = field(default_factory=dict)
     slices: Mapping[str, Dimension] = field(default_factory=dict)
     table: str = ""
-    whole: str = ""
+    obstacle: str = ""
     weights: bool = True
 
 
@@ -311,7 +311,7 @@ _LLAMA_FFN = Block(
     stream="post_attention_layernorm",
 )
 _LLAMA = Stack("layers", (_LLAMA_ATTENTION, _LLAMA_FFN), uniform={**_HEAD_SIZES, **_FFN_SIZE})
-_LLAMA_WHOLE = replace(_LLAMA_ATTENTION, whole="its queries and keys are normalised across heads")
+_LLAMA_WHOLE = replace(_LLAMA_ATTENTION, obstacle="its queries and keys are normalised across heads")
 _NORM_AFTER = replace(
     _LLAMA, blocks=(replace(_LLAMA_ATTENTION, stream=None), replace(_LLAMA_FFN, stream=None))
 )
@@ -490,7 +490,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 },
                 sizes={},
                 returns=("y",),
-                whole="its heads are reshaped to the hidden size",
+                obstacle="its heads are reshaped to the hidden size",
                 weights=False,
             ),
         ),
@@ -653,7 +653,8 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "bloom": (_BLOOM,),
     "cohere": (
         replace(
-            _PARALLEL, blocks=(replace(_LLAMA_ATTENTION, whole="use_qk_norm"), replace(_LLAMA_FFN, stream=""))
+            _PARALLEL,
+            blocks=(replace(_LLAMA_ATTENTION, obstacle="use_qk_norm"), replace(_LLAMA_FFN, stream="")),
         ),
     ),
     "cohere2": (_PARALLEL,),
@@ -852,7 +853,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "stablelm": (
         replace(
             _PARALLEL,
-            blocks=(replace(_LLAMA_ATTENTION, whole="qk_layernorm"), replace(_LLAMA_FFN, stream="")),
+            blocks=(replace(_LLAMA_ATTENTION, obstacle="qk_layernorm"), replace(_LLAMA_FFN, stream="")),
         ),
     ),
     "starcoder2": (

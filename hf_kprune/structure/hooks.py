@@ -40,11 +40,11 @@ class State:
     Args:
         inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it
             gave: (B, T, D).
-        held: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
+        outputs: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    held: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def part(self, start: int, stop: int, samples: int) -> State:
         """That of the samples from `start` to `stop` out of `samples`, which may be several sequences
@@ -53,7 +53,7 @@ class State:
         def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: part_of(tensor, start, stop, samples) for name, tensor in tensors.items()}
 
-        return State(of(self.inputs), of(self.held))
+        return State(of(self.inputs), of(self.outputs))
 
 
 @dataclass
@@ -153,8 +153,8 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                 result = fill(form_of(sublayer), stream, {})
                 stack.enter_context(_forward(layer, lambda *_, result=result, **__: result))
         for below in sublayers[:position]:
-            if below.name in state.held:
-                _answer(stack, below, state.held[below.name])
+            if below.name in state.outputs:
+                _answer(stack, below, state.outputs[below.name])
         yield
 
 
@@ -177,26 +177,26 @@ def run_sublayer(
     sublayer = sublayers[position]
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
     stack, block = sublayer.stack, sublayer.block
-    seen: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     reads: dict[str, list[Tensor]] = {}
 
     def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["input"] = _first(args, kwargs)
+        tensors["input"] = _first(args, kwargs)
 
     def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault("stream", _first(args, kwargs))
+        tensors.setdefault("stream", _first(args, kwargs))
 
     def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen["features"], seen["output"] = args[0], output.clone()  # some models go on in place
+        tensors["features"], tensors["output"] = args[0], output.clone()  # some models go on in place
         if following is not None and following.layer is sublayer.layer:
             raise _Stop
 
     def on_next(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["above"] = _first(args, kwargs)
+        tensors["above"] = _first(args, kwargs)
         raise _Stop
 
     def on_end(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        seen["above"] = hidden_states(stack.returns, output)
+        tensors["above"] = hidden_states(stack.returns, output)
         raise _Stop
 
     def on_layer(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -217,21 +217,21 @@ def run_sublayer(
         hooks.enter_context(_passing(sublayers, position, state))
         _run(model, inputs)
 
-    output = by_token(seen["output"], seen["input"])
+    output = by_token(tensors["output"], tensors["input"])
     stream = torch.zeros_like(output)
-    if "stream" in seen:
+    if "stream" in tensors:
         below = sublayers[:position] if stack.parallel else ()
-        earlier = [state.held[s.name] for s in below if s.name in state.held]
-        stream = by_token(seen["stream"], seen["input"]) / sublayer.residual + sum(earlier)
-    features = by_token(seen["features"], seen["input"])
-    return Tap(stream, features, output, _state_above(sublayer, state, seen), reads)
+        earlier = [state.outputs[s.name] for s in below if s.name in state.outputs]
+        stream = by_token(tensors["stream"], tensors["input"]) / sublayer.residual + sum(earlier)
+    features = by_token(tensors["features"], tensors["input"])
+    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads)
 
 
-def _state_above(sublayer: Sublayer, state: State, seen: Mapping[str, Tensor]) -> State:
+def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]) -> State:
     """The state above a sublayer, from that below it and what hooks saw of its input, its output and what
     comes next."""
-    inputs = {**state.inputs, sublayer.stack_name: seen.get("above", seen["input"])}
-    return State(inputs, {} if "above" in seen else {**state.held, sublayer.name: seen["output"]})
+    inputs = {**state.inputs, sublayer.stack_name: tensors.get("above", tensors["input"])}
+    return State(inputs, {} if "above" in tensors else {**state.outputs, sublayer.name: tensors["output"]})
 
 
 @contextmanager
@@ -315,15 +315,15 @@ def form_of(sublayer: Sublayer) -> Any:
 @torch.no_grad()
 def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayer: Sublayer) -> Tensor:
     """What the first layer of the stack of `sublayer` reads, (B, T, D)."""
-    seen: list[Tensor] = []
+    streams: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_first(args, kwargs))
+        streams.append(_first(args, kwargs))
         raise _Stop
 
     with hooked(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
         _run(model, inputs)
-    return seen[0]
+    return streams[0]
 
 
 def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> State:

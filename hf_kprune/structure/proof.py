@@ -30,7 +30,7 @@ from .facts import evaluation_copy, floats, to_model
 from .hooks import State, resumed, run_sublayer, run_to_top
 from .probes import check_order
 from .sublayers import Sublayer, find_sublayers
-from .surgery import cut_twin, twin, with_own_tables
+from .surgery import cut_twin, twin, with_table_per_layer
 
 
 TOLERANCE = 1e-4
@@ -53,7 +53,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "g
             is.
     """
     with unwarned():
-        dense = with_own_tables(evaluation_copy(model))
+        dense = with_table_per_layer(evaluation_copy(model))
         inputs = to_model(inputs, dense)
         sublayers = find_sublayers(dense, head_unit)
         _check_unshared(dense, sublayers)

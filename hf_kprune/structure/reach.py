@@ -20,7 +20,7 @@ from .facts import first_run, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
 from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
-from .surgery import with_own_tables
+from .surgery import with_table_per_layer
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def walks(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str, oth
     """Whether all towers but those at the paths `others` can be carried from sublayer to sublayer."""
     with leaving(model, others), unwarned():
         try:
-            prove_carrying(with_own_tables(model), inputs, head_unit)
+            prove_carrying(with_table_per_layer(model), inputs, head_unit)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception:  # whatever a forward pass raises that finds something missing

@@ -21,9 +21,9 @@ from ..modeling_kprune import (
     Plan,
     StackPlan,
     digest,
+    give_tables,
     has,
     kind_of,
-    own_tables,
     plan_of,
     set_slices,
     shrink_layer,
@@ -64,7 +64,7 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     columns = sublayer.columns[kept].flatten().sort().values
     set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
     heads = columns[:: unit.head_dim] // unit.head_dim
-    own_tables(sublayer.layers, plan)
+    give_tables(sublayer.layers, plan)
     for path in plan["table"]:
         table = cast(nn.Embedding, layer.get_submodule(path))
         weight = table.weight[:, heads.to(table.weight.device)]
@@ -137,7 +137,7 @@ def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel
     return copy.deepcopy(model, {**tensors, **parameters})
 
 
-def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
+def with_table_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its
     own (T5).
 
@@ -147,7 +147,7 @@ def with_own_tables(model: PreTrainedModel) -> PreTrainedModel:
         return model
     copied = twin(model)
     for sublayer in find_sublayers(copied):
-        own_tables(sublayer.layers, sublayer.plan)
+        give_tables(sublayer.layers, sublayer.plan)
         shrink_layer(sublayer.layer, sublayer.plan, sublayer.index)
     return copied
 

@@ -166,7 +166,7 @@ class Head(Unit):
                 "docs/add_a_family.md"
             )
         kv_heads = int(ask(config, stack.kv_heads) or heads)  # True is one for all
-        if block.whole and getattr(config, block.whole, True):
+        if block.obstacle and getattr(config, block.obstacle, True):
             return Head(d, heads, kv_heads)
         if kv_heads < heads and (head_unit == "query" or kv_heads == 1):
             return QueryHead(d, kv_heads, 0)
