@@ -115,8 +115,11 @@ class Texts:
         self.encode = encoder(self.columns, reader, longest, self.task.choices)
 
     def calibration(self) -> Any:
-        """The calibration rows, tokenised when they are read; their texts, if they are to be joined."""
-        return self.rows[self.columns[0]] if self.args.packing else self.rows.with_transform(self.encode)
+        """The columns of texts of the calibration rows, tokenised as they are read; the texts, if they are to
+        be joined."""
+        if self.args.packing:
+            return self.rows[self.columns[0]]
+        return self.rows.select_columns(list(dict.fromkeys(self.columns)))
 
     def evaluation(self) -> datasets.Dataset:
         """The evaluation rows. If some are calibration rows too, there is a remark.
