@@ -25,6 +25,7 @@ from transformers import (
     CanineConfig,
     XLNetConfig,
 )
+from zoo import make
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport, __version__
 from hf_kprune.arguments import METHOD_NAMES
@@ -256,6 +257,18 @@ def test_multiple_choice_is_evaluated(hf_kprune: Any, data: Path, tmp_path: Path
     code, stdout, stderr = hf_kprune("prune", *options(path, data, output_dir=tmp_path / "out", **evaluation))
     assert code == 0, stderr
     assert "| eval_share |" in stdout
+
+
+def test_sources_and_targets_are_read_by_an_encoder_and_its_decoder(
+    hf_kprune: Any, data: Path, tmp_path: Path
+) -> None:
+    path, lines = save_with_words(make("t5"), tmp_path / "dense"), texts(30, 0)
+    pairs = pd.DataFrame({"document": lines, "summary": [line[:9] for line in lines], "number": range(30)})
+    pairs.to_parquet(tmp_path / "pairs.parquet")
+    chosen = options(path, data, dataset_file=tmp_path / "pairs.parquet", text_columns=None)
+    code, stdout, stderr = hf_kprune("plan", *chosen)
+    assert code == 0, stderr
+    assert "decoder.block.1.cross_attention" in stdout
 
 
 def test_words_are_tokenised_as_words(hf_kprune: Any, data: Path, tmp_path: Path) -> None:

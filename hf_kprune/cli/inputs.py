@@ -115,11 +115,13 @@ class Texts:
         self.encode = encoder(self.columns, reader, longest, self.task.choices)
 
     def calibration(self) -> Any:
-        """The columns of texts of the calibration rows, tokenised as they are read; the texts, if they are to
-        be joined."""
+        """The calibration rows, tokenised when they are read; their texts, if they are to be joined, or if the
+        second becomes what the decoder is to give."""
         if self.args.packing:
             return self.rows[self.columns[0]]
-        return self.rows.select_columns(list(dict.fromkeys(self.columns)))
+        if needs_targets(self.model):
+            return self.rows.select_columns(list(self.columns))
+        return self.rows.with_transform(self.encode)
 
     def evaluation(self) -> datasets.Dataset:
         """The evaluation rows. If some are calibration rows too, there is a remark.
