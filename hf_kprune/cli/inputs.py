@@ -115,8 +115,8 @@ class Texts:
         self.encode = encoder(self.columns, reader, longest, self.task.choices)
 
     def calibration(self) -> Any:
-        """The calibration rows, tokenised when they are read; their texts, if they are to be joined, or if the
-        second becomes what the decoder is to give."""
+        """The calibration rows, tokenised when they are read; their texts, if they are to be joined, or if
+        the second becomes what the decoder is to give."""
         if self.args.packing:
             return self.rows[self.columns[0]]
         if needs_targets(self.model):
