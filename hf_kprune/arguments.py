@@ -401,7 +401,9 @@ class KPruneArguments:
         targets = ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None)
         return next(targets, ("sparsity", float(self.sparsity or 0)))
 
-    def check_output_dir(self, output_dir: Any = None, read_from: Iterable[Any] = (), size: float = 0) -> str:
+    def check_output_dir(
+        self, output_dir: object = None, read_from: Iterable[object] = (), size: float = 0
+    ) -> str:
         """The directory to save to, as text. Raises `ArgumentError` if there is none, or if it cannot or must
         not be written.
 

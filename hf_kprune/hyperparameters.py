@@ -34,7 +34,7 @@ class Search:
     def __post_init__(self) -> None:
         self.args = self.pruner.args
 
-    def best_run(self, n_trials: int, direction: str, **kwargs: Any) -> BestRun:
+    def best_run(self, n_trials: int, direction: str, **kwargs: object) -> BestRun:
         """Try options and return the best ones. The pruner has its own options back afterwards.
 
         Args:
@@ -78,7 +78,7 @@ class Search:
             values["method_kwargs"] = from_json("method_kwargs", self.args.method_kwargs) | kwargs
         return values
 
-    def objective(self, trial: Any) -> float:
+    def objective(self, trial: object) -> float:
         """Prune with the options of a trial, and judge the student."""
         (options,) = broadcast_object_list([self.space(trial)])  # each process has an Optuna of its own
         pruner, hold_out = self.pruner, self.compute_objective is None

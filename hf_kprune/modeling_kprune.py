@@ -134,7 +134,7 @@ def fill(returns: Returns, y: Tensor, arguments: dict[str, Any]) -> Any:
     return y + arguments[added] if added else y
 
 
-def with_weights(result: Any, weights: Tensor | None, appended: bool) -> Any:
+def with_weights(result: object, weights: Tensor | None, appended: bool) -> Any:
     """What an attention returned, with its attention weights in their place, the last empty one.
 
     If there is none, and the module was asked for weights (`appended`), they come after all else.
@@ -188,7 +188,7 @@ class EmptyAttention(nn.Module):
     def __reduce__(self) -> Any:
         return empty_like, (type(self).__bases__[1],), self.__dict__
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         hidden = arguments[self.parameter_names[0]]
         sources = [arguments.get(name) for name in ("key_value_states", "encoder_hidden_states")]
@@ -236,7 +236,7 @@ def empty_attention(replaced: Any) -> Any:
     return type(replaced.__name__, (EmptyAttention, replaced), {"__module__": __name__})
 
 
-def empty_like(replaced: Any) -> EmptyAttention:
+def empty_like(replaced: object) -> EmptyAttention:
     """A stand-in without anything in it, which `copy` and `pickle` fill."""
     empty: EmptyAttention = object.__new__(empty_attention(replaced))
     return empty
@@ -299,7 +299,7 @@ class SelectHeads:
         self.argument, self.where, self.of, self.heads = argument, where, of, heads
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> tuple[Any, dict[str, Any]]:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         value = bound.arguments.get(self.argument)
@@ -549,7 +549,7 @@ def shrink(model: nn.Module) -> nn.Module:
     return model
 
 
-def plan_of(config: Any) -> Plan | None:
+def plan_of(config: object) -> Plan | None:
     """The plan in a config or its dictionary; None without, also if `kprune` is another library's field."""
     plan = config.get("kprune") if isinstance(config, dict) else getattr(config, "kprune", None)
     if isinstance(plan, dict) and len({"format", "sha256", "stacks"} & plan.keys()) > 1:
@@ -557,7 +557,7 @@ def plan_of(config: Any) -> Plan | None:
     return None
 
 
-def stacks_of(config: Any) -> list[StackPlan]:
+def stacks_of(config: object) -> list[StackPlan]:
     """The stacks of the plan in a config; none if there is no plan."""
     plan = plan_of(config)
     return plan["stacks"] if plan else []
@@ -583,7 +583,7 @@ def unseal(config: Any) -> Any:
     return config
 
 
-def edit_config(directory: str | os.PathLike[str], **entries: Any) -> None:
+def edit_config(directory: str | os.PathLike[str], **entries: object) -> None:
     """Set entries of the config.json of a pruned model, or delete those that are None. Adapters have none."""
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -630,7 +630,7 @@ def record_weights(directory: str | os.PathLike[str]) -> None:
         edit_config(directory, **{RECORD: record or None})
 
 
-def check_record(name: Any, record: dict[str, FileRecord], **options: Any) -> None:
+def check_record(name: object, record: dict[str, FileRecord], **options: object) -> None:
     """Refuse weight files that lack tensors which were saved in them, or hold others by their names.
 
     Values are not looked at, which takes about a second for a gigabyte: `hf-kprune inspect --verify` does.
@@ -668,7 +668,9 @@ def inner_models(model: nn.Module) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-def load_checked(load: Any, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+def load_checked(
+    load: Any, name: object, *args: Any, output_loading_info: bool = False, **kwargs: Any
+) -> Any:
     """Call `load`, a `from_pretrained`, and refuse a pruned model if the files lack a pruned layer."""
     try:
         model, info = load(name, *args, output_loading_info=True, **kwargs)
@@ -718,7 +720,7 @@ class KPruneMixin(PreTrainedModel):
         spare_empty(self)
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: object, *args: object, config: object = None, **kwargs: Any) -> Any:
         if not isinstance(config, PreTrainedConfig):
             hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
             source = config or name
@@ -729,7 +731,7 @@ class KPruneMixin(PreTrainedModel):
         return load_checked(super().from_pretrained, name, *args, config=unseal(config), **kwargs)
 
     def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+        self, save_directory: Any, is_main_process: bool = True, *args: object, **kwargs: object
     ) -> None:
         auto_map = (
             getattr(self.config, "auto_map", None) or {}
@@ -740,7 +742,7 @@ class KPruneMixin(PreTrainedModel):
             seal(save_directory)
             record_weights(save_directory)
 
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: Any, *args: object, **kwargs: object) -> Any:
         seal(working_dir)  # save_pretrained(push_to_hub=True) uploads before it returns
         record_weights(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)

@@ -52,7 +52,7 @@ class Unasked(float):
     """
 
 
-def option(default: Any, help: str, **kwargs: Any) -> Any:
+def option(default: object, help: str, **kwargs: object) -> Any:
     """A field of a dataclass of options.
 
     Args:
@@ -66,7 +66,7 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def expect(options: Any, name: str, holds: bool, wish: str) -> None:
+def expect(options: object, name: str, holds: bool, wish: str) -> None:
     """Raise `ArgumentError` with what is expected of an option, if something does not hold."""
     if not holds:
         raise ArgumentError(f"{name} is {show(getattr(options, name))}, expected {wish}")
@@ -83,7 +83,7 @@ def has_size(text: str) -> bool:
         return False
 
 
-def check_values(options: Any) -> None:
+def check_values(options: object) -> None:
     """Raise `ArgumentError` for an option with a value that the bound in its annotation or `CHOICES` does not
     allow.
     """
@@ -96,7 +96,7 @@ def check_values(options: Any) -> None:
             expect(options, name, value in (*others, last), f"{', '.join(others)} or {last}")
 
 
-def from_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+def from_json(name: str, value: dict[str, object] | str | None) -> dict[str, Any]:
     """The options in a dict, or in one that is JSON, as a command line has it. None is no options.
 
     Raises:

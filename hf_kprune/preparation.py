@@ -302,7 +302,7 @@ class Run:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def tell(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def tell(self, event: str, *args: object, **kwargs: object) -> None:
         """Tell listeners of an event, as the function `tell` does, but ask once only which process this
         is.
         """
@@ -327,7 +327,7 @@ def restore(student: nn.Module, model: PreTrainedModel, modes: dict[str, bool]) 
         tensor.requires_grad_(original is None or original.requires_grad)
 
 
-def bare_model(model: Any) -> PreTrainedModel:
+def bare_model(model: object) -> PreTrainedModel:
     """The model without what others have wrapped around it.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +48,7 @@ def accompanied(accelerator: Accelerator) -> Iterator[None]:
         ) from error
 
 
-def check_alike(accelerator: Accelerator, model: nn.Module, options: Mapping[str, Any]) -> None:
+def check_alike(accelerator: Accelerator, model: nn.Module, options: Mapping[str, object]) -> None:
     """Raise `ArgumentError` on every process if they hold different options or weights, whose sums would mean
     nothing.
 

@@ -50,7 +50,7 @@ class Pruner(Protocol):
     def create_model_card(self, *, output_dir: str | None = None) -> None: ...
 
 
-def tell(pruner: Pruner, event: str, *args: Any, **kwargs: Any) -> None:
+def tell(pruner: Pruner, event: str, *args: object, **kwargs: object) -> None:
     """Tell the listeners of a pruner of an event, on the main process only. `kwargs` may name another
     `model`.
     """
@@ -58,7 +58,7 @@ def tell(pruner: Pruner, event: str, *args: Any, **kwargs: Any) -> None:
         call(pruner, event, *args, **kwargs)
 
 
-def call(pruner: Pruner, event: str, *args: Any, **kwargs: Any) -> None:
+def call(pruner: Pruner, event: str, *args: object, **kwargs: object) -> None:
     """Tell the listeners of a pruner of an event on this process."""
     about = {"model": pruner.model, **kwargs}
     pruner.callback_handler.call(event, pruner.args, pruner.report, *args, **about)
@@ -118,7 +118,7 @@ def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport) -> No
         tell(pruner, "on_prune_end")
 
 
-def check_place(pruner: Pruner, dataset: Any) -> None:
+def check_place(pruner: Pruner, dataset: object) -> None:
     """Refuse options that cannot be and an `output_dir` that cannot be saved to, before anything runs."""
     with together(pruner.accelerator):
         pruner.args.check()
@@ -131,7 +131,7 @@ def check_place(pruner: Pruner, dataset: Any) -> None:
                 check_push(pruner.args, pruner.args.output_dir)
 
 
-def origins_of(pruner: Pruner, dataset: Any = None) -> list[str]:
+def origins_of(pruner: Pruner, dataset: object = None) -> list[str]:
     """Files and directories that model and data come from, which must not be replaced."""
     data = dataset, pruner.calibration_dataset, pruner.eval_dataset
     return origins(pruner.model, pruner.processing_class, pruner.sentence_folder, *data)

@@ -158,7 +158,7 @@ class Sweeper:
         """The options of the pruner with another budget."""
         return replace(self.pruner.args, **{**dict.fromkeys(("sparsity", *TARGETS)), **budget})
 
-    def place(self, budget: dict[str, Any]) -> str | None:
+    def place(self, budget: dict[str, object]) -> str | None:
         """Where the model for a budget is saved, if it is."""
         if self.output_dir is None:
             return None
@@ -169,7 +169,7 @@ class Sweeper:
         """The model of which a fraction of the prunable FLOPs is removed."""
         return self.point({"sparsity": sparsity})
 
-    def point(self, budget: dict[str, Any]) -> SweepPoint:
+    def point(self, budget: dict[str, object]) -> SweepPoint:
         """Make the model for a budget, judge it, and save it if that was asked for."""
         student, report = self.run.student(self.arguments(budget))
         with in_place(self.pruner, student, report):

@@ -49,7 +49,7 @@ class Line(reprlib.Repr):
         super().__init__()
         self.maxstring = self.maxlong = self.maxother = 80
 
-    def repr_instance(self, value: Any, level: int) -> str:
+    def repr_instance(self, value: object, level: int) -> str:
         if isinstance(value, type):
             return f"the class {value.__name__}"
         if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
@@ -89,7 +89,7 @@ def name_of(kind: Any) -> str:
     return f"a {(origin or kind).__name__}"
 
 
-def convert(value: Any, kind: Any) -> Any:
+def convert(value: object, kind: object) -> Any:
     """The value as the annotated kind has it. Raises `TypeError` if it is of another kind."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -118,7 +118,7 @@ def convert(value: Any, kind: Any) -> Any:
     return value
 
 
-def is_of(value: Any, kind: Any) -> bool:
+def is_of(value: object, kind: Any) -> bool:
     """Whether a value is of an annotated kind as it is: a function, a class, or an instance of a class."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Callable:
@@ -128,7 +128,7 @@ def is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, origin or kind) and not (kind is str and "\0" in value)
 
 
-def to_list(value: Any, kind: Any) -> list[Any]:
+def to_list(value: object, kind: object) -> list[Any]:
     """A list of values of an annotated kind; one text is a list of it. Raises `TypeError` for what is no
     list."""
     if isinstance(value, str) and kind is str:
@@ -140,7 +140,7 @@ def to_list(value: Any, kind: Any) -> list[Any]:
     return [convert(entry, kind) for entry in value]
 
 
-def to_number(value: Any, kind: type[int] | type[float]) -> int | float:
+def to_number(value: object, kind: type[int] | type[float]) -> int | float:
     """A whole number for `int`, any finite one for `float`. Raises `TypeError` for another, and for a truth
     value.
     """
@@ -152,7 +152,7 @@ def to_number(value: Any, kind: type[int] | type[float]) -> int | float:
     return typing.cast("int | float", number)
 
 
-def checked(name: str, value: Any, kind: Any, way_out: str = "", secret: bool = False) -> Any:
+def checked(name: str, value: object, kind: object, way_out: str = "", secret: bool = False) -> Any:
     """The value as the annotated kind has it.
 
     Args:
@@ -183,7 +183,7 @@ def checked(name: str, value: Any, kind: Any, way_out: str = "", secret: bool = 
     raise ArgumentError(f"{name} is {shown}, expected {expected}{way_out}")
 
 
-def unquoted(text: str, kind: Any) -> str:
+def unquoted(text: str, kind: object) -> str:
     """The way out for a number or a truth value that was passed as a string; nothing if it is no such
     string.
     """
@@ -230,7 +230,7 @@ def known_keywords(cls: type[Class]) -> type[Class]:
     make = cls.__init__
 
     @functools.wraps(make)
-    def make_checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def make_checked(self: Any, *args: object, **kwargs: object) -> None:
         check_names(cls.__name__, kwargs, [field.name for field in fields(type(self)) if field.init])
         make(self, *args, **kwargs)
 
@@ -257,7 +257,7 @@ def checked_arguments(*but: str, **ways_out: str) -> Callable[[Function], Functi
         title = function.__qualname__.removesuffix(".__init__")
 
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             kinds = typing.get_type_hints(function)
             if not takes_any:
                 check_names(title, kwargs, named[1:])

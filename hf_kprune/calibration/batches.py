@@ -41,7 +41,8 @@ from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .collate import Collator, collate
 from .knowledge import Knowledge
-from .rows import Rows, row_length
+from .nested import Row
+from .rows import Rows, TokensPerRow, row_length
 
 
 LOGITS = 2**24
@@ -57,14 +58,12 @@ def in_float32(outputs: Any) -> Any:
     return outputs
 
 
-def tokens_of(
-    model: PreTrainedModel, collator: Collator | None, processing_class: Any
-) -> Callable[[dict[str, Any]], int]:
+def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
     """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
     shapes are not."""
     sublayers, known = find_sublayers(model), {}
 
-    def count(row: dict[str, Any]) -> int:
+    def count(row: Row) -> int:
         shape = tuple(row[model.main_input_name].shape)
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
@@ -117,7 +116,7 @@ class Batch:
         """The samples from `start` to `stop`."""
         samples = self.samples
 
-        def of(tensor: Any) -> Any:
+        def of(tensor: object) -> Any:
             return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
 
         inputs, valid = ({k: of(v) for k, v in tensors.items()} for tensors in (self.inputs, self.valid))
@@ -138,7 +137,7 @@ def narrowed(model: PreTrainedModel, chunk: int, start: int = 0) -> AbstractCont
     return only_tokens(model.get_output_embeddings(), start, start + chunk)
 
 
-def losses_of(loss: Knowledge, student: Any, teacher: Any, batch: Batch) -> Tensor:
+def losses_of(loss: Knowledge, student: object, teacher: object, batch: Batch) -> Tensor:
     """The knowledge loss of each row of a batch, (B,).
 
     Raises:
@@ -182,7 +181,7 @@ class Calibration:
         collate: Callable[[list[Any]], tuple[dict[str, Tensor], Tensor | None]],
         model: PreTrainedModel,
         args: KPruneArguments,
-        tokens_per_row: Callable[[dict[str, Any]], int] | None = None,
+        tokens_per_row: TokensPerRow | None = None,
         few: int | None = None,
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args

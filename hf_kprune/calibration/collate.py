@@ -21,13 +21,13 @@ IGNORED = -100
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
-def pad(sequences: list[Any], value: int) -> Tensor:
+def pad(sequences: list[object], value: int) -> Tensor:
     """Sequences of numbers, (B, T), filled up on the right with `value`."""
     tensors = [torch.as_tensor(sequence) for sequence in sequences]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-def pad_rows(rows: list[dict[str, Any]], processing_class: Any, pad_token_id: int) -> dict[str, Any]:
+def pad_rows(rows: list[dict[str, Any]], processing_class: object, pad_token_id: int) -> dict[str, Any]:
     """One tensor per column: what the decoder reads or gives, then what the tokenizer pads, then floats."""
     inputs: dict[str, Any] = {}
     rows = [dict(row) for row in rows]
@@ -83,7 +83,7 @@ def shifted_right(model: PreTrainedModel, targets: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, config.pad_token_id or 0)
 
 
-def real_first(inputs: Mapping[str, Any], main: str, is_causal: bool) -> dict[str, Any]:
+def real_first(inputs: Mapping[str, object], main: str, is_causal: bool) -> dict[str, Any]:
     """Inputs whose padding on the left has been moved to the right, where no position depends on it.
 
     Models that count positions from the first column would see others than those of a row by itself.
@@ -122,7 +122,7 @@ def real_first(inputs: Mapping[str, Any], main: str, is_causal: bool) -> dict[st
 
 
 def collate(
-    rows: list[dict[str, Any]], collator: Collator | None, processing_class: Any, model: PreTrainedModel
+    rows: list[dict[str, object]], collator: Collator | None, processing_class: object, model: PreTrainedModel
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The inputs of `model` for a batch, without labels; and, if labels tell it, the tokens (B, T) whose
     knowledge counts.

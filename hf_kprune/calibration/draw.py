@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
+from .nested import Row
 from .reader import Reader
 from .rows import Rows, TokensPerRow
 from .sources import is_sized, read_rows, rows_of
@@ -17,8 +18,8 @@ from .texts import check_not_endless
 
 def draw_rows(
     model: PreTrainedModel,
-    dataset: Any,
-    processing_class: Any,
+    dataset: object,
+    processing_class: object,
     args: KPruneArguments,
     keep_labels: bool,
     tokens_per_row: TokensPerRow | None = None,
@@ -42,7 +43,7 @@ def draw_rows(
     dataset = rows_of(dataset, reader.main, reader.dims)
     if args.packing:
         dataset = _packed(dataset, reader)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     tokens = measured = 0
     for row, count in _with_tokens(dataset, reader, tokens_per_row):
         rows.append(row)
@@ -76,7 +77,7 @@ def draw_rows(
     return Rows(rows, measured, tokens, fingerprint)
 
 
-def _packed(dataset: Any, reader: Reader) -> Any:
+def _packed(dataset: object, reader: Reader) -> Any:
     """The texts of a dataset, joined and cut into blocks; a stream stays one."""
     if reader.main != "input_ids":
         raise ArgumentError(f"packing is True, expected False: {reader.name} takes {reader.main}, no texts")
@@ -86,8 +87,8 @@ def _packed(dataset: Any, reader: Reader) -> Any:
 
 
 def _with_tokens(
-    dataset: Any, reader: Reader, tokens_per_row: TokensPerRow | None
-) -> Iterator[tuple[dict[str, Any], int]]:
+    dataset: object, reader: Reader, tokens_per_row: TokensPerRow | None
+) -> Iterator[tuple[Row, int]]:
     """The rows of a dataset that have tokens, in the order of the draw, and how many these are."""
     sized, empty = is_sized(dataset), 0
     for index, entry in read_rows(dataset, sized, reader.args.seed):

@@ -54,14 +54,14 @@ class EmbeddingKnowledge(Knowledge):
 
     embed: Callable[[Any, Tensor], Tensor] = field(kw_only=True)
 
-    def __call__(self, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+    def __call__(self, student: object, teacher: object, valid: Tensor) -> Tensor:
         target = teacher if isinstance(teacher, Tensor) else self.embed(teacher, valid)
         return (self.embed(student, valid) - target).square().sum(-1)
 
-    def noise(self, outputs: Any, draws: Draws) -> dict[str, Tensor]:
+    def noise(self, outputs: object, draws: Draws) -> dict[str, Tensor]:
         return {"embedding": draws.normal(*self.embed(outputs, draws.valid).shape)}
 
-    def draw(self, outputs: Any, noise: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+    def draw(self, outputs: object, noise: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         return self.embed(outputs, valid).detach() + NUDGE * noise["embedding"]
 
 
@@ -71,7 +71,7 @@ class Prompted:
     def __init__(self, tokenizer: Any, prompt: str):
         self._tokenizer, self._prompt = tokenizer, prompt
 
-    def __call__(self, text: Any, *rest: Any, **options: Any) -> Any:
+    def __call__(self, text: Any, *rest: object, **options: object) -> Any:
         texts = [text] if isinstance(text, str) else text
         texts = [self._prompt + t if isinstance(t, str) else [self._prompt + t[0], *t[1:]] for t in texts]
         return self._tokenizer(texts[0] if isinstance(text, str) else texts, *rest, **options)
@@ -122,7 +122,7 @@ class SentenceFolder:
             "CrossEncoder" if self.task == "sequence-classification" else "SentenceTransformer"
         )
 
-    def transformer_class(self, config: Any) -> type[PreTrainedModel] | None:
+    def transformer_class(self, config: object) -> type[PreTrainedModel] | None:
         """The class that sentence-transformers loads the transformer with; None if that is not known."""
         tables = (getattr(modeling_auto, name) for name in TABLES.get(self.task, ()))
         classes = (table.get(type(config), None) for table in tables)
@@ -158,11 +158,11 @@ class SentenceFolder:
             features = step(features, valid)
         return features["sentence_embedding"]
 
-    def distance(self, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+    def distance(self, student: object, teacher: object, valid: Tensor) -> Tensor:
         """Squared distance of the embeddings, (B,)."""
         return (self.embed(student, valid) - self.embed(teacher, valid)).square().sum(-1)
 
-    def longest(self, asked: int | None, tokenizer: Any) -> int | None:
+    def longest(self, asked: int | None, tokenizer: object) -> int | None:
         """Tokens after which `encode` truncates a text, or `asked` if that is fewer; None for no limit."""
         limits = (asked, self.max_length, getattr(tokenizer, "model_max_length", None))
         return min((limit for limit in limits if limit and limit < LARGE_INTEGER), default=None)
@@ -311,7 +311,7 @@ def folder_of(model: PreTrainedModel) -> SentenceFolder | None:
     return folder
 
 
-def refuse_wrapper(model: Any) -> None:
+def refuse_wrapper(model: object) -> None:
     """Raise `ArgumentError` for an object of sentence-transformers, whose folder can be pruned."""
     names = [
         cls.__name__ for cls in type(model).__mro__ if cls.__module__.split(".")[0] == "sentence_transformers"

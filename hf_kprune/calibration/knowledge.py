@@ -164,7 +164,7 @@ class Knowledge:
     kinds: Mapping[str, Draw] | None
     per_token: bool = False
 
-    def __call__(self, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+    def __call__(self, student: object, teacher: object, valid: Tensor) -> Tensor:
         return self.loss(student, teacher, valid)
 
     def noise(self, outputs: Any, draws: Draws) -> dict[str, Tensor]:

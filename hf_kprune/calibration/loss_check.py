@@ -28,7 +28,7 @@ BY_PRODUCTS = {
 """Outputs of Transformers' classes that are no answers: others follow from them, or they from others."""
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """The floating tensors in an output: itself, or those of a tuple, such as all hidden states."""
     if isinstance(value, (tuple, list)):
         return [tensor for part in value for tensor in tensors_in(part)]
@@ -94,7 +94,7 @@ def check_loss(
     return read, [key for key in outputs if key not in read]
 
 
-def _check_losses(name: str, losses: Any, samples: int) -> None:
+def _check_losses(name: str, losses: object, samples: int) -> None:
     """Raise `ArgumentError` unless `losses` are one finite number with a graph for each of the samples."""
     expected = "a floating tensor of one differentiable number for each row"
     if not isinstance(losses, Tensor):

@@ -8,11 +8,21 @@ padding never counts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+
+class Outputs(Protocol):
+    """What a model gives: tensors by name."""
+
+    def __getattr__(self, name: str) -> Tensor: ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def __contains__(self, name: object) -> bool: ...
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -57,27 +67,27 @@ def mean_over_tokens(values: Tensor, valid: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def of_classes(temperature: float, student: Any, teacher: Any, _valid: Tensor) -> Tensor:
+def of_classes(temperature: float, student: Outputs, teacher: Outputs, _valid: Tensor) -> Tensor:
     """Divergence of the classes of a sequence: `logits` of (B, K)."""
     return kl_divergence(student.logits, teacher.logits, temperature)
 
 
-def of_labels(temperature: float, student: Any, teacher: Any, _valid: Tensor) -> Tensor:
+def of_labels(temperature: float, student: Outputs, teacher: Outputs, _valid: Tensor) -> Tensor:
     """Divergence of the yes-or-no labels of a sequence: `logits` of (B, K)."""
     return bernoulli_kl_divergence(student.logits, teacher.logits, temperature)
 
 
-def of_numbers(_temperature: float, student: Any, teacher: Any, _valid: Tensor) -> Tensor:
+def of_numbers(_temperature: float, student: Outputs, teacher: Outputs, _valid: Tensor) -> Tensor:
     """Mean squared difference of the numbers of a sequence: `logits` of (B, K)."""
     return squared_error(student.logits, teacher.logits)
 
 
-def of_tokens(temperature: float, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+def of_tokens(temperature: float, student: Outputs, teacher: Outputs, valid: Tensor) -> Tensor:
     """Mean over tokens of the divergence of their classes: `logits` of (B, T, K)."""
     return mean_over_tokens(kl_divergence(student.logits, teacher.logits, temperature), valid)
 
 
-def of_spans(temperature: float, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+def of_spans(temperature: float, student: Outputs, teacher: Outputs, valid: Tensor) -> Tensor:
     """Mean of the divergences of the first and of the last token of an answer: logits of (B, T) each."""
     pairs = [(student[key], teacher[key]) for key in ("start_logits", "end_logits")]
     # finite, and still so when divided by the temperature and shifted by the softmax
@@ -89,7 +99,7 @@ def of_spans(temperature: float, student: Any, teacher: Any, valid: Tensor) -> T
     return (first + last) / 2
 
 
-def of_pretraining(temperature: float, student: Any, teacher: Any, valid: Tensor) -> Tensor:
+def of_pretraining(temperature: float, student: Outputs, teacher: Outputs, valid: Tensor) -> Tensor:
     """Divergence of both heads of BERT, or of ELECTRA's.
 
     BERT's are of words, and whether a sentence is the next; ELECTRA's is whether a token was replaced.
@@ -102,14 +112,16 @@ def of_pretraining(temperature: float, student: Any, teacher: Any, valid: Tensor
     return mean_over_tokens(bernoulli_kl_divergence(s, t, temperature), valid)
 
 
-def of_towers(_temperature: float, student: Any, teacher: Any, _valid: Tensor) -> Tensor:
+def of_towers(_temperature: float, student: Outputs, teacher: Outputs, _valid: Tensor) -> Tensor:
     """Sum of the squared distances of embeddings of text and of image, (B, E) each, made of length 1."""
     pairs = [(student[key], teacher[key]) for key in ("text_embeds", "image_embeds") if key in student]
     distances = [(F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) for s, t in pairs]
     return torch.stack(distances).sum(0)
 
 
-def of_embeddings(temperature: float, student: Any, teacher: Any, valid: Tensor, pooling: str) -> Tensor:
+def of_embeddings(
+    temperature: float, student: Outputs, teacher: Outputs, valid: Tensor, pooling: str
+) -> Tensor:
     """Squared distance between what a base model is used for.
 
     Args:
@@ -128,7 +140,7 @@ def of_embeddings(temperature: float, student: Any, teacher: Any, valid: Tensor,
     return (_embedding(student, valid, pooling) - _embedding(teacher, valid, pooling)).square().sum(-1)
 
 
-def _embedding(outputs: Any, valid: Tensor, pooling: str) -> Tensor:
+def _embedding(outputs: Outputs, valid: Tensor, pooling: str) -> Tensor:
     """The embedding of each sequence, of length 1: (B, D)."""
     if pooling == "mean":
         return F.normalize(mean_over_tokens(outputs.last_hidden_state, valid), dim=-1)

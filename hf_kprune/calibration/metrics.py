@@ -120,7 +120,7 @@ def named_metric(name: str, model: PreTrainedModel) -> Callable[[Any], dict[str,
 
 
 def evaluate_texts(
-    model: PreTrainedModel, dataset: Any, tokenizer: Any, args: KPruneArguments
+    model: PreTrainedModel, dataset: Any, tokenizer: object, args: KPruneArguments
 ) -> dict[str, float] | None:
     """Figures of a model that answers questions or continues text, on rows of texts; None for others.
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 
-def depth(value: Any) -> int:
+Row = dict[str, Any]
+"""The columns of a calibration row: lists, arrays, tensors, or what is made into those."""
+
+
+def depth(value: object) -> int:
     """Dimensions of a tensor or array, or of lists in lists, as the first at each level tells them."""
     if hasattr(value, "ndim"):
         return int(value.ndim)
@@ -26,7 +30,7 @@ def flat(value: Any) -> Iterator[Any]:
         yield from flat(entry) if depth(entry) else (entry,)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A list of tensors or arrays of one number each as a list of plain numbers; anything else as it is."""
     if isinstance(value, (list, tuple)) and any(
         hasattr(entry, "ndim") and not depth(entry) for entry in value
@@ -50,7 +54,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return (len(value), *(map(len, value) if depth(value) > 1 else ())) if depth(value) else ()
 
 
-def floats(value: Any) -> Tensor | None:
+def floats(value: object) -> Tensor | None:
     """An input of floats as a float32 tensor, many times smaller than a list; None for other inputs."""
     if not hasattr(value, "dtype"):
         if not hasattr(value, "__len__") or not isinstance(next(flat(value), None), float):

@@ -17,7 +17,7 @@ from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
 from ..structure.facts import input_names, is_causal, label_names, max_positions, vocabulary
-from .nested import depth, flat, floats, plain, shape_of, strays
+from .nested import Row, depth, flat, floats, plain, shape_of, strays
 from .rows import TokensPerRow, row_length, row_tokens
 from .sources import CHAT_COLUMNS, split_rows, text_columns
 from .tasks import needs_targets, task_of
@@ -63,7 +63,7 @@ class Reader:
     # A row, checked
     # --------------------------------------------------------------------------------------------------------
 
-    def read(self, index: int, entry: Any, tokens_per_row: TokensPerRow | None) -> tuple[dict[str, Any], int]:
+    def read(self, index: int, entry: object, tokens_per_row: TokensPerRow | None) -> tuple[Row, int]:
         """A row of those columns that are used, with floats in tensors, and how many tokens it has."""
         columns = {key: plain(value) for key, value in self.columns(entry).items()}
         inputs = self.inputs(index, columns)
@@ -119,7 +119,7 @@ class Reader:
                 continue
             self.digest.update(np.ascontiguousarray(value).tobytes())
 
-    def check_columns(self, columns: Mapping[str, Any], inputs: set[str]) -> None:
+    def check_columns(self, columns: Mapping[str, object], inputs: set[str]) -> None:
         """Raise `CalibrationError` if the main input is missing, or if columns are left where none may be."""
         surplus = sorted(columns.keys() - inputs - self.labels)
         if self.main not in columns or (surplus and not self.args.remove_unused_columns):
@@ -139,7 +139,7 @@ class Reader:
         if surplus and not self.count:
             logger.info("not used for calibration: the columns %s", ", ".join(surplus))
 
-    def check_integers(self, has: str, columns: Mapping[str, Any]) -> None:
+    def check_integers(self, has: str, columns: Mapping[str, object]) -> None:
         """Raise `CalibrationError` unless ids are whole numbers, in as many dimensions as the model reads."""
         if depth(columns["input_ids"]) != self.dims and self.dims > 1:
             raise CalibrationError(
@@ -155,7 +155,7 @@ class Reader:
                     f"numbers{', in lists of them' if dims > 1 else ''}"
                 )
 
-    def check_beside(self, has: str, columns: Mapping[str, Any]) -> None:
+    def check_beside(self, has: str, columns: Mapping[str, object]) -> None:
         """Raise `CalibrationError` unless a mask and types are one possible number for each of the ids."""
         shape = shape_of(columns["input_ids"])
         for key in ("attention_mask", "token_type_ids"):
@@ -175,7 +175,7 @@ class Reader:
                 "tokens; was it made with another tokenizer?"
             )
 
-    def check_target(self, index: int, row: Mapping[str, Any]) -> bool:
+    def check_target(self, index: int, row: Mapping[str, object]) -> bool:
         """Whether there is a token in the target of a row.
 
         Raises:
@@ -211,13 +211,13 @@ class Reader:
     # An entry of the dataset, as columns
     # --------------------------------------------------------------------------------------------------------
 
-    def split(self, entry: Any) -> Iterable[Any]:
+    def split(self, entry: object) -> Iterable[Any]:
         """The rows in an entry of the dataset: itself, or those of a batch of token ids, (1, L) or more."""
         if self.main == "input_ids" and depth(ids := self.named(entry).get("input_ids", ())) > self.dims:
             return split_rows(self.named(entry), len(ids))
         return [entry]
 
-    def named(self, entry: Any) -> dict[str, Any]:
+    def named(self, entry: object) -> Row:
         """An entry of the dataset as columns by name."""
         if isinstance(entry, Mapping):
             optional = (self.accepted - {self.main}) | self.labels
@@ -231,7 +231,7 @@ class Reader:
         ready = self.sense is None or (self.processing_class is None and floats(entry) is not None)
         return {self.main if ready else str(self.sense): entry}
 
-    def text_or_ids(self, entry: Any) -> dict[str, Any]:
+    def text_or_ids(self, entry: object) -> Row:
         """A chat, texts or token ids, under the name of the column that holds such; nothing for others."""
         if isinstance(entry, (tuple, list)):
             if entry and all(isinstance(part, Mapping) for part in entry):
@@ -246,7 +246,7 @@ class Reader:
             return {"input_ids": entry}
         return {"text": entry} if isinstance(entry, str) else {}
 
-    def tuple_of_ids(self, ids: Any, *others: Any) -> dict[str, Any]:
+    def tuple_of_ids(self, ids: object, *others: object) -> Row:
         """Token ids, with the mask if that comes next. Of a tuple nothing else is read, as a warning says."""
         columns, rest = {"input_ids": ids}, list(others)
         if rest and depth(rest[0]) and {*flat(rest[0])} <= {0, 1} and not {*flat(ids)} <= {0, 1}:
@@ -264,7 +264,7 @@ class Reader:
             logger.warning(message)
         self.messages.add(message)
 
-    def columns(self, entry: Any) -> dict[str, Any]:
+    def columns(self, entry: object) -> Row:
         """An entry of the dataset with its text, chat, image or sound made into inputs of the model."""
         columns = self.named(entry)
         if not columns and not isinstance(entry, Mapping):
@@ -291,7 +291,7 @@ class Reader:
         names_here = self.accepted | {"labels"}
         return columns | {key: value for key, value in inputs.items() if key in names_here}
 
-    def of_texts(self, names: tuple[str, ...], columns: dict[str, Any]) -> dict[str, Any]:
+    def of_texts(self, names: tuple[str, ...], columns: dict[str, object]) -> Row:
         """Token ids of the texts in columns of these names, which are taken out of `columns`."""
         values = {name: columns.pop(name) for name in dict.fromkeys(names)}
         texts = [values[name] for name in names]
@@ -311,7 +311,7 @@ class Reader:
             return self.texts.words(texts[0])
         return self.texts.tokens(texts[0] if len(texts) == 1 else tuple(texts))
 
-    def features(self, columns: dict[str, Any]) -> dict[str, Any]:
+    def features(self, columns: Row) -> Row:
         """Inputs made of an image or of sound, and of the text beside it if the processor is for both.
 
         What they are made of is taken out of `columns`.

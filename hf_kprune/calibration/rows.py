@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from .nested import depth, flat
+from .nested import Row, depth, flat
 
 
-TokensPerRow = Callable[[dict[str, Any]], int]
+TokensPerRow = Callable[[Row], int]
 """Tokens that the model makes of a row without `input_ids`: patches of an image, frames of sound."""
 
 
-def row_tokens(row: dict[str, Any], tokens_per_row: TokensPerRow | None = None) -> int:
+def row_tokens(row: Row, tokens_per_row: TokensPerRow | None = None) -> int:
     """Tokens of a row that are not padding (of all its choices, for multiple choice)."""
     if "input_ids" not in row:
         return row_length(row, tokens_per_row)
@@ -26,7 +26,7 @@ def row_tokens(row: dict[str, Any], tokens_per_row: TokensPerRow | None = None) 
     )
 
 
-def row_length(row: dict[str, Any], tokens_per_row: TokensPerRow | None = None) -> int:
+def row_length(row: Row, tokens_per_row: TokensPerRow | None = None) -> int:
     """Positions that a row takes, padding included."""
     if "input_ids" in row:
         return max(map(len, row["input_ids"]), default=0) if has_choices(row) else len(row["input_ids"])
@@ -37,7 +37,7 @@ def row_length(row: dict[str, Any], tokens_per_row: TokensPerRow | None = None) 
     return tokens_per_row(row)
 
 
-def has_choices(row: dict[str, Any]) -> bool:
+def has_choices(row: Row) -> bool:
     """Whether a row holds several sequences (multiple choice)."""
     return depth(row.get("input_ids", ())) > 1
 
@@ -53,7 +53,7 @@ class Rows:
         fingerprint: What the report says of the rows.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     measured: int
     tokens: int
     fingerprint: dict[str, Any]

@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def is_type(module: Mapping[str, Any], name: str) -> bool:
+def is_type(module: Mapping[str, object], name: str) -> bool:
     """Whether an entry of `modules.json` is this class of sentence-transformers, of whatever version."""
     package, *_, kind = str(module["type"]).split(".")
     return package == "sentence_transformers" and kind == name

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ..errors import ArgumentError, CalibrationError, KPruneError
 from ..validation import show
-from .nested import depth
+from .nested import Row, depth
 
 
 TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
@@ -79,7 +79,7 @@ def text_columns(columns: Collection[str], names: Sequence[str] | None, targets:
     return largest[0] if largest else ()
 
 
-def split_rows(columns: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+def split_rows(columns: Mapping[str, Any], number: int) -> list[Row]:
     """Columns of `number` entries as rows. What has another number of entries is the same in each."""
 
     def entry(value: Any, index: int) -> Any:
@@ -88,7 +88,7 @@ def split_rows(columns: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     return [{name: entry(value, index) for name, value in columns.items()} for index in range(number)]
 
 
-def rows_of_columns(columns: Mapping[str, Any], main: str, dims: int) -> list[dict[str, Any]]:
+def rows_of_columns(columns: Mapping[str, Any], main: str, dims: int) -> list[Row]:
     """The rows of a dict of columns, such as a tokenizer makes of texts; that of a single text is one row.
 
     Args:
@@ -139,7 +139,7 @@ def rows_of_batch(batch: Any, by_column: bool, main: str, dims: int) -> Iterable
     return batch if depth(batch) else [batch]
 
 
-def rows_of_loader(loader: DataLoader[Any], main: str, dims: int) -> Iterator[Any]:
+def rows_of_loader(loader: DataLoader[object], main: str, dims: int) -> Iterator[Any]:
     """The rows of a DataLoader, in its own order."""
     for batch in loader:
         if loader.batch_sampler is None:  # it does not make batches
@@ -149,7 +149,7 @@ def rows_of_loader(loader: DataLoader[Any], main: str, dims: int) -> Iterator[An
             yield from rows_of_batch(batch, by_column, main, dims)
 
 
-def rows_of(dataset: Any, main: str, dims: int) -> Any:
+def rows_of(dataset: object, main: str, dims: int) -> Any:
     """Calibration data of any kind, as something with a length and items, or as something to iterate over.
 
     Args:
@@ -179,7 +179,7 @@ def rows_of(dataset: Any, main: str, dims: int) -> Any:
     return dataset
 
 
-def is_sized(dataset: Any) -> bool:
+def is_sized(dataset: object) -> bool:
     """Whether rows can be drawn from a dataset by number; if not, it is a stream."""
     if isinstance(dataset, IterableDataset) or not (
         hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
@@ -246,7 +246,7 @@ def numbers(length: int, seed: int | None) -> Iterator[int]:
             yield number
 
 
-def check_processing_class(processing_class: Any) -> None:
+def check_processing_class(processing_class: object) -> None:
     """Raise `ArgumentError` for what cannot turn data into inputs: a name, a class, a model, a config."""
     if processing_class is None:
         return
@@ -259,7 +259,7 @@ def check_processing_class(processing_class: Any) -> None:
         )
 
 
-def check_rows(name: str, dataset: Any) -> None:
+def check_rows(name: str, dataset: object) -> None:
     """Raise `ArgumentError` for what is no dataset of rows."""
     able = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
     if not able or isinstance(dataset, (str, bytes, os.PathLike)):
@@ -268,7 +268,7 @@ def check_rows(name: str, dataset: Any) -> None:
         )
 
 
-def first_label(dataset: Any) -> Any:
+def first_label(dataset: object) -> Any:
     """The label of the first row of a dataset that can be looked into; None if it has none."""
     if (
         not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))

@@ -163,7 +163,7 @@ def task_of(model: PreTrainedModel, problem: str | None = None, pooling: str = "
     return ONE_TOWER if ONE_TOWER.modules & modules else OTHER
 
 
-def _stated_problem(config: Any) -> str:
+def _stated_problem(config: object) -> str:
     """What a sequence head answers by its config alone."""
     problem = getattr(config, "problem_type", None)
     if problem in PROBLEMS:
@@ -206,7 +206,9 @@ def problem_type(config: Any, label: Any = None) -> str:
     return problem
 
 
-def knowledge_loss(model: PreTrainedModel, temperature: float, pooling: str, label: Any = None) -> Knowledge:
+def knowledge_loss(
+    model: PreTrainedModel, temperature: float, pooling: str, label: object = None
+) -> Knowledge:
     """The knowledge loss for the head of `model`.
 
     Args:

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
+from .nested import Row
 from .sources import text_columns
 
 
@@ -30,7 +31,7 @@ SPEAKERS |= {"system": "system", "tool": "tool", "observation": "tool", "functio
 """Who speaks in a chat as ShareGPT writes it, and the role that templates know."""
 
 
-def settled(encode: Callable[[int | None], dict[str, Any]], size: int, longest: int | None) -> dict[str, Any]:
+def settled(encode: Callable[[int | None], Row], size: int, longest: int | None) -> Row:
     """What `encode` makes of a text, from no more of it than decides that.
 
     A longer and longer part is encoded until twice as much of it gives the same tokens, as many as are kept.
@@ -86,7 +87,7 @@ class Texts:
         left = getattr(self.tokenizer("texts"), "truncation_side", "right") == "left"
         return text[-size:] if left else text[:size]
 
-    def encode(self, *texts: Any, **options: Any) -> dict[str, Any]:
+    def encode(self, *texts: Any, **options: object) -> Row:
         """Token ids of a text, or of a pair of texts."""
         tokenizer, longest = self.tokenizer("texts"), self.longest
         limits = {"truncation": longest is not None, "max_length": longest, **options}
@@ -95,7 +96,7 @@ class Texts:
             lambda n: dict(tokenizer(*(self.part(t, n) for t in texts), **limits)), max(sizes), longest
         )
 
-    def tokens(self, text: Any) -> dict[str, Any]:
+    def tokens(self, text: object) -> Row:
         """Token ids of a text or a pair of texts; the second becomes `labels` if the decoder needs them."""
         self.tokenizer("texts")
         pair = tuple(text) if isinstance(text, (tuple, list)) else (text,)
@@ -116,7 +117,7 @@ class Texts:
         )
         return list(encoded["input_ids"])
 
-    def words(self, words: Sequence[Any]) -> dict[str, Any]:
+    def words(self, words: Sequence[object]) -> Row:
         """Token ids of a text that comes as a list of words."""
         if not all(isinstance(word, str) for word in words):
             raise CalibrationError(
@@ -124,7 +125,7 @@ class Texts:
             )
         return self.encode(list(words), is_split_into_words=True)
 
-    def choices(self, texts: Sequence[Any]) -> dict[str, Any]:
+    def choices(self, texts: Sequence[object]) -> Row:
         """Token ids of the choices of a question, each with the question before it."""
         if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
             raise CalibrationError(
@@ -133,7 +134,7 @@ class Texts:
         rows = [self.encode(texts[0], answer) for answer in texts[1:]]
         return {key: [row[key] for row in rows] for key in rows[0]}
 
-    def chat(self, messages: Any) -> dict[str, Any]:
+    def chat(self, messages: Any) -> Row:
         """Token ids of a chat; if the template tells, `labels` are -100 where the assistant is silent."""
         tokenizer = self.tokenizer("chats")
         name = type(tokenizer).__name__
@@ -158,7 +159,7 @@ class Texts:
                 "or pass texts"
             ) from error
 
-    def spoken(self, turns: list[dict[str, Any]], ids: list[int], size: int) -> list[int]:
+    def spoken(self, turns: list[dict[str, object]], ids: list[int], size: int) -> list[int]:
         """The tokens `ids` of a chat of `size` characters, -100 where the assistant does not speak."""
         options: dict[str, Any] = {
             "return_dict": True,
@@ -175,7 +176,7 @@ class Texts:
                 )
         return [token if ours else -100 for token, ours in zip(ids, encoded["assistant_masks"], strict=True)]
 
-    def turn(self, message: Any) -> dict[str, Any]:
+    def turn(self, message: object) -> Row:
         """A message of a chat with the keys `role` and `content`, a string."""
         turn = dict(message) if isinstance(message, Mapping) else {}
         if "from" in turn and "value" in turn:
@@ -193,7 +194,7 @@ class Texts:
             )
         return turn
 
-    def pack(self, rows: Iterable[Any], sized: bool) -> Iterator[dict[str, Any]]:
+    def pack(self, rows: Iterable[object], sized: bool) -> Iterator[Row]:
         """Blocks of one length, cut from all texts one after the other. What is left over is dropped."""
         tokenizer = self.tokenizer("texts")
         block = min(n for n in (self.args.max_seq_length or 1024, self.limit) if n is not None)
@@ -207,7 +208,7 @@ class Texts:
         for row in rows:
             text = self.text_to_pack(row)
 
-            def encode(size: int | None, text: str = text) -> dict[str, Any]:
+            def encode(size: int | None, text: str = text) -> Row:
                 # not verbose, or it warns of long documents
                 return dict(tokenizer(self.part(text, size), verbose=False, **limits))
 
@@ -231,7 +232,7 @@ class Texts:
                 "give more texts or lower max_seq_length"
             )
 
-    def text_to_pack(self, row: Any) -> str:
+    def text_to_pack(self, row: object) -> str:
         """The text of a row. Raises `CalibrationError` if it is no string, and has no one column of texts."""
         text = row
         if isinstance(row, Mapping):

@@ -75,7 +75,7 @@ def as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def check_card_place(directory: Any, overwrite: bool) -> Path:
+def check_card_place(directory: object, overwrite: bool) -> Path:
     """Where a model card is written. Raises `ArgumentError` if something else is there that `overwrite` does
     not give up.
     """

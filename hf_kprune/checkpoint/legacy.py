@@ -27,7 +27,7 @@ WEIGHT_OPTIONS = ("use_safetensors", "variant")
 
 
 def from_legacy(
-    path_or_name: str | os.PathLike[str], model_class: Any = None, **kwargs: Any
+    path_or_name: str | os.PathLike[str], model_class: Any = None, **kwargs: object
 ) -> PreTrainedModel:
     """Open a checkpoint whose heads were pruned by transformers 2 to 4, or whose FFNs are narrower than its
     config says.
@@ -75,7 +75,7 @@ def from_legacy(
 
 
 def plan_from_weights(
-    name: str, model_class: Any, config: Any, new_heads: bool, where: dict[str, Any]
+    name: str, model_class: Any, config: object, new_heads: bool, where: dict[str, object]
 ) -> PreTrainedConfig:
     """The config with a plan of the sizes that the tensors have, which transformers is asked for: it knows
     their names.

@@ -53,7 +53,7 @@ def report_beside(model: PreTrainedModel) -> PruningReport | None:
         return None
 
 
-def write_cuts(model: PreTrainedModel, cuts: list[dict[str, Any]]) -> None:
+def write_cuts(model: PreTrainedModel, cuts: list[dict[str, object]]) -> None:
     """Keep `cuts` in every plan in the configs of `model`."""
     for inner in inner_models(model):
         plan = plan_of(inner.config)

@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 )
 
 
-def check_stock(config: Any, name: str) -> None:
+def check_stock(config: object, name: str) -> None:
     """Refuse a config that names code of its own: by name alone none is run, and the stock class would be
     another model.
     """
@@ -128,7 +128,7 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
 
 
-def check_is_model(model: Any) -> None:
+def check_is_model(model: object) -> None:
     """Raise `ArgumentError`, with the way out, for what is neither a module nor a name."""
     if isinstance(model, (torch.nn.Module, os.PathLike)) or (isinstance(model, str) and model.strip()):
         return

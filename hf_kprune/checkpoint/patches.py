@@ -78,8 +78,8 @@ def shrink_first(post_init: Function) -> Function:
 
 def check_weights(load: Function) -> Function:
     @functools.wraps(load)
-    def load_and_check(cls: type[PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
-        def load_with_its_code(*args: Any, **kwargs: Any) -> Any:
+    def load_and_check(cls: type[PreTrainedModel], name: object, *args: object, **kwargs: Any) -> Any:
+        def load_with_its_code(*args: object, **kwargs: object) -> Any:
             model, info = load(cls, *args, **kwargs)
             check_code_is_used(model, name)
             return model, info
@@ -92,7 +92,11 @@ def check_weights(load: Function) -> Function:
 def record_when_saved(save: Function) -> Function:
     @functools.wraps(save)
     def save_and_record(
-        self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+        self: PreTrainedModel,
+        save_directory: Any,
+        is_main_process: bool = True,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         save(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
@@ -103,7 +107,7 @@ def record_when_saved(save: Function) -> Function:
 
 def record_when_uploaded(upload: Function) -> Function:
     @functools.wraps(upload)
-    def record_and_upload(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def record_and_upload(self: PreTrainedModel, working_dir: Any, *args: object, **kwargs: object) -> Any:
         record_weights(working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
@@ -113,7 +117,7 @@ def record_when_uploaded(upload: Function) -> Function:
 def recover_first(find: Function) -> Function:
     @functools.wraps(find)
     def recover_and_find(
-        cls: type[PreTrainedConfig], pretrained_model_name_or_path: Any, **kwargs: Any
+        cls: type[PreTrainedConfig], pretrained_model_name_or_path: Any, **kwargs: object
     ) -> Any:
         name = pretrained_model_name_or_path
         if recover(name) and Path(name, "modules.json").exists():  # who asks has looked at it before
@@ -125,7 +129,7 @@ def recover_first(find: Function) -> Function:
 
 def take_notice_off(read: Function) -> Function:
     @functools.wraps(read)
-    def read_and_unseal(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def read_and_unseal(cls: type[PreTrainedConfig], config_dict: dict[str, object], **kwargs: object) -> Any:
         result = read(cls, config_dict, **kwargs)
         config = unseal(result[0] if isinstance(result, tuple) else result)
         if is_pruned(config) and (entries := dense_auto_map(config)) != getattr(config, "auto_map", {}):

@@ -69,13 +69,13 @@ def dense_auto_map(config: Any) -> dict[str, Any]:
     return entries
 
 
-def brings_code(config: Any) -> bool:
+def brings_code(config: object) -> bool:
     """Whether a config names model classes of its own."""
     entries = dense_auto_map(config).items()
     return any(auto.startswith("AutoModel") and split(entry)[1] != STOCK for auto, entry in entries)
 
 
-def write_auto_map(config: Any, directory: Path) -> dict[str, Any]:
+def write_auto_map(config: object, directory: Path) -> dict[str, Any]:
     """The `auto_map` of a pruned checkpoint in `directory`, where its code is; writes the file of each
     narrowed class.
     """
@@ -102,7 +102,7 @@ def is_stock(model: PreTrainedModel) -> bool:
     return bool(kind.__module__.startswith("transformers."))
 
 
-def check_code_is_used(model: PreTrainedModel, name: Any) -> None:
+def check_code_is_used(model: PreTrainedModel, name: object) -> None:
     """Refuse a stock class for a pruned checkpoint `name` that brings code of its own."""
     if is_pruned(model.config) and brings_code(model.config) and is_stock(model):
         autos = ", ".join(auto for auto in dense_auto_map(model.config) if auto.startswith("AutoModel"))

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -182,7 +181,7 @@ def convert(old: str, new: str) -> None:
     say(how_to_load(path, model))
 
 
-def run(command: str, options: Sequence[Any]) -> None:
+def run(command: str, options: Sequence[object]) -> None:
     """Run a command on what `parser.parse` gave for it."""
     commands: dict[str, Callable[..., None]] = {
         "prune": prune,

@@ -155,7 +155,7 @@ class Texts:
         encoded = rows.map(self.encode, batched=True, remove_columns=rows.column_names)
         return encoded.add_column("label", label_ids(rows[data.label_column], self.model))
 
-    def collate_choices(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate_choices(self, rows: list[dict[str, object]]) -> dict[str, Any]:
         """A batch of questions with choices. The collator wants a label, also where nothing looks at it."""
         collator = transformers.DataCollatorForMultipleChoice(self.tokenizer)
         return dict(collator([{"label": 0, **row} for row in rows]))
@@ -217,7 +217,7 @@ def encoder(
     return encode
 
 
-def label_ids(labels: Sequence[Any], model: PreTrainedModel) -> list[Any]:
+def label_ids(labels: Sequence[object], model: PreTrainedModel) -> list[Any]:
     """Labels as the loss of `model` takes them. Raises `ArgumentError` for those that it has no class for."""
     config = model.config
     if task_of(model).choices:

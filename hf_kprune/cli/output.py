@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from typing import Any
 
 from ..errors import ArgumentError
 from ..text import printable
@@ -16,7 +15,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: Any) -> None:
+def say(text: object) -> None:
     """Print on the main process, without control characters.
 
     Raises:

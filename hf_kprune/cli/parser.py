@@ -193,7 +193,7 @@ class CommandParser(argparse.ArgumentParser):
         raise ArgumentError(f"{message}; see {self.prog} --help")
 
 
-def add_option(group: Any, option: Field[Any], kind: Any) -> None:
+def add_option(group: Any, option: Field[object], kind: Any) -> None:
     """Add an option as a person would write it: a switch by what it changes."""
     flag, required = f"--{option.name}", option.default is MISSING and option.default_factory is MISSING
     default = option.default_factory() if option.default_factory is not MISSING else option.default
@@ -231,7 +231,7 @@ class Listing(argparse.Action):
         super().__init__(**kwargs)
         self.item = item
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, _: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: object, values: Any, _: str | None = None) -> None:
         try:
             parts = [part.strip() for part in ",".join(values).replace(",,", ",").split(",")]
             items = [self.item(part) for part in parts if part]

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArgumentError, KPruneError
 from .output import complain
@@ -49,7 +48,7 @@ def show_warning(names: Sequence[str], verbose: bool) -> Callable[..., None]:
     """
     package = str(Path(__file__).parents[1])
 
-    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+    def show(message: object, category: object, filename: str, *_: object, **__: object) -> None:
         ours = filename.startswith(package) or category.__module__.startswith("hf_kprune")
         if ours or verbose:
             complain(f"warning: {as_options(str(message), names)}")

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArgumentError, KPruneError
 from .contents import NAMES, check_contents, is_empty, reason, workplaces
@@ -16,7 +15,7 @@ from .exchange import recover
 
 
 def check_destination(
-    path: Any, overwrite: bool = False, read_from: Iterable[Any] = (), size: float = 0
+    path: object, overwrite: bool = False, read_from: Iterable[object] = (), size: float = 0
 ) -> str:
     """Refuse a directory that a checkpoint cannot or must not be written to, and return it as text.
 
@@ -54,7 +53,7 @@ def check_destination(
     return text
 
 
-def as_text(path: Any) -> str:
+def as_text(path: object) -> str:
     """The path as text; `ArgumentError` if it is none, or one that nobody means."""
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
@@ -109,7 +108,7 @@ def refuse_roots(text: str, target: Path) -> None:
     )
 
 
-def check_not_read(text: str, target: Path, read_from: Iterable[Any]) -> None:
+def check_not_read(text: str, target: Path, read_from: Iterable[object]) -> None:
     """Raise `ArgumentError` if `target` is, or holds, something that model or data come from."""
     for source in read_from:
         if isinstance(source, (str, os.PathLike)) and os.path.exists(source):
@@ -120,7 +119,7 @@ def check_not_read(text: str, target: Path, read_from: Iterable[Any]) -> None:
                 )
 
 
-def origins(*things: Any) -> list[str]:
+def origins(*things: object) -> list[str]:
     """The files and directories that models, tokenizers, folders and datasets say they come from."""
     names = []
     for thing in things:

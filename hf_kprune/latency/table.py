@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -106,7 +105,7 @@ class LatencyTable:
     def measure(
         cls,
         model: PreTrainedModel,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, object],
         head_unit: str = "group",
         rounds: int | None = None,
     ) -> LatencyTable:
@@ -163,7 +162,7 @@ class LatencyTable:
     def cached(
         cls,
         model: PreTrainedModel,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, object],
         folder: str | os.PathLike[str] | None = None,
         head_unit: str = "group",
     ) -> LatencyTable:
@@ -258,7 +257,7 @@ def counts_to_measure(units: int) -> list[int]:
     return sorted({units, *(step * max(1, round(part * units / step)) for part in parts)})
 
 
-def _digest(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> str:
+def _digest(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> str:
     """Of all that the time of `model` depends on: shapes rather than values, and where it runs."""
     device = model.device
     facts = {

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ SHORT = 0.1
 
 @torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
 def compare(
-    models: Sequence[PreTrainedModel], inputs: Mapping[str, Any], rounds: int | None = None
+    models: Sequence[PreTrainedModel], inputs: Mapping[str, object], rounds: int | None = None
 ) -> list[float]:
     """Seconds of a forward pass of each model, in evaluation mode, on its device.
 
@@ -77,7 +76,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_model(model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int | None = None) -> float:
+def time_model(model: PreTrainedModel, inputs: Mapping[str, object], repeats: int | None = None) -> float:
     """Median seconds of a forward pass, see `compare`."""
     return compare([model], inputs, repeats)[0]
 

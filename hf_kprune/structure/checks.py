@@ -49,7 +49,7 @@ QUANTISERS = (
 """Packages whose modules hold integers, or floats that stand for others."""
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: object) -> Any:
     """The model inside the wrappers of `torch.compile`, data parallelism or `accelerator.prepare`.
 
     The wrappers that accelerate has put on the forward of the model itself, autocast and conversions, are
@@ -80,7 +80,7 @@ def unwrapped(model: Any) -> Any:
     return inside
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raise `UnsupportedModelError`, with the way out, for a model that cannot be pruned as it is."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
@@ -259,7 +259,7 @@ def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
         for name, projection in doubtful:
 
             def see(
-                module: nn.Module, args: Any, output: Any, what: str = _described(name, projection)
+                module: nn.Module, args: Any, output: object, what: str = _described(name, projection)
             ) -> None:
                 _check_linear(what, module, args[0], output)
 

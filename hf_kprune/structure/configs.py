@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UnsupportedArchitectureError
 
 
-def read(config: Any, name: str) -> Any:
+def read(config: object, name: str) -> Any:
     """The value of a config attribute, None if there is none.
 
     Raises:
@@ -21,7 +21,7 @@ def read(config: Any, name: str) -> Any:
         ) from error
 
 
-def ask(config: Any, name: str) -> Any:
+def ask(config: object, name: str) -> Any:
     """The value of what `Stack.kv_heads` names, or of the attribute that its flag chooses; None without."""
     flag, _, names = name.partition(" ? ")
     return read(config, names.split(" : ")[not read(config, flag)] if names else name)

@@ -35,7 +35,7 @@ OBSTACLE = "cutting one of its heads changes others"
 
 
 def describe(
-    model: PreTrainedModel, inputs: Mapping[str, Any] | None = None, head_unit: str = "group"
+    model: PreTrainedModel, inputs: Mapping[str, object] | None = None, head_unit: str = "group"
 ) -> None:
     """Make sure that hf_kprune knows where the heads and neurons of `model` are.
 
@@ -137,7 +137,7 @@ class LayerList:
     stack: Stack = Stack("", ())
 
 
-def detect(model: PreTrainedModel, inputs: Mapping[str, Any], leave: Collection[str] = ()) -> Families:
+def detect(model: PreTrainedModel, inputs: Mapping[str, object], leave: Collection[str] = ()) -> Families:
     """Describe the layers of `model`. Each sublayer is tried by itself; `prove` tries all of it.
 
     Args:
@@ -270,7 +270,7 @@ def _first_guess(
 
 
 def _settle(
-    dense: PreTrainedModel, inputs: Mapping[str, Any], layers: LayerList, lists: Sequence[LayerList]
+    dense: PreTrainedModel, inputs: Mapping[str, object], layers: LayerList, lists: Sequence[LayerList]
 ) -> None:
     """Choose a description of the layers by which cutting any one of their sublayers equals masking it."""
     errors: dict[str, str] = {}
@@ -315,7 +315,7 @@ def _with(stack: Stack, block: Block) -> Stack:
     return replace(stack, blocks=tuple(block if b.output == block.output else b for b in stack.blocks))
 
 
-def _try(dense: PreTrainedModel, inputs: Mapping[str, Any], name: str, block: Block) -> None:
+def _try(dense: PreTrainedModel, inputs: Mapping[str, object], name: str, block: Block) -> None:
     """Prove that cutting one block of the layers at `name`, and nothing else, equals masking it."""
     sublayers, layers = find_sublayers(dense), dense.get_submodule(name)
     mine = [s.layers is layers and s.block.output == block.output for s in sublayers]
@@ -333,7 +333,7 @@ def _try(dense: PreTrainedModel, inputs: Mapping[str, Any], name: str, block: Bl
 def as_code(model_type: str, stacks: Sequence[Stack]) -> str:
     """A description as one would write it."""
 
-    def written(value: Any, indent: str) -> str:
+    def written(value: object, indent: str) -> str:
         deeper = f"{indent}    "
         if isinstance(value, (Block, Stack)):
             defaults = {

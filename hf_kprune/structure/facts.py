@@ -165,10 +165,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def to_model(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+def to_model(inputs: Mapping[str, object], model: PreTrainedModel) -> dict[str, Any]:
     """Inputs on the device of `model`, floats in its dtype."""
 
-    def move(value: Any) -> Any:
+    def move(value: object) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
@@ -177,7 +177,7 @@ def to_model(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any
 
 
 @contextmanager
-def first_run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+def first_run(model: PreTrainedModel, inputs: Mapping[str, object]) -> Iterator[None]:
     """Raise `CalibrationError` if `model` does not run on `inputs`, the first that it sees."""
     try:
         yield
@@ -197,7 +197,7 @@ def first_run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[Non
         ) from error
 
 
-def floats(output: Any) -> list[Tensor]:
+def floats(output: object) -> list[Tensor]:
     """The tensors of floats in what a module returned, also inside tuples, lists and dictionaries."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
@@ -262,13 +262,13 @@ def _guesses(config: Any) -> list[dict[str, Tensor]]:
     ]
 
 
-def _size(config: Any, names: str, default: int) -> int:
+def _size(config: object, names: str, default: int) -> int:
     """The first positive number that a config has under the first of these names that it knows."""
     values = [value for name in names.split() if (value := read(config, name)) is not None]
     return next((number for number in _integers(values[:1]) if number > 0), default)
 
 
-def _integers(value: Any) -> Iterator[int]:
+def _integers(value: object) -> Iterator[int]:
     """The integers in lists in lists."""
     if isinstance(value, (list, tuple)):
         for entry in value:

@@ -208,7 +208,7 @@ def _t5(
     encoder: str = "SelfAttention",
     ffn: str = "DenseReluDense",
     core: Returns = ("y", None, None),
-    **rest: Any,
+    **rest: object,
 ) -> tuple[Stack, Stack]:
     """T5's encoder and decoder. Every layer asks its own table of positions, not the layer below."""
 

@@ -76,7 +76,7 @@ class Tap:
     reads: dict[str, list[Tensor]]
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _first(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
     return cast(Tensor, args[0] if args else kwargs["hidden_states"])
 
 
@@ -94,7 +94,7 @@ def hooked(handle: RemovableHandle) -> Iterator[None]:
 
 
 @contextmanager
-def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def _forward(module: nn.Module, function: Callable[..., object]) -> Iterator[None]:
     """Let `module` compute `function` instead of its own forward."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = function
@@ -115,7 +115,7 @@ def _answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:
         names = parameter_names(core)
         y = output if block.output.startswith(block.core + ".") else output[..., :0]
 
-        def answer(*args: Any, **kwargs: Any) -> Any:
+        def answer(*args: object, **kwargs: object) -> Any:
             return fill(block.returns, y.clone(), {**dict(zip(names, args, strict=False)), **kwargs})
 
         stack.enter_context(_forward(core, answer))
@@ -142,7 +142,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                 layers = layers[: target.index]
 
                 def replace(
-                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor = stream
+                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object], stream: Tensor = stream
                 ) -> tuple[Any, dict[str, Any]]:
                     return (
                         ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
@@ -158,7 +158,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
         yield
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _run(model: nn.Module, inputs: Mapping[str, object]) -> None:
     try:
         model(**inputs)
     except _Stop:
@@ -180,26 +180,26 @@ def run_sublayer(
     tensors: dict[str, Tensor] = {}
     reads: dict[str, list[Tensor]] = {}
 
-    def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_entry(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors["input"] = _first(args, kwargs)
 
-    def on_stream(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_stream(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors.setdefault("stream", _first(args, kwargs))
 
-    def on_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def on_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         tensors["features"], tensors["output"] = args[0], output.clone()  # some models go on in place
         if following is not None and following.layer is sublayer.layer:
             raise _Stop
 
-    def on_next(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors["above"] = _first(args, kwargs)
         raise _Stop
 
-    def on_end(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
         tensors["above"] = hidden_states(stack.returns, output)
         raise _Stop
 
-    def on_layer(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def on_layer(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
         note_form(sublayer, output)
 
     with ExitStack() as hooks, resumed(sublayers, position, state):
@@ -244,7 +244,7 @@ def _passing(sublayers: Sequence[Sublayer], position: int, state: State) -> Iter
             template = form_of(later)
             for layer in later.layers:
 
-                def skip(*args: Any, template: Any = template, **kwargs: Any) -> Any:
+                def skip(*args: object, template: Any = template, **kwargs: object) -> Any:
                     return fill(template, _first(args, kwargs), {})
 
                 stack.enter_context(_forward(layer, skip))
@@ -260,7 +260,7 @@ def _reading(
     with ExitStack() as hooks:
         for path in paths:
 
-            def see(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            def see(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
                 reads.setdefault(path, []).append(args[0])
                 if stop and len(reads) == len(paths):
                     raise _Stop
@@ -272,7 +272,7 @@ def _reading(
 @torch.no_grad()
 def run_to_inputs(
     model: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     sublayers: Sequence[Sublayer],
     position: int,
     state: State,
@@ -313,11 +313,11 @@ def form_of(sublayer: Sublayer) -> Any:
 
 
 @torch.no_grad()
-def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayer: Sublayer) -> Tensor:
+def run_to_bottom(model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer) -> Tensor:
     """What the first layer of the stack of `sublayer` reads, (B, T, D)."""
     streams: list[Tensor] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         streams.append(_first(args, kwargs))
         raise _Stop
 
@@ -326,13 +326,13 @@ def run_to_bottom(model: nn.Module, inputs: Mapping[str, Any], sublayer: Sublaye
     return streams[0]
 
 
-def run_to_top(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> State:
+def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]) -> State:
     """Run `model` to the top of its last stack: the state for the head alone."""
     tops: dict[str, Tensor] = {}
     stacks = {s.stack_name: s for s in sublayers}
 
     def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
-        def see(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        def see(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
             note_form(sublayer, output)
             tops[name] = hidden_states(sublayer.stack.returns, output)
             if len(tops) == len(stacks):

@@ -16,7 +16,7 @@ from .sublayers import Sublayer
 
 
 @torch.no_grad()
-def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+def matrix_flops(model: nn.Module, inputs: Mapping[str, object]) -> float:
     """FLOPs of the projections, convolutions and experts of `model` on these inputs, a multiply-add counted
     as 2.
 
@@ -26,7 +26,7 @@ def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     """
     total = 0.0
 
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def count(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
         nonlocal total
         arguments = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         weight = getattr(module, "weight", None)
@@ -53,7 +53,7 @@ def matrix_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
 
 
 @torch.no_grad()
-def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]) -> None:
+def check_order(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]) -> None:
     """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run once, in their order."""
     ran: list[int] = []
     with ExitStack() as hooks:
@@ -79,7 +79,7 @@ def check_order(model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence
 def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
     """Let `module`, which takes (B, T, D), see the tokens from `start` to `stop` only."""
 
-    def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][:, start:stop], *args[1:])
 
     with hooked(module.register_forward_pre_hook(narrow)):
@@ -98,7 +98,7 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):
 
-            def show(_: nn.Module, args: tuple[Any, ...], place: int = place) -> tuple[Any, ...]:
+            def show(_: nn.Module, args: tuple[Tensor, ...], place: int = place) -> tuple[Tensor, ...]:
                 tensor = args[0]
                 if (
                     torch.is_grad_enabled() and not tensor.requires_grad
@@ -119,7 +119,7 @@ def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):
 
-            def note(_: nn.Module, _args: tuple[Any, ...], output: Tensor, place: int = place) -> None:
+            def note(_: nn.Module, _args: tuple[object, ...], output: Tensor, place: int = place) -> None:
                 outputs[place] = output
 
             stack.enter_context(hooked(sublayer.output.register_forward_hook(note)))

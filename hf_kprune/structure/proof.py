@@ -40,7 +40,7 @@ Masks = Sequence[Tensor]
 """Which units to keep, boolean, for each sublayer."""
 
 
-def prove(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str = "group") -> None:
+def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str = "group") -> None:
     """Prove that the family of `model` describes it.
 
     Args:
@@ -101,7 +101,7 @@ def trial_masks(units: Sequence[int], groups: int = 4) -> dict[str, list[Tensor]
 @torch.no_grad()
 def prove_cuts(
     dense: PreTrainedModel,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     masks: Mapping[str, Masks],
     head_unit: str = "group",
     generate: bool = True,
@@ -167,14 +167,14 @@ def _seeded() -> Iterator[None]:
 
 
 def _outputs(
-    model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]
+    model: PreTrainedModel, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]
 ) -> dict[str, Tensor]:
     """What the output projection of each sublayer returns, and all float outputs of the model, by name."""
     tensors: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for s in sublayers:
 
-            def note(_: nn.Module, __: Any, output: Tensor, name: str = s.name) -> None:
+            def note(_: nn.Module, __: object, output: Tensor, name: str = s.name) -> None:
                 tensors[name] = output.clone()
 
             hooks.callback(s.output.register_forward_hook(note).remove)
@@ -183,7 +183,7 @@ def _outputs(
     return {**tensors, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
 
 
-def _generated(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _generated(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, Tensor]:
     """Logits of the tokens that a model generates next, by name; none if it cannot from these inputs."""
     if not model.can_generate():
         return {}
@@ -251,7 +251,7 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
                 raise UnsupportedArchitectureError(f"{' and '.join(shared)} are one and the same weight")
 
 
-def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> None:
+def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> None:
     """Prove that `model` gives the same, run sublayer by sublayer and from end to end."""
     sublayers, state = find_sublayers(model, head_unit), State()
     for position in range(len(sublayers)):

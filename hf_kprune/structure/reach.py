@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,7 +35,7 @@ def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
             model.__dict__[LEFT_ALONE] = before
 
 
-def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str) -> dict[str, str]:
+def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> dict[str, str]:
     """The towers of `model` that cannot be pruned on `inputs`, a few rows: path to reason.
 
     Args:
@@ -77,7 +76,7 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
 
 
 def count_runs(
-    model: PreTrainedModel, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer]
+    model: PreTrainedModel, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]
 ) -> dict[str, int]:
     """How often each sublayer runs, by name.
 
@@ -88,7 +87,7 @@ def count_runs(
     with ExitStack() as hooks:
         for s in sublayers:
 
-            def count(*_: Any, name: str = s.name) -> None:
+            def count(*_: object, name: str = s.name) -> None:
                 runs[name] += 1
 
             hooks.callback(s.output.register_forward_hook(count).remove)
@@ -99,7 +98,9 @@ def count_runs(
     return runs
 
 
-def walks(model: PreTrainedModel, inputs: Mapping[str, Any], head_unit: str, others: Collection[str]) -> bool:
+def walks(
+    model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str, others: Collection[str]
+) -> bool:
     """Whether all towers but those at the paths `others` can be carried from sublayer to sublayer."""
     with leaving(model, others), unwarned():
         try:

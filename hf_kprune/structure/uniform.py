@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -13,7 +12,7 @@ from ..modeling_kprune import plan_of
 from .sublayers import Sublayer
 
 
-def uniform_names(sublayers: Sequence[Sublayer], options: Any) -> list[tuple[int, str]]:
+def uniform_names(sublayers: Sequence[Sublayer], options: object) -> list[tuple[int, str]]:
     """For each sublayer, whose config and which attribute of it tell its size: those that share it must be
     alike.
 
@@ -72,7 +71,7 @@ def _has_attribute(sublayer: Sublayer) -> bool:
     return sublayer.unit.uniform in sublayer.stack.uniform and sublayer.kind != "cross_attention"
 
 
-def _set_stock_size(config: Any, sublayer: Sublayer, units: int) -> None:
+def _set_stock_size(config: object, sublayer: Sublayer, units: int) -> None:
     if _has_attribute(sublayer):
         for name, value in sublayer.unit.stock_sizes(sublayer.stack, units).items():
             setattr(config, name, value)

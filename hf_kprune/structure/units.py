@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Unit(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, config: Any, stack: Stack, block: Block, head_unit: str) -> Unit:
+    def of(cls, config: object, stack: Stack, block: Block, head_unit: str) -> Unit:
         """What a unit of a block is, from the dense model's config, which stays as it is after pruning.
 
         Args:
@@ -133,7 +133,7 @@ class Neuron(Unit):
     uniform, uniform_change = "ffn", "another FFN width"
 
     @classmethod
-    def of(cls, *_: Any, **__: Any) -> Neuron:
+    def of(cls, *_: object, **__: object) -> Neuron:
         return cls()
 
     def parts(self, layout: str) -> list[int]:
@@ -156,7 +156,7 @@ class Head(Unit):
     has_heads = True
 
     @classmethod
-    def of(cls, config: Any, stack: Stack, block: Block, head_unit: str) -> Head:
+    def of(cls, config: object, stack: Stack, block: Block, head_unit: str) -> Head:
         heads = read(config, stack.heads)
         d = read(config, stack.head_dim) or (read(config, "hidden_size") or 0) // (heads or 1)
         if not heads or not d:

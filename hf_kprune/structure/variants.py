@@ -96,7 +96,7 @@ def key_value_heads(observation: Observation, heads: int) -> float:
     return kv.pop() / d if len(kv) == 1 and q == {observation.columns} else float("nan")
 
 
-def variants(observation: Observation, config: Any, names: HeadNames) -> Iterator[Block]:
+def variants(observation: Observation, config: object, names: HeadNames) -> Iterator[Block]:
     """The ways in which a sublayer may have to be described.
 
     Args:
@@ -127,7 +127,7 @@ def variants(observation: Observation, config: Any, names: HeadNames) -> Iterato
 
 
 def _sizes(
-    observation: Observation, heads: int, kv_heads: int, config: Any, names: HeadNames
+    observation: Observation, heads: int, kv_heads: int, config: object, names: HeadNames
 ) -> list[dict[str, Size]]:
     """What `Block.sizes` may be: surely sizes, doubtful ones too, those in the config too, or all."""
     counts: dict[Size, int] = {"heads": heads, "kv_heads": kv_heads, "groups": heads // kv_heads}

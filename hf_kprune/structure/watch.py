@@ -107,7 +107,9 @@ class Watch:
         if which:
             raise UnsupportedArchitectureError(f"in {self.name}, {', '.join(sorted(which))} {why}")
 
-    def on_entry(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_entry(
+        self, path: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         if path == "":
             if self.runs:
                 raise UnsupportedArchitectureError(
@@ -131,7 +133,7 @@ class Watch:
         self.calls.append(Call(path, {**dict(zip(parameter_names(module), args, strict=False)), **kwargs}))
         return args, kwargs
 
-    def on_exit(self, path: str, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+    def on_exit(self, path: str, module: nn.Module, _: tuple[object, ...], output: object) -> Any:
         call = next(c for c in reversed(self.calls) if c.path == path and c.output is None)
         call.output = output
         if isinstance(module, PROJECTIONS) and isinstance(output, Tensor):
@@ -301,7 +303,7 @@ def alike(tensor: Tensor, value: Any) -> Any:
     return value.reshape_as(tensor) if same else None
 
 
-def template(output: Any, entry: Callable[[Tensor], str | None]) -> Any:
+def template(output: object, entry: Callable[[Tensor], str | None]) -> Any:
     """What a module returned, as in `Block.returns`.
 
     Args:
@@ -317,7 +319,7 @@ def template(output: Any, entry: Callable[[Tensor], str | None]) -> Any:
     return tuple(name if i == first else None for i, name in enumerate(entries))
 
 
-def sum_with(y: Tensor, arguments: Mapping[str, Any], value: Tensor) -> str | None:
+def sum_with(y: Tensor, arguments: Mapping[str, object], value: Tensor) -> str | None:
     """`"y"` if `value` is y, `"y+x"` if the argument x was added to it."""
     shaped = alike(value, y)
     if shaped is None or torch.equal(value, shaped):
