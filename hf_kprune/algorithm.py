@@ -19,16 +19,16 @@ from torch import Tensor
 
 from .budgets import Budget
 from .calibration.batches import Calibration
-from .calibration.equations import input_equations, normal_equations
+from .calibration.equations import Reference, input_equations, normal_equations
 from .calibration.knowledge import Knowledge
-from .calibration.measure import distance, measure_knowledge, tops_of
+from .calibration.measure import Judge, measure_knowledge, tops_of
 from .methods import Method, Statistics
 from .methods.least_squares import correct_drift
 from .methods.search import split
 from .report import SublayerReport
 from .structure.hooks import State
 from .structure.sublayers import Sublayer
-from .structure.surgery import correct_inputs, has_bias, in_unit_order, set_output, twin
+from .structure.surgery import correct_inputs, frozen, has_bias, in_unit_order, set_output
 from .structure.walk import Walk
 
 
@@ -123,14 +123,18 @@ def choose(
             Decision(mask.bool().cpu(), score, each.damping)
             for mask, score, each in zip(masks, scores, statistics, strict=True)
         ]
-    few = job.trials.only(lambda batch: batch.tried)
+    few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")
-    for exponent, decisions in plans.items() if len(plans) > 1 else ():
-        student = few.walk(twin(dense.model))
-        trial = replace(job, calibration=few)
-        prune(trial, student, few.walk(teacher.model, teacher.sublayers), decisions, unwritten)
+    if len(plans) > 1:
         with few.phase("search"):
-            distances[str(exponent)] = distance(job.trials, student.model, teacher.model, job.loss)
+            judge = Judge(few, teacher, job.loss)
+        for exponent, decisions in plans.items():
+            student = few.walk(frozen(dense.model))
+            student.keeps_layers = judge.needs_layers
+            reference = few.walk(teacher.model, teacher.sublayers)
+            prune(replace(job, calibration=few), student, reference, decisions, unwritten)
+            with few.phase("search"):
+                distances[str(exponent)] = judge.distance(student)
     (best,) = broadcast_object_list([min(plans, key=lambda exponent: distances.get(str(exponent), 0.0))])
     return plans[best], distances
 
@@ -140,12 +144,13 @@ def tune(job: Job, student: Walk, teacher: Walk, entry: SublayerReport) -> None:
     (KPWT)."""
     sublayer, method, calibration = student.sublayer, job.method, job.calibration
     with calibration.phase("tune"):
+        reference = Reference(teacher)
         if method.tune_inputs and sublayer.num_units:
-            for paths, equations in input_equations(calibration, student, teacher):
+            for paths, equations in input_equations(calibration, student, reference):
                 drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
                 shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
                 correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
-        equations = normal_equations(calibration, student, teacher)
+        equations = normal_equations(calibration, student, reference)
         fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
         set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
     entry.error_before, entry.error_after = fit.error_before, fit.error_after

@@ -88,9 +88,7 @@ class Pruning:
     def student(self, args: KPruneArguments, report: PruningReport) -> PreTrainedModel:
         """A pruned copy of the teacher, for the budget in `args`."""
         method = METHODS[args.method](args)
-        student = (
-            frozen(self.teacher, "meta") if self.dry else copy.deepcopy(self.teacher).requires_grad_(False)
-        )
+        student = frozen(self.teacher, "meta") if self.dry else frozen(self.teacher)
         sublayers = find_sublayers(student, args.head_unit)
         lengths = self.calibration.flops_lengths
         budget = budget_of(sublayers, args, lengths, self.before, self.timed, self.dry)

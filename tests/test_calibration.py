@@ -21,7 +21,7 @@ import hf_kprune.calibration.measure
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
 from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.draw import draw_rows
-from hf_kprune.calibration.equations import normal_equations
+from hf_kprune.calibration.equations import Reference, normal_equations
 from hf_kprune.calibration.knowledge import Knowledge
 from hf_kprune.calibration.measure import distance, measure_knowledge, tops_of
 from hf_kprune.calibration.rows import Rows, row_length, row_tokens
@@ -461,7 +461,7 @@ def test_normal_equations_are_those_of_the_stacked_features(
     for _ in range(position):
         made.advance(student_walk)
         made.advance(teacher_walk)
-    equations = normal_equations(made, student_walk, teacher_walk)
+    equations = normal_equations(made, student_walk, Reference(teacher_walk))
 
     def seen(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Residual input, features and output of the sublayer."""

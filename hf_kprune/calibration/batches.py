@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -78,7 +78,7 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
 class Batch:
     """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, those whose
     outputs count for knowledge, and which of all rows they are; whether they serve for measuring, for trials,
-    or are held out of those."""
+    or are held out of those, and whether weights are tuned on them."""
 
     inputs: dict[str, Any]
     valid: dict[str, Tensor]
@@ -87,6 +87,7 @@ class Batch:
     measured: bool = False
     tried: bool = False
     held_out: bool = False
+    fitted: bool = True
 
     @property
     def samples(self) -> int:
@@ -359,7 +360,7 @@ class Calibration:
         """Carry all batches of a walk above its sublayer."""
         with self.phase("tune"), together(self.accelerator):
             for batch in walk.behind:
-                walk.step(batch)
+                walk.lift(batch)
                 self.step(1)
             walk.advance()
 
@@ -380,6 +381,13 @@ class Calibration:
         """The same calibration with some of its batches."""
         part = copy.copy(self)
         part.batches = [batch for batch in self.batches if chosen(batch)]
+        return part
+
+    def trial(self) -> Calibration:
+        """The same calibration with the batches of a trial: those that it tunes on, and those that are held
+        out of it, which it carries along."""
+        part = self.only(lambda batch: batch.tried or batch.held_out)
+        part.batches = [replace(batch, fitted=batch.tried) for batch in part.batches]
         return part
 
     def chunk(self, model: PreTrainedModel, batch: Batch) -> int:

@@ -3,29 +3,54 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..methods.least_squares import NormalEquations
 from ..processes import together
+from ..structure.hooks import Tap
 from ..structure.sublayers import oriented
 from ..structure.walk import Walk
 from .batches import Calibration
 
 
-def normal_equations(calibration: Calibration, student: Walk, teacher: Walk) -> NormalEquations:
-    """The sums that fit the student's sublayer to the teacher's, for the columns that it still has, unit by
-    unit.
+class Reference:
+    """What a student is fitted to: its teacher on the way over one sublayer, which each batch takes once.
 
-    The teacher's batches step above the sublayer, as its outputs are at hand.
+    Args:
+        teacher: It has reached the sublayer.
     """
+
+    def __init__(self, teacher: Walk):
+        self.teacher = teacher
+        self.streams: dict[int, Tensor] = {}
+
+    def step(self, batch: int) -> Tap:
+        """Carry a batch of the teacher above the sublayer."""
+        tap = self.teacher.step(batch)
+        self.streams[batch] = tap.stream + tap.output
+        return tap
+
+    def stream(self, batch: int) -> Tensor:
+        """X_T + Sub_T(X_T) of a batch, (B, T, D), which is given once."""
+        if batch not in self.streams:
+            self.step(batch)
+        return self.streams.pop(batch)
+
+
+def normal_equations(calibration: Calibration, student: Walk, reference: Reference) -> NormalEquations:
+    """The sums that fit the student's sublayer to the teacher's, for the columns that it still has, unit by
+    unit."""
     sublayer = student.sublayer
     rows, columns = sublayer.weight.shape
     equations = NormalEquations.zeros(columns, rows, calibration.accelerator.device)
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
-            teacher_tap, student_tap = teacher.step(i), student.tap(i)
-            valid = batch.tokens(sublayer, teacher_tap.output)
-            reference = (teacher_tap.stream + teacher_tap.output)[valid]
-            features, stream = student_tap.features[valid][:, sublayer.order], student_tap.stream[valid]
-            equations.add(features, reference - stream, reference, calibration.dtype)
+            if not batch.fitted:
+                continue
+            stream, tap = reference.stream(i), student.tap(i)
+            valid = batch.tokens(sublayer, stream)
+            features, target = tap.features[valid][:, sublayer.order], stream[valid]
+            equations.add(features, target - tap.stream[valid], target, calibration.dtype)
             calibration.step(2)
     calibration.reduce(equations.tensors())
     calibration.check_finite(sublayer, equations.tensors())
@@ -33,7 +58,7 @@ def normal_equations(calibration: Calibration, student: Walk, teacher: Walk) -> 
 
 
 def input_equations(
-    calibration: Calibration, student: Walk, teacher: Walk
+    calibration: Calibration, student: Walk, reference: Reference
 ) -> list[tuple[list[str], NormalEquations]]:
     """The sums that fit what the student's input projections read to what the teacher's read.
 
@@ -46,11 +71,13 @@ def input_equations(
     sums = [NormalEquations.zeros(width, width, device) for width in widths]
     first = [paths[0] for paths in groups]
     with together(calibration.accelerator):
-        for i, batch in enumerate(calibration.batches if groups else []):
-            teacher_reads, student_reads = teacher.reads(i, first), student.reads(i, first)
+        for i, batch in enumerate(calibration.batches):
+            if not (groups and batch.fitted):
+                continue
+            teacher_reads, student_reads = reference.step(i).reads, student.reads(i, first)
             for path, equations in zip(first, sums, strict=True):
                 stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
-                x, y = (batch.by_token(reads[path], stack) for reads in (student_reads, teacher_reads))
+                x, y = (batch.by_token(read, stack) for read in (student_reads[path], teacher_reads[path][0]))
                 valid = batch.tokens(sublayer, x, stack)
                 equations.add(x[valid], y[valid], y[valid], calibration.dtype)
             calibration.step(2)

@@ -19,6 +19,9 @@ DAMPING = 1e-10
 """Least damping of the normal equations, relative to the mean of their diagonal. Decides directions that no
 data decide."""
 
+STRIP = 256
+"""Rows of a Gram matrix that are computed at a time: enough for a product to be as fast as it can."""
+
 ROUNDING = 1e-12
 """What is left of a mean square about the mean is nothing if it is no larger than this fraction of it."""
 
@@ -56,9 +59,20 @@ class Centred:
 def add_products(sums: Tensor, a: Centred, b: Centred) -> None:
     """Add A^T B of as many tokens A (n, C) and B (n, D) to float64 sums (C, D): what is left of the centres
     is multiplied in its own precision, the centres themselves in float64."""
-    sums += a.rest.T @ b.rest
+    sums += gram_of(a.rest) if a is b else a.rest.T @ b.rest
     if a.rest.dtype != torch.float64:
         sums += torch.stack([a.centre, a.rest_sum], 1) @ torch.stack([b.total(), b.centre])
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """X^T X of X (n, C), (C, C): the upper half, in strips of `STRIP` rows, and its mirror image."""
+    columns = x.shape[1]
+    gram = x.new_empty(columns, columns)
+    for start in range(0, columns, STRIP):
+        stop = min(start + STRIP, columns)
+        gram[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import fill, parameter_names
-from .sublayers import Sublayer
+from .sublayers import Sublayer, oriented
 
 
 class _Stop(Exception):  # noqa: N818
@@ -67,6 +67,7 @@ class Tap:
         output: Output of the output projection with its bias, Sub(X), (B, T, D).
         above: The state above the sublayer.
         reads: What each of its input projections has read, each time it ran, by path, (B, T, ...).
+        entry: The features in the shape in which the output projection read them.
     """
 
     stream: Tensor
@@ -74,6 +75,7 @@ class Tap:
     output: Tensor
     above: State
     reads: dict[str, list[Tensor]]
+    entry: Tensor
 
 
 def _first(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
@@ -110,6 +112,15 @@ def _forward(module: nn.Module, function: Callable[..., object]) -> Iterator[Non
 def _answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:
     """Let a sublayer that has already run answer with its `output`, without computing it."""
     block = sublayer.block
+    if not block.core:
+        for path in sublayer.input_projections:
+            projection = sublayer.layer.get_submodule(path)
+            rows, zero = len(oriented(projection)), output.new_zeros(())
+
+            def nothing(x: Tensor, *, rows: int = rows, zero: Tensor = zero) -> Tensor:
+                return zero.expand(*x.shape[:-1], rows)
+
+            stack.enter_context(_forward(projection, nothing))
     if block.core:
         core = sublayer.layer.get_submodule(block.core)
         names = parameter_names(core)
@@ -170,7 +181,11 @@ def _run(model: nn.Module, inputs: Mapping[str, object]) -> None:
 
 @torch.no_grad()
 def run_sublayer(
-    model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], position: int, state: State
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
 ) -> Tap:
     """Run one sublayer of `model` on the state below it, with what lies between it and the next, and nothing
     else."""
@@ -218,19 +233,66 @@ def run_sublayer(
         _run(model, inputs)
 
     output = by_token(tensors["output"], tensors["input"])
-    stream = torch.zeros_like(output)
-    if "stream" in tensors:
-        below = sublayers[:position] if stack.parallel else ()
-        earlier = [state.outputs[s.name] for s in below if s.name in state.outputs]
-        stream = by_token(tensors["stream"], tensors["input"]) / sublayer.residual + sum(earlier)
+    stream = _stream_below(sublayers, position, state, tensors, output)
     features = by_token(tensors["features"], tensors["input"])
-    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads)
+    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads, tensors["features"])
+
+
+@torch.no_grad()
+def run_above(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
+    features: Tensor,
+) -> State:
+    """The state above one sublayer of `model` from the state below it and what its output projection reads,
+    in the shape in which it does (`Tap.entry`). Only this projection runs, and what comes after it."""
+    sublayer = sublayers[position]
+    following = sublayers[position + 1] if position + 1 < len(sublayers) else None
+    output, tensors = sublayer.output(features), dict[str, Tensor]()
+
+    def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors["above"] = _first(args, kwargs)
+        raise _Stop
+
+    def on_end(_: nn.Module, _args: tuple[object, ...], returned: object) -> None:
+        tensors["above"] = hidden_states(sublayer.stack.returns, returned)
+        raise _Stop
+
+    with ExitStack() as hooks, resumed(sublayers, position, state):
+        hooks.enter_context(_passing(sublayers, position, state))
+        if following is not None and following.layer is sublayer.layer:
+            below = state.inputs.get(sublayer.stack_name)
+            tensors["input"] = run_to_bottom(model, inputs, sublayer) if below is None else below
+            tensors["output"] = output
+            return _state_above(sublayer, state, tensors)
+        if following is None or following.layers is not sublayer.layers:
+            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
+        else:
+            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        _answer(hooks, sublayer, output)
+        _run(model, inputs)
+    return _state_above(sublayer, state, tensors)
+
+
+def _stream_below(
+    sublayers: Sequence[Sublayer], position: int, state: State, tensors: Mapping[str, Tensor], output: Tensor
+) -> Tensor:
+    """The residual input of a sublayer in units of its output, (B, T, D), see `Tap.stream`."""
+    if "stream" not in tensors:
+        return torch.zeros_like(output)
+    sublayer = sublayers[position]
+    below = sublayers[:position] if sublayer.stack.parallel else ()
+    earlier = [state.outputs[s.name] for s in below if s.name in state.outputs]
+    return by_token(tensors["stream"], tensors["input"]) / sublayer.residual + sum(earlier)
 
 
 def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]) -> State:
     """The state above a sublayer, from that below it and what hooks saw of its input, its output and what
     comes next."""
-    inputs = {**state.inputs, sublayer.stack_name: tensors.get("above", tensors["input"])}
+    inputs = {**state.inputs, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
     return State(inputs, {} if "above" in tensors else {**state.outputs, sublayer.name: tensors["output"]})
 
 

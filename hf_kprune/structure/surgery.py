@@ -137,6 +137,13 @@ def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel
     return copy.deepcopy(model, {**tensors, **parameters})
 
 
+def empty(layer: nn.Module) -> None:
+    """Let go of the weights of a layer, in place; tensors that other models share stay theirs."""
+    for module in layer.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(weight.new_empty(0), requires_grad=False))
+
+
 def with_table_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     """`model`, or, if its layers share a table of positions, a twin of the same weights in which each has its
     own (T5).

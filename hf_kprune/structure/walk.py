@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .hooks import State, Tap, resumed, run_sublayer, run_to_inputs, run_to_top
+from .hooks import State, Tap, resumed, run_above, run_sublayer, run_to_inputs, run_to_top
 from .sublayers import Sublayer
-from .surgery import cut
+from .surgery import cut, empty
+
+
+ENTRIES = 2**28
+"""Bytes of features that a walk keeps from a tap to the step over the same sublayer. Those of further batches
+are computed again."""
 
 
 class Walk:
@@ -40,6 +45,9 @@ class Walk:
         self.differs = False
         """Whether a unit has been cut, so that the model is no longer what it was."""
         self._ahead: set[int] = set()
+        self._entries: dict[int, Tensor] = {}
+        self.keeps_layers = True
+        """Whether a layer keeps its weights when all batches are above it. Those of a trial do not."""
 
     @property
     def sublayer(self) -> Sublayer:
@@ -52,15 +60,33 @@ class Walk:
         return self.sublayers[self.position :]
 
     def tap(self, batch: int) -> Tap:
-        """Run the sublayer on a batch, which stays below it."""
-        return run_sublayer(self.model, self.inputs[batch], self.sublayers, self.position, self.states[batch])
+        """Run the sublayer on a batch, which stays below it.
+
+        Its features are kept for `lift`, so until then nothing but the output projection may change.
+        """
+        tap = self._run(batch)
+        if sum(entry.nbytes for entry in self._entries.values()) + tap.entry.nbytes <= ENTRIES:
+            self._entries[batch] = tap.entry
+        return tap
 
     def step(self, batch: int) -> Tap:
         """Run the sublayer on a batch, and carry the batch above it; it then waits there for the others."""
-        tap = self.tap(batch)
+        tap = self._run(batch)
         self.states[batch] = tap.above
         self._ahead.add(batch)
         return tap
+
+    def lift(self, batch: int) -> None:
+        """Carry a batch above the sublayer, with the features of an earlier tap if they are at hand."""
+        if batch not in self._entries:
+            self.step(batch)
+            return
+        entry, about = self._entries.pop(batch), (self.sublayers, self.position, self.states[batch])
+        self.states[batch] = run_above(self.model, self.inputs[batch], *about, entry)
+        self._ahead.add(batch)
+
+    def _run(self, batch: int) -> Tap:
+        return run_sublayer(self.model, self.inputs[batch], self.sublayers, self.position, self.states[batch])
 
     @property
     def behind(self) -> list[int]:
@@ -70,9 +96,13 @@ class Walk:
     def advance(self) -> None:
         """Carry the batches that are still below the sublayer above it, and reach the next sublayer."""
         for batch in self.behind:
-            self.step(batch)
+            self.lift(batch)
         self._ahead.clear()
+        self._entries.clear()
+        layer = self.sublayer.layer
         self.position += 1
+        if not (self.keeps_layers or (self.rest and self.sublayer.layer is layer)):
+            empty(layer)
 
     def follow(self, other: Walk) -> None:
         """Stand where `other` stands. This holds as long as both models compute the same."""
