@@ -36,7 +36,17 @@ if TYPE_CHECKING:
 METHOD_ALIASES = {"obs": "surgeon"}
 """Names that methods had in earlier releases."""
 
-METHOD_NAMES = ("surgeon", "kprune", "kwon", "kcm", "magnitude", "random", "taylor", "flap", "wanda_sp")
+METHOD_NAMES = (
+    "surgeon",
+    "kprune",
+    "kwon",
+    "kcm",
+    "magnitude",
+    "random",
+    "taylor",
+    "flap",
+    "wanda_sp",
+)
 """The keys of `methods.METHODS`, which takes PyTorch."""
 
 IN_METHOD_KWARGS = ("lambda_pred", "lambda_rep", "mu")
