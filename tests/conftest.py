@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ pytest.register_assert_rewrite("checks")  # before it is imported
 def pytest_configure(config: pytest.Config) -> None:
     # tiny models are cut deeply in most tests; here, as naming the category in pyproject.toml would import the package early
     config.addinivalue_line("filterwarnings", "ignore::hf_kprune.BudgetWarning")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # so that the millions of objects of the libraries are not looked through again and again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,12 +71,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line("\n".join(lines))
 
 
-@pytest.fixture
-def one_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the default method not try several splits of the budget, which takes most of its time on a tiny model."""
+@pytest.fixture(autouse=True)
+def one_split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the default method try one split of the budget, as trying several takes most of its time on a tiny model; where
+    a test is marked `several_splits`, it tries several, as it does for users.
+    """
     from hf_kprune.methods.surgeon import Surgeon
 
-    monkeypatch.setattr(Surgeon, "exponents", (1.0,))
+    if request.node.get_closest_marker("several_splits") is None:
+        monkeypatch.setattr(Surgeon, "exponents", (1.0,))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 exception, look at what is left, and at what the next load and the next save make of it.
 
     python tests/kill_while_saving.py FOLDER "kill, absent" ...    prints, as JSON, how often each state was found
-    python tests/kill_while_saving.py FOLDER 200    kills that many prunings and savings at random moments instead
+    python tests/kill_while_saving.py FOLDER 100 0    kills that many prunings and savings at moments drawn from a seed
 """
 
 from __future__ import annotations
@@ -103,18 +103,20 @@ def begin(out: Path, content: dict[str, bytes]) -> None:
 def at_every_operation(
     folder: Path, pruner: KPrunePruner, old: dict[str, bytes], runs: list[str]
 ) -> dict[str, Counter[str]]:
-    """How often each state was found, for each of `runs`: `kill` or `error`, a comma, and one of `STARTS`."""
+    """How often each state was found, for each of `runs`: `kill` or `error`, one of `STARTS`, and at every how many-th
+    operation, with commas between them.
+    """
     out = folder / "work" / "out"
     assert in_a_child(lambda: pruner.save_model(str(folder / "reference"))) == 0
     new = files(folder / "reference")
     found: dict[str, Counter[str]] = {}
     for run in runs:
-        mode, start = run.split(", ")
+        mode, start, *step = run.split(", ")
         outcomes = found[run] = Counter()
         more = STARTS[start]
         before = {} if start == "absent" else {**old, **more}
         after = {**new, **more}
-        for moment in range(1, 1000):
+        for moment in range(1, 1000, *map(int, step)):
             begin(out, before)
 
             def save(moment: int = moment, mode: str = mode) -> int:
@@ -160,12 +162,12 @@ def content(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in files(out).items() if not name.split("/")[0].endswith(".tmp")}
 
 
-def at_random(folder: Path, pruner: KPrunePruner, count: int) -> Counter[str]:
+def at_random(folder: Path, pruner: KPrunePruner, count: int, seed: int) -> Counter[str]:
     """Kill a process that prunes and saves so many times, in turn at any moment and while it saves."""
     out = folder / "work" / "out"
-    draw, found = random.Random(0), Counter[str]()
+    draw, found = random.Random(seed), Counter[str]()
     args = KPruneArguments(
-        output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True, num_tokens=200, use_cpu=True
+        output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True, use_cpu=True, method="magnitude"
     )
 
     def run() -> None:
@@ -223,6 +225,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     folder = Path(sys.argv[1]).resolve()
     arguments = KPruneArguments(
         output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True
@@ -230,7 +233,7 @@ def main() -> None:
     pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
     pruner.report = report()
     if sys.argv[2].isdecimal():
-        print(json.dumps(at_random(folder, pruner, int(sys.argv[2]))))
+        print(json.dumps(at_random(folder, pruner, *map(int, sys.argv[2:]))))
         return
     tiny(seed=1).save_pretrained(folder / "old", max_shard_size="4KB")
     print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"), sys.argv[2:])))

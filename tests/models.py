@@ -79,7 +79,7 @@ def tiny(
 ) -> PreTrainedModel:
     """A tiny random model whose every parameter, biases and norms too, is away from its initial value."""
     settings = {**CONFIGS[model_type], **({"is_decoder": True} if head == "CAUSAL_LM" else {}), **config}
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = classes(model_type)[head](AutoConfig.for_model(model_type, **settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,7 +196,7 @@ CONFIGS_BY_CLASS: dict[str, dict[str, Any]] = {
 def tiny_of_class(name: str) -> PreTrainedModel:
     """A tiny random model of a class."""
     family = next(family for family in CONFIGS_BY_CLASS if name.startswith(family))
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return getattr(transformers, name)(
         getattr(transformers, f"{family}Config")(**CONFIGS_BY_CLASS[family])
     ).eval()

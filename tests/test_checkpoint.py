@@ -30,7 +30,17 @@ from checks import (
     report,
 )
 from data import collate, rows, tokenizer
-from models import EVERY_HEAD, KEPT, MODEL_TYPES, ONE_HEAD, classes, cut_randomly, pruned, tiny
+from models import (
+    EVERY_HEAD,
+    KEPT,
+    MODEL_TYPES,
+    ONE_HEAD,
+    classes,
+    cut_randomly,
+    pruned,
+    slow_unless_in,
+    tiny,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -82,6 +92,8 @@ PIPELINES = {
     "TOKEN_CLASSIFICATION": "token-classification",
 }
 TEXT = "w20 w21 <mask> w7"
+ELSEWHERE = [("bert", "SEQUENCE_CLASSIFICATION"), ("distilbert", "MASKED_LM")]
+"""Loaded where hf_kprune is not by default; test_zoo.py does so with all families."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +113,9 @@ def test_loads_with_the_stock_class(tmp_path: Path, model_type: str, head: str) 
     assert_same(direct, model, head)
 
 
-@pytest.mark.parametrize(("model_type", "head"), ONE_HEAD)
+@pytest.mark.parametrize(
+    ("model_type", "head"), slow_unless_in([ONE_HEAD[0], ONE_HEAD[1], ONE_HEAD[3]], ONE_HEAD)
+)
 def test_a_loaded_model_does_all_that_a_dense_one_does(tmp_path: Path, model_type: str, head: str) -> None:
     model = pruned(model_type, head)
     model.save_pretrained(tmp_path)
@@ -135,7 +149,7 @@ def test_a_loaded_model_does_all_that_a_dense_one_does(tmp_path: Path, model_typ
 
 
 @pytest.mark.parametrize("head", ["SEQUENCE_CLASSIFICATION", "MASKED_LM"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", slow_unless_in(("bert", "mpnet"), MODEL_TYPES))
 def test_a_new_head_on_a_pruned_model(tmp_path: Path, model_type: str, head: str) -> None:
     model = pruned(model_type, head)
     model.save_pretrained(tmp_path)
@@ -580,7 +594,13 @@ def broken_copy(checkpoint: Path, name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ignore", [False, True], ids=["", "ignore_mismatched_sizes"])
+@pytest.mark.parametrize(
+    "ignore",
+    [
+        pytest.param(False, id="", marks=pytest.mark.slow),
+        pytest.param(True, id="ignore_mismatched_sizes"),
+    ],
+)
 @pytest.mark.parametrize("name", [*BROKEN_CONFIGS, *BROKEN_WEIGHTS])
 def test_a_checkpoint_that_contradicts_itself_is_refused(
     tmp_path: Path, checkpoint: Path, name: str, ignore: bool
@@ -681,11 +701,15 @@ def test_heads_that_are_selected_by_number_cannot_be_exchanged(tmp_path: Path) -
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Any]:
+def elsewhere(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, request: pytest.FixtureRequest
+) -> dict[str, Any]:
     """What a process without hf_kprune makes of pruned checkpoints (one process for all, as its imports take seconds)."""
     folder = tmp_path_factory.mktemp("elsewhere")
     tasks: dict[str, Any] = {"load": [], "broken": {}, "cache": str(folder / "cache")}
-    for model_type, head in ONE_HEAD:
+    items = [item for item in request.session.items if item.name.startswith("test_without_hf_kprune")]
+    wanted = {value for item in items if hasattr(item, "callspec") for value in item.callspec.params.values()}
+    for model_type, head in (one for one in ONE_HEAD if one[0] in wanted):
         model = pruned(model_type, head)
         directory = folder / f"{model_type} pruned"
         model.save_pretrained(directory)
@@ -702,7 +726,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dic
                 "text": TEXT,
             }
         )
-    for name in [*BROKEN_CONFIGS, *BROKEN_WEIGHTS]:
+    for name in (name for name in [*BROKEN_CONFIGS, *BROKEN_WEIGHTS] if name in wanted):
         tasks["broken"][name] = str(broken_copy(checkpoint, name, folder / "broken" / name))
     fake_hub_cache(folder / "cache", pruned())
     torch.save(tasks, folder / "tasks.pt")
@@ -722,7 +746,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dic
     return {**results, "folder": folder}
 
 
-@pytest.mark.parametrize(("model_type", "head"), ONE_HEAD)
+@pytest.mark.parametrize(("model_type", "head"), slow_unless_in(ELSEWHERE, ONE_HEAD))
 def test_without_hf_kprune_the_checkpoint_brings_its_code(
     elsewhere: dict[str, Any], model_type: str, head: str
 ) -> None:
@@ -760,7 +784,9 @@ def assert_close_json(one: Any, other: Any) -> None:
         assert one == (pytest.approx(other, abs=1e-5) if isinstance(other, float) else other)
 
 
-@pytest.mark.parametrize("model_type", [model_type for model_type, _ in ONE_HEAD])
+@pytest.mark.parametrize(
+    "model_type", slow_unless_in([name for name, _ in ELSEWHERE], [name for name, _ in ONE_HEAD])
+)
 def test_without_hf_kprune_and_trust_the_error_says_how_to_load(
     elsewhere: dict[str, Any], model_type: str
 ) -> None:
@@ -772,7 +798,12 @@ def test_without_hf_kprune_and_trust_the_error_says_how_to_load(
         assert HOW_TO_LOAD in message
 
 
-@pytest.mark.parametrize("name", [*BROKEN_CONFIGS, *BROKEN_WEIGHTS])
+@pytest.mark.parametrize(
+    "name",
+    slow_unless_in(
+        [*list(BROKEN_CONFIGS)[::6], *list(BROKEN_WEIGHTS)[::4]], [*BROKEN_CONFIGS, *BROKEN_WEIGHTS]
+    ),
+)
 def test_without_hf_kprune_a_contradiction_is_refused(elsewhere: dict[str, Any], name: str) -> None:
     for message in elsewhere[name]:
         assert message.startswith("CheckpointError") or name in ("a truncated file", "an empty file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from data import collate, rows
-from models import tiny
+from models import slow_unless_in, tiny
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel
@@ -217,7 +218,7 @@ WRAPPED: dict[str, Callable[[PreTrainedModel], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", WRAPPED)
+@pytest.mark.parametrize("case", slow_unless_in(("DataParallel", "both"), WRAPPED))
 def test_wrappers_are_taken_off_and_change_nothing(case: str) -> None:
     model = tiny()
     pruner(WRAPPED[case](model)).prune()
@@ -450,8 +451,16 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["surgeon", "kprune"])
-@pytest.mark.parametrize("case", SURROUNDINGS)
+@pytest.mark.parametrize(
+    ("case", "method"),
+    slow_unless_in(
+        [
+            ("no_grad", "kprune"),
+            *((case, "surgeon") for case in ("inference_mode", "autocast", "float64", "device")),
+        ],
+        itertools.product(SURROUNDINGS, ("surgeon", "kprune")),
+    ),
+)
 def test_what_is_set_around_prune_changes_nothing(case: str, method: str) -> None:
     model = tiny()
     with SURROUNDINGS[case]():

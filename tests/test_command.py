@@ -71,6 +71,7 @@ def test_the_program_has_the_package_whole_when_a_command_runs(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_it_without_a_traceback(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     shell = f"{' '.join(COMMAND)} inspect {tmp_path} | true; echo ${{PIPESTATUS[0]}}"
@@ -124,6 +125,7 @@ def test_a_terminal_without_unicode_shows_names_with_escapes(settings: dict[str,
     assert line.startswith("hf-kprune: error: no such options: --f")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.02, 1.0])
 def test_ctrl_c_while_it_starts_is_one_line(seconds: float) -> None:
     code = "import sys, hf_kprune_command; print('ready', flush=True); sys.exit(hf_kprune_command.main())"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
 from zoo import DECODER, ENCODER, IMAGE, make
 
@@ -90,7 +91,7 @@ def pruner(model: PreTrainedModel, data: list[Any], **options: Any) -> KPrunePru
     return KPrunePruner(model, KPruneArguments(**settings), data)
 
 
-@pytest.mark.parametrize("model_type", SEEING)
+@pytest.mark.parametrize("model_type", slow_unless_in(("llava",), SEEING))
 def test_with_texts_alone_the_tower_of_images_is_left_alone(model_type: str, tmp_path: Path) -> None:
     model = seeing(model_type)
     before = copy.deepcopy(model.state_dict())
@@ -116,9 +117,9 @@ def test_with_texts_alone_the_tower_of_images_is_left_alone(model_type: str, tmp
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("model_type", SEEING)
+@pytest.mark.parametrize("model_type", slow_unless_in(("gemma3",), SEEING))
 def test_with_images_both_towers_are_pruned(model_type: str) -> None:
-    method = "surgeon" if model_type == "llava" else "magnitude"
+    method = "surgeon" if model_type == "gemma3" else "magnitude"
     report = pruner(seeing(model_type), rows(images=True), method=method).prune()
     assert report.left_alone == {}
     assert {s.name.split(".")[1] for s in report.sublayers} == {"vision_tower", "language_model"}

@@ -207,6 +207,5 @@ def test_one_process_equals_many_on_a_real_model(
     """K-prune: of a thousand neurons, ours finds many as good as others, and rounding chooses among them."""
     arguments = ("pack", "--method", "kprune")
     one = result(fork(server, 1, tmp_path / "1", *arguments, timeout=900), tmp_path / "1")
-    for processes in (2, 3):
-        out = tmp_path / str(processes)
-        check_same(one, result(fork(server, processes, out, *arguments, timeout=900), out), atol=1e-4)
+    many = result(fork(server, 3, tmp_path / "3", *arguments, timeout=900), tmp_path / "3")
+    check_same(one, many, atol=1e-4)

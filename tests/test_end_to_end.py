@@ -10,10 +10,14 @@ import torch
 from data import Padding, rows
 from models import slow_unless_in
 from transformers import PreTrainedModel
-from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
+from zoo import ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.structure.sublayers import find_sublayers
+
+
+WALKED = ["bert", "deberta-v2", "llama", "falcon", "mixtral", "t5", "whisper", "vit", "clip", "wav2vec2"]
+"""Pruned by default: one for each kind of inputs, and layers of each shape."""
 
 
 def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list[dict[str, Any]]:
@@ -39,7 +43,13 @@ def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tens
     return torch.stack([(student[key] - teacher[key]).square().mean((1, 2)) for key in keys]).sum(0)
 
 
-@pytest.mark.parametrize("name", slow_unless_in(DISTINCT, ZOO))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.several_splits) for name in WALKED),
+        *slow_unless_in((), [name for name in ZOO if name not in WALKED]),
+    ],
+)
 def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     model, kind = make(name), ZOO[name][2]
     dense = outputs_of(model, kind)

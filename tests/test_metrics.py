@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from data import save_with_words, texts
-from models import tiny
+from models import slow_unless_in, tiny
 from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
@@ -33,9 +33,6 @@ from hf_kprune.calibration.metrics import (
 )
 from hf_kprune.calibration.tasks import task_of
 from hf_kprune.cli.terminal import main
-
-
-pytestmark = pytest.mark.usefixtures("one_split")
 
 
 def figures(model: Any, scores: Any, labels: Any) -> dict[str, float]:
@@ -204,10 +201,15 @@ def test_a_classifier_gets_its_figures_by_default() -> None:
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("classifier", ["eval_accuracy", "eval_f1", "eval_matthews"]),
-        ("regressor", ["eval_pearson", "eval_spearman"]),
         ("reader", ["eval_exact_match", "eval_f1"]),
-        ("writer", ["eval_perplexity"]),
+        *slow_unless_in(
+            (),
+            [
+                ("classifier", ["eval_accuracy", "eval_f1", "eval_matthews"]),
+                ("regressor", ["eval_pearson", "eval_spearman"]),
+                ("writer", ["eval_perplexity"]),
+            ],
+        ),
     ],
 )
 def test_the_command_line_reports_the_figures_of_the_task(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from checks import unchanged
 from data import collate, rows
-from models import tiny
+from models import slow_unless_in, tiny
 from transformers import PreTrainedModel
 from zoo import make
 
@@ -24,6 +26,7 @@ from hf_kprune import (
 )
 from hf_kprune.methods import METHODS
 from hf_kprune.preparation import PLAN_TOKENS
+from hf_kprune.report import Size
 from hf_kprune.sizes import model_size
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -58,7 +61,7 @@ def tokens_run(model: PreTrainedModel) -> Iterator[list[int]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_unless_in(("surgeon", "kprune"), METHODS))
 def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
     for amount in (400, 800):
@@ -74,8 +77,15 @@ def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: p
     make_pruner(tiny(), method=method, sparsity=0.2).plan()
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "llama", "gpt2", "mixtral", "bart", "deberta-v2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_unless_in(
+        [("t5", torch.float32), ("llama", torch.bfloat16)],
+        itertools.product(
+            ["bert", "t5", "llama", "gpt2", "mixtral", "bart", "deberta-v2"], [torch.float32, torch.bfloat16]
+        ),
+    ),
+)
 def test_sizes_of_a_plan_are_those_of_such_a_model(name: str, dtype: torch.dtype) -> None:
     """Parameters, bytes and cache, of the plan that was made, counted on a model that is cut so."""
     data = rows() if name not in ("t5", "bart") else [{**row, "labels": row["input_ids"]} for row in rows()]
@@ -91,17 +101,20 @@ def test_sizes_of_a_plan_are_those_of_such_a_model(name: str, dtype: torch.dtype
     assert planned.after.parameters == model_size(model).parameters
 
 
+@functools.cache
+def dense_size() -> Size:
+    return make_pruner(tiny(), sparsity=0).plan().before
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "options", [{"sparsity": 0.2}, {"target_params": 0.95}, {"target_flops": 0.85}], ids=str
+    ("name", "share"),
+    slow_unless_in([("sparsity", 0.2)], [("sparsity", 0.2), ("target_params", 0.95), ("target_flops", 0.85)]),
 )
-def test_totals_of_a_plan_are_as_asked(method: str, options: dict[str, float]) -> None:
-    (name,) = options
-    model = tiny()
-    size = make_pruner(model, sparsity=0).plan().before
-    share = {"target_params": size.parameters, "target_flops": size.flops}.get(name, 1.0)
-    report = make_pruner(model, method=method, **{name: share * options[name]}).plan()
-    asked = share * options[name]
+def test_totals_of_a_plan_are_as_asked(method: str, name: str, share: float) -> None:
+    totals = {"target_params": dense_size().parameters, "target_flops": dense_size().flops}
+    asked = totals.get(name, 1.0) * share
+    report = make_pruner(tiny(), method=method, **{name: asked}).plan()
     if name == "sparsity":
         assert asked <= report.sparsity < asked + 0.1
     else:
@@ -123,6 +136,7 @@ def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(
 
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
     monkeypatch.setattr("hf_kprune.budgets.times.compare", compare)
+    monkeypatch.setattr("hf_kprune.latency.table.compare", compare)
     report = make_pruner(tiny(), target_speedup=1.5).plan()
     assert report.achieved == pytest.approx(1.5, rel=0.1)
     assert "Times are those of the look-up table" in str(report)

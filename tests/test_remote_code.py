@@ -14,7 +14,7 @@ import torch
 import transformers
 from checks import files
 from data import collate, rows
-from models import CONFIGS, pruned, tiny
+from models import CONFIGS, pruned, slow_unless_in, tiny
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -69,6 +69,8 @@ KINDS = {
     "the name of a stock class": ("modeling_same", "BertForSequenceClassification", False),
     "its own model_type": ("modeling_own", "OwnForSequenceClassification", True),
 }
+WAYS = ("with", "without")
+"""What a fresh process has of hf_kprune."""
 AUTO = "AutoModelForSequenceClassification"
 OPTIONS = {"sparsity": 0.5, "num_tokens": 200, "disable_tqdm": True, "method": "magnitude"}
 
@@ -103,7 +105,7 @@ def distance(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def saved(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Each kind pruned and saved, what it gives here, and what two fresh processes, with and without hf_kprune, make of it."""
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("code")
@@ -132,7 +134,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     environment["PYTHONPATH"] = str(TESTS.parent)
     results = {}
-    for way in ("with", "without"):
+    wanted = {item.callspec.params.get("way") for item in request.session.items if hasattr(item, "callspec")}
+    for way in (way for way in WAYS if way in wanted):
         command = [sys.executable, str(TESTS / "remote_code_elsewhere.py"), str(folder), way]
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
@@ -145,7 +148,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     patch.undo()
 
 
-@pytest.mark.parametrize("way", ["with", "without"])
+@pytest.mark.parametrize("way", slow_unless_in(["without"], WAYS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: str, way: str) -> None:
     name, logits = saved["expected"][kind]
@@ -156,7 +159,7 @@ def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: 
         torch.testing.assert_close(found[1], logits, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["with", "without"])
+@pytest.mark.parametrize("way", slow_unless_in(["without"], WAYS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_trust_it_is_refused_and_not_computed_otherwise(
     saved: dict[str, Any], kind: str, way: str

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checks import logits
 from data import collate, normal, rows
-from models import tiny
+from models import slow_unless_in, tiny
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -423,7 +423,7 @@ def test_wanda_sp_keeps_the_best_of_each_sublayer_in_equal_shares(share: float) 
 # end to end
 
 
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("uniform", slow_unless_in((False,), (False, True)))
 @pytest.mark.parametrize("name", RIVALS)
 def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp_path: Path) -> None:
     model = tiny(intermediate_size=64)

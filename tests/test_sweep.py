@@ -13,16 +13,13 @@ import torch
 from data import collate, rows
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny
+from models import slow_unless_in, tiny
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner
 from hf_kprune.sizes import model_size
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.sweep import Sweep, SweepPoint, smallest_within
-
-
-pytestmark = pytest.mark.usefixtures("one_split")
 
 
 def make_pruner(model: PreTrainedModel, **options: Any) -> KPrunePruner:
@@ -40,7 +37,7 @@ def with_labels(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**collate(batch), **labels}
 
 
-@pytest.mark.parametrize("method", ["surgeon", "kprune"])
+@pytest.mark.parametrize("method", slow_unless_in(("surgeon",), ("surgeon", "kprune")))
 def test_a_sweep_makes_the_models_that_prune_makes(method: str, tmp_path: Path) -> None:
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -193,7 +190,7 @@ def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: p
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["surgeon", "kprune"])
+@pytest.mark.parametrize("method", slow_unless_in(("kprune",), ("surgeon", "kprune")))
 def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path) -> None:
     """Without an evaluation dataset, what the held-out rows say changes the distance and, of K-prune, nothing else."""
     found = []
@@ -217,7 +214,7 @@ def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path
         assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_unless_in((torch.bfloat16,), (torch.float32, torch.bfloat16)))
 def test_models_are_compared_in_evaluation_mode(dtype: torch.dtype) -> None:
     def dropping() -> PreTrainedModel:
         model = tiny().to(dtype).train()

@@ -13,14 +13,12 @@ import pytest
 import torch
 import transformers
 from data import collate, rows
+from models import slow_unless_in
 from zoo import ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner, UnsupportedArchitectureError
 from hf_kprune.methods.search import uniform_search
 from hf_kprune.structure.sublayers import find_sublayers
-
-
-pytestmark = pytest.mark.usefixtures("one_split")
 
 
 Record = Callable[[str, object], None]
@@ -41,6 +39,7 @@ STOCK = [
     )
     if name in ZOO
 ]
+SAVED = ["llama", "gemma2", "phi3"]
 LOAD_ELSEWHERE = """
 import json, sys
 sys.modules["hf_kprune"] = None
@@ -66,11 +65,16 @@ def prune(name: str, **options: object) -> KPrunePruner:
     return pruner
 
 
-def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [SAVED, pytest.param([name for name in STOCK if name not in SAVED], marks=pytest.mark.slow)],
+    ids=["", "others"],
+)
+def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path, names: list[str]) -> None:
     from safetensors.torch import load_file, save_file
 
     expected = {}
-    for name in STOCK:
+    for name in names:
         pruner = prune(name)
         assert 0.4 <= pruner.report.sparsity < 0.75
         model, folder = pruner.model, tmp_path / name
@@ -91,7 +95,7 @@ def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path) -> N
         )
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", slow_unless_in(SAVED, STOCK))
 def test_the_config_says_it_all(name: str, record_property: Record) -> None:
     record_property("family", (name, "uniform"))
     pruner = prune(name)

@@ -8,6 +8,7 @@ prints which of them hold for which model type, and writes docs/supported_models
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,8 +50,9 @@ def check_cut_equals_masked(model: PreTrainedModel, kind: str, wanted: Callable[
     for plan, masks in plans([s.num_units for s in find_sublayers(model)]).items():
         if wanted(plan):
             student = cut_all(model, masks)
-            close(outputs_of(student, kind), masked_outputs(model, masks, kind), plan)
-            moved = (outputs_of(student, kind) - dense).abs().max() > 1e-4
+            outputs = outputs_of(student, kind)
+            close(outputs, masked_outputs(model, masks, kind), plan)
+            moved = (outputs - dense).abs().max() > 1e-4
             assert moved or all(mask.all() for mask in masks), f"{plan}: cutting did nothing"
             assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
 
@@ -68,8 +70,15 @@ def test_cut_equals_masked(name: str, cuts: str, record_property: Record) -> Non
         model.set_attn_implementation(attention)
         wanted = {"masked == cut": ("even", "odd"), "emptied": ("nothing", "without 0")}[cuts]
         check_cut_equals_masked(model, kind, lambda plan, wanted=wanted: plan in wanted)
-    if cuts == "emptied":
-        check_cut_equals_masked(model, kind, lambda plan: plan[:7] == "without" and plan != "without 0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_each_sublayer_can_be_emptied(name: str, record_property: Record) -> None:
+    record_property("family", (name, "emptied"))
+    check_cut_equals_masked(
+        make(name), ZOO[name][2], lambda plan: plan[:7] == "without" and plan != "without 0"
+    )
 
 
 def attentions_of(model: PreTrainedModel, kind: str) -> dict[str, list[Tensor | None]]:
@@ -85,8 +94,13 @@ def attentions_of(model: PreTrainedModel, kind: str) -> dict[str, list[Tensor | 
     }
 
 
-@every
-@pytest.mark.parametrize("hooked", [False, True], ids=["", "after the dense model was asked"])
+@pytest.mark.parametrize(
+    ("name", "hooked"),
+    slow_unless_in(
+        [*((name, False) for name in DISTINCT), ("bert", True), ("t5", True)],
+        itertools.product(ZOO, (False, True)),
+    ),
+)
 def test_an_emptied_attention_has_its_place_among_the_attention_weights(name: str, hooked: bool) -> None:
     """transformers hooks the modules that it collects weights from at the first time that it is asked for them."""
     model, kind = make(name), ZOO[name][2]

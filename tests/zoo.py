@@ -627,7 +627,7 @@ DISTINCT = [
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny random model whose every parameter, biases and norms too, is away from its initial value."""
     class_name, config, _ = ZOO[name]
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model_class = getattr(transformers, class_name)
     model = model_class(AutoConfig.for_model(name.split(":")[0], **config)).to(dtype).eval()
     with torch.no_grad():
@@ -647,7 +647,7 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
 
     Kinds: text, unpadded (text without padding), seq2seq, image, audio_values, audio_features, clip.
     """
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
     def text(length: int, padded: bool = True, prefix: str = "") -> dict[str, Tensor]:
         ids = torch.randint(4, 60, (batch, length))
@@ -701,7 +701,7 @@ def outputs_of(model: PreTrainedModel, kind: str) -> Tensor:
     """All float outputs of a model on one batch, flattened, with padded positions left out."""
     inputs = inputs_for(model, kind)
     masks = [value.bool() for key, value in inputs.items() if key.endswith("attention_mask")]
-    torch.manual_seed(0)  # of models that draw random numbers also in evaluation
+    torch.default_generator.manual_seed(0)  # of models that draw random numbers also in evaluation
     outputs = model.eval()(**inputs)
     parts = []
     for value in outputs.to_tuple():
