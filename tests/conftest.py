@@ -7,25 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-
 import pytest
-import torch
-from data import PACK, ROOT
 
 
-torch.set_num_threads(1)
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when transformers and torch are imported
+gc.disable()  # while millions of objects of the libraries come into being
 pytest.register_assert_rewrite("checks")  # before it is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # tiny models are cut deeply in most tests; here, as naming the category in pyproject.toml would import the package early
-    config.addinivalue_line("filterwarnings", "ignore::hf_kprune.BudgetWarning")
+    if hasattr(config, "workerinput") or not config.getoption(
+        "numprocesses", None
+    ):  # the main one runs no tests
+        config.addinivalue_line("filterwarnings", "ignore::hf_kprune.BudgetWarning")
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # so that the millions of objects of the libraries are not looked through again and again
+    gc.freeze()  # so that they are not looked through again and again
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +39,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not config.getoption("--table"):
         return
     from checks import NEVER_CUT, untouched
+    from data import ROOT
 
     cells: dict[str, dict[str, str]] = {}
     refused: dict[str, str] = {}
@@ -84,6 +85,8 @@ def one_split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="session")
 def pack() -> Path:
+    from data import PACK
+
     if not PACK.is_dir():
         pytest.skip(f"no evaluation pack at {PACK}; set HF_KPRUNE_PACK")
     return PACK

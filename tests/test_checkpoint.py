@@ -92,7 +92,7 @@ PIPELINES = {
     "TOKEN_CLASSIFICATION": "token-classification",
 }
 TEXT = "w20 w21 <mask> w7"
-ELSEWHERE = [("bert", "SEQUENCE_CLASSIFICATION"), ("distilbert", "MASKED_LM")]
+ELSEWHERE = [("bert", "SEQUENCE_CLASSIFICATION")]
 """Loaded where hf_kprune is not by default; test_zoo.py does so with all families."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from data import collate, rows
-from models import tiny
+from models import slow_unless_in, tiny
 from transformers import BertTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
@@ -24,7 +24,7 @@ from hf_kprune.text import in_markdown, public_name
 EVIL = "a|b`c`\n| x | <img src=x> [y](http://z) **d**\x1b[2J\x1b]0;t\x07\u202e"
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", slow_unless_in((False,), (False, True)))
 def test_no_path_and_no_person_reaches_what_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
 ) -> None:

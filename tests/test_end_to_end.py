@@ -16,8 +16,8 @@ from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.structure.sublayers import find_sublayers
 
 
-WALKED = ["bert", "deberta-v2", "llama", "falcon", "mixtral", "t5", "whisper", "vit", "clip", "wav2vec2"]
-"""Pruned by default: one for each kind of inputs, and layers of each shape."""
+WALKED = ["bert", "t5", "llama", "mixtral", "whisper", "vit", "clip"]
+"""Pruned by default: one for each kind of inputs, the first two with several splits of the budget."""
 
 
 def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list[dict[str, Any]]:
@@ -46,7 +46,8 @@ def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tens
 @pytest.mark.parametrize(
     "name",
     [
-        *(pytest.param(name, marks=pytest.mark.several_splits) for name in WALKED),
+        *(pytest.param(name, marks=pytest.mark.several_splits) for name in WALKED[:2]),
+        *WALKED[2:],
         *slow_unless_in((), [name for name in ZOO if name not in WALKED]),
     ],
 )

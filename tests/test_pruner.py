@@ -85,7 +85,7 @@ def cost(report: PruningReport) -> float:
 
 
 def test_report_survives_json_and_its_markdown_tells_asked_and_achieved() -> None:
-    report = prune(tiny(), sparsity=0.6)
+    report = prune(tiny(), sparsity=0.6, method="magnitude")
     assert PruningReport.from_json(report.to_json()) == report
     assert f"{report.sparsity:.2%} of the prunable FLOPs removed (60.00% asked)" in str(report)
     for s in report.sublayers:
@@ -145,7 +145,7 @@ def test_tied_weights_count_once() -> None:
     model = tiny(head="MASKED_LM")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     storages = {p.data_ptr(): p.numel() for _, p in model.named_parameters(remove_duplicate=False)}
-    assert prune(model, sparsity=0.3).before.parameters == sum(storages.values())
+    assert prune(model, sparsity=0.3, method="magnitude").before.parameters == sum(storages.values())
 
 
 def test_fingerprint_tells_the_data_and_the_seed() -> None:
@@ -231,7 +231,7 @@ class Recorder(KPruneCallback):
 
 def test_callbacks_are_called_in_order(tmp_path: Path) -> None:
     recorder = Recorder()
-    pruner = make_pruner(tiny(), sparsity=0.6, callbacks=[recorder])
+    pruner = make_pruner(tiny(), sparsity=0.6, method="magnitude", callbacks=[recorder])
     pruner.prune()
     pruner.save_model(str(tmp_path / "out"))
     names = [f"encoder.layer.{i}.{kind}" for i in range(LAYERS) for kind in ("attention", "ffn")]
@@ -292,7 +292,7 @@ def test_progress_moves_from_the_start_to_the_end_in_every_phase(method: str) ->
 
 def test_a_sweep_is_one_run_and_a_failed_run_is_ended() -> None:
     gauge = Gauge()
-    pruner = make_pruner(tiny(), callbacks=[gauge])
+    pruner = make_pruner(tiny(), method="magnitude", callbacks=[gauge])
     pruner.sweep([0.4, 0.6])
     assert gauge.ends == 1
     assert gauge.fractions == sorted(gauge.fractions)
@@ -333,14 +333,14 @@ def test_on_a_terminal_there_is_one_bar_with_its_phase_and_the_time_left(
 
 def test_verbose_prints_a_line_per_sublayer_and_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
     for verbose in (True, False):
-        report = prune(tiny(), sparsity=0.6, verbose=verbose)
+        report = prune(tiny(), sparsity=0.6, method="magnitude", verbose=verbose)
         captured = capsys.readouterr()
         assert captured.out.splitlines() == [str(s) for s in report.sublayers if verbose]
         assert captured.err == ""
 
 
 def test_a_summary_has_ten_lines_at_most() -> None:
-    report = prune(tiny(), sparsity=0.6)
+    report = prune(tiny(), sparsity=0.6, method="magnitude")
     lines = report.summary().splitlines()
     assert len(lines) <= 10
     assert lines[0] == report.title()
@@ -408,7 +408,7 @@ def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_wi
         def save_pretrained(self, directory: str) -> None:
             raise NotImplementedError("not yet")
 
-    pruner = make_pruner(tiny(), sparsity=0.6)
+    pruner = make_pruner(tiny(), sparsity=0.6, method="magnitude")
     pruner.prune()
     pruner.processing_class = Unsaved()
     with pytest.raises(
@@ -422,7 +422,7 @@ def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_wi
 
 def test_training_arguments_made_in_between_do_no_harm(tmp_path: Path) -> None:
     """They reset the state that all accelerators share."""
-    pruner = make_pruner(tiny(), sparsity=0.6)
+    pruner = make_pruner(tiny(), sparsity=0.6, method="magnitude")
     TrainingArguments(str(tmp_path), use_cpu=True)
     assert pruner.prune().sparsity >= 0.6
 
@@ -512,7 +512,7 @@ def test_plan_foretells_prune_and_leaves_the_model() -> None:
 
 
 def test_report_of_prune_outlives_a_later_plan_and_a_later_failure(tmp_path: Path) -> None:
-    pruner = make_pruner(tiny(), sparsity=0.4)
+    pruner = make_pruner(tiny(), sparsity=0.4, method="magnitude")
     report = pruner.prune()
     pruner.plan()
     with pytest.raises(CalibrationError):
@@ -553,7 +553,7 @@ def test_budget_holds_and_is_used_up(sparsity: float) -> None:
 
 def test_switches_spare_heads_or_neurons() -> None:
     for switch, kind in (("prune_heads", "attention"), ("prune_ffn", "ffn")):
-        report = prune(tiny(), sparsity=0.2, **{switch: False})
+        report = prune(tiny(), sparsity=0.2, method="magnitude", **{switch: False})
         for s in report.sublayers:
             assert s.kind != kind or len(s.kept) == s.units
         assert report.sparsity >= 0.2

@@ -14,7 +14,7 @@ import torch
 import transformers
 from checks import files
 from data import collate, rows
-from models import CONFIGS, pruned, slow_unless_in, tiny
+from models import CONFIGS, pruned, tiny
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -148,7 +148,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     patch.undo()
 
 
-@pytest.mark.parametrize("way", slow_unless_in(["without"], WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: str, way: str) -> None:
     name, logits = saved["expected"][kind]
@@ -159,7 +160,8 @@ def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: 
         torch.testing.assert_close(found[1], logits, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", slow_unless_in(["without"], WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_trust_it_is_refused_and_not_computed_otherwise(
     saved: dict[str, Any], kind: str, way: str
@@ -167,6 +169,17 @@ def test_without_trust_it_is_refused_and_not_computed_otherwise(
     found = saved["results"][way][kind]["untrusted"]
     assert isinstance(found, str), found
     assert "trust_remote_code" in found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_checkpoint_is_loaded_here_by_its_code(saved: dict[str, Any], kind: str) -> None:
+    name, logits = saved["expected"][kind]
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        saved["folder"] / kind, trust_remote_code=True
+    )
+    assert type(loaded).__name__ == name
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**collate(rows(5)))[-1], logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import pytest
 import torch
 from checks import assert_same, files, report
 from data import ROOT, collate, rows, tokenizer
-from models import pruned, tiny
+from models import pruned, slow_unless_in, tiny
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
@@ -232,7 +233,7 @@ CLASHES = {
 }
 
 
-@pytest.mark.parametrize("case", CLASHES)
+@pytest.mark.parametrize("case", slow_unless_in(list(CLASHES)[::3], CLASHES))
 def test_what_only_looks_like_a_checkpoint_is_not_replaced(tmp_path: Path, case: str) -> None:
     contents, beside_a_checkpoint, named = CLASHES[case]
     out = tmp_path / "out"
@@ -402,8 +403,13 @@ def test_a_plan_of_moves_that_leads_elsewhere_is_not_followed(tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [0o2775, 0o700, 0o1777])
-@pytest.mark.parametrize("content", ["nothing", "a checkpoint", "a checkpoint and more"])
+@pytest.mark.parametrize(
+    ("content", "mode"),
+    slow_unless_in(
+        [("nothing", 0o700), ("a checkpoint", 0o1777), ("a checkpoint and more", 0o2775)],
+        itertools.product(("nothing", "a checkpoint", "a checkpoint and more"), (0o2775, 0o700, 0o1777)),
+    ),
+)
 def test_mode_and_owner_of_a_directory_stay(tmp_path: Path, mode: int, content: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -433,8 +439,13 @@ def test_a_new_directory_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> N
     assert stat.S_IMODE((tmp_path / "a" / "out").stat().st_mode) == 0o750
 
 
-@pytest.mark.parametrize("start", ["absent", "a checkpoint"])
-@pytest.mark.parametrize("code", ["EXDEV", "EBUSY", "EPERM", "EINVAL", None])
+@pytest.mark.parametrize(
+    ("start", "code"),
+    slow_unless_in(
+        [("a checkpoint", "EXDEV"), ("absent", "EBUSY"), ("a checkpoint", None)],
+        itertools.product(("absent", "a checkpoint"), ("EXDEV", "EBUSY", "EPERM", "EINVAL", None)),
+    ),
+)
 def test_where_folders_cannot_be_exchanged_files_are_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str | None, start: str
 ) -> None:
@@ -479,7 +490,7 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts are made as on Linux")
-@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+@pytest.mark.parametrize("kind", slow_unless_in(("bind",), ("tmpfs", "bind")))
 def test_a_mount_point_is_written_into(tmp_path: Path, kind: str) -> None:
     out, source = tmp_path / "model", tmp_path / "source"
     source.mkdir()
@@ -515,7 +526,10 @@ def as_somebody(action: Callable[[], object]) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root may become another user")
 @pytest.mark.parametrize(
-    ("parent", "owner", "mode"), [(0o555, 1234, 0o2750), (0o1777, 999, 0o2775), (0o2775, 999, 0o2775)]
+    ("parent", "owner", "mode"),
+    slow_unless_in(
+        [(0o555, 1234, 0o2750)], [(0o555, 1234, 0o2750), (0o1777, 999, 0o2775), (0o2775, 999, 0o2775)]
+    ),
 )
 def test_directories_that_are_shared_with_others(parent: int, owner: int, mode: int) -> None:
     with tempfile.TemporaryDirectory() as name:  # others may not enter the folders of pytest
@@ -581,7 +595,7 @@ def test_room_is_made_sure_of_before_pruning(
 def test_what_a_model_will_take_is_foreseen(tmp_path: Path) -> None:
     for options in ({"sparsity": 0.5}, {"target_params": 8_000}, {"target_bytes": 32_000}):
         model = tiny()
-        args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200, **options)
+        args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200, method="magnitude", **options)
         foreseen = expected_bytes(model, args)
         pruner = KPrunePruner(model, args, rows(), data_collator=collate)
         pruner.prune()
@@ -717,7 +731,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(
         )
 
 
-@pytest.mark.parametrize("full", ["the place", "the disk", "everything"])
+@pytest.mark.parametrize("full", slow_unless_in(("the disk",), ("the place", "the disk", "everything")))
 def test_the_command_line_saves_elsewhere_what_it_cannot_save_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: str
 ) -> None:
@@ -779,7 +793,9 @@ class Failing(KPruneCallback):
         setattr(self, event, fail)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ArgumentError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "error", slow_unless_in((KeyboardInterrupt,), (RuntimeError, ArgumentError, KeyboardInterrupt))
+)
 def test_an_error_of_a_callback_after_the_change_says_so(tmp_path: Path, error: type[BaseException]) -> None:
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200)
     pruner = KPrunePruner(

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_kprune.methods.search import TOLERANCE, group_sizes, split, threshold_search
 
 
-settings.register_profile("search", deadline=None, database=None, derandomize=True, max_examples=200)
+settings.register_profile("search", deadline=None, database=None, derandomize=True, max_examples=100)
 settings.load_profile("search")
 
 

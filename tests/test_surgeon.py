@@ -11,7 +11,7 @@ from checks import calibration
 from data import collate, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny
+from models import slow_unless_in, tiny
 from torch import Tensor
 
 import hf_kprune.methods.surgeon
@@ -240,6 +240,7 @@ def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: 
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.several_splits
 def test_too_few_rows_to_hold_some_out_are_told() -> None:
     args = KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True, tune=False)
     with pytest.warns(UserWarning, match="3 calibration rows are measured on, too few to hold some out"):
@@ -278,7 +279,7 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("ridge", [None, 0.0])
+@pytest.mark.parametrize("ridge", slow_unless_in((0.0,), (None, 0.0)))
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_features_that_are_constant_alike_or_of_all_sizes_are_pruned(case: str, ridge: float | None) -> None:
     model, spoil = tiny(), DEGENERATE[case]

@@ -57,13 +57,13 @@ def test_a_sweep_makes_the_models_that_prune_makes(method: str, tmp_path: Path) 
 
 
 def test_with_max_drop_the_model_becomes_the_smallest_good_enough() -> None:
-    pruner = make_pruner(tiny())
+    pruner = make_pruner(tiny(), tune=False)
     swept = pruner.sweep([0.2, 0.8], max_drop=1e9, refine=1)  # all are good enough
     assert swept.best == len(swept.points) - 1
     assert pruner.report is not None
     assert pruner.report.sparsity == swept.points[-1].sparsity >= 0.8
     untouched = tiny()
-    pruner = make_pruner(untouched)
+    pruner = make_pruner(untouched, tune=False)
     before = copy.deepcopy(untouched.state_dict())
     swept = pruner.sweep([0.2, 0.8], max_drop=0.0, refine=2)  # none is
     assert swept.best == 0
@@ -169,13 +169,13 @@ def test_budgets_of_all_kinds_in_one_sweep_are_those_of_single_runs() -> None:
         {"target_speedup": 1.5},
         {"target_latency": units(tiny()) / 2},
     ]
-    swept = make_pruner(tiny(), target_bytes=0.9 * size.bytes).sweep(
+    swept = make_pruner(tiny(), tune=False, target_bytes=0.9 * size.bytes).sweep(
         asked
     )  # which options of its own do not overrule
     assert [p.sparsity for p in swept.points] == sorted(p.sparsity for p in swept.points)
     for options in asked:
         (point,) = [p for p in swept.points if p.asked == options]
-        assert point.sparsity == make_pruner(tiny(), **options).prune().sparsity > 0
+        assert point.sparsity == make_pruner(tiny(), tune=False, **options).prune().sparsity > 0
 
 
 @pytest.mark.usefixtures("clock_of_units")
@@ -256,16 +256,16 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
 
 def test_each_method_has_options_worth_searching_or_says_that_it_has_none() -> None:
     pytest.importorskip("optuna")
-    best = make_pruner(tiny(), sparsity=0.6).hyperparameter_search(n_trials=2)
+    best = make_pruner(tiny(), sparsity=0.6).hyperparameter_search(n_trials=1)
     assert best.hyperparameters.keys() == {"ridge"}
     pruner = make_pruner(tiny(), method="kprune", method_kwargs={"lambda_pred": 2.0}, sparsity=0.6)
-    best = pruner.hyperparameter_search(n_trials=2)
+    best = pruner.hyperparameter_search(n_trials=1)
     assert best.hyperparameters.keys() == {"method_kwargs"}
     assert best.hyperparameters["method_kwargs"].keys() == {"lambda_pred", "lambda_rep", "mu"}
     assert best.hyperparameters["method_kwargs"]["lambda_pred"] == 2.0
     assert replace(pruner.args, **best.hyperparameters).method_kwargs == best.hyperparameters["method_kwargs"]
     with pytest.raises(ArgumentError, match="no hp_space, and method 'flap' has none"):
-        make_pruner(tiny(), method="flap").hyperparameter_search(n_trials=2)
+        make_pruner(tiny(), method="flap").hyperparameter_search(n_trials=1)
 
 
 def test_search_over_options_finds_the_best_of_its_trials() -> None:
@@ -282,8 +282,8 @@ def test_search_over_options_finds_the_best_of_its_trials() -> None:
         assert "eval_accuracy" in metrics
         return metrics["distance"]
 
-    best = pruner.hyperparameter_search(space, objective, n_trials=3)
+    best = pruner.hyperparameter_search(space, objective, n_trials=2)
     assert best.objective == min(tried)
-    assert len(tried) == 3
+    assert len(tried) == 2
     assert pruner.args is args
     replace(args, **best.hyperparameters)

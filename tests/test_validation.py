@@ -81,10 +81,10 @@ def test_every_option_refuses_what_its_annotation_does_not_take(name: str) -> No
         assert "\n" not in line
         assert len(line) < 300
 
-        args = KPruneArguments()
-        setattr(args, name, value)  # which no pruner starts with
-        with pytest.raises(ArgumentError, match=f"^{name} is "):
-            args.check()
+    args = KPruneArguments()
+    setattr(args, name, value)  # which no pruner starts with
+    with pytest.raises(ArgumentError, match=f"^{name} is "):
+        args.check()
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if plain(KINDS[name]) in (bool, str, list[str])])

@@ -281,7 +281,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     return results
 
 
-@every
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
 def test_loaded_elsewhere_with_the_code_it_brings(
     name: str, elsewhere: dict[str, Any], record_property: Record
 ) -> None:
