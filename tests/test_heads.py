@@ -271,20 +271,21 @@ def test_gradients_against_draws_have_the_loss_for_a_curvature(
     valid = torch.tensor([[True, True, True, False]])
 
     def outputs(flat: Tensor) -> ModelOutput:
-        parts = flat.split([math.prod(s) for s in shapes.values()])
-        return ModelOutput({key: part.view(s) for (key, s), part in zip(shapes.items(), parts, strict=True)})
+        """Of so many samples as there are rows."""
+        parts = flat.split([math.prod(s) for s in shapes.values()], 1)
+        return ModelOutput(
+            {key: part.reshape(-1, *s[1:]) for (key, s), part in zip(shapes.items(), parts, strict=True)}
+        )
 
     curvature = torch.autograd.functional.hessian(
-        lambda x: loss(outputs(x), outputs(point), valid).sum(), point
+        lambda x: loss(outputs(x[None]), outputs(point[None]), valid).sum(), point
     )
-    information, mean = torch.zeros_like(curvature), torch.zeros_like(point)
-    for row in range(2000):
-        variable = point.clone().requires_grad_()
-        made = outputs(variable)
-        drawn = loss.draw(made, loss.noise(made, Draws(0, [row], valid)), valid)
-        (gradient,) = torch.autograd.grad(loss(made, drawn, valid).sum(), variable)
-        information += torch.outer(gradient, gradient) / 2000
-        mean += gradient / 2000
+    count = 2000
+    variable, every = point.repeat(count, 1).requires_grad_(), valid.repeat(count, 1)
+    made = outputs(variable)
+    drawn = loss.draw(made, loss.noise(made, Draws(0, list(range(count)), every)), every)
+    (gradients,) = torch.autograd.grad(loss(made, drawn, every).sum(), variable)
+    information, mean = gradients.T @ gradients / count, gradients.mean(0)
     if head in ("", "TOKEN_CLASSIFICATION"):  # the factor differs: one draw for all tokens, or one for each
         pairs = [(information.diagonal(), curvature.diagonal())]
     else:
