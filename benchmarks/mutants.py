@@ -113,7 +113,7 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
         'sums["energy"] += a.double().abs().sum(0)',
         SUMS,
     ),
-    ('sums[place]["metric"] += g.T @ g', 'sums[place]["metric"] += g.T @ g.abs()', SUMS),
+    ('sums[place]["metric"] += gram_of(g)', 'sums[place]["metric"] += gram_of(g.abs())', SUMS),
     ('["absolute"] += by_sample.abs().sum(0)', '["absolute"] += by_sample.sum(0)', SUMS),
     ("square[place] += g.square().sum(0)", "square[place] += g.sum(0).square()", SUMS),
     ("return float(sums[0] / sums[1])", "return float(sums[0])", DISTANCE),
