@@ -94,47 +94,50 @@ def backward(
     model, targets, args = walk.model, walk.rest, calibration.args
     slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
     device, half = calibration.accelerator.device.type, args.measure_dtype == "bfloat16"
-    for i, whole in enumerate(calibration.batches):
-        samples, size = whole.samples, -(-whole.samples // slices)
-        for start in range(0, samples if whole.measured else 0, size):
-            stop = min(start + size, samples)
-            batch = whole.part(start, stop)
-            chunk = calibration.chunk(model, batch) if loss is not None and loss.per_token else 0
-            autocast = torch.autocast(device, torch.bfloat16, enabled=half)
-            with (
-                torch.set_grad_enabled(loss is not None),
-                autocast,
-                walk.part(i, start, stop, samples),
-                probed(targets) as features,
-                outputs_of(targets if points == "outputs" else ()) as outputs,
-            ):
-                top = run_to_top(model, batch.inputs, walk.sublayers) if chunk else None
-                predicted = model(**batch.inputs, return_dict=True) if top is None else None
-            result = Pass(batch, {}, {})
-            for place, tensor in features.items():
-                a = batch.by_token(tensor.detach(), targets[place].stack_name)
-                calibration.check_finite(targets[place], (a[batch.tokens(targets[place], a)].sum(),))
-                result.features[place] = a
-            if loss is not None:
-                leaves = features if points == "features" else outputs
-                above = tops[i] if teacher is not None else None
-                reference: Head | Draws
-                if teacher is not None and above is not None:
-                    reference = Head(teacher, above.part(start, stop, samples))
-                else:
-                    reference = Draws(args.seed, batch.rows, batch.counted)
-                pull: Tensor | None = None
-                if top is None:
-                    total = loss_on(in_float32(predicted), reference, batch, loss, autocast)
-                else:
-                    with autocast:
-                        total, pull = pull_on_top(Head(walk, top), reference, batch, loss, chunk)
-                gradients = torch.autograd.grad(total, list(leaves.values()), pull, allow_unused=True)
-                for place, gradient in zip(leaves, gradients, strict=True):
-                    if gradient is not None:
-                        result.gradients[place] = batch.by_token(gradient, targets[place].stack_name)
-            calibration.step((3 if loss is not None else 1) * len(targets) * (stop - start) / samples)
-            yield result
+    for i, batch, start, samples in slices_of(calibration, slices):
+        stop = start + batch.samples
+        chunk = calibration.chunk(model, batch) if loss is not None and loss.per_token else 0
+        autocast = torch.autocast(device, torch.bfloat16, enabled=half)
+        with (
+            torch.set_grad_enabled(loss is not None),
+            autocast,
+            walk.part(i, start, stop, samples),
+            probed(targets) as features,
+            outputs_of(targets if points == "outputs" else ()) as outputs,
+        ):
+            top = run_to_top(model, batch.inputs, walk.sublayers) if chunk else None
+            predicted = model(**batch.inputs, return_dict=True) if top is None else None
+        result = Pass(batch, {}, {})
+        for place, tensor in features.items():
+            a = batch.by_token(tensor.detach(), targets[place].stack_name)
+            calibration.check_finite(targets[place], (a[batch.tokens(targets[place], a)].sum(),))
+            result.features[place] = a
+        if loss is not None:
+            reference: Head | Draws = Draws(args.seed, batch.rows, batch.counted)
+            if teacher is not None and (above := tops[i]) is not None:
+                reference = Head(teacher, above.part(start, stop, samples))
+            pull: Tensor | None = None
+            if top is None:
+                total = loss_on(in_float32(predicted), reference, batch, loss, autocast)
+            else:
+                with autocast:
+                    total, pull = pull_on_top(Head(walk, top), reference, batch, loss, chunk)
+            leaves = features if points == "features" else outputs
+            gradients = torch.autograd.grad(total, list(leaves.values()), pull, allow_unused=True)
+            for place, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    result.gradients[place] = batch.by_token(gradient, targets[place].stack_name)
+        calibration.step((3 if loss is not None else 1) * len(targets) * batch.samples / samples)
+        yield result
+
+
+def slices_of(calibration: Calibration, count: int) -> Iterator[tuple[int, Batch, int, int]]:
+    """Each batch that is measured, in at most `count` slices: its number, the slice, the first of its
+    samples, and how many samples the batch has."""
+    for i, batch in enumerate(calibration.batches):
+        samples, size = batch.samples, -(-batch.samples // count)
+        for start in range(0, samples if batch.measured else 0, size):
+            yield i, batch.part(start, min(start + size, samples)), start, samples
 
 
 def loss_on(
@@ -429,16 +432,16 @@ def mean_loss(
     """
     sums = calibration.zeros(2)
     with together(calibration.accelerator):
-        for i, whole in enumerate(calibration.batches):
-            chunk = calibration.chunk(model, whole) if loss.per_token else 0
-            size = max(1, whole.samples * chunk // whole.counted.shape[1]) if chunk else whole.samples
-            for start in range(0, whole.samples if whole.held_out else 0, size):
-                stop = min(start + size, whole.samples)
-                batch = whole.part(start, stop)
-                predicted, expected = (outputs(i, whole, start, stop) for outputs in (student, teacher))
+        for i, each in enumerate(calibration.batches):
+            chunk = calibration.chunk(model, each) if loss.per_token else 0
+            size = max(1, each.samples * chunk // each.counted.shape[1]) if chunk else each.samples
+            for start in range(0, each.samples if each.held_out else 0, size):
+                stop = min(start + size, each.samples)
+                batch = each.part(start, stop)
+                predicted, expected = (outputs(i, each, start, stop) for outputs in (student, teacher))
                 losses = losses_of(loss, predicted, expected, batch)
                 count = torch.tensor(float(len(losses)), device=sums.device).double()
                 sums += torch.stack([losses.double().sum(), count])
-                calibration.step(2 * len(calibration.sublayers) * batch.samples / whole.samples)
+                calibration.step(2 * len(calibration.sublayers) * batch.samples / each.samples)
     calibration.reduce([sums])
     return float(sums[0] / sums[1])
