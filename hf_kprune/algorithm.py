@@ -2,7 +2,8 @@
 advance.
 
 `prune` is the loop of Park et al. (ICLR 2024). K-prune decides at every sublayer, on what is pruned so far
-(`decide`). A one-shot method has all its decisions beforehand, from one measurement of the dense model; where
+(`decide`). A one-shot method, as the default is, has all its decisions beforehand, from one measurement of
+the dense model (`Pruning._decisions`); where
 it knows several ways to split the budget over depth, `choose` tries each with this same loop on fewer rows.
 """
 
@@ -116,15 +117,16 @@ def choose(
     for exponent in exponents:
         with job.calibration.phase("search"):
             worth = scores if exponent is None else split(scores, job.budget.costs, exponent)
+            budget = copy.copy(job.budget)  # as a search may fix what its student keeps alike
             masks = job.calibration.agree(
-                [mask.int() for mask in copy.copy(job.budget).search(job.method, statistics, worth)]
+                [mask.int() for mask in budget.search(job.method, statistics, worth)]
             )
         plans[exponent] = [
             Decision(mask.bool().cpu(), score, each.damping)
             for mask, score, each in zip(masks, scores, statistics, strict=True)
         ]
     few = job.trials.trial()
-    few.phase = lambda _: job.trials.phase("search")
+    few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
     if len(plans) > 1:
         with few.phase("search"):
             judge = Judge(few, teacher, job.loss)

@@ -27,7 +27,7 @@ class SublayerReport:
 
     Args:
         name: Such as `encoder.layer.3.ffn`.
-        kind: `"attention"` (units are heads) or `"ffn"` (neurons).
+        kind: `"attention"` or `"cross_attention"` (units are heads), or `"ffn"` (neurons).
         units: Units before.
         kept: Indices of the kept units among those before.
         scores: Importance per cost of each unit before; None if it needed no decision.

@@ -201,3 +201,36 @@ def test_examples_in_docstrings_run(name: str, monkeypatch: pytest.MonkeyPatch) 
         METHODS.clear()
         METHODS.update(before)
     assert runner.summarize(verbose=False).failed == 0
+
+
+class Both(Largest):
+    """Needs two kinds of Fisher information."""
+
+    needs = frozenset({"curvature", "fisher"})
+
+    def score(self, statistics: Statistics) -> Tensor:
+        assert statistics.metric is not None
+        assert statistics.gram is not None
+        assert statistics.fisher is not None
+        assert statistics.absolute is not None
+        return super().score(statistics)
+
+
+def test_a_method_has_all_that_it_needs(registered: None) -> None:
+    register_method("both", Both)
+    args = KPruneArguments(method="both", sparsity=0.4, disable_tqdm=True)
+    assert KPrunePruner(tiny(), args, rows(24), collate).prune().sparsity >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("one_shot", "needs", "there_is"),
+    [(True, "knowledge", "curvature and fisher"), (False, "curvature", "knowledge"), (True, "luck", "curv")],
+)
+def test_a_method_that_needs_what_is_not_measured_for_it_is_refused(
+    registered: None, one_shot: bool, needs: str, there_is: str
+) -> None:
+    method = type("Needy", (Largest,), {"one_shot": one_shot, "needs": frozenset({needs})})
+    with pytest.raises(
+        ArgumentError, match=rf"needs {needs}; with one_shot = {one_shot} it can have {there_is}"
+    ):
+        register_method("needy", method)

@@ -200,6 +200,7 @@ def test_foreign_files_stay_and_the_old_checkpoint_goes(tmp_path: Path, kind: st
         (out / name).write_bytes(content)
     if kind == "checkpoint":
         (out / "1_Pooling" / "config.json").write_text("{}")
+        (out / "kprune_report.html").write_text("a report in whatever format is the checkpoint's")
     (out / "link").symlink_to(tmp_path / "reference")
     with pytest.raises(ArgumentError, match="is not empty; name another or set overwrite_output_dir=True"):
         make_pruner().save_model(str(out))

@@ -242,26 +242,28 @@ def measure_knowledge(
 
 
 def fisher_information(
-    calibration: Calibration, dense: Walk, loss: Knowledge, of_masks: bool
+    calibration: Calibration, dense: Walk, loss: Knowledge, needs: Collection[str]
 ) -> list[dict[str, Tensor]]:
-    """Fisher information of the output of each sublayer, or else of its units' masks: see `Statistics`."""
-    sums = [
-        {"fisher": calibration.zeros(s.num_units, s.num_units), "absolute": calibration.zeros(s.num_units)}
-        if of_masks
-        else {"metric": calibration.zeros(len(s.weight), len(s.weight))}
-        for s in dense.sublayers
-    ]
+    """Fisher information of the output of each sublayer (`"curvature"`), and of its units' masks
+    (`"fisher"`): see `Statistics`."""
+    sums: list[dict[str, Tensor]] = [{} for _ in dense.sublayers]
+    for sublayer, each in zip(dense.sublayers, sums, strict=True):
+        width, units = len(sublayer.weight), sublayer.num_units
+        if "curvature" in needs:
+            each["metric"] = calibration.zeros(width, width)
+        if "fisher" in needs:
+            each |= {"fisher": calibration.zeros(units, units), "absolute": calibration.zeros(units)}
     with together(calibration.accelerator):
         for result in backward(calibration, dense, loss, "outputs"):
             for place, gradient in result.gradients.items():
                 sublayer, g = dense.sublayers[place], gradient.float()
                 valid = result.batch.tokens(sublayer, g)
-                if of_masks:
+                if "fisher" in needs:
                     a = result.features[place].float()
                     by_sample = mask_gradients(sublayer, a, g * valid.unsqueeze(-1), result.batch.samples)
                     sums[place]["fisher"] += by_sample.T @ by_sample
                     sums[place]["absolute"] += by_sample.abs().sum(0)
-                else:
+                if "curvature" in needs:
                     g = g[valid].to(calibration.dtype)
                     sums[place]["metric"] += gram_of(g)
     calibration.reduce([tensor for each in sums for tensor in each.values()])
@@ -301,7 +303,7 @@ def measure_dense(
     dense = measured.walk(dense.model, dense.sublayers)
     fisher: list[dict[str, Tensor]] = [{} for _ in dense.sublayers]
     if {"curvature", "fisher"} & set(needs):
-        fisher = fisher_information(measured, dense, loss, "fisher" in needs)
+        fisher = fisher_information(measured, dense, loss, needs)
     samples = torch.tensor([sum(batch.samples for batch in measured.batches)], dtype=torch.float64)
     samples = samples.to(measured.accelerator.device)
     measured.reduce([samples])

@@ -41,8 +41,9 @@ def register_method(name: str, method: type[Method]) -> None:
         method: The class, derived from `Method`.
 
     Raises:
-        ArgumentError: If the name is taken, the class is none of `Method`, or its `kwargs_class` is no
-            dataclass of which every field has a default.
+        ArgumentError: If the name is taken, the class is none of `Method`, its `kwargs_class` is no
+            dataclass of which every field has a default, or it `needs` what is not measured for such a
+            method.
 
     Example:
 
@@ -60,5 +61,11 @@ def register_method(name: str, method: type[Method]) -> None:
     if not is_dataclass(kwargs) or any(p.default is p.empty for p in signature(kwargs).parameters.values()):
         raise ArgumentError(
             f"{kwargs!r} is no dataclass whose fields have defaults: method {name!r} needs one"
+        )
+    measured = {"curvature", "fisher"} if method.one_shot else {"knowledge"}
+    if not method.needs <= measured:
+        raise ArgumentError(
+            f"method {name!r} needs {', '.join(sorted(method.needs))}; with one_shot = {method.one_shot} "
+            f"it can have {' and '.join(sorted(measured))}"
         )
     METHODS[name] = method

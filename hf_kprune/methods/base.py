@@ -37,7 +37,7 @@ class Statistics:
         gram: Sum over tokens of features' products, (C, C), float64.
         metric: Fisher information of the sublayer's output, the sum over tokens of g g^T with g the gradient
             to it of the loss against outputs drawn from what the dense model predicts
-            (`heads.Knowledge.drawn`), (D, D), float64.
+            (`Knowledge.draw`), (D, D), float64.
         fisher: Fisher information of the units' masks, the sum over sequences of g g^T with g such a gradient
             to all masks of the sublayer, (U, U), float64.
         absolute: Sum over sequences of |g| of those, (U,), float64.

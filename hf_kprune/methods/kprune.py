@@ -33,9 +33,8 @@ class KPrune(Method):
     Language Models, ICLR 2024), where the paper and its program differ with the program's scaling, which its
     figures come from.
 
-    S_head   = mu (lambda_pred K_pred + lambda_rep K_rep) / F_head                                       (eq.
-    11) S_neuron =    (lambda_pred K_pred + lambda_rep K_rep) / F_neuron
-    (eq. 10)
+        S_head   = mu (lambda_pred K_pred + lambda_rep K_rep) / F_head      (eq. 11)
+        S_neuron =    (lambda_pred K_pred + lambda_rep K_rep) / F_neuron    (eq. 10)
 
     with the K of a head the mean over its columns, mu the head size, F in GFLOPs.
 

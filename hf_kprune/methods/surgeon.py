@@ -83,10 +83,13 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Te
     """Loss that each unit adds when it goes, the cheapest first: (U,), float64, rising in the order in which
     they go.
 
-    With the features' moments S, the output weights W and the metric F of the output, the least
+    With the features' moments S, the output weights W and the metric F of the output, the least of
 
-        1/2 tr(F dW S dW^T)   over dW that take the columns P of a unit to zero  is  1/2 tr(F W_P
-        ((S^-1)_PP)^-1 W_P^T),
+        1/2 tr(F dW S dW^T)
+
+    over all dW that take the columns P of a unit to zero is
+
+        1/2 tr(F W_P ((S^-1)_PP)^-1 W_P^T),
 
     reached by dW = -W_P ((S^-1)_PP)^-1 (S^-1)_P: (Hassibi and Stork 1993, for blocks of columns). Then S
     loses the columns, by a Schur complement of its inverse. The sum over the units that have gone is the loss

@@ -61,7 +61,7 @@ class Tap:
     """What one sublayer did with a batch of B sequences of T tokens.
 
     Args:
-        stream: Residual input of the sublayer, X in METHOD 1.2, (B, T, D), in units of `output`; zero if that
+        stream: Residual input X of the sublayer, (B, T, D), in units of `output`; zero if that
             does not simply join the stream.
         features: Input of the output projection, (B, T, C).
         output: Output of the output projection with its bias, Sub(X), (B, T, D).

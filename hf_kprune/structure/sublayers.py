@@ -135,7 +135,7 @@ class Sublayer:
         return count
 
     def unit_flops(self, lengths: Mapping[str, float]) -> float:
-        """FLOPs of one unit for one sequence, a multiply-add counted as 2 (METHOD: F_head, F_neuron).
+        """FLOPs of one unit for one sequence, a multiply-add counted as 2.
 
         F_head = 8 s d d_h + 4 s^2 d_h,  F_neuron = 4 s d  for plain attention and FFN; here from the shapes,
         so that gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other

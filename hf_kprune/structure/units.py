@@ -1,9 +1,10 @@
 """The kinds of unit: where the rows and columns of a head or a neuron lie, its cost and its name.
 
 A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer,
-and it owns rows of the input projections. What depends on the kind of unit is in the class of that kind, and
-nothing outside this file tests which kind a unit is. A further kind (an expert, a whole layer, a channel of
-the hidden dimension) is a further subclass of `Unit` with its entry in `UNITS`.
+and it owns rows of the input projections. What depends on the kind of unit is in the class of that kind. A
+further kind whose units are columns of one output projection is a further subclass of `Unit` with its entry
+in `UNITS`. One whose weights lie otherwise (an expert, a channel of the hidden dimension) also takes a place
+in `sublayers.py` and `surgery.py`, and in the plan that travels with checkpoints (`modeling_kprune.py`).
 """
 
 from __future__ import annotations
