@@ -49,7 +49,7 @@ SUMS = (
     "-k",
     "measured or row_by_row or normal_equations or large_mean",
 )
-DISTANCE = ("test_surgeon.py", "test_pruner.py", "-k", "nearest_student or distance or trial")
+DISTANCE = ("test_calibration.py", "test_surgeon.py", "-k", "nearest_student or distance")
 INPUTS = ("test_surgeon.py", "-k", "corrected")
 
 MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
