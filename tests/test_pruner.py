@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -27,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import integration_utils
+from transformers.quantizers import HfQuantizer
 
 from hf_kprune import (
     ArgumentError,
@@ -877,6 +881,28 @@ def integers(model: PreTrainedModel) -> Any:
 def chunked(model: PreTrainedModel) -> Any:
     model.config.chunk_size_feed_forward = 2
     return model
+
+
+def test_a_model_that_was_read_from_gguf_into_floats_is_an_ordinary_one(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Transformers notes it as quantised, and saves no such model."""
+    model = tiny()
+    remove = partial(HfQuantizer.remove_quantization_config, None)
+    model.hf_quantizer = SimpleNamespace(remove_quantization_config=remove)
+    model.config.quantization_config = SimpleNamespace(quant_method="gguf")
+    model.is_quantized = True
+    logger = logging.getLogger("hf_kprune")
+    logger.addHandler(caplog.handler)
+    try:
+        pruner = KPrunePruner(model, KPruneArguments(sparsity=0.4, disable_tqdm=True), rows(24), collate)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "was read from GGUF: its weights are plain floats" in caplog.text
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "out"))
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
 
 
 BAD_MODELS: dict[str, tuple[Callable[[PreTrainedModel], Any], type[KPruneError], str]] = {

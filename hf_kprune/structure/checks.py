@@ -53,7 +53,7 @@ def unwrapped(model: object) -> Any:
     """The model inside the wrappers of `torch.compile`, data parallelism or `accelerator.prepare`.
 
     The wrappers that accelerate has put on the forward of the model itself, autocast and conversions, are
-    taken off in place.
+    taken off in place, and so is the quantiser of a model that was read from GGUF into floats.
     """
     if not isinstance(model, nn.Module):
         return model
@@ -76,6 +76,15 @@ def unwrapped(model: object) -> Any:
         logger.warning(
             f"{type(inside).__name__} was prepared by accelerate; what that has put around its forward is "
             "taken off, so prepare it again afterwards"
+        )
+    method = getattr(getattr(inside, "config", None), "quantization_config", None)
+    if getattr(method, "quant_method", None) == "gguf" and all(
+        p.is_floating_point() for p in inside.parameters()
+    ):
+        inside.hf_quantizer.remove_quantization_config(inside)
+        logger.warning(
+            f"{type(inside).__name__} was read from GGUF: its weights are plain floats, so it is no longer "
+            "noted as quantised, and can be saved"
         )
     return inside
 
