@@ -71,21 +71,17 @@ Journal = Callable[[Sublayer], AbstractContextManager[SublayerReport]]
 def prune(
     job: Job, student: Walk, teacher: Walk, decisions: Sequence[Decision] | None, journal: Journal
 ) -> None:
-    """Cut each sublayer of the student and tune it against the teacher, which also corrects for the error
-    from below."""
+    """Cut each sublayer of the student, from the one that it has reached up, and tune it against the teacher,
+    which also corrects for the error from below."""
     tops = [] if decisions is not None else tops_of(job.calibration, teacher)
-    for position, sublayer in enumerate(student.sublayers):
+    for position, sublayer in enumerate(student.rest, student.position):
         with journal(sublayer) as entry:
             decision = decide(job, student, teacher, tops) if decisions is None else decisions[position]
             record(entry, decision)
             student.cut(decision.mask)
             if student.differs and job.tunes:
                 tune(job, student, teacher, entry)
-            job.calibration.advance(student)
-            if not student.differs:
-                teacher.follow(student)
-            elif job.tunes:
-                job.calibration.advance(teacher)
+            advance(job, student, teacher)
 
 
 def decide(job: Job, student: Walk, teacher: Walk, tops: Sequence[State | None]) -> Decision:
@@ -157,6 +153,15 @@ def tune(job: Job, student: Walk, teacher: Walk, entry: SublayerReport) -> None:
         set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
     entry.error_before, entry.error_after = fit.error_before, fit.error_after
     entry.damping, entry.undetermined = fit.damping, fit.undetermined
+
+
+def advance(job: Job, student: Walk, teacher: Walk) -> None:
+    """Carry all batches above the sublayer, of the teacher too where there is still something to tune."""
+    job.calibration.advance(student)
+    if not student.differs:
+        teacher.follow(student)
+    elif job.tunes:
+        job.calibration.advance(teacher)
 
 
 def record(entry: SublayerReport, decision: Decision) -> None:

@@ -5,12 +5,14 @@ per budget.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -35,10 +37,11 @@ from .errors import ArgumentError
 from .latency.table import LatencyTable
 from .methods import METHODS
 from .methods.base import Method
-from .processes import accompanied, check_alike, together
+from .processes import accompanied, check_alike, fingerprint, together
 from .progress import Work
 from .pruning import Pruning
 from .report import PruningReport
+from .resumption import Record, States
 from .sizes import model_size, peak_memory, prunable_flops
 from .state import Pruner, begin_phase, call, in_place, one_run
 from .structure.checks import check_described, check_model, unwrapped
@@ -60,6 +63,13 @@ PLAN_TOKENS = 2_000
 MAY_DIFFER = ("output_dir", "overwrite_output_dir", "disable_tqdm", "report_to", "run_name")
 """Options that change nothing of the result, and that some scripts set on the main process only."""
 
+MAY_CHANGE = (
+    *(*MAY_DIFFER, "verbose", "max_shard_size", "per_device_batch_size", "per_device_eval_batch_size"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
+)
+"""Options that a run which goes on may have otherwise than it began with: the result is the same, up to
+rounding where batches are of another size."""
+
 
 class Run:
     """A teacher that students are made of.
@@ -70,15 +80,17 @@ class Run:
         budgets: The options of each student to come.
         hold_out: Whether students are measured and tuned without the rows that they are judged by.
         dry: Whether students are estimates without weights, as `KPrunePruner.plan` asks for.
+        states: Where is kept what it takes to go on after an interruption. None: nowhere.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         pruner: Pruner,
         dataset: Any,
         budgets: Sequence[KPruneArguments],
         hold_out: bool = False,
         dry: bool = False,
+        states: States | None = None,
     ):
         self.pruner, self.model, self.args = pruner, pruner.model, pruner.args
         self.dataset = pruner.calibration_dataset if dataset is None else dataset
@@ -87,6 +99,7 @@ class Run:
         self.is_main_process = pruner.accelerator.is_main_process
         self.seconds = dict[str, float]()
         self.left_alone = dict[str, str]()
+        self.states = States(None, False, False, pruner.accelerator) if states is None else states
         self.pruning: Pruning
 
     @contextmanager
@@ -226,13 +239,21 @@ class Run:
                 stacklevel=5,
             )
 
-    def student(self, args: KPruneArguments) -> tuple[PreTrainedModel, PruningReport]:
-        """A pruned copy of the model, with flags and dtypes of the model, and the report of it."""
+    def student(
+        self, args: KPruneArguments, past: Record | None = None
+    ) -> tuple[PreTrainedModel, PruningReport]:
+        """A pruned copy of the model, with flags and dtypes of the model, and the report of it.
+
+        Args:
+            args: Its budget is in them.
+            past: What is done already. None: nothing, and nothing of it is kept.
+        """
+        past = past or Record(States(None, False, False, self.pruner.accelerator), "", dict)
         begin = time.perf_counter()
         model, pruning, pruner = self.model, self.pruning, self.pruner
         report = self.report(args)
         with in_place(pruner, pruner.model, report):
-            student = pruning.student(args, report)
+            student = pruning.student(args, report, past)
         restore(student, model, pruning.modes)
         result = student if report.cut_something else model
         report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
@@ -246,6 +267,47 @@ class Run:
         report.left_alone = dict(self.left_alone)
         student.__dict__.pop(LEFT_ALONE, None)
         return student, report
+
+    def record(
+        self, args: KPruneArguments, name: str = "run", more: Mapping[str, object] | None = None
+    ) -> Record:
+        """What is kept of an earlier run for the budget in `args`, and what will be kept of this one.
+
+        Args:
+            args: Options.
+            name: What the run is called among those that share measurements.
+            more: Facts beside those of the run.
+
+        Raises:
+            ArgumentError: If what is there is of other data, options, weights or versions.
+        """
+        record = Record(self.states, name, lambda: self.facts(args) | dict(more or {}))
+        record.open(METHODS[args.method].one_shot)
+        return record
+
+    def facts(self, args: KPruneArguments) -> dict[str, object]:
+        """What decides about a student, by the names that a message may give."""
+        pruning, accelerator, loss = self.pruning, self.pruner.accelerator, self.pruner.compute_loss
+        rows, config, device = pruning.calibration.rows, self.model.config.to_dict(), accelerator.device
+        config = {name: value for name, value in config.items() if name not in ("_name_or_path", "kprune")}
+        used = versions()
+        facts = {name: value for name, value in args.to_dict().items() if name not in MAY_CHANGE}
+        facts |= {name: used[name] for name in ("hf_kprune", "torch", "transformers")}
+        facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        facts["number of processes"] = accelerator.num_processes
+        facts["attention"] = self.model.config._attn_implementation
+        facts["compute_loss"] = None if loss is None else getattr(loss, "__qualname__", type(loss).__name__)
+        facts["knowledge"], facts["held out"] = pruning.loss.name, self.hold_out
+        facts["rows"] = {name: value for name, value in rows.fingerprint.items() if name != "dataset"}
+        facts["config"] = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+        facts["weights"] = self.weights
+        return facts
+
+    @cached_property
+    def weights(self) -> str:
+        """Checksum of all tensors of the model."""
+        tensors = sorted((name, fingerprint(tensor)) for name, tensor in self.model.state_dict().items())
+        return hashlib.sha256(repr(tensors).encode()).hexdigest()
 
     def report(self, args: KPruneArguments) -> PruningReport:
         """The report of a student, as far as it is known beforehand."""

@@ -28,12 +28,16 @@ from .hyperparameters import Search
 from .preparation import Run, bare_model, describe_units, warn_of
 from .processes import together
 from .report import PruningReport
+from .resumption import States, states_of
 from .state import adopt, begin_phase, check_place, one_run, tell_of_the_save, write
 from .structure.facts import is_causal
 from .structure.surroundings import plain_modes, undisturbed
 from .sweep import Sweep
 from .sweeper import Sweeper
 from .validation import checked_arguments
+
+
+RESUMES = "True for the state that belongs to output_dir, or the directory that states are kept in"
 
 
 class KPrunePruner:
@@ -111,6 +115,7 @@ class KPrunePruner:
         self.eval_dataset, self.compute_metrics = eval_dataset, compute_metrics
         self.compute_loss = compute_loss
         self.report: PruningReport | None = None
+        self.states: States | None = None  # of the run that made the model what it is, until it is saved
         self.checkpoint: str | None = None  # where the model was saved as it is now
         shown = ((ProgressCallback, not self.args.disable_tqdm), (PrinterCallback, self.args.verbose))
         self.callback_handler = CallbackHandler([kind() for kind, wanted in shown if wanted])
@@ -126,23 +131,60 @@ class KPrunePruner:
         """
         return Accelerator(cpu=self.args.use_cpu)
 
+    @checked_arguments(resume_from_checkpoint=RESUMES)
     @plain_modes()
-    def prune(self, calibration_dataset: Any = None) -> PruningReport:
+    def prune(
+        self, calibration_dataset: Any = None, resume_from_checkpoint: bool | str | None = None
+    ) -> PruningReport:
         """Prune the model in place and return what was done.
 
         Until the last moment a copy is worked on: an error or Ctrl-C leaves the model as it was.
 
+        Args:
+            calibration_dataset: Instead of the pruner's.
+            resume_from_checkpoint: True or a directory: keep a state after measuring, after choosing and
+                after each sublayer, and go on from the one that an interrupted run of the same kind has left,
+                if there is one; the result is that of a run without interruption. With True the state lies
+                beside `output_dir`, and is gone when the model has been saved. In a directory measurements
+                stay, so that another budget for the same model and data costs no measuring. By default a
+                state is kept once a run with an `output_dir` has lasted a minute, and nothing is gone on
+                from. False keeps none.
+
         Raises:
             BudgetError: If `sparsity` is out of reach, before anything runs.
             CalibrationError: If the calibration data cannot be used.
-            ArgumentError: If options or inputs contradict each other, or if `output_dir` cannot be saved to.
+            ArgumentError: If options or inputs contradict each other, if `output_dir` cannot be saved to, or
+                if a state is of other data, options, weights or versions.
+
+        Example:
+
+            >>> import tempfile
+            >>> from hf_kprune import KPruneArguments, KPrunePruner
+            >>> texts = ["a warm and funny film", "a dull and lifeless sequel"] * 20
+            >>> states = tempfile.mkdtemp()
+            >>> for sparsity in (0.5, 0.7):  # measured once
+            ...     args = KPruneArguments(sparsity=sparsity, num_tokens=100, tune=False, disable_tqdm=True)
+            ...     pruner = KPrunePruner("examples/sst2-tiny", args, texts)
+            ...     report = pruner.prune(resume_from_checkpoint=states)
+            ...     pruner.save_model(tempfile.mkdtemp())
         """
         check_place(self, calibration_dataset)
-        with Run(self, calibration_dataset, [self.args]).open() as run:
-            student, report = run.student(self.args)
-        warn_of(report)
-        adopt(self, student, report)
+        with self._states(resume_from_checkpoint, self.args.output_dir) as states:
+            with Run(self, calibration_dataset, [self.args], states=states).open() as run:
+                past = run.record(self.args)
+                states.say(past.origin)
+                student, report = run.student(self.args, past)
+            warn_of(report)
+            adopt(self, student, report)
+            self.states = states
         return report
+
+    def _states(self, resume: bool | str | None, output_dir: str | None) -> States:
+        """The states of a run that begins. What an earlier one has ended with is in the model itself."""
+        if self.states is not None:
+            self.states.end()
+            self.states = None
+        return states_of(self.accelerator, resume, output_dir)
 
     @plain_modes()
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
@@ -165,9 +207,12 @@ class KPrunePruner:
         warn_of(report)
         return report
 
-    @checked_arguments(budgets="fractions to remove, such as [0.5, 0.75], or dicts of one budget")
+    @checked_arguments(
+        budgets="fractions to remove, such as [0.5, 0.75], or dicts of one budget",
+        resume_from_checkpoint=RESUMES,
+    )
     @plain_modes()
-    def sweep(
+    def sweep(  # noqa: PLR0913
         self,
         budgets: Sequence[float | dict[str, float]] = (0.4, 0.5, 0.6, 0.7, 0.8),
         calibration_dataset: Any = None,
@@ -176,6 +221,7 @@ class KPrunePruner:
         max_drop: float | None = None,
         refine: int = 2,
         output_dir: str | None = None,
+        resume_from_checkpoint: bool | str | None = None,
     ) -> Sweep:
         """Prune for many budgets from shared measurements, and compare the models.
 
@@ -192,12 +238,20 @@ class KPrunePruner:
             max_drop: How much worse than the dense model's the metric may be: 0.03 for 3 points of accuracy.
             refine: With `max_drop`, how many times to try between the sparsest good enough and the next.
             output_dir: Directory of directories, named by sparsity, to save models in. Default: none.
+            resume_from_checkpoint: As for `prune()`; models that an interrupted sweep has judged are not made
+                again. With True states lie beside `output_dir`, or else beside that of the options.
 
         Raises:
             ArgumentError: If options contradict each other, or the metric is no number.
         """
         options = metric, greater_is_better, max_drop, refine, output_dir
-        return Sweeper(self, budgets, calibration_dataset, *options).sweep()
+        with self._states(resume_from_checkpoint, output_dir or self.args.output_dir) as states:
+            sweep = Sweeper(self, budgets, calibration_dataset, *options, states).sweep()
+            if sweep.best:
+                self.states = states  # until the model is saved
+            else:
+                states.end()
+        return sweep
 
     @checked_arguments(hp_space="a function from an Optuna trial to a dict of options")
     @plain_modes()
@@ -319,6 +373,9 @@ class KPrunePruner:
                 "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
             )
             raise type(error)(f"{error}; {advice}") from error
+        if self.states is not None:
+            self.states.end()
+            self.states = None
         tell_of_the_save(self, path)
         if self.args.push_to_hub:
             self._push()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .calibration.measure import measure_dense, measure_knowledge
 from .methods import METHODS, Method, Statistics
 from .progress import Work
 from .report import PruningReport, Size, SublayerReport
+from .resumption import Record
 from .sizes import prunable_flops
 from .structure.facts import in_half_precision
 from .structure.sublayers import Sublayer, find_sublayers
@@ -85,8 +87,9 @@ class Pruning:
         self.statistics: list[Statistics] = []
         self.scores: list[Tensor] = []
 
-    def student(self, args: KPruneArguments, report: PruningReport) -> PreTrainedModel:
-        """A pruned copy of the teacher, for the budget in `args`."""
+    def student(self, args: KPruneArguments, report: PruningReport, past: Record) -> PreTrainedModel:
+        """A pruned copy of the teacher, for the budget in `args`. What is done already is in the record of
+        its past."""
         method = METHODS[args.method](args)
         student = frozen(self.teacher, "meta") if self.dry else frozen(self.teacher)
         sublayers = find_sublayers(student, args.head_unit)
@@ -101,16 +104,19 @@ class Pruning:
             self._check()
         tunes = self.args.tune and method.tunes and not self.dry
         job = Job(self.fitted, self.calibration, self.loss, method, budget, tunes)
-        decisions = self._decisions(job, student, report)
-        journal = Journal(report, self.tell, subject, lambda: prunable_flops(sublayers, lengths))
+        decisions = self._decisions(job, student, report, past)
+        keep = partial(past.keep_sublayer, budget)
+        journal = Journal(report, self.tell, subject, lambda: prunable_flops(sublayers, lengths), keep)
         if self.dry:
             for sublayer, decision in zip(sublayers, decisions or [], strict=True):
                 with journal(sublayer) as entry:
                     record(entry, decision)
                     cut(sublayer, decision.mask)
         else:
+            walk = self.fitted.walk(student, sublayers)
             teacher = self.fitted.walk(self.teacher, self.references)
-            prune(job, self.fitted.walk(student, sublayers), teacher, decisions, journal)
+            report.sublayers += past.go_on(job, walk, teacher)
+            prune(job, walk, teacher, decisions, journal)
         if args.uniform:
             write_stock_config(sublayers)
         else:
@@ -151,7 +157,9 @@ class Pruning:
             str(length): prunable_flops(sublayers, self.calibration.lengths_at(length)) for length in lengths
         }
 
-    def _decisions(self, job: Job, student: PreTrainedModel, report: PruningReport) -> list[Decision] | None:
+    def _decisions(
+        self, job: Job, student: PreTrainedModel, report: PruningReport, past: Record
+    ) -> list[Decision] | None:
         """The decisions that are taken before anything is cut; None if each is taken when its sublayer is
         reached.
 
@@ -162,19 +170,27 @@ class Pruning:
             return [Decision(torch.ones(s.num_units, dtype=torch.bool)) for s in job.budget.sublayers]
         if not (job.method.one_shot or self.dry):
             return None
+        if (known := past.decided()) is not None:
+            report.trials |= known[1]
+            return known[0]
         dense = frozen(self.teacher) if self.dry else student
         sublayers = find_sublayers(dense, self.args.head_unit) if self.dry else job.budget.sublayers
-        self._measure(job, dense, sublayers)
+        self._measure(job, dense, sublayers, past)
         walk, teacher = self.fitted.walk(dense, sublayers), self.fitted.walk(self.teacher, self.references)
         decisions, distances = choose(
             job, walk, teacher, self.statistics, self.scores, self._exponents(job.method)
         )
         report.trials |= distances
+        past.keep_decided(decisions, distances)
         return decisions
 
-    def _measure(self, job: Job, dense: PreTrainedModel, sublayers: list[Sublayer]) -> None:
-        """Measure and score all units of the dense model, unless an earlier student has."""
+    def _measure(self, job: Job, dense: PreTrainedModel, sublayers: list[Sublayer], past: Record) -> None:
+        """Measure and score all units of the dense model, unless an earlier student has, or an earlier
+        run."""
         if self.costs == job.budget.costs:
+            return
+        if (known := past.measured(job.budget.costs, sublayers)) is not None:
+            self.costs, (self.statistics, self.scores) = job.budget.costs, known
             return
         self.costs, self.statistics, self.scores = job.budget.costs, [], []
         measured = sum(batch.measured for batch in self.fitted.batches)
@@ -189,6 +205,7 @@ class Pruning:
                 self.calibration.step(2 * measured if needs else 0)
                 statistics.gram = statistics.metric = None
                 self.statistics.append(statistics)
+        past.keep_measured(self.costs, self.statistics, self.scores)
 
     def _exponents(self, method: Method) -> tuple[float | None, ...]:
         """The ways to split the budget over depth that are tried."""
@@ -212,6 +229,7 @@ class Journal:
         tell: Tells callbacks of an event.
         subject: The model that they are told of.
         flops_left: Gives the prunable FLOPs of the student as it is.
+        keep: Keeps what is done, see `Record.keep_sublayer`.
     """
 
     def __init__(
@@ -220,8 +238,10 @@ class Journal:
         tell: Callable[..., None],
         subject: PreTrainedModel,
         flops_left: Callable[[], float],
+        keep: Callable[[int, Sublayer, SublayerReport], None],
     ):
-        self.report, self.tell, self.subject, self.flops_left = report, tell, subject, flops_left
+        self.report, self.tell, self.subject = report, tell, subject
+        self.flops_left, self.keep = flops_left, keep
 
     @contextmanager
     def __call__(self, sublayer: Sublayer) -> Iterator[SublayerReport]:
@@ -231,6 +251,7 @@ class Journal:
         yield entry
         entry.flops_left = self.flops_left()
         entry.seconds = time.perf_counter() - begin
+        self.keep(len(self.report.sublayers), sublayer, entry)
         self.report.sublayers.append(entry)
         self.tell("on_sublayer_end", entry, model=self.subject)
 

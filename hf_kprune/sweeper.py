@@ -8,7 +8,8 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -19,12 +20,15 @@ from .budgets import BudgetWarning
 from .calibration.measure import distance
 from .checkpoint.hub import check_push
 from .errors import ArgumentError
+from .files.contents import is_empty
 from .files.destination import as_text
+from .files.exchange import recover
 from .latency.timing import compare
 from .options import Unasked
 from .preparation import Run, warn_of
 from .processes import together
 from .report import PruningReport, Size
+from .resumption import Record, States
 from .sizes import expected_bytes, model_size, prunable_flops
 from .state import Pruner, adopt, in_place, origins_of, tell_of_the_save, write
 from .sweep import Sweep, SweepPoint, smallest_within
@@ -46,10 +50,12 @@ class Sweeper:
     max_drop: float | None
     refine: int
     output_dir: str | None
+    states: States
 
     def __post_init__(self) -> None:
         self.dense = self.pruner.model
         self.best: tuple[SweepPoint, PreTrainedModel, PruningReport] | None = None
+        self.pasts = dict[str, Record]()
         self.table: Sweep
         self.run: Run
 
@@ -70,9 +76,12 @@ class Sweeper:
         budgets = list(map(self.arguments, self.asked))
         self.check_places(budgets)
         hold_out = self.pruner.eval_dataset is None
-        self.run = Run(self.pruner, self.calibration_dataset, budgets, hold_out)
+        self.run = Run(self.pruner, self.calibration_dataset, budgets, hold_out, states=self.states)
         with self.pruner.callback_handler.unreported(), self.run.open():
             self.dense = self.pruner.model
+            pasts = [self.past(budget) for budget in self.asked]
+            done = sum(self.states.has(f"{past.name}/point") for past in pasts)
+            self.states.say(f"{done} of {len(pasts)} budgets are done" if done else pasts[0].origin)
             self.run.pruning.calibration.check_held_out()
             self.table = Sweep([self.judge_dense()], self.key, self.greater_is_better)
             if self.max_drop is None:
@@ -144,7 +153,8 @@ class Sweeper:
                 if self.output_dir is not None:
                     size = sum(expected_bytes(pruner.model, budget) for budget in budgets)
                     for budget in self.asked:
-                        args.check_output_dir(self.place(budget), read, size)
+                        if not self.states.has(f"{label(budget)}/facts"):  # else it was checked then
+                            args.check_output_dir(self.place(budget), read, size)
                 elif self.max_drop is not None and args.output_dir is not None:
                     args.check_output_dir(None, read)
                 if args.push_to_hub:
@@ -162,27 +172,62 @@ class Sweeper:
         """Where the model for a budget is saved, if it is."""
         if self.output_dir is None:
             return None
-        name = "-".join(f"{option}-{value:g}" for option, value in budget.items())
-        return os.path.join(as_text(self.output_dir), name)
+        return os.path.join(as_text(self.output_dir), label(budget))
+
+    def past(self, budget: dict[str, Any]) -> Record:
+        """What an interrupted sweep has kept of a model, and where this one keeps it."""
+        name, rows = label(budget), self.pruner.eval_dataset
+        if name not in self.pasts:
+            count = len(rows) if hasattr(rows, "__len__") else None
+            more = {"metric": self.key, "number of evaluation rows": count}
+            self.pasts[name] = self.run.record(self.arguments(budget), name, more)
+        return self.pasts[name]
 
     def point_at(self, sparsity: float) -> SweepPoint:
         """The model of which a fraction of the prunable FLOPs is removed."""
         return self.point({"sparsity": sparsity})
 
     def point(self, budget: dict[str, object]) -> SweepPoint:
-        """Make the model for a budget, judge it, and save it if that was asked for."""
-        student, report = self.run.student(self.arguments(budget))
-        with in_place(self.pruner, student, report):
-            point = self.judge(budget, report.after, report.sparsity)
-            point.path = self.place(budget)
-            if point.path is not None:
-                tell_of_the_save(self.pruner, write(self.pruner, point.path))
-        if self.max_drop is not None:
-            least = self.table.quality(self.table.points[0]) - self.max_drop
-            smallest = self.best is None or point.flops <= self.best[0].flops
-            if smallest and self.table.quality(point) >= least:
-                self.best = point, student, report
+        """Make the model for a budget, judge it, and save it if that was asked for, unless an interrupted
+        sweep has."""
+        past = self.past(budget)
+        known = past.read("point")
+        if known is not None:
+            point = SweepPoint(**known[1])
+            if not self.is_best(point):
+                return point
+        student, report = self.run.student(self.arguments(budget), past)
+        if known is None:
+            with in_place(self.pruner, student, report):
+                point = self.judge(budget, report.after, report.sparsity)
+                point.path = self.place(budget)
+                if point.path is not None and not self.is_there(point.path, past):
+                    tell_of_the_save(self.pruner, write(self.pruner, point.path))
+            past.keep("point", {}, lambda: asdict(point))
+            if self.max_drop is None:
+                past.drop_model()
+        if self.is_best(point):
+            self.best = point, student, report
         return point
+
+    def is_best(self, point: SweepPoint) -> bool:
+        """Whether a model is the smallest so far that is good enough, if such a one is looked for."""
+        if self.max_drop is None:
+            return False
+        least = self.table.quality(self.table.points[0]) - self.max_drop
+        smallest = self.best is None or point.flops <= self.best[0].flops
+        return smallest and self.table.quality(point) >= least
+
+    def is_there(self, path: str, past: Record) -> bool:
+        """Whether an interrupted sweep has saved a model already. Where nothing may be replaced, what is in
+        its place is that."""
+        there = False
+        with together(self.pruner.accelerator):
+            if past.began and not self.run.args.overwrite_output_dir:
+                recover(path)
+                there = os.path.isdir(path) and not is_empty(Path(path).resolve())
+        (there,) = broadcast_object_list([there])
+        return bool(there)
 
     def judge_dense(self) -> SweepPoint:
         """The dense model, which the others are compared with."""
@@ -212,3 +257,8 @@ class Sweeper:
         """The metric as `evaluate()` calls it."""
         metric = self.metric
         return metric if metric is None or metric.startswith("eval_") else f"eval_{metric}"
+
+
+def label(budget: dict[str, Any]) -> str:
+    """A budget as the name of a directory."""
+    return "-".join(f"{option}-{value:g}" for option, value in budget.items())

@@ -28,6 +28,7 @@ FLOORS = [
     ["checkpoint"],
     ["callbacks"],
     ["state", "algorithm"],
+    ["resumption"],
     ["pruning"],
     ["preparation", "sweep"],
     ["sweeper", "hyperparameters"],

@@ -17,7 +17,7 @@ from models import tiny
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 from hf_kprune import ArgumentError, KPruneArguments, KPruneCallback, KPrunePruner
-from hf_kprune.cli.commands import DataArguments, SweepArguments
+from hf_kprune.cli.commands import DataArguments, ResumeArguments, SweepArguments
 from hf_kprune.validation import show
 
 
@@ -165,6 +165,7 @@ def test_an_option_of_the_wrong_kind_is_refused_when_the_pruner_starts() -> None
 def test_options_of_the_command_line_are_checked_alike() -> None:
     for kind, right in (
         (DataArguments, {"model_name_or_path": "m", "dataset_file": "f.csv"}),
+        (ResumeArguments, {}),
         (SweepArguments, {}),
     ):
         kinds = get_type_hints(kind)

@@ -172,6 +172,10 @@ class Budget:
             self.alike[position:],
             self.allowed[position:],
         )
+        self.fix(counts)
+
+    def fix(self, counts: list[int]) -> None:
+        """Let each sublayer keep exactly so many units."""
         self.fixed, self.minimum, self.fewest = True, counts, counts
         self.limit = sum(self.forced)
 

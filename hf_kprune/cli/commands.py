@@ -33,14 +33,14 @@ from ..state import one_run
 from ..sweep import check_plot
 from .inputs import make_pruner, trying
 from .inspection import inspect
-from .options import DataArguments, SweepArguments
+from .options import DataArguments, ResumeArguments, SweepArguments
 from .output import say
 
 
-__all__ = ["DataArguments", "SweepArguments", "run"]
+__all__ = ["DataArguments", "ResumeArguments", "SweepArguments", "run"]
 
 
-def prune(data: DataArguments, args: KPruneArguments) -> None:
+def prune(data: DataArguments, args: KPruneArguments, resume: ResumeArguments) -> None:
     """Prune a model, save it, and print what was done and how good dense and pruned model are."""
     path = args.check_output_dir(read_from=data.origins)
     if args.push_to_hub:
@@ -50,7 +50,7 @@ def prune(data: DataArguments, args: KPruneArguments) -> None:
     dense = evaluate_quietly(pruner) if pruner.eval_dataset is not None else {}
     push = args.push_to_hub
     try:
-        report = pruner.prune()
+        report = pruner.prune(resume_from_checkpoint=resume.resume_from_checkpoint)
     finally:  # a callback may fail after the model is pruned
         if pruner.report is not None:
             args.push_to_hub = False
@@ -83,7 +83,9 @@ def evaluate_quietly(pruner: KPrunePruner) -> dict[str, float]:
         return pruner.evaluate()
 
 
-def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -> None:
+def sweep(
+    data: DataArguments, args: KPruneArguments, resume: ResumeArguments, options: SweepArguments
+) -> None:
     """Prune for many budgets, print a table, and save all models, or the smallest good enough."""
     path = args.check_output_dir(read_from=data.origins)
     if options.plot is not None:
@@ -96,6 +98,7 @@ def sweep(data: DataArguments, args: KPruneArguments, options: SweepArguments) -
         max_drop=options.max_drop,
         refine=options.refine,
         output_dir=None if options.max_drop is not None else path,
+        resume_from_checkpoint=resume.resume_from_checkpoint,
     )
     say(f"\n{table}")
     if table.best:

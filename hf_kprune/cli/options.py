@@ -56,6 +56,23 @@ class SweepArguments:
 
 @known_keywords
 @dataclass
+class ResumeArguments:
+    """Whether a run goes on where an earlier one was interrupted."""
+
+    resume_from_checkpoint: bool | str | None = option(
+        None,
+        "Keep a state of the run as it goes, and go on where an interrupted run with the same options was. "
+        "The state lies beside output_dir until the model is saved, or in this directory, where "
+        "measurements stay for other budgets. By default a state is kept after a minute.",
+        const=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@known_keywords
+@dataclass
 class DataArguments:
     """What is pruned, and with what data. Calibration takes texts only; labels are for evaluation."""
 

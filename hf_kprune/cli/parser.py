@@ -18,7 +18,7 @@ from ..arguments import TARGETS, KPruneArguments
 from ..errors import ArgumentError
 from ..validation import checked, suggestion
 from ..version import __version__
-from .options import DataArguments, SweepArguments
+from .options import DataArguments, ResumeArguments, SweepArguments
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -65,6 +65,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "output_dir",
         "overwrite_output_dir",
         "max_shard_size",
+        "resume_from_checkpoint",
         "push_to_hub",
         "hub_model_id",
         "hub_token",
@@ -89,7 +90,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prune": (
-        (DataArguments, KPruneArguments),
+        (DataArguments, KPruneArguments, ResumeArguments),
         "Prune a model, save it to --output_dir and print what was done.",
     ),
     "plan": (
@@ -97,7 +98,7 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
         "Print what prune would cut with the same options. Nothing is changed or written.",
     ),
     "sweep": (
-        (DataArguments, KPruneArguments, SweepArguments),
+        (DataArguments, KPruneArguments, ResumeArguments, SweepArguments),
         "Prune for many budgets from one measurement and print a table. Save all models, or the smallest "
         "good enough.",
     ),
@@ -124,7 +125,7 @@ OFF = {
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
-ENDINGS = {"dir": "DIR", "file": "FILE", "kwargs": "JSON", "plot": "FILE"}
+ENDINGS = {"dir": "DIR", "checkpoint": "DIR", "file": "FILE", "kwargs": "JSON", "plot": "FILE"}
 
 
 def options_of(command: str) -> dict[str, Field[Any]]:
@@ -216,6 +217,8 @@ def add_option(group: Any, option: Field[object], kind: Any) -> None:
         shared |= {"nargs": "+", "action": Listing, "item": reader(kind)}
     else:
         shared |= {"required": required, "type": reader(kind)}
+    if "const" in option.metadata:
+        shared |= {"nargs": "?", "const": option.metadata["const"]}
     if "choices" in option.metadata:
         shared["choices"] = option.metadata["choices"]
     else:

@@ -178,8 +178,12 @@ def not_written(target: Path, error: BaseException, size: float) -> str:
 
 
 def workplaces(target: Path) -> tuple[Path, Path]:
-    """The folder to write into, beside `target` or inside it. One name for each target, of a length that
-    always fits.
-    """
-    name = f".{target.name[:32]}.{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}.tmp"
-    return target.parent / name, target / name
+    """The folder to write into, beside `target` or inside it. One name for each target."""
+    folder = beside(target, ".tmp")
+    return folder, target / folder.name
+
+
+def beside(target: Path, ending: str) -> Path:
+    """A hidden folder of ours beside `target`, with a name of a length that always fits."""
+    name = f".{target.name[:32]}.{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]}"
+    return target.parent / (name + ending)

@@ -53,18 +53,20 @@ def check_destination(
     return text
 
 
-def as_text(path: object) -> str:
-    """The path as text; `ArgumentError` if it is none, or one that nobody means."""
+def as_text(path: object, name: str = "output_dir") -> str:
+    """The path as text; `ArgumentError`, with the name of the option, if it is none, or one that nobody
+    means.
+    """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
-        raise ArgumentError(f"output_dir is {path!r}, expected a path as text")
+        raise ArgumentError(f"{name} is {path!r}, expected a path as text")
     if not text.strip():
         raise ArgumentError(
-            f"output_dir is {text!r}, expected the name of a directory: was a variable of the shell unset?"
+            f"{name} is {text!r}, expected the name of a directory: was a variable of the shell unset?"
         )
     if os.path.expanduser(text) != text:
         raise ArgumentError(
-            f"output_dir is {text!r}, in which only a shell expands ~; write {os.path.expanduser(text)!r}"
+            f"{name} is {text!r}, in which only a shell expands ~; write {os.path.expanduser(text)!r}"
         )
     return text
 

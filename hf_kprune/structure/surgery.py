@@ -7,7 +7,7 @@ Shapes: U units of a sublayer, C columns of its output projection, D the width o
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -118,6 +118,24 @@ def correct_inputs(sublayer: Sublayer, paths: Sequence[str], matrix: Tensor, shi
         exact = weight.to(matrix.dtype)
         new_bias = None if bias is None else (bias + exact @ shift).to(bias.dtype)
         set_projection(projection, (exact @ matrix).to(weight.dtype), new_bias)
+
+
+def weights_of(sublayer: Sublayer) -> dict[str, Tensor]:
+    """Weights and biases of its projections by path, as their modules hold them: all that tuning changes."""
+    return {
+        f"{path}.{name}": weight
+        for path in dict.fromkeys((sublayer.block.output, *sublayer.input_projections))
+        for name, weight in sublayer.layer.get_submodule(path).named_parameters(recurse=False)
+    }
+
+
+def set_weights(sublayer: Sublayer, weights: Mapping[str, Tensor]) -> None:
+    """Give the projections of a sublayer, cut already, the weights that `weights_of` gave."""
+    for path, weight in weights.items():
+        projection, _, name = path.rpartition(".")
+        module = sublayer.layer.get_submodule(projection)
+        old = cast(nn.Parameter, getattr(module, name))
+        setattr(module, name, nn.Parameter(weight.to(old), requires_grad=old.requires_grad))
 
 
 # ------------------------------------------------------------------------------------------------------------
