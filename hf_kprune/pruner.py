@@ -176,6 +176,7 @@ class KPrunePruner:
                 student, report = run.student(self.args, past)
             warn_of(report)
             adopt(self, student, report)
+            past.finish()
             self.states = states
         return report
 

@@ -5,6 +5,7 @@ begun again, takes it from there.
     FOLDER/<run>/facts.safetensors            what the run is about: options, weights, rows, versions
     FOLDER/<run>/decided.safetensors          which units stay, of a method that decides beforehand
     FOLDER/<run>/sublayer-003.safetensors     its entry in the report when it is done, and its tuned weights
+    FOLDER/<run>/finished.safetensors         that the model is there, and has only to be saved
     FOLDER/<run>/point.safetensors            of a sweep, how good a model is that is done
 
 Every file is written once, beside its place, and put there in one step; all of them together are no larger
@@ -57,7 +58,7 @@ PATIENCE = 60.0
 """Seconds after which a run that nobody asked to be resumed keeps its first state."""
 
 ENDING = ".safetensors"
-OURS = re.compile(r"(measured-[0-9a-f]{8}|facts|decided|point|sublayer-\d{3,})\.safetensors(\.new)?")
+OURS = re.compile(r"(measured-[0-9a-f]{8}|facts|decided|point|finished|sublayer-\d{3,})\.safetensors(\.new)?")
 """The files that are written here. No other is ever removed."""
 
 OF_BUDGETS = (
@@ -94,6 +95,8 @@ class States:
         self.begin = time.monotonic()
         self.waiting: list[tuple[str, Mapping[str, Tensor], Callable[[], Any]]] = []
         self.lock: int | None = None
+        self.keeps = True
+        """Whether more is kept. Not after an error."""
 
     def __enter__(self) -> States:
         with together(self.accelerator):
@@ -141,7 +144,7 @@ class States:
 
         An error, such as that of a full disk, ends the keeping and not the run.
         """
-        if not self.is_here:
+        if not (self.is_here and self.keeps):
             return
         self.waiting.append((name, tensors, data))
         if not (self.asked or time.monotonic() - self.begin > PATIENCE):
@@ -158,8 +161,7 @@ class States:
         except (OSError, SafetensorError, CheckpointError) as error:
             logger.warning("no more states of this run are kept: %s", reason(error))
             self.waiting.clear()
-            self.leave()
-            self.folder = None
+            self.keeps = False
 
     def occupy(self) -> None:
         """Make the folder and lock it. Raises `CheckpointError` if another process has it."""
@@ -298,9 +300,10 @@ class Record:
                 measured = list(states.folder.glob(f"measured-*{ENDING}")) if measures else []
                 for path in measured:
                     self.compare(load(path, tensors=False)[1]["facts"], of_measuring(now))
-                self.began = states.has(f"{self.name}/facts")
-                if self.began:
-                    self.compare(load(folder / f"facts{ENDING}")[1], now)
+                then = load(folder / f"facts{ENDING}")[1] if states.has(f"{self.name}/facts") else None
+                self.began = then is not None and (then == now or not states.has(f"{self.name}/finished"))
+                if then is not None and self.began:
+                    self.compare(then, now)
                 else:
                     states.drop(f"{self.name}/*")
                 done = len(list(folder.glob(f"sublayer-*{ENDING}")))
@@ -413,6 +416,10 @@ class Record:
                 job.budget.fix(data["counts"])
             advance(job, student, teacher)
         return entries
+
+    def finish(self) -> None:
+        """Keep that the model is there, so that what is kept of it is in no other run's way."""
+        self.keep("finished", {}, dict)
 
     def drop_model(self) -> None:
         """Keep no longer what the model follows from, as it is saved."""

@@ -22,6 +22,7 @@ from data import PACK, collate, rows
 from models import tiny
 
 from hf_kprune import KPruneArguments, KPrunePruner
+from hf_kprune.resumption import Record
 
 
 tiny()  # the modules of transformers that a model needs are imported by now, once for all processes that are forked
@@ -61,6 +62,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--die", action="store_true", help="The last process ends without a word, in the middle."
     )
+    parser.add_argument("--resume", type=Path, help="Where states are kept and gone on from.")
+    parser.add_argument("--stop_after", type=int, help="Sublayers after which every process ends.")
     return parser.parse_args(arguments)
 
 
@@ -103,6 +106,18 @@ def fail_at_call_20(model: torch.nn.Module, dies: bool) -> None:
     type(model).forward = counted  # type: ignore[method-assign]
 
 
+def stop_after(sublayers: int) -> None:
+    """Make the process end as soon as so many sublayers are done and kept."""
+    keep = Record.keep_sublayer
+
+    def keep_and_stop(self: Record, budget: Any, position: int, *rest: Any) -> None:
+        keep(self, budget, position, *rest)
+        if position + 1 == sublayers:
+            os._exit(7)
+
+    Record.keep_sublayer = keep_and_stop  # type: ignore[method-assign]
+
+
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)
@@ -124,7 +139,10 @@ def main(arguments: list[str]) -> None:
     if (args.die and last) or (args.fail_late and rank == args.fail):
         fail_at_call_20(pruner.model, args.die)
 
-    report = pruner.prune()
+    if args.stop_after is not None:
+        stop_after(args.stop_after)
+
+    report = pruner.prune(resume_from_checkpoint=args.resume)
     pruner.save_model()
     digest = [float(p.detach().double().square().sum()) for p in pruner.model.parameters()]
     everywhere = gather_object([digest])

@@ -112,6 +112,34 @@ def options(dense: str, data: Path, **more: Any) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["beside output_dir", "in a directory"])
+def test_an_interrupted_prune_goes_on(
+    hf_kprune: Any, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    out, states = tmp_path / "out", tmp_path / "states"
+    words = options(dense, data, method="magnitude", output_dir=out)
+    resume = [*words, "--resume-from-checkpoint", *([states] if named else [])]
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("hf_kprune.pruner.warn_of", interrupt)
+        assert hf_kprune("prune", *resume)[0] == 130
+    assert not out.exists()
+    other = [*resume[: resume.index("--sparsity") + 1], 0.4, *resume[resume.index("--sparsity") + 2 :]]
+    code, _, errors = hf_kprune("prune", *other)
+    assert code == 2
+    assert "is of another run; --sparsity is 0.4 and was 0.6 then." in errors
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_kprune.pruning.choose", interrupt)
+        code, printed, errors = hf_kprune("prune", *resume)
+    assert code == 0, errors
+    assert "pruned by magnitude" in printed
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert states.exists() is named
+
+
 @pytest.mark.parametrize("ending", slow_unless_in(("csv",), ("parquet", "csv", "json", "jsonl", "txt")))
 def test_prune_reads_every_kind_of_file_and_gives_one_result(
     hf_kprune: Any, dense: str, data: Path, tmp_path: Path, ending: str

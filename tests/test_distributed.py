@@ -150,6 +150,26 @@ def test_a_process_without_rows_takes_part(server: ForkServerContext, tmp_path: 
     check_same(one, result(fork(server, 3, tmp_path / "3", *arguments), tmp_path / "3"))
 
 
+@pytest.mark.parametrize("method", slow_unless_in(["kprune"], ["kprune", "surgeon"]))
+def test_processes_that_were_interrupted_go_on_together(
+    server: ForkServerContext, tmp_path: Path, method: str
+) -> None:
+    arguments = (*BERT, "--method", method)
+    at_once = result(fork(server, 2, tmp_path / "2", *arguments), tmp_path / "2")
+    resume = (*arguments, "--resume", str(tmp_path / "states"))
+    for sublayers in (2, 4):
+        ended = fork(server, 2, tmp_path / f"until {sublayers}", *resume, "--stop_after", str(sublayers))
+        assert 7 in ended.codes, ended.errors[-3000:]
+        assert ended.printed.count(": kept ") <= 2
+    refused = fork(server, 1, tmp_path / "1", *resume)
+    check_failed(refused, tmp_path / "1", "number of processes is 1 and was 2 then")
+    ended = fork(server, 2, tmp_path / "on", *resume)
+    plan, weights = result(ended, tmp_path / "on")
+    assert ended.printed.count(": kept ") == 2
+    assert plan == at_once[0]
+    assert all(torch.equal(weights[name], value) for name, value in at_once[1].items())
+
+
 FAILURES = {
     "a failure at the start": (["--fail", "1"], "RuntimeError: the disk of this process is gone"),
     "a failure in the middle": (

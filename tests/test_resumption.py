@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 import torch
 from checks import assert_same_state, files, unchanged
 from data import collate, rows
-from models import tiny
+from models import slow_unless_in, tiny
 
 from hf_kprune import (
     ArgumentError,
@@ -115,12 +116,16 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("surgeon", {}),
+        pytest.param("surgeon", {}, marks=pytest.mark.several_splits),
         ("kprune", {}),
-        ("kprune", {"uniform": True, "prune_heads": False, "sparsity": 0.15}),
-        ("kwon", {}),
+        ("flap", {}),
+        pytest.param(
+            "kprune", {"uniform": True, "prune_heads": False, "sparsity": 0.15}, marks=pytest.mark.slow
+        ),
+        pytest.param("kwon", {}, marks=pytest.mark.slow),
+        pytest.param("magnitude", {}, marks=pytest.mark.slow),
     ],
-    ids=["surgeon", "kprune", "kprune and uniform", "kwon"],
+    ids=["surgeon", "kprune", "flap", "kprune and uniform", "kwon", "magnitude"],
 )
 def test_interrupted_at_every_step_a_run_ends_as_if_it_had_not_been(
     tmp_path: Path, counts: Counter[str], method: str, options: dict[str, Any]
@@ -157,7 +162,7 @@ def test_a_sublayer_that_was_not_finished_is_done_again(tmp_path: Path, counts: 
     assert counts["tune"] == 2 * before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_unless_in([torch.bfloat16], [torch.bfloat16, torch.float16]))
 def test_a_model_in_half_precision_goes_on_alike(tmp_path: Path, dtype: torch.dtype) -> None:
     def make() -> KPrunePruner:
         pruner = make_pruner(tmp_path / "out", sparsity=0.6, method="flap")
@@ -232,28 +237,40 @@ def test_what_is_not_gone_on_with_gives_way(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_second_budget_on_the_same_data_measures_nothing(tmp_path: Path, counts: Counter[str]) -> None:
-    states = tmp_path / "states"
-    for number, options in enumerate(
-        ({"sparsity": 0.4}, {"sparsity": 0.7, "round_to": 2}, {"target_flops": 5e4, "min_heads": 1})
-    ):
-        pruner, at_once = make_pruner(method="flap", **options), make_pruner(method="flap", **options)
+    states, more = tmp_path / "states", {"round_to": 2, "min_heads": 1}
+    for number, options in enumerate(({"sparsity": 0.4}, {"target_flops": 5e4, **more})):
+        pruner, at_once = (make_pruner(method="flap", **options) for _ in range(2))
         at_once.prune()
         pruner.prune(resume_from_checkpoint=states)
         assert_same_run(pruner, at_once)
         pruner.save_model(str(tmp_path / str(number)))
         (measured,) = files(states)
         assert measured.startswith("kprune_states/measured-")
-    assert counts["measure_dense"] == 3 + 1
-    pruner = make_pruner(
-        method="flap", target_params=0.9 * pruner.report.before.parameters
-    )  # whose units have other costs
-    pruner.prune(resume_from_checkpoint=states)
-    assert counts["measure_dense"] == 5
+    assert counts["measure_dense"] == 2 + 1
+    assert pruner.report is not None
+    other_costs = make_pruner(method="flap", target_params=0.9 * pruner.report.before.parameters)
+    other_costs.prune(resume_from_checkpoint=states)
+    assert counts["measure_dense"] == 4
 
 
-def test_files_of_others_stay(tmp_path: Path) -> None:
-    states = tmp_path / "states"
-    interrupt(make_pruner(method="flap"), states, count=2)
+def test_a_finished_run_that_was_not_saved_goes_on_and_is_in_no_way(
+    tmp_path: Path, counts: Counter[str]
+) -> None:
+    first, again, other = (make_pruner(method="flap", sparsity=sparsity) for sparsity in (0.5, 0.5, 0.6))
+    first.prune(resume_from_checkpoint=tmp_path)
+    tuned = counts["tune"]
+    again.prune(resume_from_checkpoint=tmp_path)
+    assert_same_run(again, first)
+    assert counts["tune"] == tuned > 0
+    other.prune(resume_from_checkpoint=tmp_path)
+    assert counts["tune"] > tuned
+    assert counts["measure_dense"] == 1
+    other.save_model(str(tmp_path / "out"))
+    assert [name.split("-")[0] for name in files(tmp_path / "kprune_states")] == ["measured"]
+
+
+def test_files_of_others_stay(tmp_path: Path, interrupted: Path) -> None:
+    states = shutil.copytree(interrupted, tmp_path / "states")
     foreign = [
         "kprune_states/run/notes.txt",
         "kprune_states/sublayer-0.safetensors",
@@ -324,14 +341,20 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of states."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    interrupt(make_pruner(method="flap"), folder, count=2)
+    return folder
+
+
 @pytest.mark.parametrize("which", OTHERS)
 def test_a_state_of_something_else_is_refused_with_the_difference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    options, message = OTHERS[which]
-    interrupt(make_pruner(tmp_path / "out", method="flap"), True, count=2)
-    before = files(tmp_path)
-    options = dict(options)
+    options, message = dict(OTHERS[which][0]), OTHERS[which][1]
+    before = files(interrupted)
     if version := options.pop("torch", None):
         used = {**preparation.versions(), "torch": version}
         monkeypatch.setattr(preparation, "versions", lambda: used)
@@ -339,12 +362,12 @@ def test_a_state_of_something_else_is_refused_with_the_difference(
         facts = Run.facts
         monkeypatch.setattr(Run, "facts", lambda *args: {**facts(*args), "number of processes": processes})
     seed = options.pop("seed_of_model", 0)
-    pruner = make_pruner(tmp_path / "out", seed, **{"method": "flap", **options})
+    pruner = make_pruner(None, seed, **{"method": "flap", **options})
     with unchanged(pruner.model), pytest.raises(ArgumentError, match=message) as caught:
-        pruner.prune(resume_from_checkpoint=True)
+        pruner.prune(resume_from_checkpoint=interrupted)
     assert "is of another run; " in str(caught.value)
     assert str(caught.value).endswith("or begin anew without resume_from_checkpoint")
-    assert files(tmp_path) == before
+    assert files(interrupted) == before
 
 
 def test_measurements_of_something_else_are_refused_too(tmp_path: Path) -> None:
@@ -394,8 +417,10 @@ def cut_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, lambda path: path.write_text("{}")], ids=["short", "other"])
-def test_a_damaged_state_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-    interrupt(make_pruner(method="flap"), tmp_path, count=2)
+def test_a_damaged_state_is_refused_by_name(
+    interrupted: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "kprune_states/run/sublayer-000.safetensors")
     with pytest.raises(
         CheckpointError, match=r"sublayer-000.safetensors' is not what this program wrote .*delete"
@@ -427,7 +452,7 @@ def sweep(pruner: KPrunePruner, resume: Any, **options: Any) -> list[tuple[Any, 
     return [(p.asked, p.sparsity, p.parameters, p.distance, p.path) for p in points]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "kprune"])
+@pytest.mark.parametrize("method", slow_unless_in(["magnitude"], ["magnitude", "kprune"]))
 def test_a_sweep_goes_on_after_its_finished_budgets(
     tmp_path: Path, counts: Counter[str], students: list[float], method: str
 ) -> None:
