@@ -127,6 +127,7 @@ class Run:
             describe_units(model, args)
         alike = {name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER}
         alike |= {"the budget": [each.budget for each in self.budgets], "the config": model.config.to_dict()}
+        alike["resume_from_checkpoint"] = self.states.asked
         check_alike(self.pruner.accelerator, model, alike)
         with together(self.pruner.accelerator):
             calibration = self.calibrate()

@@ -40,7 +40,7 @@ from .arguments import TARGETS
 from .budgets import Budget
 from .errors import ArgumentError, CheckpointError
 from .files.contents import beside, reason
-from .files.destination import as_text, resolve
+from .files.destination import as_text
 from .files.disk import sync, sync_folder
 from .files.workplace import take
 from .methods import Statistics
@@ -123,11 +123,11 @@ class States:
 
     def read(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """What is kept under a name, tensors and data, on every process; None if nothing is."""
-        if self.folder is None or not self.asked:
+        if not self.asked:
             return None
         found = None
         with together(self.accelerator):
-            if self.accelerator.is_main_process and (self.folder / f"{name}{ENDING}").exists():
+            if self.folder is not None and self.has(name):
                 found = load(self.folder / f"{name}{ENDING}")
         result: tuple[dict[str, Tensor], Any] | None
         (result,) = broadcast_object_list([found]) if self.accelerator.num_processes > 1 else (found,)
@@ -135,7 +135,9 @@ class States:
 
     def has(self, name: str) -> bool:
         """Whether something is kept under a name. On the main process."""
-        return self.folder is not None and self.asked and (self.folder / f"{name}{ENDING}").exists()
+        if self.folder is None or not (self.asked and self.accelerator.is_main_process):
+            return False
+        return (self.folder / f"{name}{ENDING}").exists()
 
     # ---- what is kept -------------------------------------------------------------------------------------
 
@@ -220,22 +222,30 @@ def states_of(accelerator: Accelerator, resume: bool | str | None, output_dir: s
     Raises:
         ArgumentError: If there is no place for them, or if it is where the result is to be.
     """
-    if resume is True and output_dir is None:
-        raise ArgumentError(
-            "resume_from_checkpoint is True, but there is no output_dir that a state would belong to; pass "
-            "the directory that states are kept in"
-        )
-    target = None if output_dir is None else resolve(as_text(output_dir))
+    folder, named = None, isinstance(resume, str)
+    with together(accelerator):
+        if accelerator.is_main_process and resume is not False:
+            folder = place_of(resume, output_dir)
+    return States(folder, named or resume is True, named, accelerator)
+
+
+def place_of(resume: bool | str | None, output_dir: str | None) -> Path | None:
+    """The folder of the states of a run, see `states_of`, which has the arguments."""
+    target = None if output_dir is None else Path(os.path.realpath(as_text(output_dir)))
     if isinstance(resume, str):
-        folder = Path(as_text(resume, "resume_from_checkpoint")).resolve()
+        folder = Path(os.path.realpath(as_text(resume, "resume_from_checkpoint")))
         if target is not None and target in (folder, *folder.parents):
             raise ArgumentError(
                 f"resume_from_checkpoint is {resume!r}, which lies in output_dir, {output_dir!r}, where only "
                 "the result may be; name another directory, or pass True"
             )
-        return States(folder / "kprune_states", True, True, accelerator)
-    folder_beside = None if target is None or resume is False else beside(target, ".states")
-    return States(folder_beside, bool(resume), False, accelerator)
+        return folder / "kprune_states"
+    if resume and target is None:
+        raise ArgumentError(
+            "resume_from_checkpoint is True, but there is no output_dir that a state would belong to; pass "
+            "the directory that states are kept in"
+        )
+    return None if target is None else beside(target, ".states")
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], data: Any) -> None:

@@ -475,7 +475,7 @@ def test_help_is_grouped_by_question_and_marks_what_single_methods_read(hf_kprun
 )
 def test_every_spelling_is_understood(words: str, name: str, value: Any) -> None:
     more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
-    _, (_, args) = parser.parse(["prune", *more, *words.split()])
+    _, (_, args, _) = parser.parse(["prune", *more, *words.split()])
     assert getattr(args, name) == value
 
 

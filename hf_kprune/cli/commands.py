@@ -84,7 +84,7 @@ def evaluate_quietly(pruner: KPrunePruner) -> dict[str, float]:
 
 
 def sweep(
-    data: DataArguments, args: KPruneArguments, resume: ResumeArguments, options: SweepArguments
+    data: DataArguments, args: KPruneArguments, options: SweepArguments, resume: ResumeArguments
 ) -> None:
     """Prune for many budgets, print a table, and save all models, or the smallest good enough."""
     path = args.check_output_dir(read_from=data.origins)

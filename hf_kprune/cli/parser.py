@@ -98,7 +98,7 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
         "Print what prune would cut with the same options. Nothing is changed or written.",
     ),
     "sweep": (
-        (DataArguments, KPruneArguments, ResumeArguments, SweepArguments),
+        (DataArguments, KPruneArguments, SweepArguments, ResumeArguments),
         "Prune for many budgets from one measurement and print a table. Save all models, or the smallest "
         "good enough.",
     ),
