@@ -246,7 +246,10 @@ class KPrunePruner:
             ArgumentError: If options contradict each other, or the metric is no number.
         """
         options = metric, greater_is_better, max_drop, refine, output_dir
-        with self._states(resume_from_checkpoint, output_dir or self.args.output_dir) as states:
+        place = output_dir
+        if output_dir is None and (max_drop is not None or resume_from_checkpoint):
+            place = self.args.output_dir
+        with self._states(resume_from_checkpoint, place) as states:
             sweep = Sweeper(self, budgets, calibration_dataset, *options, states).sweep()
             if sweep.best:
                 self.states = states  # until the model is saved

@@ -97,6 +97,8 @@ class States:
         self.lock: int | None = None
         self.keeps = True
         """Whether more is kept. Not after an error."""
+        self.runs: set[str] = set()
+        """The runs that are of this one."""
 
     def __enter__(self) -> States:
         with together(self.accelerator):
@@ -196,13 +198,14 @@ class States:
                     path.parent.rmdir()
 
     def end(self) -> None:
-        """Remove what is kept, as the run is over. Measurements stay in a directory that was named."""
+        """Remove what is kept, as the run is over. In a directory that was named, measurements and other runs
+        stay."""
         if not self.is_here or self.folder is None or not self.folder.is_dir():
             return
         with suppress(OSError, CheckpointError):  # another run has begun there
             if self.lock is None:
                 self.occupy()
-            self.remove("*/*", *(() if self.stays else ("measured-*",)))
+            self.remove(*(f"{run}/*" for run in self.runs) if self.stays else ("*/*", "measured-*"))
         self.leave()
 
     def say(self, origin: str) -> None:
@@ -288,6 +291,7 @@ class Record:
 
     def __init__(self, states: States, name: str, facts: Callable[[], Facts]):
         self.states, self.name, self.facts = states, name, facts
+        states.runs.add(name)
         self.began = False
         """Whether an interrupted run has left something here. On the main process."""
         self.origin = "nothing is done"

@@ -159,6 +159,7 @@ def test_the_words_of_a_plan_say_would_be() -> None:
     assert "Plan" not in pruned
 
 
+@pytest.mark.several_splits
 def test_a_plan_refuses_what_prune_refuses(tmp_path: Any) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ArgumentError, match="is not empty"):

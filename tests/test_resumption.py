@@ -517,6 +517,22 @@ def test_the_best_of_a_sweep_that_goes_on_is_the_best(
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_sweep_leaves_the_state_of_another_run(
+    tmp_path: Path, students: list[float], interrupted: Path
+) -> None:
+    """In a directory that both name, and beside the output_dir of the options, to which a sweep saves nothing."""
+    states, out = shutil.copytree(interrupted, tmp_path / "states"), tmp_path / "out"
+    interrupt(make_pruner(out, method="flap"), True)
+    before = {name: data for name, data in files(tmp_path).items() if "/run/" in name}
+    assert len({name.split("/")[0] for name in before}) == 2
+    sweep(make_pruner(out, method="flap", num_tokens=100), None)
+    pruner = make_pruner(out, method="flap")
+    pruner.eval_dataset = rows(2)  # nothing is held out then, as in the other run
+    pruner.evaluate = lambda *_: {}  # type: ignore[method-assign]
+    sweep(pruner, states)
+    assert {name: data for name, data in files(tmp_path).items() if "/run/" in name} == before
+
+
 def test_a_sweep_judged_otherwise_is_another(tmp_path: Path) -> None:
     pruner = make_pruner(method="flap")
     pruner.eval_dataset = rows(8)
