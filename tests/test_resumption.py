@@ -119,9 +119,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         pytest.param("surgeon", {}, marks=pytest.mark.several_splits),
         ("kprune", {}),
         ("flap", {}),
-        pytest.param(
-            "kprune", {"uniform": True, "prune_heads": False, "sparsity": 0.15}, marks=pytest.mark.slow
-        ),
+        # which leaves a neuron and a half over, so that the numbers must not be searched again
+        ("kprune", {"uniform": True, "prune_heads": False, "sparsity": 0.08}),
         pytest.param("kwon", {}, marks=pytest.mark.slow),
         pytest.param("magnitude", {}, marks=pytest.mark.slow),
     ],
