@@ -144,11 +144,11 @@ def tune(job: Job, student: Walk, teacher: Walk, entry: SublayerReport) -> None:
     with calibration.phase("tune"):
         reference = Reference(teacher)
         if method.tune_inputs and sublayer.num_units:
-            for paths, equations in input_equations(calibration, student, reference):
+            for paths, equations in input_equations(calibration, student, reference, method.ridge is None):
                 drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
                 shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
                 correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
-        equations = normal_equations(calibration, student, reference)
+        equations = normal_equations(calibration, student, reference, method.ridge is None)
         fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
         set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
     entry.error_before, entry.error_after = fit.error_before, fit.error_after

@@ -240,8 +240,9 @@ class KPruneArguments:
     )
     ridge: Annotated[float | None, at_least(0)] = option(
         None,
-        "Pull tuned weights towards the present ones this strongly, relative to the mean square of the "
-        "features. By default it is 0.01 for 'surgeon' and 0 for 'kprune'.",
+        "Pull tuned weights towards the present ones this strongly, relative to the mean squares of the "
+        "features. By default 'surgeon' chooses it for each sublayer by cross-validation, and it is 0 for "
+        "'kprune'.",
     )
     tune_inputs: bool | None = option(
         None,

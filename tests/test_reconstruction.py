@@ -7,7 +7,14 @@ import torch
 from data import normal
 from torch import Tensor
 
-from hf_kprune.methods.least_squares import NormalEquations, relative_error, tune_weight
+from hf_kprune.methods.least_squares import (
+    RIDGE,
+    RIDGES,
+    NormalEquations,
+    choose_ridge,
+    relative_error,
+    tune_weight,
+)
 
 
 TOKENS, COLUMNS, WIDTH = 120, 7, 5
@@ -61,12 +68,11 @@ def test_equals_lstsq_with_an_intercept() -> None:
 @pytest.mark.parametrize("ridge", [1e-3, 0.3])
 @pytest.mark.parametrize("intercept", [False, True])
 def test_equals_lstsq_with_a_ridge_towards_the_present_weights(ridge: float, intercept: bool) -> None:
-    """The ridge as rows: sqrt(ridge * mean square norm) I must map to the same times W_0, on centred features if b is free."""
+    """The ridge as rows: a column of norm s is to map sqrt(ridge) s to the same times W_0, centred if b is free."""
     a, y, reference, w0, b0 = problem()
     fit = tune_weight(sums(a, y, reference), w0, b0, ridge=ridge, tune_bias=intercept)
     features, target = (a - a.mean(0), y - y.mean(0)) if intercept else (a, y - b0)
-    strength = (ridge * features.square().sum(0).mean()).sqrt()
-    rows = strength * torch.eye(COLUMNS, dtype=a.dtype)
+    rows = torch.diag((ridge * features.square().sum(0)).sqrt())
     solution = lstsq(torch.cat([features, rows]), torch.cat([target, rows @ w0.T]))
     torch.testing.assert_close(fit.weight, solution, rtol=1e-7, atol=1e-8)
     expected = y.mean(0) - fit.weight @ a.mean(0) if intercept else b0
@@ -74,6 +80,45 @@ def test_equals_lstsq_with_a_ridge_towards_the_present_weights(ridge: float, int
     assert (fit.weight - w0).norm() < (
         tune_weight(sums(a, y, reference), w0, b0, 0.0, intercept).weight - w0
     ).norm()
+
+
+def halved(a: Tensor, y: Tensor, reference: Tensor) -> NormalEquations:
+    """The sums, with those over every second token."""
+    return NormalEquations.joined(*(sums(*(t[start::2] for t in (a, y, reference))) for start in (0, 1)))
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_ridge_is_the_one_with_which_each_half_predicts_the_other(intercept: bool) -> None:
+    a, y, reference, w0, b0 = problem()
+    generator = torch.Generator().manual_seed(3)
+    chosen = []
+    for noise in (0.0, 3.0, 1000.0):
+        noisy = y + noise * torch.randn(y.shape, dtype=y.dtype, generator=generator)
+        equations = halved(a, noisy, reference)
+        errors = {}
+        for ridge in RIDGES:
+            errors[ridge] = 0.0
+            for fitted, other in ((0, 1), (1, 0)):
+                fit = tune_weight(
+                    sums(a[fitted::2], noisy[fitted::2], reference[fitted::2]), w0, b0, ridge, intercept
+                )
+                bias = 0.0 if fit.bias is None else fit.bias
+                errors[ridge] += float((noisy[other::2] - a[other::2] @ fit.weight.T - bias).square().sum())
+        best = min(RIDGES, key=lambda ridge: errors[ridge])
+        chosen.append(choose_ridge(equations, w0, b0, intercept))
+        assert chosen[-1] == best / 2
+        fit = tune_weight(equations, w0, b0, None, intercept)
+        torch.testing.assert_close(fit.weight, tune_weight(equations, w0, b0, best / 2, intercept).weight)
+    assert chosen[0] < chosen[-1], "noise asks for no stronger ridge"
+
+
+def test_where_a_half_is_empty_the_ridge_is_the_usual_one() -> None:
+    a, y, reference, w0, b0 = problem()
+    for equations in (
+        sums(a, y, reference),
+        NormalEquations.joined(sums(a, y, reference), sums(a[:0], y[:0], reference[:0])),
+    ):
+        assert choose_ridge(equations, w0, b0, False) == RIDGE
 
 
 def test_a_huge_ridge_changes_nothing() -> None:

@@ -113,6 +113,12 @@ class Batch:
         """(B, T, ...) from what some models flatten to (B * T, ...), of the tokens of a stack."""
         return by_token(tensor, self.valid[stack].unsqueeze(-1))
 
+    def halves(self, tokens: Tensor) -> list[Tensor]:
+        """`tokens`, boolean (B, T), of rows of even and of odd number, whatever batch they are in."""
+        odd = torch.tensor(self.rows, device=tokens.device) % 2 == 1
+        by_sequence = odd.repeat_interleave(len(tokens) // self.samples).unsqueeze(1)
+        return [tokens & ~by_sequence, tokens & by_sequence]
+
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` to `stop`."""
         samples = self.samples

@@ -10,7 +10,7 @@ from ..processes import together
 from ..structure.hooks import Tap
 from ..structure.sublayers import oriented
 from ..structure.walk import Walk
-from .batches import Calibration
+from .batches import Batch, Calibration
 
 
 class Reference:
@@ -37,51 +37,87 @@ class Reference:
         return self.streams.pop(batch)
 
 
-def normal_equations(calibration: Calibration, student: Walk, reference: Reference) -> NormalEquations:
+def normal_equations(
+    calibration: Calibration, student: Walk, reference: Reference, halved: bool = False
+) -> NormalEquations:
     """The sums that fit the student's sublayer to the teacher's, for the columns that it still has, unit by
-    unit."""
+    unit.
+
+    Args:
+        calibration: The data.
+        student: It has reached the sublayer.
+        reference: The teacher at the same sublayer.
+        halved: Whether the sums over each half of the rows are kept, so that a ridge can be chosen by them.
+    """
     sublayer = student.sublayer
     rows, columns = sublayer.weight.shape
-    equations = NormalEquations.zeros(columns, rows, calibration.accelerator.device)
+    parts = zeros(calibration, columns, rows, halved)
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
             if not batch.fitted:
                 continue
             stream, tap = reference.stream(i), student.tap(i)
-            valid = batch.tokens(sublayer, stream)
-            features, target = tap.features[valid][:, sublayer.order], stream[valid]
-            equations.add(features, target - tap.stream[valid], target, calibration.dtype)
+            for part, tokens in zip(
+                parts, halves(batch, batch.tokens(sublayer, stream), halved), strict=True
+            ):
+                features, target = tap.features[tokens][:, sublayer.order], stream[tokens]
+                part.add(features, target - tap.stream[tokens], target, calibration.dtype)
             calibration.step(2)
-    calibration.reduce(equations.tensors())
+    calibration.reduce([tensor for part in parts for tensor in part.tensors()])
+    equations = joined(parts)
     calibration.check_finite(sublayer, equations.tensors())
     return equations
 
 
 def input_equations(
-    calibration: Calibration, student: Walk, reference: Reference
+    calibration: Calibration, student: Walk, reference: Reference, halved: bool = False
 ) -> list[tuple[list[str], NormalEquations]]:
     """The sums that fit what the student's input projections read to what the teacher's read.
 
     There is one entry for each tensor that is read: the paths of the projections that read it, all with or
     all without a bias, and the sums.
+
+    Args:
+        calibration: The data.
+        student: It has reached the sublayer.
+        reference: The teacher at the same sublayer.
+        halved: As for `normal_equations`.
     """
     sublayer, groups = student.sublayer, calibration.readers[student.position]
     widths = [oriented(sublayer.layer.get_submodule(paths[0])).shape[1] for paths in groups]
-    device = calibration.accelerator.device
-    sums = [NormalEquations.zeros(width, width, device) for width in widths]
+    sums = [zeros(calibration, width, width, halved) for width in widths]
     first = [paths[0] for paths in groups]
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
             if not (groups and batch.fitted):
                 continue
             teacher_reads, student_reads = reference.step(i).reads, student.reads(i, first)
-            for path, equations in zip(first, sums, strict=True):
+            for path, parts in zip(first, sums, strict=True):
                 stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
                 x, y = (batch.by_token(read, stack) for read in (student_reads[path], teacher_reads[path][0]))
-                valid = batch.tokens(sublayer, x, stack)
-                equations.add(x[valid], y[valid], y[valid], calibration.dtype)
+                for part, tokens in zip(
+                    parts, halves(batch, batch.tokens(sublayer, x, stack), halved), strict=True
+                ):
+                    part.add(x[tokens], y[tokens], y[tokens], calibration.dtype)
             calibration.step(2)
-    calibration.reduce([tensor for equations in sums for tensor in equations.tensors()])
-    for equations in sums:
+    calibration.reduce([tensor for parts in sums for part in parts for tensor in part.tensors()])
+    fits = [joined(parts) for parts in sums]
+    for equations in fits:
         calibration.check_finite(sublayer, equations.tensors())
-    return list(zip(groups, sums, strict=True))
+    return list(zip(groups, fits, strict=True))
+
+
+def zeros(calibration: Calibration, columns: int, width: int, halved: bool) -> list[NormalEquations]:
+    """Sums to add to: over all rows, or over each half of them."""
+    device = calibration.accelerator.device
+    return [NormalEquations.zeros(columns, width, device) for _ in range(2 if halved else 1)]
+
+
+def halves(batch: Batch, tokens: Tensor, halved: bool) -> list[Tensor]:
+    """Tokens, boolean (B, T), as they are, or those of each half of the rows."""
+    return batch.halves(tokens) if halved else [tokens]
+
+
+def joined(parts: list[NormalEquations]) -> NormalEquations:
+    """The sums over all rows, with those over each half of them if these were taken."""
+    return parts[0] if len(parts) == 1 else NormalEquations.joined(*parts)

@@ -144,8 +144,8 @@ class Method:
     """Whether score times cost is an importance that adds up, so that units can be searched for a budget of
     time."""
 
-    ridge: float = 0.0
-    """Pull of what is tuned towards what it was, see `tune_weight`."""
+    ridge: float | None = 0.0
+    """Pull of what is tuned towards what it was, see `tune_weight`; None chooses it for each sublayer."""
 
     tune_inputs: bool = False
     """Whether input projections are corrected for the drift of what they read, see `correct_drift`."""

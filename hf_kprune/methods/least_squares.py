@@ -9,7 +9,7 @@ Shapes: n tokens, C kept columns, D residual width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from torch import Tensor
 DAMPING = 1e-10
 """Least damping of the normal equations, relative to the mean of their diagonal. Decides directions that no
 data decide."""
+
+FAINT = 1e-4
+"""A column is pulled as if its mean square were at least this fraction of that of all."""
+
+RIDGE = 1.0
+"""The ridge where there are too few sequences to choose one."""
+
+RIDGES = tuple(4.0**power for power in range(1, -7, -1))
+"""Ridges that are tried where none is given, from the strongest down."""
 
 STRIP = 256
 """Rows of a Gram matrix that are computed at a time: enough for a product to be as fast as it can."""
@@ -87,6 +96,7 @@ class NormalEquations:
         target_square: ||Y||_F^2, ().
         reference_square: ||X_T + Sub_T(X_T)||_F^2, (), what errors are relative to.
         tokens: n, ().
+        halves: The same sums over half of the sequences each, by which a ridge can be chosen; else None.
     """
 
     gram: Tensor
@@ -96,6 +106,14 @@ class NormalEquations:
     target_square: Tensor
     reference_square: Tensor
     tokens: Tensor
+    halves: tuple[NormalEquations, NormalEquations] | None = field(default=None, init=False)
+
+    @classmethod
+    def joined(cls, first: NormalEquations, second: NormalEquations) -> NormalEquations:
+        """The sums over both of two halves, which it keeps."""
+        both = cls(*(a + b for a, b in zip(first.tensors(), second.tensors(), strict=True)))
+        both.halves = first, second
+        return both
 
     @classmethod
     def zeros(cls, columns: int, width: int, device: torch.device) -> NormalEquations:
@@ -128,7 +146,8 @@ class NormalEquations:
         self.tokens += len(features)
 
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+        """The sums themselves, of all tokens."""
+        return [getattr(self, each.name) for each in fields(self) if each.init]
 
 
 @dataclass
@@ -153,14 +172,20 @@ class Fit:
     undetermined: int = 0
 
 
-def relative_error(equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> float:
-    """||Y - A W^T - 1 b^T||_F relative to ||X_T + Sub_T(X_T)||_F, from the sums alone."""
-    e, w = equations, weight.to(torch.float64)
+def squared_error(equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """||Y - A W^T - 1 b^T||_F^2, (), from the sums alone."""
+    e, w = equations, weight.to(equations.gram.dtype)
     square = e.target_square - 2 * (e.cross * w.T).sum() + ((e.gram @ w.T) * w.T).sum()
     if bias is not None:
-        b = bias.to(torch.float64)
+        b = bias.to(w.dtype)
         square = square - 2 * e.target_sum @ b + 2 * (e.feature_sum @ w.T) @ b + e.tokens * b @ b
-    return float((square.clamp(min=0) / e.reference_square.clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+    return square
+
+
+def relative_error(equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> float:
+    """||Y - A W^T - 1 b^T||_F relative to ||X_T + Sub_T(X_T)||_F, from the sums alone."""
+    square, reference = squared_error(equations, weight, bias), equations.reference_square
+    return float((square.clamp(min=0) / reference.clamp(min=torch.finfo(reference.dtype).tiny)).sqrt())
 
 
 def fit_of(
@@ -180,23 +205,26 @@ def tune_weight(
     equations: NormalEquations,
     weight: Tensor,
     bias: Tensor | None,
-    ridge: float = 0.0,
+    ridge: float | None = 0.0,
     tune_bias: bool = False,
 ) -> Fit:
-    """Weight and bias that tune what the kept columns give (KPWT of Park et al. 2024):
+    """argmin_{W, b} ||Y - A W^T - 1 b^T||_F^2 + ridge * sum_c (A^T A)_cc ||W_c - W_0c||^2,
+    KPWT of Park et al. (2024).
 
-    argmin_{W, b} ||Y - A W^T - 1 b^T||_F^2 + ridge * mean(diag A^T A) * ||W - W_0||_F^2.
+    The unknown is the change from the present weights W_0: with G = A^T A,
 
-    The unknown is the change from the present weights W_0: (G + ridge) dW = A^T (Y - A W_0^T - 1 b_0^T), by a
-    Cholesky factorisation. Where G is singular, damping of `DAMPING` (more if rounding asks for it) picks the
-    smallest change. With `tune_bias`, A and the residual are centred first and the intercept follows from
-    their means.
+        (G + ridge diag G) dW = A^T (Y - A W_0^T - 1 b_0^T),
+
+    by a Cholesky factorisation. Where G is singular, damping of `DAMPING` (more if rounding asks for it)
+    picks the smallest change. With `tune_bias`, A and the residual are centred first and the intercept
+    follows from their means.
 
     Args:
         equations: The sums.
         weight: W_0, (D, C).
         bias: b_0, (D,), or None.
-        ridge: Relative to the mean diagonal of the Gram matrix, >= 0.
+        ridge: Relative to the squares of each column of features, >= 0. None chooses it by the halves of the
+            sums, see `choose_ridge`.
         tune_bias: Whether b is free; else, and where there is none, it stays as it is.
 
     Raises:
@@ -204,38 +232,79 @@ def tune_weight(
     """
     if not all(bool(torch.isfinite(t).all()) for t in equations.tensors()):
         raise ValueError("the normal equations hold NaN or Inf")
-    e, w0 = equations, weight.to(torch.float64)
+    w0 = weight.to(torch.float64)
     b0 = None if bias is None else bias.to(torch.float64)
-    tune_bias = tune_bias and b0 is not None
-    error_before = relative_error(e, w0, b0)
-    gram, change = e.gram, e.cross - e.gram @ w0.T  # A^T (Y - A W_0^T)
-    rest = e.target_sum - e.feature_sum @ w0.T  # 1^T (Y - A W_0^T)
-    if b0 is not None:
-        change, rest = change - torch.outer(e.feature_sum, b0), rest - e.tokens * b0
+    free = tune_bias and b0 is not None
+    if ridge is None:
+        ridge = choose_ridge(equations, w0, b0, free)
+    error_before = relative_error(equations, w0, b0)
+    w, b, floor, undetermined = solve(equations, w0, b0, ridge, free)
+    return Fit(w, b, error_before, relative_error(equations, w, b), ridge + floor, undetermined)
+
+
+def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None, tune_bias: bool) -> float:
+    """The ridge with which each half of the sequences predicts the other best: 2-fold cross-validation.
+
+    The strongest is tried first, then weaker ones until they are worse. What fits half of the sequences is
+    twice too strong for all of them, as it is relative to sums over them, while noise stays the same.
+
+    Args:
+        equations: The sums, with their halves.
+        weight: W_0, (D, C).
+        bias: b_0, (D,), or None.
+        tune_bias: Whether b is free.
+
+    Returns:
+        The ridge; `RIDGE` where a half has no tokens.
+    """
+    halves = equations.halves
+    if halves is None or not all(bool(half.tokens) for half in halves):
+        return RIDGE
+    best, least = RIDGE, float("inf")
+    for ridge in RIDGES:
+        error = 0.0
+        for fitted, other in (halves, halves[::-1]):
+            w, b, _, _ = solve(fitted, weight, bias, ridge, tune_bias)
+            error += float(squared_error(other, w, b))
+        if error >= least:
+            break
+        best, least = ridge, error
+    return best / 2
+
+
+def solve(
+    equations: NormalEquations, weight: Tensor, bias: Tensor | None, ridge: float, tune_bias: bool
+) -> tuple[Tensor, Tensor | None, float, int]:
+    """W (D, C) and b (D,) of `tune_weight`, its damping beyond the ridge, and how many columns the data do
+    not determine. All float64."""
+    e, b, undetermined = equations, bias, 0
+    gram, change = e.gram, e.cross - e.gram @ weight.T  # A^T (Y - A W_0^T)
+    rest = e.target_sum - e.feature_sum @ weight.T  # 1^T (Y - A W_0^T)
+    if bias is not None:
+        change, rest = change - torch.outer(e.feature_sum, bias), rest - e.tokens * bias
     if tune_bias:
         gram = gram - torch.outer(e.feature_sum, e.feature_sum) / e.tokens
         change = change - torch.outer(e.feature_sum, rest) / e.tokens
-
-    delta, damping, undetermined = torch.zeros_like(change), 0.0, 0
+    delta, floor = torch.zeros_like(change), 0.0
     scale = float(gram.diagonal().mean()) if len(gram) else 0.0
-    if scale > ROUNDING * float(
-        e.gram.diagonal().mean() if len(gram) else 0
-    ):  # else features are constant: b does it all
-        factor, floor = damped_cholesky(gram, scale, ridge)
-        delta, damping = torch.cholesky_solve(change, factor), ridge + floor
+    square = float(e.gram.diagonal().mean()) if len(gram) else 0.0
+    if scale > ROUNDING * square:  # else features are constant: b does it all
+        pull = ridge * gram.diagonal().clamp(min=FAINT * scale)
+        factor, floor = damped_cholesky(gram + torch.diag(pull), scale, 0.0)
+        delta = torch.cholesky_solve(change, factor)
         # a pivot is what is left of a column's norm once the columns before it are projected out: if they
         # give it with the coefficients c, floor * scale * (1 + |c|^2)
         undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
-    w = w0 + delta.T
-    b = b0 + (rest - e.feature_sum @ delta) / e.tokens if tune_bias and b0 is not None else b0
-    return Fit(w, b, error_before, relative_error(e, w, b), damping, undetermined)
+    if tune_bias and bias is not None:
+        b = bias + (rest - e.feature_sum @ delta) / e.tokens
+    return weight + delta.T, b, floor, undetermined
 
 
-def correct_drift(equations: NormalEquations, ridge: float, tune_bias: bool) -> Fit:
+def correct_drift(equations: NormalEquations, ridge: float | None, tune_bias: bool) -> Fit:
     """The map  x -> M x + c  that takes what the student's projections read to what the teacher's read, by
     least squares.
 
-    argmin_{M, c} ||X_T - X_S M^T - 1 c^T||_F^2 + ridge * mean(diag X_S^T X_S) * ||M - I||_F^2
+    argmin_{M, c} ||X_T - X_S M^T - 1 c^T||_F^2 + ridge * sum_c (X_S^T X_S)_cc ||M_c - I_c||^2
 
     Args:
         equations: Of features X_S (n, D) and targets X_T (n, D).

@@ -21,6 +21,10 @@ SHARE = 0.03
 one."""
 
 
+SHRINKAGE = 1e-2
+"""Ridge of the features' second moments by which units are scored: far above the rounding of float32."""
+
+
 class Surgeon(Method):
     """Our own method, the default: optimal brain surgeon in the metric of the Fisher information, a split of
     the budget over depth that is tried out, and tuning of output and of input projections.
@@ -42,7 +46,7 @@ class Surgeon(Method):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        self.ridge = 1e-2 if options.ridge is None else options.ridge  # far above the rounding of float32
+        self.ridge = options.ridge
         self.tune_bias = options.tune_bias is not False
         self.tune_inputs = options.tune_inputs is not False
 
@@ -51,7 +55,7 @@ class Surgeon(Method):
         assert s.gram is not None
         assert s.metric is not None
         centred = self.tune_bias and s.has_bias
-        moments, s.damping = covariance(s.gram, s.feature_sum, s.tokens, centred, self.ridge)
+        moments, s.damping = covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
         return eliminate(moments, s.weight, s.metric / s.samples, s.unit_width) / s.cost
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
