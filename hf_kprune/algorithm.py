@@ -20,9 +20,10 @@ from torch import Tensor
 
 from .budgets import Budget
 from .calibration.batches import Calibration
+from .calibration.distance import Judge
 from .calibration.equations import Reference, input_equations, normal_equations
 from .calibration.knowledge import Knowledge
-from .calibration.measure import Judge, measure_knowledge, tops_of
+from .calibration.measure import measure_knowledge, tops_of
 from .methods import Method, Statistics
 from .methods.least_squares import correct_drift
 from .methods.search import split

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import BestRun
 
-from .calibration.measure import distance
+from .calibration.distance import distance
 from .errors import ArgumentError
 from .methods import METHODS
 from .options import from_json

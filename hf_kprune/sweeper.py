@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .arguments import TARGETS, KPruneArguments
 from .budgets import BudgetWarning
-from .calibration.measure import distance
+from .calibration.distance import distance
 from .checkpoint.hub import check_push
 from .errors import ArgumentError
 from .files.contents import is_empty

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 import hf_kprune.calibration.measure
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
 from hf_kprune.calibration.batches import Calibration
+from hf_kprune.calibration.distance import distance
 from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.calibration.equations import Reference, normal_equations
 from hf_kprune.calibration.knowledge import Knowledge
-from hf_kprune.calibration.measure import distance, measure_knowledge, tops_of
+from hf_kprune.calibration.measure import measure_knowledge, tops_of
 from hf_kprune.calibration.rows import Rows, row_length, row_tokens
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics

@@ -1,5 +1,4 @@
-"""What is measured of each sublayer, summed over the calibration data, and how far a student is from its
-teacher.
+"""What is measured of each sublayer, summed over the calibration data.
 
 All that takes gradients is one backward pass (`backward`) with two consumers: the knowledge of K-prune, which
 compares a student with its teacher, and the Fisher information of the dense model, which is compared with
@@ -8,18 +7,16 @@ draws from what it predicts itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..methods.base import Statistics
 from ..methods.least_squares import Centred, add_products, gram_of
 from ..processes import together
-from ..structure.facts import in_eval_mode, to_model
 from ..structure.hooks import State, resumed, run_to_top
 from ..structure.probes import outputs_of, probed
 from ..structure.sublayers import Sublayer
@@ -355,95 +352,3 @@ def tops_of(calibration: Calibration, teacher: Walk) -> list[State | None]:
     """The states of the teacher above its highest sublayer, of the batches that are measured."""
     with calibration.phase("measure"), together(calibration.accelerator):
         return [teacher.top(i) if batch.measured else None for i, batch in enumerate(calibration.batches)]
-
-
-Predictor = Callable[[int, Batch, int, int], Any]
-"""(number of a batch, the batch, the first of its samples, the one after the last) -> a model's outputs of
-these samples, in float32."""
-
-
-def predictor(model: PreTrainedModel) -> Predictor:
-    """The outputs of a whole model."""
-
-    def outputs(_: int, batch: Batch, start: int, stop: int) -> Any:
-        inputs = to_model(batch.part(start, stop).inputs, model)  # models may differ in dtype
-        return in_float32(model(**inputs, return_dict=True))
-
-    return outputs
-
-
-def predictor_above(walk: Walk, tops: Mapping[int, State] | Sequence[State]) -> Predictor:
-    """The outputs of the head of a model alone, of states above its highest sublayer, by number of batch."""
-
-    def outputs(i: int, batch: Batch, start: int, stop: int) -> Any:
-        return Head(walk, tops[i].part(start, stop, batch.samples))(batch.part(start, stop))
-
-    return outputs
-
-
-def distance(
-    calibration: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, loss: Knowledge
-) -> float:
-    """The mean knowledge loss of the student on the rows that are held out."""
-    with in_eval_mode(student), in_eval_mode(teacher):
-        return mean_loss(calibration, teacher, predictor(student), predictor(teacher), loss)
-
-
-class Judge:
-    """How far the students of trials are from their teacher on the rows that are held out.
-
-    A student that has been walked to the top is judged by its head alone, so its layers may be gone; only a
-    loss of the caller's own, which may read lower layers, needs them.
-
-    Args:
-        calibration: That of a trial.
-        teacher: The dense model.
-        loss: The knowledge loss.
-    """
-
-    def __init__(self, calibration: Calibration, teacher: Walk, loss: Knowledge):
-        self.calibration, self.loss, self.model = calibration, loss, teacher.model
-        self.needs_layers = loss.kinds is None
-        batches = [] if self.needs_layers else enumerate(calibration.batches)
-        walk = calibration.walk(teacher.model, teacher.sublayers)
-        tops = {i: walk.top(i) for i, batch in batches if batch.held_out}
-        self.expected = predictor(self.model) if self.needs_layers else predictor_above(walk, tops)
-
-    def distance(self, student: Walk) -> float:
-        """That of a student above its highest sublayer."""
-        top = predictor(student.model) if self.needs_layers else predictor_above(student, student.states)
-        return mean_loss(self.calibration, self.model, top, self.expected, self.loss)
-
-
-@torch.no_grad()
-def mean_loss(
-    calibration: Calibration,
-    model: PreTrainedModel,
-    student: Predictor,
-    teacher: Predictor,
-    loss: Knowledge,
-) -> float:
-    """The mean knowledge loss of a student on the rows that are held out.
-
-    Args:
-        calibration: The data.
-        model: One of the two, for the size of its vocabulary.
-        student: Its outputs.
-        teacher: Those that they are compared with.
-        loss: The knowledge loss.
-    """
-    sums = calibration.zeros(2)
-    with together(calibration.accelerator):
-        for i, each in enumerate(calibration.batches):
-            chunk = calibration.chunk(model, each) if loss.per_token else 0
-            size = max(1, each.samples * chunk // each.counted.shape[1]) if chunk else each.samples
-            for start in range(0, each.samples if each.held_out else 0, size):
-                stop = min(start + size, each.samples)
-                batch = each.part(start, stop)
-                predicted, expected = (outputs(i, each, start, stop) for outputs in (student, teacher))
-                losses = losses_of(loss, predicted, expected, batch)
-                count = torch.tensor(float(len(losses)), device=sums.device).double()
-                sums += torch.stack([losses.double().sum(), count])
-                calibration.step(2 * len(calibration.sublayers) * batch.samples / each.samples)
-    calibration.reduce([sums])
-    return float(sums[0] / sums[1])

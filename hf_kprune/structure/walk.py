@@ -3,8 +3,8 @@
 It is the one place that runs single sublayers for the algorithm, so it is here that layers can come to the
 device when they are needed and leave it again. A run that is resumed (resumption.py) walks up again with the
 weights below, from which `states` follow. Whole models run in a few more places: for Fisher information
-(`calibration.measure.backward`), for outputs that are compared (`Walk.top`, `calibration.measure.predictor`),
-for FLOPs (`Calibration.all_flops`), and in the checks before any work.
+(`calibration.measure.backward`), for outputs that are compared (`Walk.top`,
+`calibration.distance.predictor`), for FLOPs (`Calibration.all_flops`), and in the checks before any work.
 """
 
 from __future__ import annotations
