@@ -191,7 +191,7 @@ def run_sublayer(
     else."""
     sublayer = sublayers[position]
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
-    stack, block = sublayer.stack, sublayer.block
+    block = sublayer.block
     tensors: dict[str, Tensor] = {}
     reads: dict[str, list[Tensor]] = {}
 
@@ -206,14 +206,6 @@ def run_sublayer(
         if following is not None and following.layer is sublayer.layer:
             raise _Stop
 
-    def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors["above"] = _first(args, kwargs)
-        raise _Stop
-
-    def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        tensors["above"] = hidden_states(stack.returns, output)
-        raise _Stop
-
     def on_layer(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
         note_form(sublayer, output)
 
@@ -225,10 +217,7 @@ def run_sublayer(
             hooks.enter_context(hooked(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
         hooks.enter_context(hooked(sublayer.output.register_forward_hook(on_output)))
         hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
-        if following is None or following.layers is not sublayer.layers:
-            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
-        elif following.layer is not sublayer.layer:
-            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        hooks.enter_context(_stopping_above(sublayer, following, tensors))
         hooks.enter_context(_passing(sublayers, position, state))
         _run(model, inputs)
 
@@ -253,14 +242,6 @@ def run_above(
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
     output, tensors = sublayer.output(features), dict[str, Tensor]()
 
-    def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors["above"] = _first(args, kwargs)
-        raise _Stop
-
-    def on_end(_: nn.Module, _args: tuple[object, ...], returned: object) -> None:
-        tensors["above"] = hidden_states(sublayer.stack.returns, returned)
-        raise _Stop
-
     with ExitStack() as hooks, resumed(sublayers, position, state):
         hooks.enter_context(_passing(sublayers, position, state))
         if following is not None and following.layer is sublayer.layer:
@@ -268,13 +249,33 @@ def run_above(
             tensors["input"] = run_to_bottom(model, inputs, sublayer) if below is None else below
             tensors["output"] = output
             return _state_above(sublayer, state, tensors)
-        if following is None or following.layers is not sublayer.layers:
-            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
-        else:
-            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        hooks.enter_context(_stopping_above(sublayer, following, tensors))
         _answer(hooks, sublayer, output)
         _run(model, inputs)
     return _state_above(sublayer, state, tensors)
+
+
+@contextmanager
+def _stopping_above(
+    sublayer: Sublayer, following: Sublayer | None, tensors: dict[str, Tensor]
+) -> Iterator[None]:
+    """Stop where the layer of a sublayer is left, with what comes there as the tensor `"above"`. Where the
+    following sublayer is in the same layer, nothing stops."""
+
+    def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors["above"] = _first(args, kwargs)
+        raise _Stop
+
+    def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        tensors["above"] = hidden_states(sublayer.stack.returns, output)
+        raise _Stop
+
+    with ExitStack() as hooks:
+        if following is None or following.layers is not sublayer.layers:
+            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
+        elif following.layer is not sublayer.layer:
+            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        yield
 
 
 def _stream_below(
