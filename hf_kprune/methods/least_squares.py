@@ -238,7 +238,7 @@ def tune_weight(
     if ridge is None:
         ridge = choose_ridge(equations, w0, b0, free)
     error_before = relative_error(equations, w0, b0)
-    w, b, floor, undetermined = solve(equations, w0, b0, ridge, free)
+    w, b, floor, undetermined = solve(equations, residual_of(equations, w0, b0, free), w0, b0, ridge)
     return Fit(w, b, error_before, relative_error(equations, w, b), ridge + floor, undetermined)
 
 
@@ -261,10 +261,11 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     if halves is None or not all(bool(half.tokens) for half in halves):
         return RIDGE
     best, least = RIDGE, float("inf")
+    residuals = [residual_of(half, weight, bias, tune_bias) for half in halves]
     for ridge in RIDGES:
         error = 0.0
-        for fitted, other in (halves, halves[::-1]):
-            w, b, _, _ = solve(fitted, weight, bias, ridge, tune_bias)
+        for fitted, residual, other in zip(halves, residuals, halves[::-1], strict=True):
+            w, b, _, _ = solve(fitted, residual, weight, bias, ridge)
             error += float(squared_error(other, w, b))
         if error >= least:
             break
@@ -272,19 +273,43 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     return best / 2
 
 
-def solve(
-    equations: NormalEquations, weight: Tensor, bias: Tensor | None, ridge: float, tune_bias: bool
-) -> tuple[Tensor, Tensor | None, float, int]:
-    """W (D, C) and b (D,) of `tune_weight`, its damping beyond the ridge, and how many columns the data do
-    not determine. All float64."""
-    e, b, undetermined = equations, bias, 0
-    gram, change = e.gram, e.cross - e.gram @ weight.T  # A^T (Y - A W_0^T)
-    rest = e.target_sum - e.feature_sum @ weight.T  # 1^T (Y - A W_0^T)
+@dataclass
+class Residual:
+    """What W_0 and b_0 leave to a change of them, whatever the ridge. All float64.
+
+    Args:
+        gram: A^T A, (C, C), of features about their mean if b is free.
+        change: A^T (Y - A W_0^T - 1 b_0^T), (C, D), of the same features.
+        sum: 1^T (Y - A W_0^T - 1 b_0^T), (D,).
+        tune_bias: Whether b is free.
+    """
+
+    gram: Tensor
+    change: Tensor
+    sum: Tensor
+    tune_bias: bool
+
+
+def residual_of(equations: NormalEquations, weight: Tensor, bias: Tensor | None, tune_bias: bool) -> Residual:
+    """The residual of W_0 (D, C) and b_0 (D,)."""
+    e = equations
+    gram, change = e.gram, e.cross - e.gram @ weight.T
+    rest = e.target_sum - e.feature_sum @ weight.T
     if bias is not None:
         change, rest = change - torch.outer(e.feature_sum, bias), rest - e.tokens * bias
     if tune_bias:
         gram = gram - torch.outer(e.feature_sum, e.feature_sum) / e.tokens
         change = change - torch.outer(e.feature_sum, rest) / e.tokens
+    return Residual(gram, change, rest, tune_bias)
+
+
+def solve(
+    equations: NormalEquations, residual: Residual, weight: Tensor, bias: Tensor | None, ridge: float
+) -> tuple[Tensor, Tensor | None, float, int]:
+    """W (D, C) and b (D,) of `tune_weight`, its damping beyond the ridge, and how many columns the data do
+    not determine. All float64."""
+    e, b, undetermined = equations, bias, 0
+    gram, change = residual.gram, residual.change
     delta, floor = torch.zeros_like(change), 0.0
     scale = float(gram.diagonal().mean()) if len(gram) else 0.0
     square = float(e.gram.diagonal().mean()) if len(gram) else 0.0
@@ -295,8 +320,8 @@ def solve(
         # a pivot is what is left of a column's norm once the columns before it are projected out: if they
         # give it with the coefficients c, floor * scale * (1 + |c|^2)
         undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
-    if tune_bias and bias is not None:
-        b = bias + (rest - e.feature_sum @ delta) / e.tokens
+    if residual.tune_bias and bias is not None:
+        b = bias + (residual.sum - e.feature_sum @ delta) / e.tokens
     return weight + delta.T, b, floor, undetermined
 
 
