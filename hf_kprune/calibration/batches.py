@@ -127,9 +127,7 @@ class Batch:
             return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
 
         inputs, valid = ({k: of(v) for k, v in tensors.items()} for tensors in (self.inputs, self.valid))
-        return Batch(
-            inputs, valid, of(self.counted), self.rows[start:stop], self.measured, self.tried, self.held_out
-        )
+        return replace(self, inputs=inputs, valid=valid, counted=of(self.counted), rows=self.rows[start:stop])
 
 
 def untimed(_: str) -> AbstractContextManager[None]:
