@@ -165,7 +165,7 @@ def content(out: Path) -> dict[str, bytes]:
 def at_random(folder: Path, pruner: KPrunePruner, count: int, seed: int) -> Counter[str]:
     """Kill a process that prunes and saves so many times, in turn at any moment and while it saves."""
     out = folder / "work" / "out"
-    draw, found = random.Random(seed), Counter[str]()
+    draw, outcomes = random.Random(seed), Counter[str](old=0, new=0, completed=0)
     args = KPruneArguments(
         output_dir=str(out), overwrite_output_dir=True, disable_tqdm=True, use_cpu=True, method="magnitude"
     )
@@ -182,14 +182,14 @@ def at_random(folder: Path, pruner: KPrunePruner, count: int, seed: int) -> Coun
     new = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
     old = pruner.model.state_dict()
     saving = 0.0
-    while found["kills"] < count:
-        start = list(STARTS)[found["kills"] % len(STARTS)]
+    while outcomes["kills"] < count:
+        start = list(STARTS)[outcomes["kills"] % len(STARTS)]
         begin(out, {} if start == "absent" else {"config.json": b'{"model_type": "bert"}', **STARTS[start]})
         if start != "absent":
             since = time.perf_counter()
             pruner.save_model()
             saving = time.perf_counter() - since
-        when = "saving" if found["saving"] < found["pruning"] else "pruning"
+        when = "saving" if outcomes["saving"] < outcomes["pruning"] else "pruning"
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -201,23 +201,23 @@ def at_random(folder: Path, pruner: KPrunePruner, count: int, seed: int) -> Coun
         os.kill(child, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -signal.SIGKILL:
             continue  # it was done before
-        found.update(("kills", when))
+        outcomes.update(("kills", when))
         between = out.exists() and "config.json" not in content(out)
         assert not between or start == "a checkpoint and more", (start, sorted(content(out)))
         if out.exists():
             left = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
             assert same(left, new) or start != "absent" and same(left, old), (start, when)
-            found["completed" if between else "new" if same(left, new) else "old"] += 1
+            outcomes["completed" if between else "new" if same(left, new) else "old"] += 1
         else:
             assert start == "absent"
-            found["old"] += 1
+            outcomes["old"] += 1
         pruner.save_model()
         assert same(AutoModelForSequenceClassification.from_pretrained(out).state_dict(), old)
         assert os.listdir(out.parent) == ["out"], os.listdir(out.parent)
         assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
         kept = {name: data for name, data in files(out).items() if name in STARTS["a checkpoint and more"]}
         assert kept == STARTS[start], (start, sorted(files(out)))
-    return found
+    return outcomes
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
