@@ -3,8 +3,8 @@ advance.
 
 `prune` is the loop of Park et al. (ICLR 2024). K-prune decides at every sublayer, on what is pruned so far
 (`decide`). A one-shot method, as the default is, has all its decisions beforehand, from one measurement of
-the dense model (`Pruning._decisions`); where
-it knows several ways to split the budget over depth, `choose` tries each with this same loop on fewer rows.
+the dense model (`Pruning._decisions`); where it knows several ways to split the budget over depth, `choose`
+tries each with this same loop on fewer rows.
 """
 
 from __future__ import annotations

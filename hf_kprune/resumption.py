@@ -127,12 +127,12 @@ class States:
         """What is kept under a name, tensors and data, on every process; None if nothing is."""
         if not self.asked:
             return None
-        found = None
+        content = None
         with together(self.accelerator):
             if self.folder is not None and self.has(name):
-                found = load(self.folder / f"{name}{ENDING}")
+                content = load(self.folder / f"{name}{ENDING}")
         result: tuple[dict[str, Tensor], Any] | None
-        (result,) = broadcast_object_list([found]) if self.accelerator.num_processes > 1 else (found,)
+        (result,) = broadcast_object_list([content]) if self.accelerator.num_processes > 1 else (content,)
         return result
 
     def has(self, name: str) -> bool:

@@ -282,16 +282,16 @@ def test_gradients_against_draws_have_the_loss_for_a_curvature(
     )
     count = 2000
     variable, every = point.repeat(count, 1).requires_grad_(), valid.repeat(count, 1)
-    made = outputs(variable)
-    drawn = loss.draw(made, loss.noise(made, Draws(0, list(range(count)), every)), every)
-    (gradients,) = torch.autograd.grad(loss(made, drawn, every).sum(), variable)
+    predicted = outputs(variable)
+    draw = loss.draw(predicted, loss.noise(predicted, Draws(0, list(range(count)), every)), every)
+    (gradients,) = torch.autograd.grad(loss(predicted, draw, every).sum(), variable)
     information, mean = gradients.T @ gradients / count, gradients.mean(0)
     if head in ("", "TOKEN_CLASSIFICATION"):  # the factor differs: one draw for all tokens, or one for each
         pairs = [(information.diagonal(), curvature.diagonal())]
     else:
         pairs = [(information, curvature)]
-    for found, expected in pairs:
-        assert float(torch.cosine_similarity(found.flatten(), expected.flatten(), 0)) > 0.98
+    for estimate, expected in pairs:
+        assert float(torch.cosine_similarity(estimate.flatten(), expected.flatten(), 0)) > 0.98
     assert float(mean.norm()) < 0.1 * float(information.trace().sqrt())
 
 

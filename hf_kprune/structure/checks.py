@@ -77,8 +77,8 @@ def unwrapped(model: object) -> Any:
             f"{type(inside).__name__} was prepared by accelerate; what that has put around its forward is "
             "taken off, so prepare it again afterwards"
         )
-    method = getattr(getattr(inside, "config", None), "quantization_config", None)
-    if getattr(method, "quant_method", None) == "gguf" and all(
+    quantisation = getattr(getattr(inside, "config", None), "quantization_config", None)
+    if getattr(quantisation, "quant_method", None) == "gguf" and all(
         p.is_floating_point() for p in inside.parameters()
     ):
         inside.hf_quantizer.remove_quantization_config(inside)
