@@ -126,7 +126,7 @@ def test_a_terminal_without_unicode_shows_names_with_escapes(settings: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.02, 1.0])
+@pytest.mark.parametrize("seconds", [0.02, 0.5, 1.0, 1.5])
 def test_ctrl_c_while_it_starts_is_one_line(seconds: float) -> None:
     code = "import sys, hf_kprune_command; print('ready', flush=True); sys.exit(hf_kprune_command.main())"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -5,9 +5,11 @@ library only.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ArgumentError, KPruneError
@@ -56,6 +58,25 @@ def show_warning(names: Sequence[str], verbose: bool) -> Callable[..., None]:
     return show
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process where it is, in place of raising: compiled code of a library that is being
+    imported may answer an exception by aborting.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, b"hf-kprune: interrupted\n")
+        os._exit(INTERRUPT)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a process in the background may have been asked to ignore it
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(argv: Sequence[str] | None = None, load: Callable[[], None] | None = None) -> int:
     """Run a command line (default: `sys.argv`) and return its exit code.
 
@@ -73,7 +94,8 @@ def main(argv: Sequence[str] | None = None, load: Callable[[], None] | None = No
             if not is_there():
                 raise ArgumentError("the current directory is gone; change to one that exists")
             if load is not None:
-                load()
+                with ending_at_once():
+                    load()
             from . import commands
 
             commands.run(command, options)
