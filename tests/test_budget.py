@@ -21,8 +21,8 @@ from hf_kprune import ArgumentError, BudgetWarning, KPruneArguments, KPrunePrune
 from hf_kprune.arguments import TARGETS
 from hf_kprune.budgets import BUDGETS
 from hf_kprune.sizes import model_size
-from hf_kprune.structure.hooks import run_to_bottom
 from hf_kprune.structure.probes import matrix_flops
+from hf_kprune.structure.runs import run_to_bottom
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -37,8 +37,9 @@ from hf_kprune.modeling_kprune import get_size
 from hf_kprune.structure.configs import read
 from hf_kprune.structure.detect import as_code, describe, detect, keep
 from hf_kprune.structure.facts import example_inputs
-from hf_kprune.structure.hooks import State, run_sublayer
+from hf_kprune.structure.hooks import State
 from hf_kprune.structure.proof import prove, step
+from hf_kprune.structure.runs import run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import twin
 

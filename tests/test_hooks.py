@@ -19,8 +19,9 @@ from zoo import ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.families import FAMILIES
-from hf_kprune.structure.hooks import State, resumed, run_sublayer, run_to_top
+from hf_kprune.structure.hooks import State, resumed
 from hf_kprune.structure.probes import probed
+from hf_kprune.structure.runs import run_sublayer, run_to_top
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut, with_table_per_layer, write_plan
 

@@ -19,7 +19,8 @@ from hf_kprune.calibration.collate import collate as make_batch
 from hf_kprune.calibration.collate import shifted_right
 from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.calibration.tasks import knowledge_loss
-from hf_kprune.structure.hooks import State, run_sublayer
+from hf_kprune.structure.hooks import State
+from hf_kprune.structure.runs import run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut, write_plan
 

@@ -25,7 +25,8 @@ from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedModelError
 from hf_kprune.structure.families import FAMILIES, REFUSED
-from hf_kprune.structure.hooks import State, resumed, run_sublayer, run_to_top
+from hf_kprune.structure.hooks import State, resumed
+from hf_kprune.structure.runs import run_sublayer, run_to_top
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import with_table_per_layer
 

@@ -35,8 +35,9 @@ from ..structure.facts import (
     max_positions,
     to_model,
 )
-from ..structure.hooks import by_token, part_of, run_to_bottom
+from ..structure.hooks import by_token, part_of
 from ..structure.probes import matrix_flops, only_tokens
+from ..structure.runs import run_to_bottom
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .collate import Collator, collate

@@ -14,8 +14,9 @@ from ..errors import UnsupportedArchitectureError, UnsupportedModelError
 from ..processes import together
 from ..structure.checks import prove_projections
 from ..structure.facts import first_run
-from ..structure.hooks import State, Tap
+from ..structure.hooks import State
 from ..structure.probes import check_order, outputs_of
+from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .batches import Batch, Calibration, in_float32, narrowed

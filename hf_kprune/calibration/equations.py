@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..methods.least_squares import NormalEquations
 from ..processes import together
-from ..structure.hooks import Tap
+from ..structure.runs import Tap
 from ..structure.sublayers import oriented
 from ..structure.walk import Walk
 from .batches import Batch, Calibration

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..methods.base import Statistics
 from ..methods.least_squares import Centred, add_products, gram_of
 from ..processes import together
-from ..structure.hooks import State, resumed, run_to_top
+from ..structure.hooks import State, resumed
 from ..structure.probes import outputs_of, probed
+from ..structure.runs import run_to_top
 from ..structure.sublayers import Sublayer
 from ..structure.surgery import in_unit_order
 from ..structure.walk import Walk

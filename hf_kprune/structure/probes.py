@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import kind_of
-from .hooks import hooked, run_to_top
+from .hooks import hooked
+from .runs import run_to_top
 from .sublayers import Sublayer
 
 

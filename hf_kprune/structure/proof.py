@@ -27,8 +27,9 @@ from ..errors import KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
 from ..progress import unwarned
 from .facts import evaluation_copy, floats, to_model
-from .hooks import State, resumed, run_sublayer, run_to_top
+from .hooks import State, resumed
 from .probes import check_order
+from .runs import run_sublayer, run_to_top
 from .sublayers import Sublayer, find_sublayers
 from .surgery import cut_twin, twin, with_table_per_layer
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .hooks import State, Tap, resumed, run_above, run_sublayer, run_to_inputs, run_to_top
+from .hooks import State, resumed
+from .runs import Tap, run_above, run_sublayer, run_to_inputs, run_to_top
 from .sublayers import Sublayer
 from .surgery import cut, empty
 

@@ -1,0 +1,262 @@
+"""Run a part of a model: a sublayer, a layer, all below or above one. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedArchitectureError
+from .hooks import (
+    State,
+    Stop,
+    answer,
+    by_token,
+    first,
+    hidden_states,
+    hooked,
+    note_form,
+    passing,
+    resumed,
+)
+from .sublayers import Sublayer
+
+
+@dataclass
+class Tap:
+    """What one sublayer did with a batch of B sequences of T tokens.
+
+    Args:
+        stream: Residual input X of the sublayer, (B, T, D), in units of `output`; zero if that
+            does not simply join the stream.
+        features: Input of the output projection, (B, T, C).
+        output: Output of the output projection with its bias, Sub(X), (B, T, D).
+        above: The state above the sublayer.
+        reads: What each of its input projections has read, each time it ran, by path, (B, T, ...).
+        entry: The features in the shape in which the output projection read them.
+    """
+
+    stream: Tensor
+    features: Tensor
+    output: Tensor
+    above: State
+    reads: dict[str, list[Tensor]]
+    entry: Tensor
+
+
+def run(model: nn.Module, inputs: Mapping[str, object]) -> None:
+    try:
+        model(**inputs)
+    except Stop:
+        return
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} never reached the sublayer asked for; is its family described right?"
+    )
+
+
+@torch.no_grad()
+def run_sublayer(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
+) -> Tap:
+    """Run one sublayer of `model` on the state below it, with what lies between it and the next, and nothing
+    else."""
+    sublayer = sublayers[position]
+    following = sublayers[position + 1] if position + 1 < len(sublayers) else None
+    block = sublayer.block
+    tensors: dict[str, Tensor] = {}
+    reads: dict[str, list[Tensor]] = {}
+
+    def on_entry(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors["input"] = first(args, kwargs)
+
+    def on_stream(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors.setdefault("stream", first(args, kwargs))
+
+    def on_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors["features"], tensors["output"] = args[0], output.clone()  # some models go on in place
+        if following is not None and following.layer is sublayer.layer:
+            raise Stop
+
+    def on_layer(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        note_form(sublayer, output)
+
+    with ExitStack() as hooks, resumed(sublayers, position, state):
+        hooks.enter_context(hooked(sublayer.layer.register_forward_pre_hook(on_entry, with_kwargs=True)))
+        hooks.enter_context(hooked(sublayer.layer.register_forward_hook(on_layer)))
+        for path in [] if block.stream is None else block.stream.split("|"):
+            reader = sublayer.layer.get_submodule(path)
+            hooks.enter_context(hooked(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+        hooks.enter_context(hooked(sublayer.output.register_forward_hook(on_output)))
+        hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
+        hooks.enter_context(_stopping_above(sublayer, following, tensors))
+        hooks.enter_context(passing(sublayers, position, state))
+        run(model, inputs)
+
+    output = by_token(tensors["output"], tensors["input"])
+    stream = _stream_below(sublayers, position, state, tensors, output)
+    features = by_token(tensors["features"], tensors["input"])
+    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads, tensors["features"])
+
+
+def run_layer(
+    model: nn.Module, inputs: Mapping[str, Any], sublayers: Sequence[Sublayer], places: range, state: State
+) -> State:
+    """The state above a layer of `model` from the state below some of its sublayers, those at `places`, the
+    highest of the layer among them. With gradients enabled it is part of the graph."""
+    sublayer, above = sublayers[places[-1]], places[-1] + 1
+    following, tensors = sublayers[above] if above < len(sublayers) else None, dict[str, Tensor]()
+    with (
+        resumed(sublayers, places[0], state),
+        passing(sublayers, places[0], state),
+        _stopping_above(sublayer, following, tensors),
+    ):
+        run(model, inputs)
+    return State({**state.inputs, sublayer.stack_name: tensors["above"]})
+
+
+@torch.no_grad()
+def run_above(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
+    features: Tensor,
+) -> State:
+    """The state above one sublayer of `model` from the state below it and what its output projection reads,
+    in the shape in which it does (`Tap.entry`). Only this projection runs, and what comes after it."""
+    sublayer = sublayers[position]
+    following = sublayers[position + 1] if position + 1 < len(sublayers) else None
+    output, tensors = sublayer.output(features), dict[str, Tensor]()
+
+    with ExitStack() as hooks, resumed(sublayers, position, state):
+        hooks.enter_context(passing(sublayers, position, state))
+        if following is not None and following.layer is sublayer.layer:
+            below = state.inputs.get(sublayer.stack_name)
+            tensors["input"] = run_to_bottom(model, inputs, sublayer) if below is None else below
+            tensors["output"] = output
+            return _state_above(sublayer, state, tensors)
+        hooks.enter_context(_stopping_above(sublayer, following, tensors))
+        answer(hooks, sublayer, output)
+        run(model, inputs)
+    return _state_above(sublayer, state, tensors)
+
+
+@contextmanager
+def _stopping_above(
+    sublayer: Sublayer, following: Sublayer | None, tensors: dict[str, Tensor]
+) -> Iterator[None]:
+    """Stop where the layer of a sublayer is left, with what comes there as the tensor `"above"`. Where the
+    following sublayer is in the same layer, nothing stops."""
+
+    def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors["above"] = first(args, kwargs)
+        raise Stop
+
+    def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
+        tensors["above"] = hidden_states(sublayer.stack.returns, output)
+        raise Stop
+
+    with ExitStack() as hooks:
+        if following is None or following.layers is not sublayer.layers:
+            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
+        elif following.layer is not sublayer.layer:
+            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+        yield
+
+
+def _stream_below(
+    sublayers: Sequence[Sublayer], position: int, state: State, tensors: Mapping[str, Tensor], output: Tensor
+) -> Tensor:
+    """The residual input of a sublayer in units of its output, (B, T, D), see `Tap.stream`."""
+    if "stream" not in tensors:
+        return torch.zeros_like(output)
+    sublayer = sublayers[position]
+    below = sublayers[:position] if sublayer.stack.parallel else ()
+    earlier = [state.outputs[s.name] for s in below if s.name in state.outputs]
+    return by_token(tensors["stream"], tensors["input"]) / sublayer.residual + sum(earlier)
+
+
+def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]) -> State:
+    """The state above a sublayer, from that below it and what hooks saw of its input, its output and what
+    comes next."""
+    inputs = {**state.inputs, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
+    return State(inputs, {} if "above" in tensors else {**state.outputs, sublayer.name: tensors["output"]})
+
+
+@contextmanager
+def _reading(
+    sublayer: Sublayer, paths: Sequence[str], reads: dict[str, list[Tensor]], stop: bool = False
+) -> Iterator[None]:
+    """Collect what the input projections of `sublayer` at `paths` read, and, if told to, `stop` once each has
+    been reached."""
+    with ExitStack() as hooks:
+        for path in paths:
+
+            def see(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                reads.setdefault(path, []).append(args[0])
+                if stop and len(reads) == len(paths):
+                    raise Stop
+
+            hooks.enter_context(hooked(sublayer.layer.get_submodule(path).register_forward_pre_hook(see)))
+        yield
+
+
+@torch.no_grad()
+def run_to_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, object],
+    sublayers: Sequence[Sublayer],
+    position: int,
+    state: State,
+    paths: Sequence[str],
+) -> dict[str, Tensor]:
+    """What the input projections at `paths` of one sublayer of `model` read first on the state below it, (B,
+    T, ...)."""
+    reads: dict[str, list[Tensor]] = {}
+    with resumed(sublayers, position, state), _reading(sublayers[position], paths, reads, stop=True):
+        run(model, inputs)
+    return {path: tensors[0] for path, tensors in reads.items()}
+
+
+@torch.no_grad()
+def run_to_bottom(model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer) -> Tensor:
+    """What the first layer of the stack of `sublayer` reads, (B, T, D)."""
+    streams: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        streams.append(first(args, kwargs))
+        raise Stop
+
+    with hooked(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
+        run(model, inputs)
+    return streams[0]
+
+
+def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]) -> State:
+    """Run `model` to the top of its last stack: the state for the head alone."""
+    tops: dict[str, Tensor] = {}
+    stacks = {s.stack_name: s for s in sublayers}
+
+    def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
+        def see(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
+            note_form(sublayer, output)
+            tops[name] = hidden_states(sublayer.stack.returns, output)
+            if len(tops) == len(stacks):
+                raise Stop
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, sublayer in stacks.items():
+            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
+        run(model, inputs)
+    return State(tops)
