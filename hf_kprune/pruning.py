@@ -192,19 +192,20 @@ class Pruning:
         if (known := past.measured(job.budget.costs, sublayers)) is not None:
             self.costs, (self.statistics, self.scores) = job.budget.costs, known
             return
-        self.costs, self.statistics, self.scores = job.budget.costs, [], []
+        self.costs = job.budget.costs
         measured = sum(batch.measured for batch in self.fitted.batches)
         walk, needs = self.fitted.walk(dense, sublayers), job.method.needs
         with self.phase("measure"):
             if job.method.one_shot:
                 of_all = measure_dense(self.fitted, walk, needs, self.loss, self.costs)
             else:
-                of_all = iter(measure_knowledge(self.fitted, walk, walk, [], self.loss, self.costs))
-            for statistics in of_all:
-                self.scores.append(job.method.score(statistics).cpu())
+                of_all = enumerate(measure_knowledge(self.fitted, walk, walk, [], self.loss, self.costs))
+            scored = {}
+            for position, statistics in of_all:
+                scored[position] = statistics, job.method.score(statistics).cpu()
                 self.calibration.step(2 * measured if needs else 0)
                 statistics.gram = statistics.metric = None
-                self.statistics.append(statistics)
+        self.statistics, self.scores = map(list, zip(*(scored[p] for p in sorted(scored)), strict=True))
         past.keep_measured(self.costs, self.statistics, self.scores)
 
     def _exponents(self, method: Method) -> tuple[float | None, ...]:

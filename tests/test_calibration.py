@@ -384,7 +384,7 @@ def test_batch_size_row_order_padding_and_slices_do_not_change_what_is_measured(
     compare(summed(data[::-1], per_device_batch_size=4))
     compare(summed(data, wide(11), per_device_batch_size=4))
     for layers in (1, 2):  # 3 slices and 2 of a batch of 9
-        monkeypatch.setattr(hf_kprune.calibration.measure, "GRAPH_LAYERS", layers)
+        monkeypatch.setattr(hf_kprune.calibration.backward, "GRAPH_LAYERS", layers)
         compare(summed(data, per_device_batch_size=9))
 
 

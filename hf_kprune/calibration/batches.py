@@ -369,6 +369,16 @@ class Calibration:
                 self.step(1)
             walk.advance()
 
+    @property
+    def measured(self) -> dict[int, Batch]:
+        """The batches that are measured, by number."""
+        return {i: batch for i, batch in enumerate(self.batches) if batch.measured}
+
+    def autocast(self) -> torch.autocast:
+        """The precision of what is measured."""
+        half = self.args.measure_dtype == "bfloat16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half)
+
     def zeros(self, *shape: int) -> Tensor:
         """Sums to add to, in float64 on the device."""
         return torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)

@@ -19,10 +19,10 @@ from ..structure.probes import check_order, outputs_of
 from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
+from .backward import Head
 from .batches import Batch, Calibration, in_float32, narrowed
 from .knowledge import Draws, Knowledge
 from .loss_check import check_loss
-from .measure import Head
 
 
 def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from ..processes import together
 from ..structure.facts import in_eval_mode, to_model
 from ..structure.hooks import State
+from ..structure.shelf import Shelf
 from ..structure.walk import Walk
+from .backward import Head
 from .batches import Batch, Calibration, in_float32, losses_of
 from .knowledge import Knowledge
-from .measure import Head
 
 
 Predictor = Callable[[int, Batch, int, int], Any]
@@ -32,7 +33,7 @@ def predictor(model: PreTrainedModel) -> Predictor:
     return outputs
 
 
-def predictor_above(walk: Walk, tops: Mapping[int, State] | Sequence[State]) -> Predictor:
+def predictor_above(walk: Walk, tops: Mapping[int, State] | Shelf) -> Predictor:
     """The outputs of the head of a model alone, of states above its highest sublayer, by number of batch."""
 
     def outputs(i: int, batch: Batch, start: int, stop: int) -> Any:

@@ -44,6 +44,11 @@ class State:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), *self.outputs.values()))
+
     def part(self, start: int, stop: int, samples: int) -> State:
         """That of the samples from `start` to `stop` out of `samples`, which may be several sequences
         each."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .hooks import State, resumed
-from .runs import Tap, run_above, run_sublayer, run_to_inputs, run_to_top
+from .runs import Tap, run_above, run_layer, run_sublayer, run_to_inputs, run_to_top
+from .shelf import Shelf
 from .sublayers import Sublayer
 from .surgery import cut, empty
 
@@ -44,7 +46,9 @@ class Walk:
     ):
         self.model, self.sublayers, self.inputs = model, list(sublayers), list(inputs)
         self.position = 0
-        self.states = [State() for _ in self.inputs]
+        self.states = Shelf()
+        for batch in range(len(self.inputs)):
+            self.states[batch] = State()
         self.differs = False
         """Whether a unit has been cut, so that the model is no longer what it was."""
         self._ahead: set[int] = set()
@@ -109,12 +113,30 @@ class Walk:
 
     def follow(self, other: Walk) -> None:
         """Stand where `other` stands. This holds as long as both models compute the same."""
-        self.position, self.states = other.position, list(other.states)
+        self.position, self.states = other.position, other.states.copy()
 
     def reads(self, batch: int, paths: Sequence[str]) -> dict[str, Tensor]:
         """What the input projections of the sublayer at `paths` read of a batch, (B, T, ...)."""
         state = self.states[batch]
         return run_to_inputs(self.model, self.inputs[batch], self.sublayers, self.position, state, paths)
+
+    def layers(self) -> list[range]:
+        """The positions of the sublayers that have not been passed yet, layer by layer."""
+        layers = [id(sublayer.layer) for sublayer in self.rest]
+        starts = [
+            place for place, layer in enumerate(layers) if layer not in layers[max(place - 1, 0) : place]
+        ]
+        ends = [*starts, len(layers)]
+        return [range(self.position + start, self.position + end) for start, end in pairwise(ends)]
+
+    def places(self, positions: range) -> list[int]:
+        """The numbers of sublayers among those that have not been passed yet."""
+        return [position - self.position for position in positions]
+
+    def run_layer(self, batch: int, positions: range, state: State) -> State:
+        """The state of a batch above a layer, from that below the sublayers at `positions`, the highest of
+        the layer among them. It is part of the graph where gradients are enabled; the walk stays."""
+        return run_layer(self.model, self.inputs[batch], self.sublayers, positions, state)
 
     @torch.no_grad()
     def top(self, batch: int) -> State:

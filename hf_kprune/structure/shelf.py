@@ -1,0 +1,69 @@
+"""Where states of batches wait: in memory up to a limit, and in files beyond it."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Hashable
+from pathlib import Path
+
+import torch
+
+from .hooks import State
+
+
+MEMORY = 2**29
+"""Bytes of states that a shelf keeps in memory; further ones wait in temporary files."""
+
+
+class InFile:
+    """A state in a file, which is removed when nobody needs it any more."""
+
+    def __init__(self, state: State):
+        folder = tempfile.mkdtemp(prefix="hf_kprune-")
+        self.path = Path(folder, "state.pt")
+        weakref.finalize(self, remove, self.path)
+        torch.save((dict(state.inputs), dict(state.outputs)), self.path)
+
+    def load(self) -> State:
+        """The state, on the device that it came from."""
+        return State(*torch.load(self.path, weights_only=True))
+
+
+def remove(path: Path) -> None:
+    """Remove a file and the folder that it is alone in."""
+    path.unlink(missing_ok=True)
+    path.parent.rmdir()
+
+
+class Shelf:
+    """States by key. What is put there is not changed any more, so shelves may share states."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Hashable, State | InFile] = {}
+        self.used = 0
+
+    def __getitem__(self, key: Hashable) -> State:
+        entry = self.entries[key]
+        return entry if isinstance(entry, State) else entry.load()
+
+    def __setitem__(self, key: Hashable, state: State) -> None:
+        self.drop(key)
+        size = state.nbytes
+        if self.used + size <= MEMORY:
+            self.entries[key] = state
+            self.used += size
+        else:
+            self.entries[key] = InFile(state)
+
+    def drop(self, key: Hashable) -> None:
+        """Let go of a state, if there is one."""
+        entry = self.entries.pop(key, None)
+        if isinstance(entry, State):
+            self.used -= entry.nbytes
+
+    def copy(self) -> Shelf:
+        """A shelf of the same states."""
+        other = Shelf()
+        other.entries, other.used = dict(self.entries), self.used
+        return other
