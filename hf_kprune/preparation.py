@@ -47,10 +47,12 @@ from .state import Pruner, begin_phase, call, in_place, one_run
 from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
 from .structure.facts import in_eval_mode
+from .structure.offload import read_state
 from .structure.reach import leaving, towers_left_alone
 from .structure.sublayers import LEFT_ALONE, find_sublayers
 from .structure.surgery import with_table_per_layer
 from .structure.surroundings import plain_modes
+from .structure.workbench import off_workbench, workbench_of
 from .text import public_name
 from .version import versions
 
@@ -307,7 +309,7 @@ class Run:
     @cached_property
     def weights(self) -> str:
         """Checksum of all tensors of the model."""
-        tensors = sorted((name, fingerprint(tensor)) for name, tensor in self.model.state_dict().items())
+        tensors = sorted((name, fingerprint(tensor)) for name, tensor in read_state(self.model))
         return hashlib.sha256(repr(tensors).encode()).hexdigest()
 
     def report(self, args: KPruneArguments) -> PruningReport:
@@ -381,6 +383,8 @@ def restore(student: nn.Module, model: PreTrainedModel, modes: dict[str, bool]) 
         model: The one that it is a copy of.
         modes: Whether each module of the model was in training mode, by name.
     """
+    if (bench := workbench_of(student)) is not None:
+        bench.put_away()
     for name, module in student.named_modules():
         module.training = modes.get(name, modes[""])
     originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -388,6 +392,7 @@ def restore(student: nn.Module, model: PreTrainedModel, modes: dict[str, bool]) 
         original = originals.get(name)  # a table of positions of its own has none
         tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
         tensor.requires_grad_(original is None or original.requires_grad)
+    off_workbench(student, model)
 
 
 def bare_model(model: object) -> PreTrainedModel:

@@ -31,6 +31,7 @@ from .report import PruningReport
 from .resumption import States, states_of
 from .state import adopt, begin_phase, check_place, one_run, tell_of_the_save, write
 from .structure.facts import is_causal
+from .structure.offload import is_dispatched
 from .structure.surroundings import plain_modes, undisturbed
 from .sweep import Sweep
 from .sweeper import Sweeper
@@ -109,7 +110,7 @@ class KPrunePruner:
         if self.sentence_folder is not None:
             self.sentence_folder.check(self.args, compute_loss is not None)
         describe_units(model, self.args)
-        self.model = model.to(self.accelerator.device)
+        self.model = model if is_dispatched(model) else model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class
         self.eval_dataset, self.compute_metrics = eval_dataset, compute_metrics

@@ -26,10 +26,10 @@ from .progress import Work
 from .report import PruningReport, Size, SublayerReport
 from .resumption import Record
 from .sizes import prunable_flops
-from .structure.facts import in_half_precision
 from .structure.sublayers import Sublayer, find_sublayers
 from .structure.surgery import cut, frozen, with_table_per_layer, write_plan
 from .structure.uniform import write_stock_config
+from .structure.workbench import needs_workbench, on_workbench
 
 
 REPORTED_LENGTHS = (128, 512)
@@ -70,13 +70,13 @@ class Pruning:
 
     def __post_init__(self) -> None:
         self.fitted, self.calibration.phase = self.calibration, self.phase
-        model = self.model
-        # statistics of half-precision models are taken in float32; what is saved keeps the model's dtype
-        half = in_half_precision(model)
+        model, device = self.model, self.calibration.accelerator.device
         # of weights that were made in inference mode no graph can be built
         inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
-        copied = copy.deepcopy(model) if half or inference else model
-        self.teacher = with_table_per_layer(copied.float() if half else copied)
+        self.teacher = with_table_per_layer(copy.deepcopy(model) if inference else model)
+        if needs_workbench(model, device):
+            sublayers = find_sublayers(self.teacher, self.args.head_unit)
+            self.teacher = on_workbench(self.teacher, sublayers, device)
         self.references = find_sublayers(self.teacher, self.args.head_unit)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation
         self.checked = False
@@ -205,6 +205,7 @@ class Pruning:
                 scored[position] = statistics, job.method.score(statistics).cpu()
                 self.calibration.step(2 * measured if needs else 0)
                 statistics.gram = statistics.metric = None
+                statistics.weight = statistics.weight.new_empty(0)  # it may be there no longer
         self.statistics, self.scores = map(list, zip(*(scored[p] for p in sorted(scored)), strict=True))
         past.keep_measured(self.costs, self.statistics, self.scores)
 

@@ -47,7 +47,7 @@ from .methods import Statistics
 from .processes import together
 from .report import SublayerReport
 from .structure.sublayers import Sublayer
-from .structure.surgery import in_unit_order, set_weights, weights_of
+from .structure.surgery import set_weights, weights_of
 from .structure.walk import Walk
 from .validation import show
 
@@ -360,9 +360,10 @@ class Record:
         tensors, data = state
         statistics, scores = [], []
         for i, (sublayer, numbers) in enumerate(zip(sublayers, data["numbers"], strict=True)):
-            weight = in_unit_order(sublayer)
+            weight = sublayer.weight.new_empty(0)  # of use in scoring only
             names = [each.name for each in fields(Statistics) if f"{i}.{each.name}" in tensors]
-            sums: dict[str, Any] = {name: tensors[f"{i}.{name}"].to(weight.device) for name in names}
+            device = self.states.accelerator.device
+            sums: dict[str, Any] = {name: tensors[f"{i}.{name}"].to(device) for name in names}
             damping = numbers.pop("damping")
             statistics.append(Statistics(weight=weight, **numbers, **sums))
             statistics[-1].damping = damping

@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
+from hf_kprune.calibration.backward import backward, descend
+from hf_kprune.calibration.batches import Calibration
+from hf_kprune.calibration.knowledge import Knowledge
+from hf_kprune.calibration.measure import measure_dense
+from hf_kprune.preparation import Run
 from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.walk import Walk
 
 
 WALKED = ["bert", "t5", "llama", "mixtral", "whisper", "vit", "clip"]
@@ -41,6 +47,34 @@ def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tens
     """The loss of a detector, which has none by its head, (B,)."""
     keys = ("logits", "pred_boxes")
     return torch.stack([(student[key] - teacher[key]).square().mean((1, 2)) for key in keys]).sum(0)
+
+
+def as_a_whole(rows_: Calibration, walk: Walk, loss: Knowledge, points: Any) -> Any:
+    """In place of `descend`: the graph of the whole model, for all sublayers together."""
+    yield list(range(len(walk.sublayers))), backward(rows_, walk, loss, points)
+
+
+@pytest.mark.parametrize("name", slow_unless_in(WALKED, DISTINCT))
+def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kind = make(name), ZOO[name][2]
+    args = KPruneArguments(sparsity=0.3, num_tokens=60, tune=False, disable_tqdm=True, use_cpu=True)
+    pruner = KPrunePruner(model, args, calibration_rows(model, kind, 8), processing_class=Padding())
+    sides = []
+    with Run(pruner, None, [args]).open() as run:
+        pruning = run.pruning
+        teacher, rows_ = pruning.teacher.requires_grad_(False), pruning.calibration
+        for each in (descend, as_a_whole):
+            monkeypatch.setattr("hf_kprune.calibration.measure.descend", each)
+            walk = rows_.walk(teacher, pruning.references)
+            costs = [1.0] * len(walk.sublayers)
+            sides.append(dict(measure_dense(rows_, walk, ("curvature", "fisher"), pruning.loss, costs)))
+    layers, whole = sides
+    assert layers.keys() == whole.keys()
+    for position, one in layers.items():
+        for field in ("energy", "feature_sum", "gram", "metric", "fisher", "absolute"):
+            a, b = getattr(one, field), getattr(whole[position], field)
+            assert bool(b.any()) or field not in ("energy", "metric")
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from ..structure.facts import (
     first_run,
     frame_mask,
     in_eval_mode,
-    in_half_precision,
     masks_frames,
     max_positions,
     to_model,
@@ -40,6 +39,7 @@ from ..structure.probes import matrix_flops, only_tokens
 from ..structure.runs import run_to_bottom
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
+from ..structure.workbench import in_half_precision
 from .collate import Collator, collate
 from .knowledge import Knowledge
 from .nested import Row

@@ -82,10 +82,12 @@ def measure_knowledge(
     for target, *gradients in reversed(list(zip(targets, total, square, strict=True))):
         calibration.check_finite(target, gradients, GRADIENTS)
     names = ("energy", "feature_sum", "gradient_sum", "gradient_square")
-    return [
-        statistics_of(target, costs[i], float(tokens[i]), float(samples), dict(zip(names, sums, strict=True)))
-        for i, (target, *sums) in enumerate(zip(targets, energy, linear, total, square, strict=True))
-    ]
+    statistics = []
+    for i, (target, *sums) in enumerate(zip(targets, energy, linear, total, square, strict=True)):
+        student.bring(student.position + i)
+        by_name = dict(zip(names, sums, strict=True))
+        statistics.append(statistics_of(target, costs[i], float(tokens[i]), float(samples), by_name))
+    return statistics
 
 
 def mask_gradients(sublayer: Sublayer, a: Tensor, g: Tensor, samples: int) -> Tensor:
@@ -133,6 +135,7 @@ def measure_dense(
             measured.check_finite(sublayer, [each[name] for name in each.keys() - of_gradients])
             measured.check_finite(sublayer, [each[name] for name in of_gradients], GRADIENTS)
             tokens = float(each.pop("tokens"))
+            dense.bring(place)
             yield place, statistics_of(sublayer, costs[place], tokens, float(samples), each)
             sums[place] = {}
 

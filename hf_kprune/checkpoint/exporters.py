@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from .. import modeling_kprune
 from ..errors import CheckpointError
 from ..modeling_kprune import is_pruned
+from ..structure.offload import is_dispatched, read_state
 from .remote_code import is_stock, split, write_auto_map
 
 
@@ -27,12 +29,15 @@ def verify_tensors(model: PreTrainedModel, directory: str) -> None:
     """Reload `directory` with the class of `model` and raise `CheckpointError` unless all tensors are the
     same bits.
     """
-    again = type(model).from_pretrained(directory, dtype=model.dtype).state_dict()
-    # from_pretrained gives every floating tensor one dtype, whatever is in the file
-    expected = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    differing = [
-        name for name in expected.keys() | again.keys() if not same(expected.get(name), again.get(name))
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"device_map": model.hf_device_map, "offload_folder": folder} if is_dispatched(model) else {}
+        again = type(model).from_pretrained(directory, dtype=model.dtype, **place)
+        differing = model.state_dict().keys() ^ again.state_dict().keys()
+        for (name, expected), (other, tensor) in zip(read_state(model), read_state(again), strict=False):
+            # from_pretrained gives every floating tensor one dtype, whatever is in the file
+            dtype = model.dtype if expected.is_floating_point() else expected.dtype
+            if name != other or not same(expected.to(dtype), tensor):
+                differing |= {name}
     if differing:
         raise CheckpointError(
             f"{len(differing)} tensors do not load back as they were saved, such as {min(differing)}"
@@ -84,9 +89,9 @@ def verify_ways_in(model: PreTrainedModel, directory: str) -> None:
         ) from error
 
 
-def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether both are there, of one dtype, and equal."""
-    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both are of one dtype, and equal."""
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
 class Exporter(NamedTuple):

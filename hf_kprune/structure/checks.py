@@ -25,8 +25,10 @@ from transformers.utils import logging
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import has, inner_models, plan_of
 from ..progress import unwarned
-from .facts import check_problem_type, in_half_precision
+from .facts import check_problem_type
+from .offload import moves_weights, read_parameters, sources_of
 from .sublayers import described, find_sublayers, oriented
+from .workbench import in_half_precision
 
 
 logger = logging.get_logger(__name__)
@@ -137,17 +139,18 @@ def _check_forward(name: str, module: nn.Module) -> None:
             f"{name} is compiled, and what is cut would have to be compiled anew; prune the model before it "
             "is compiled (load it again, or give the module that torch.compile was called on)"
         )
-    if hasattr(module, "_hf_hook"):
+    hooked = hasattr(module, "_hf_hook")
+    if hooked and not moves_weights(module):
         raise UnsupportedModelError(
-            f"{name} carries a hook of accelerate that moves weights or inputs; load the model without "
-            "device_map, or call accelerate.hooks.remove_hook_from_submodules(model)"
+            f"{name} carries a hook of accelerate that does more than to move weights; load the model "
+            "without device_map, or call accelerate.hooks.remove_hook_from_submodules(model)"
         )
-    forward = module.__dict__.get("forward")
+    forward = module.__dict__.get("_old_forward" if hooked else "forward")
     if forward is None:
         return
     function = getattr(forward, "__func__", None)
     method = inspect.getattr_static(type(module), getattr(function, "__name__", ""), None)
-    if getattr(forward, "__self__", None) is not module or function is not method:
+    if getattr(forward, "__self__", None) is not module or function not in (method, type(module).forward):
         raise UnsupportedModelError(
             f"the forward of {name} was replaced by "
             f"{getattr(forward, '__qualname__', type(forward).__name__)!r}, of which copies would go on "
@@ -156,10 +159,12 @@ def _check_forward(name: str, module: nn.Module) -> None:
 
 
 def _check_tensors(model: PreTrainedModel) -> None:
+    elsewhere = sources_of(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" and id(tensor) not in elsewhere:
             raise UnsupportedModelError(
-                f"{name} is not in memory (device meta); load the model without device_map"
+                f"{name} is not in memory (device meta), and accelerate does not know where it is; load the "
+                "model with from_pretrained"
             )
         if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
             raise UnsupportedModelError(
@@ -172,7 +177,8 @@ def _check_tensors(model: PreTrainedModel) -> None:
                 f"{name} is {parameter.dtype}, in which least squares cannot be solved; load the model with "
                 "dtype=torch.float32 (or float16, bfloat16)"
             )
-        if parameter.numel() and not bool(torch.isfinite(torch.stack(parameter.detach().aminmax())).all()):
+    for name, tensor in read_parameters(model):
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):
             raise UnsupportedModelError(
                 f"{name} holds NaN or Inf, so nothing that the model computes can be measured; load the "
                 "weights again, or train with a smaller learning rate"

@@ -21,9 +21,8 @@ from transformers.utils import find_labels
 from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
 from .configs import read, text_config
 from .surgery import twin
+from .workbench import in_half_precision
 
-
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 SENSES = ("input_ids", "decoder_input_ids", "pixel_values", "input_values", "input_features", "bbox")
 """Inputs without which some models do not run."""
@@ -129,11 +128,6 @@ def frame_mask(model: PreTrainedModel, mask: Tensor, frames: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # Precision and modes
 # ------------------------------------------------------------------------------------------------------------
-
-
-def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
-    """Whether a model or a tensor is of 16 bits a number."""
-    return value.dtype in HALF_PRECISION
 
 
 def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:

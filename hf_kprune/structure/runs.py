@@ -169,7 +169,8 @@ def _stopping_above(
         if following is None or following.layers is not sublayer.layers:
             hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end)))
         elif following.layer is not sublayer.layer:
-            hooks.enter_context(hooked(following.layer.register_forward_pre_hook(on_next, with_kwargs=True)))
+            before = following.layer.register_forward_pre_hook(on_next, with_kwargs=True, prepend=True)
+            hooks.enter_context(hooked(before))
         yield
 
 

@@ -29,7 +29,9 @@ from ..modeling_kprune import (
     shrink_layer,
 )
 from ..version import __version__
+from .offload import plain_memo
 from .sublayers import Sublayer, find_sublayers, oriented
+from .workbench import workbench_of
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,11 +147,14 @@ def set_weights(sublayer: Sublayer, weights: Mapping[str, Tensor]) -> None:
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares the tensors of `model`; cutting it replaces them."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, {**plain_memo(model), **shared})
 
 
 def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
     """A copy of `model` without gradients that shares its memory or, on the device meta, has no values."""
+    if (bench := workbench_of(model)) is not None:
+        bench.put_away()
     tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
     parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, {**tensors, **parameters})

@@ -23,6 +23,7 @@ from .runs import Tap, run_above, run_layer, run_sublayer, run_to_inputs, run_to
 from .shelf import Shelf
 from .sublayers import Sublayer
 from .surgery import cut, empty
+from .workbench import workbench_of
 
 
 ENTRIES = 2**28
@@ -157,7 +158,14 @@ class Walk:
         with resumed(self.sublayers, self.position, state):
             yield
 
+    def bring(self, position: int) -> None:
+        """See to it that a sublayer has its weights on the device, as it has anyway when it has just run."""
+        bench = workbench_of(self.model)
+        if bench is not None:
+            bench.bring(self.sublayers[position].layer)
+
     def cut(self, keep: Tensor) -> None:
         """Keep only the units in `keep`, boolean (U,), of the sublayer."""
+        self.bring(self.position)
         cut(self.sublayer, keep)
         self.differs = self.differs or not bool(keep.all())

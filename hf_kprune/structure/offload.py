@@ -1,0 +1,133 @@
+"""What accelerate has spread over devices, memory and disk: where its tensors are, and how to read them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
+"""Methods that accelerate replaces in a model that it has dispatched."""
+
+
+class Source:
+    """A tensor that is not in memory.
+
+    Args:
+        load: Reads it.
+        owner: What must live as long as this.
+    """
+
+    def __init__(self, load: Callable[[], Tensor], owner: object = None):
+        self.load, self.owner = load, owner
+
+    def __deepcopy__(self, memo: object) -> Source:
+        return self
+
+
+class Folder:
+    """A temporary folder of tensors, which is gone when nobody needs it any more."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.count = 0
+
+    def __deepcopy__(self, memo: object) -> Folder:
+        return self
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
+        """Write tensors to a new file, and say where each is."""
+        if self.path is None:
+            self.path = Path(tempfile.mkdtemp(prefix="hf_kprune-"))
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        file = self.path / f"{self.count:06}.safetensors"
+        self.count += 1
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        return {name: Source(partial(read, file, name), self) for name in tensors}
+
+
+def read(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file."""
+    with safe_open(file, "pt") as tensors:
+        return cast(Tensor, tensors.get_tensor(name))
+
+
+class Weights(dict[str, Source]):
+    """Tensors that are read when they are asked for, by name."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name).load()
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate has spread a model over devices, memory and disk."""
+    return hasattr(model, "hf_device_map") and any(hasattr(each, "_hf_hook") for each in model.modules())
+
+
+def read_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a model by name, read one at a time if they are not in memory."""
+    sources = sources_of(model)
+    for name, parameter in model.named_parameters():
+        yield name, sources[id(parameter)].load() if id(parameter) in sources else parameter
+
+
+def read_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the state dictionary of a model holds, read one at a time if it is not in memory."""
+    sources, parameters = sources_of(model), dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict().items():
+        source = sources.get(id(parameters.get(name)))
+        yield name, tensor if source is None else source.load()
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate that a module has."""
+    hook = getattr(module, "_hf_hook", None)
+    return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook] if hook is not None else []
+
+
+def moves_weights(module: nn.Module) -> bool:
+    """Whether all that accelerate does at a module is to bring weights and inputs to a device."""
+    return all(type(hook) is AlignDevicesHook for hook in hooks_of(module))
+
+
+def sources_of(model: nn.Module) -> dict[int, Source]:
+    """Where the tensors are that accelerate has taken out of memory, by `id` of what is in their place."""
+    sources = dict[int, Source]()
+    for module in model.modules():
+        for each in hooks_of(module):
+            if isinstance(each, AlignDevicesHook) and each.offload and each.weights_map is not None:
+                for name, tensor in module.named_parameters(recurse=each.place_submodules):
+                    if tensor.device.type == "meta":
+                        sources[id(tensor)] = Source(partial(each.weights_map.__getitem__, name))
+    return sources
+
+
+def plain_memo(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` that leaves the hooks of accelerate uncopied."""
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    return {id(hook): hook for hook in hooks}
+
+
+def without_hooks(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that accelerate has dispatched, made a plain one in place; tensors stay where they
+    are."""
+    for module in model.modules():
+        if module.__dict__.pop("_hf_hook", None) is not None:
+            original = module.__dict__.pop("_old_forward", None)
+            module.__dict__.pop("forward", None)
+            if original is not None and getattr(original, "__func__", None) is not type(module).forward:
+                module.__dict__["forward"] = original
+    for name in (*MOVERS, "hf_device_map"):
+        model.__dict__.pop(name, None)
+    return model

@@ -1,0 +1,223 @@
+"""`Workbench`: layers that lie in 16 bits, on another device or on disk, and come to the device in float32,
+one at a time.
+
+What is measured and fitted is computed in float32 on one device. A model that lies there as a whole needs no
+workbench. Of another one everything around the layers is brought there once and for all (`on_workbench`), and
+each layer when it is run, until the next one is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from accelerate import dispatch_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .offload import Folder, Source, Weights, is_dispatched, plain_memo, sources_of, without_hooks
+from .sublayers import Sublayer
+
+
+BENCH = "kprune_workbench"
+"""Attribute of a model that has a workbench."""
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
+    """Whether a model or a tensor is of 16 bits a number."""
+    return value.dtype in HALF_PRECISION
+
+
+class Workbench:
+    """Brings layers to the device in float32, one at a time.
+
+    A layer that was not changed gets its tensors back. One that was cut or tuned is stored as it was before,
+    in its dtype, and on disk if it came from there.
+
+    Args:
+        layers: All layers of a model.
+        device: Where they are worked on.
+        sources: Of those tensors that are not in memory, by number of the layer and name.
+        to_disk: Whether the layers that have such tensors are stored on disk again, or else in memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        device: torch.device,
+        sources: Mapping[tuple[int, str], Source],
+        to_disk: bool,
+    ):
+        self.layers, self.device, self.sources = list(layers), device, dict(sources)
+        self.folder = Folder()
+        self.on_disk = {number for number, _ in self.sources} if to_disk else set()
+        self.current: int | None = None
+        self.away: dict[str, Tensor] = {}
+        self.here: dict[str, Tensor] = {}
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self.on_run, prepend=True)
+
+    def on_run(self, layer: nn.Module, _args: object) -> None:
+        """Bring a layer that is about to run, unless it is only to pass its input on."""
+        if "forward" not in layer.__dict__:
+            self.bring(layer)
+
+    def bring(self, layer: nn.Module) -> None:
+        """Bring a layer to the device, and put the one that is there away."""
+        number = next(i for i, each in enumerate(self.layers) if each is layer)
+        if number == self.current:
+            return
+        self.put_away()
+        self.current = number
+        for name, slot, key, tensor in slots(layer):
+            source = self.sources.get((number, name))
+            value = on_device(tensor if source is None else source.load(), self.device)
+            self.away[name], self.here[name] = tensor, value if value is tensor else as_stored(value, tensor)
+            slot[key] = self.here[name]
+
+    def put_away(self) -> None:
+        """Put the layer that is on the device where it came from."""
+        if self.current is None:
+            return
+        number, layer = self.current, self.layers[self.current]
+        dtypes = [tensor.dtype for tensor in self.away.values() if in_half_precision(tensor)]
+        changed = dict[str, Tensor]()
+        for name, slot, key, tensor in slots(layer):
+            if self.here.get(name) is tensor:
+                slot[key] = self.away[name]
+                continue
+            before = self.away.get(name, tensor)
+            dtype = before.dtype if name in self.away else [*dtypes, tensor.dtype][0]
+            device = torch.device("cpu") if before.device.type == "meta" else before.device
+            changed[name] = slot[key] = as_stored(tensor.detach().to(device, dtype), tensor)
+            self.sources.pop((number, name), None)
+        if number in self.on_disk:
+            new = self.folder.write({name: tensor for name, tensor in changed.items() if tensor.numel()})
+            for name, slot, key, tensor in slots(layer):
+                if name in new:
+                    self.sources[number, name] = new[name]
+                    slot[key] = as_stored(tensor.detach().to("meta"), tensor)
+        self.current, self.away, self.here = None, {}, {}
+
+    def leave(self) -> None:
+        """Put all layers away, and take the hooks off them."""
+        self.put_away()
+        for layer in self.layers:
+            for key, hook in list(layer._forward_pre_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del layer._forward_pre_hooks[key]
+
+
+def slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """Where the tensors of a module and of those in it are: the name of each, the dictionary that has it, its
+    key in there, and the tensor."""
+    for path, inner in list(module.named_modules()):
+        for slot in (inner._parameters, inner._buffers):
+            for key, tensor in list(slot.items()):
+                if tensor is not None:
+                    yield f"{path}.{key}" if path else key, cast(dict[str, Any], slot), key, tensor
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, floats of 16 bits in float32."""
+    dtype = torch.float32 if in_half_precision(tensor) else tensor.dtype
+    return tensor if is_on(tensor, device) and tensor.dtype == dtype else tensor.detach().to(device, dtype)
+
+
+def is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device, which may be named without a number."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def as_stored(value: Tensor, like: Tensor) -> Tensor:
+    """A value as a parameter without a gradient, or as a buffer, whichever `like` is."""
+    return nn.Parameter(value, requires_grad=False) if isinstance(like, nn.Parameter) else value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------
+
+
+def layers_of(sublayers: Sequence[Sublayer]) -> list[nn.Module]:
+    """All layers of the stacks of a model, those without sublayers of ours among them."""
+    stacks = {id(sublayer.layers): sublayer.layers for sublayer in sublayers}
+    return [layer for stack in stacks.values() for layer in stack]
+
+
+def needs_workbench(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model is not on the device as a whole, or has weights of 16 bits."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return any(not is_on(tensor, device) or in_half_precision(tensor) for tensor in tensors)
+
+
+def on_workbench(
+    model: PreTrainedModel, sublayers: Sequence[Sublayer], device: torch.device
+) -> PreTrainedModel:
+    """A copy of a model that computes in float32 on one device, and shares the weights of the layers.
+
+    Args:
+        model: The model, on any devices.
+        sublayers: Its sublayers.
+        device: Where the copy computes.
+    """
+    sources, layers = sources_of(model), layers_of(sublayers)
+    inside = {id(tensor) for layer in layers for _, _, _, tensor in slots(layer)}
+    memo: dict[int, Any] = plain_memo(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = tensor
+        if id(tensor) not in inside:
+            source = sources.get(id(tensor))
+            memo[id(tensor)] = as_stored(
+                on_device(tensor.detach() if source is None else source.load(), device), tensor
+            )
+    copied = without_hooks(copy.deepcopy(model, memo))
+    names = {id(module): name for name, module in model.named_modules()}
+    lying = {
+        (number, name): sources[id(tensor)]
+        for number, layer in enumerate(layers)
+        for name, _, _, tensor in slots(layer)
+        if id(tensor) in sources
+    }
+    to_disk = "disk" in getattr(model, "hf_device_map", {}).values()
+    copies = [copied.get_submodule(names[id(layer)]) for layer in layers]
+    copied.__dict__[BENCH] = Workbench(copies, device, lying, to_disk)
+    return copied
+
+
+def off_workbench(student: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Make a student, changed in place, lie where the model does that it is a copy of: in the same modules in
+    memory, on other devices or on disk."""
+    bench = workbench_of(student)
+    if bench is None:
+        return
+    bench.leave()
+    del student.__dict__[BENCH]
+    places = getattr(model, "hf_device_map", None)
+    if places is None or not is_dispatched(model):
+        return
+    names = {id(module): name for name, module in student.named_modules()}
+    weights = Weights()
+    for (number, name), source in bench.sources.items():
+        weights[f"{names[id(bench.layers[number])]}.{name}"] = source
+    main = next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+    for path, place in places.items():
+        if place == "disk" or (place == "cpu" and main != "cpu"):
+            around = student.get_submodule(path).named_parameters(path)
+            rest = {name: tensor for name, tensor in around if name not in weights and tensor.numel()}
+            if place == "disk":
+                weights |= bench.folder.write(rest)
+            else:
+                weights |= {name: Source(partial(Tensor.detach, tensor)) for name, tensor in rest.items()}
+    skip = getattr(student, "_skip_keys_device_placement", None)
+    dispatch_model(student, dict(places), main, weights, offload_index={}, skip_keys=skip, force_hooks=True)
+
+
+def workbench_of(model: nn.Module) -> Workbench | None:
+    """The workbench of a model, if it needs one."""
+    return cast("Workbench | None", model.__dict__.get(BENCH))
