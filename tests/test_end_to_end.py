@@ -10,7 +10,7 @@ import torch
 from data import Padding, rows
 from models import slow_unless_in
 from transformers import PreTrainedModel
-from zoo import ZOO, inputs_for, make, outputs_of
+from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.backward import backward, descend

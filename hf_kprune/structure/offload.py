@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +73,33 @@ class Weights(dict[str, Source]):
 def is_dispatched(model: nn.Module) -> bool:
     """Whether accelerate has spread a model over devices, memory and disk."""
     return hasattr(model, "hf_device_map") and any(hasattr(each, "_hf_hook") for each in model.modules())
+
+
+def device_map(
+    model: nn.Module, stacks: Collection[nn.Module], place: str, rest: str | int
+) -> dict[str, str | int]:
+    """A `device_map` that puts stacks of layers of a model in one place, and all else in another."""
+    places = dict[str, str | int]()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if any(module is stack for stack in stacks):
+            places |= {f"{path}.{name}": place for name, _ in module.named_children()}
+        elif path and not any(inner is stack for inner in module.modules() for stack in stacks):
+            places[path] = rest
+        else:
+            within = [
+                *module.named_children(),
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
+            for name, value in within:
+                inner = f"{path}.{name}" if path else name
+                if isinstance(value, nn.Module):
+                    pending.append((inner, value))
+                else:
+                    places[inner] = rest
+    return places
 
 
 def read_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

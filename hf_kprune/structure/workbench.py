@@ -209,11 +209,12 @@ def off_workbench(student: PreTrainedModel, model: PreTrainedModel) -> None:
     for path, place in places.items():
         if place == "disk" or (place == "cpu" and main != "cpu"):
             around = student.get_submodule(path).named_parameters(path)
-            rest = {name: tensor for name, tensor in around if name not in weights and tensor.numel()}
+            rest = {name: tensor for name, tensor in around if name not in weights}
+            weights |= {name: Source(partial(Tensor.detach, tensor)) for name, tensor in rest.items()}
             if place == "disk":
-                weights |= bench.folder.write(rest)
-            else:
-                weights |= {name: Source(partial(Tensor.detach, tensor)) for name, tensor in rest.items()}
+                weights |= bench.folder.write(
+                    {name: tensor for name, tensor in rest.items() if tensor.numel()}
+                )
     skip = getattr(student, "_skip_keys_device_placement", None)
     dispatch_model(student, dict(places), main, weights, offload_index={}, skip_keys=skip, force_hooks=True)
 

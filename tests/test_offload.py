@@ -1,0 +1,78 @@
+"""Models that accelerate has spread over memory and disk: pruned, saved and used as those in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_same_state, kept
+from data import collate, rows
+from models import slow_unless_in
+from transformers import PreTrainedModel
+from zoo import make
+
+from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
+from hf_kprune.structure.offload import device_map
+from hf_kprune.structure.sublayers import find_sublayers
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+
+OPTIONS = {
+    "sparsity": 0.4,
+    "num_tokens": 150,
+    "num_measure_tokens": 80,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def spread(folder: Path, model: PreTrainedModel, everything: bool = False, **options: Any) -> PreTrainedModel:
+    """A saved model with its layers on disk, all but the lowest, or with everything there."""
+    stacks = {id(s.layers): s.layers for s in find_sublayers(model)}.values()
+    places = device_map(model, stacks, "disk", "disk" if everything else "cpu")
+    for sublayer in find_sublayers(model):
+        name = next(name for name, module in model.named_modules() if module is sublayer.layers)
+        places[f"{name}.0"] = "disk" if everything else "cpu"
+    return type(model).from_pretrained(
+        folder / "dense", device_map=places, offload_folder=folder / "offload", **options
+    )
+
+
+def prune(model: PreTrainedModel, **options: Any) -> tuple[KPrunePruner, PruningReport]:
+    pruner = KPrunePruner(model, KPruneArguments(**{**OPTIONS, **options}), rows(40, longest=9), collate)
+    return pruner, pruner.prune()
+
+
+CASES = [
+    ("llama", "surgeon", torch.bfloat16, False),
+    ("bert", "kprune", torch.float32, True),
+    ("gpt2", "magnitude", torch.float16, True),
+    ("mixtral", "surgeon", torch.float32, False),
+    ("gemma2", "surgeon", torch.bfloat16, True),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "dtype", "everything"), slow_unless_in(CASES[:2], CASES))
+def test_pruned_on_disk_is_pruned_in_memory(
+    name: str, method: str, dtype: torch.dtype, everything: bool, tmp_path: Path
+) -> None:
+    model = make(name).to(dtype)
+    model.save_pretrained(tmp_path / "dense")
+    on_disk = spread(tmp_path, model, everything, dtype=dtype)
+    assert any(tensor.device.type == "meta" for tensor in on_disk.parameters())
+    whole, expected = prune(type(model).from_pretrained(tmp_path / "dense", dtype=dtype), method=method)
+    pruner, report = prune(on_disk, method=method)
+    assert kept(report) == kept(expected)
+    assert report.trials == expected.trials
+    inputs = {"input_ids": torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        outputs = [each.model.eval()(**inputs).logits for each in (pruner, whole)]
+    assert torch.equal(*outputs)
+    for each, folder in ((pruner, "spread"), (whole, "whole")):
+        each.save_model(str(tmp_path / folder))
+    kind = type(model)
+    one, other = (kind.from_pretrained(tmp_path / folder, dtype=dtype) for folder in ("spread", "whole"))
+    assert_same_state(one.state_dict(), other.state_dict())
