@@ -1,88 +1,162 @@
-"""Peak memory of `prune()`, and what it grows by when the model is made deeper by repeating its layers.
+"""How much memory pruning takes beyond the interpreter, the libraries and the model: a Llama shape with random
+weights in bfloat16.
 
-    python benchmarks/memory.py MODEL TEXTS.parquet COLUMN [--depth 1 2] [--num_tokens 100000]
+    python benchmarks/memory.py --layers 12 24 --offload none disk --folder /tmp/shapes
 
-Each depth is measured in a process of its own. "above" is the peak over what the process held, model included, when
-pruning began; the weights of the copy that is pruned are in it, and are shown beside it.
+Each line is a process of its own. `growth` is the peak of its resident memory above what it held when the libraries
+were imported and a tiny model had been pruned; `ratio` is growth, less the model itself where that is in memory, over
+the bytes of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import subprocess
 import sys
-
-import pandas as pd
-import psutil
-import torch
-from transformers import AutoTokenizer
-
-from hf_kprune import KPruneArguments, KPrunePruner
-from hf_kprune.checkpoint.loading import load_model
-from hf_kprune.sizes import peak_memory
-from hf_kprune.structure.sublayers import find_sublayers
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
 
 
-def measure(args: argparse.Namespace, times: int) -> dict[str, float]:
-    model = load_model(args.model)
-    layers = find_sublayers(model)[0].layers
-    for layer in [copy.deepcopy(layer) for _ in range(times - 1) for layer in layers]:
-        layers.append(layer)
-    model.config.num_hidden_layers = len(layers)
-    texts = pd.read_parquet(args.texts)[args.column].tolist()
-    options = KPruneArguments(
-        sparsity=args.sparsity,
-        num_tokens=args.num_tokens,
-        num_measure_tokens=args.num_measure_tokens,
-        disable_tqdm=True,
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def shape(layers: int, width: int, vocabulary: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
     )
-    pruner = KPrunePruner(model, options, texts, processing_class=AutoTokenizer.from_pretrained(args.model))
-    pruner.callback_handler.callbacks.clear()
-    before = psutil.Process().memory_info().rss
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def write(folder: Path, config: Any) -> int:
+    """Write a checkpoint of random weights, a file for each layer; its bytes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+    torch.manual_seed(0)
+    parts: dict[str, list[str]] = {}
+    for name in shapes:
+        parts.setdefault(name.split(".")[2] if ".layers." in name else "around", []).append(name)
+    total, index = 0, {}
+    for part, names in parts.items():
+        tensors = {}
+        for name in names:
+            size = shapes[name]
+            value = torch.ones(size) if len(size) == 1 else torch.randn(size) * size[-1] ** -0.5
+            tensors[name] = value.bfloat16()
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        file = f"model-{part}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    about = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(about))
+    return total
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of memory of this process, now or at most so far."""
+    name = "VmHWM" if peak else "VmRSS"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder: str, offload: str, tokens: int, sparsity: float) -> dict[str, Any]:
+    """Prune the checkpoint in a folder in this process."""
+    import torch
+    import transformers
+    from transformers import LlamaForCausalLM
+
+    from hf_kprune import KPruneArguments, KPrunePruner
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(vocabulary: int, count: int, length: int) -> list[dict[str, list[int]]]:
+        ids = torch.randint(0, vocabulary, (count, length), generator=generator)
+        return [{"input_ids": row} for row in ids.tolist()]
+
+    options = {"disable_tqdm": True, "use_cpu": True, "sparsity": sparsity}
+    tiny = LlamaForCausalLM(shape(2, 256, 100))
+    KPrunePruner(
+        tiny, KPruneArguments(num_tokens=1600, num_measure_tokens=400, **options), rows(100, 100, 16)
+    ).prune()
+    base = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of now
+    config = transformers.AutoConfig.from_pretrained(folder)
+    data = rows(config.vocab_size, tokens // 256, 256)
+    args = KPruneArguments(
+        num_tokens=tokens, num_measure_tokens=tokens // 2, per_device_batch_size=4, **options
+    )
+    begin, cpu = time.perf_counter(), time.process_time()
+    if offload == "none":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+        pruner = KPrunePruner(model, args, data)
+    else:
+        pruner = KPrunePruner(folder, args, data, offload=offload)
+    loaded = resident() - base
     report = pruner.prune()
-    peak = peak_memory(torch.device("cpu"))
-    return {
-        "layers": len(layers),
-        "weights": weights,
-        "before": before,
-        "peak": peak,
-        "above": peak - before,
-        "tokens": report.calibration["tokens"],
-        "seconds": report.seconds["total"],
-    }
+    seconds = {"wall": round(time.perf_counter() - begin), "cpu": round(time.process_time() - cpu)}
+    return {"loaded": loaded, "growth": resident(peak=True) - base, **seconds, "removed": report.sparsity}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("texts")
-    parser.add_argument("column")
-    parser.add_argument("--depth", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--num_tokens", type=int, default=100_000)
-    parser.add_argument("--num_measure_tokens", type=int)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args, args.one)))
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--offload", nargs="+", choices=["none", "cpu", "disk"], default=["none", "disk"])
+    parser.add_argument("--folder", default=None, help="where shapes are written, and left")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.child, options.offload[0], options.tokens, options.sparsity)))
         return
-    print(
-        "| layers | tokens | weights MB | peak MB | above MB | above less a copy of the weights MB | seconds |"
-    )
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for times in args.depth:
-        command = [sys.executable, *sys.argv, "--one", str(times)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ})
-        m = json.loads(done.stdout.splitlines()[-1])
-        figures = [m[key] / 1e6 for key in ("weights", "peak", "above")] + [(m["above"] - m["weights"]) / 1e6]
-        cells = " | ".join(f"{figure:.0f}" for figure in figures)
-        print(f"| {m['layers']} | {m['tokens']:,} | {cells} | {m['seconds']:.0f} |", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for layers in options.layers:
+            folder = Path(options.folder or temporary, f"llama-{layers}-{options.width}")
+            size = write(folder, shape(layers, options.width, options.vocabulary))
+            for offload in options.offload:
+                words = ["--child", str(folder), "--offload", offload, "--tokens", str(options.tokens)]
+                done = subprocess.run(
+                    [sys.executable, __file__, *words, "--sparsity", str(options.sparsity)],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                line = json.loads(done.stdout.splitlines()[-1])
+                beyond = line["growth"] - (size if offload == "none" else 0)
+                about = {
+                    "layers": layers,
+                    "width": options.width,
+                    "tokens": options.tokens,
+                    "offload": offload,
+                }
+                print(
+                    json.dumps({**about, "weights": size, **line, "ratio": round(beyond / size, 3)}),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Job:
         method: The pruning method.
         budget: What may be spent.
         tunes: Whether weights are tuned.
+        chooses_ridge: Whether a ridge is chosen for each sublayer if none is given; trials do without.
     """
 
     calibration: Calibration
@@ -53,6 +54,7 @@ class Job:
     method: Method
     budget: Budget
     tunes: bool
+    chooses_ridge: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def choose(
         ]
     few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
+    on_few = replace(job, calibration=few, chooses_ridge=False)
     if len(plans) > 1:
         with few.phase("search"):
             judge = Judge(few, teacher, job.loss)
@@ -131,7 +134,7 @@ def choose(
             student = few.walk(frozen(dense.model))
             student.keeps_layers = judge.needs_layers
             reference = few.walk(teacher.model, teacher.sublayers)
-            prune(replace(job, calibration=few), student, reference, decisions, unwritten)
+            prune(on_few, student, reference, decisions, unwritten)
             with few.phase("search"):
                 distances[str(exponent)] = judge.distance(student)
     (best,) = broadcast_object_list([min(plans, key=lambda exponent: distances.get(str(exponent), 0.0))])
@@ -143,13 +146,13 @@ def tune(job: Job, student: Walk, teacher: Walk, entry: SublayerReport) -> None:
     (KPWT)."""
     sublayer, method, calibration = student.sublayer, job.method, job.calibration
     with calibration.phase("tune"):
-        reference = Reference(teacher)
+        reference, halved = Reference(teacher), method.ridge is None and job.chooses_ridge
         if method.tune_inputs and sublayer.num_units:
-            for paths, equations in input_equations(calibration, student, reference, method.ridge is None):
+            for paths, equations in input_equations(calibration, student, reference, halved):
                 drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
                 shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
                 correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
-        equations = normal_equations(calibration, student, reference, method.ridge is None)
+        equations = normal_equations(calibration, student, reference, halved)
         fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
         set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
     entry.error_before, entry.error_after = fit.error_before, fit.error_after

@@ -47,7 +47,7 @@ from .state import Pruner, begin_phase, call, in_place, one_run
 from .structure.checks import check_described, check_model, unwrapped
 from .structure.detect import describe
 from .structure.facts import in_eval_mode
-from .structure.offload import read_state
+from .structure.offload import is_dispatched, read_state
 from .structure.reach import leaving, towers_left_alone
 from .structure.sublayers import LEFT_ALONE, find_sublayers
 from .structure.surgery import with_table_per_layer
@@ -140,6 +140,12 @@ class Run:
         teacher = with_table_per_layer(model)
         before = model_size(teacher, find_sublayers(teacher), prunable_flops(calibration.sublayers, lengths))
         in_time = any(budget.budget[0] in TIMES for budget in self.budgets)
+        if in_time and is_dispatched(model):
+            raise ArgumentError(
+                f"{self.args.budget[0]} is about the time of a model that lies on one device as a whole, and "
+                f"layers of {type(model).__name__} wait elsewhere; load it without offload or device_map, or "
+                "give sparsity or target_params"
+            )
         timed = self.time(teacher, calibration) if in_time else None
         remarks = [
             f"{path} is left alone, as {reason}; the budget is of the rest"

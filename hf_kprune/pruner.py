@@ -21,7 +21,7 @@ from .calibration.metrics import evaluate_texts, metrics_of
 from .calibration.sources import check_processing_class, check_rows
 from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
 from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
-from .checkpoint.loading import check_is_model, load_model, load_tokenizer
+from .checkpoint.loading import Offload, check_is_model, load_model, load_tokenizer
 from .checkpoint.sentence_folder import card_of
 from .errors import ArgumentError, KPruneError
 from .hyperparameters import Search
@@ -60,6 +60,9 @@ class KPrunePruner:
         callbacks: Instances or classes of `KPruneCallback`, added to the default ones.
         compute_loss: Replaces the predictive knowledge of the model's head: (student_outputs,
             teacher_outputs, valid_tokens (B, T)) -> tensor (B,), one differentiable number per sequence.
+        offload: If `model` is a name: `"disk"` leaves its layers in its checkpoint, `"cpu"` in the memory of
+            the machine, and one at a time comes to the device. Default: the model lies on the device as a
+            whole. A model that was loaded with a `device_map` is taken as it is.
 
     Raises:
         UnsupportedModelError: If the model cannot be pruned: unknown, quantised, with adapters, ...
@@ -94,6 +97,7 @@ class KPrunePruner:
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: list[KPruneCallback | type[KPruneCallback]] | None = None,
         compute_loss: KnowledgeLoss | None = None,
+        offload: Literal["cpu", "disk"] | None = None,
     ):
         self.args = args or KPruneArguments()
         self.args.check()
@@ -104,7 +108,12 @@ class KPrunePruner:
             check_rows("eval_dataset", eval_dataset)
         if isinstance(model, (str, os.PathLike)):
             processing_class = processing_class or load_tokenizer(os.fspath(model))
-            model = load_model(os.fspath(model))
+            model = load_model(os.fspath(model), Offload(offload, self.accelerator.device))
+        elif offload is not None:
+            raise ArgumentError(
+                f"offload is {offload!r}, which is about a model that is loaded here, and model is a "
+                f"{type(model).__name__}; pass its name or path, or load it with a device_map"
+            )
         model = bare_model(model)
         self.sentence_folder = folder_of(model)
         if self.sentence_folder is not None:

@@ -25,6 +25,7 @@ from .files.destination import origins
 from .processes import together
 from .report import PruningReport
 from .sizes import expected_bytes, model_size
+from .structure.offload import rebind
 from .validation import show
 
 
@@ -112,6 +113,7 @@ def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport) -> No
     """
     if report.cut_something:
         pruner.model.__dict__.update(student.__dict__)  # one step: nothing can come between
+        rebind(pruner.model)
     pruner.report, pruner.checkpoint = report, None
     note = "The model is pruned all the same: on_prune_end came after. save_model() works."
     with together(pruner.accelerator), noting(note):

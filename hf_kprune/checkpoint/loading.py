@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ from transformers.utils import cached_file
 from ..calibration.embeddings import read_folder
 from ..errors import ArgumentError
 from ..progress import quiet
+from ..structure.checks import safe_on_meta
+from ..structure.offload import Folder, device_map
+from ..structure.sublayers import find_sublayers
 from ..validation import show
 from .remote_code import brings_code
 
@@ -57,7 +61,46 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     return cast(type[PreTrainedModel], kind)
 
 
-def load_model(name: str) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Offload:
+    """Where the layers of a model wait until they are worked on.
+
+    Args:
+        place: `"disk"`: in its checkpoint, from which the model is never read as a whole. `"cpu"`: in the
+            memory of the machine. None: on the device.
+        device: Where the model is worked on.
+    """
+
+    place: str | None = None
+    device: torch.device = torch.device("cpu")
+
+    def read(self, kind: Any, config: Any, name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Load a model, and what Transformers says of it.
+
+        Args:
+            kind: Its class, or an auto class.
+            config: Its config.
+            name: A directory or a name on the Hub.
+        """
+        if self.place is None or (self.place == "cpu" and self.device.type == "cpu"):
+            model, info = kind.from_pretrained(name, output_loading_info=True)
+            return model, info
+        with torch.device("meta"), safe_on_meta():
+            empty = kind(config) if isinstance(kind, type(PreTrainedModel)) else kind.from_config(config)
+        stacks = {id(s.layers): s.layers for s in find_sublayers(empty)}.values()
+        rest = self.device.type if self.device.index is None else self.device.index
+        places, folder = device_map(empty, list(stacks), self.place, rest), Folder()
+        options = {"device_map": places, "offload_folder": folder.place(), "output_loading_info": True}
+        model, info = kind.from_pretrained(name, **options)
+        model.__dict__["kprune_folder"] = folder  # which goes with the model
+        return model, info
+
+
+ON_DEVICE = Offload()
+"""A model that lies on the device as a whole."""
+
+
+def load_model(name: str, offload: Offload = ON_DEVICE) -> PreTrainedModel:
     """Load a model with the class that its config names; of a sentence-transformers folder what that runs."""
     check_place(name)
     with quiet(), reading(name):
@@ -65,7 +108,7 @@ def load_model(name: str) -> PreTrainedModel:
         place = name if folder is None else folder.transformer
         config = AutoConfig.from_pretrained(place)
         kind = (folder and folder.transformer_class(config)) or model_class(config)
-        model, info = kind.from_pretrained(place, output_loading_info=True)
+        model, info = offload.read(kind, config, place)
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         warnings.warn(
@@ -73,7 +116,7 @@ def load_model(name: str) -> PreTrainedModel:
             "are random now; load it with the class that it was saved by",
             stacklevel=2,
         )
-    return cast(PreTrainedModel, model)
+    return model
 
 
 @contextmanager

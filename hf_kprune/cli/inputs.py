@@ -19,7 +19,7 @@ from ..calibration.embeddings import folder_of
 from ..calibration.metrics import ALIASES, QA_COLUMNS, named_metric
 from ..calibration.sources import text_columns
 from ..calibration.tasks import needs_targets, task_of
-from ..checkpoint.loading import check_place, check_stock, load_model, load_tokenizer, reading
+from ..checkpoint.loading import Offload, check_place, check_stock, load_model, load_tokenizer, reading
 from ..errors import ArgumentError, KPruneError
 from ..processes import together
 from ..progress import quiet
@@ -40,7 +40,7 @@ NO_PIPELINE = {
 def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
     """The pruner that the options describe."""
     with together(Accelerator(cpu=args.use_cpu)):
-        model, tokenizer = load(data)
+        model, tokenizer = load(data, Offload(data.offload, Accelerator(cpu=args.use_cpu).device))
         texts = Texts(model, tokenizer, data, args)
         evaluation = texts.evaluation() if data.eval_dataset_name or data.eval_file else None
         metric = metric_function(data.metric, model) if data.metric and not texts.figures else None
@@ -50,7 +50,7 @@ def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
     return KPrunePruner(model, args, texts.calibration(), collator, evaluation, tokenizer, metric)
 
 
-def load(data: DataArguments) -> tuple[PreTrainedModel, Any]:
+def load(data: DataArguments, offload: Offload) -> tuple[PreTrainedModel, Any]:
     """The model and its tokenizer.
 
     Raises:
@@ -58,7 +58,7 @@ def load(data: DataArguments) -> tuple[PreTrainedModel, Any]:
     """
     name = data.model_name_or_path
     with trying(f"load the model {name!r}"):
-        model, tokenizer = load_model_for(name, data.task), load_tokenizer(name)
+        model, tokenizer = load_model_for(name, data.task, offload), load_tokenizer(name)
     if "input_ids" not in model.main_input_name:
         raise ArgumentError(
             f"{type(model).__name__} takes {model.main_input_name}, but the command line takes texts only; "
@@ -172,10 +172,10 @@ def trying(what: str) -> Iterator[None]:
         raise ArgumentError(f"cannot {what}: {error}") from error
 
 
-def load_model_for(name: str, task: str | None) -> PreTrainedModel:
+def load_model_for(name: str, task: str | None, offload: Offload) -> PreTrainedModel:
     """Load a model with the class of `task`, or with the one that its config names."""
     if task is None:
-        return load_model(name)
+        return load_model(name, offload)
     try:
         named = NO_PIPELINE.get(task)
         auto = getattr(transformers, named) if named else PIPELINE_REGISTRY.check_task(task)[1]["pt"][0]
@@ -184,8 +184,9 @@ def load_model_for(name: str, task: str | None) -> PreTrainedModel:
         raise ArgumentError(f"task is {task!r}, expected one of {', '.join(tasks)}") from None
     check_place(name)
     with quiet(), reading(name):
-        check_stock(AutoConfig.from_pretrained(name), name)
-        model, info = auto.from_pretrained(name, output_loading_info=True)
+        config = AutoConfig.from_pretrained(name)
+        check_stock(config, name)
+        model, info = offload.read(auto, config, name)
     head = [key for key in info["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
     if head and model.base_model is not model:
         raise ArgumentError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..errors import ArgumentError
 from ..options import option
@@ -83,6 +84,11 @@ class DataArguments:
         None,
         "Load the model for this task, such as text-classification or fill-mask. By default its config "
         "names the class.",
+    )
+    offload: Literal["cpu", "disk"] | None = option(
+        None,
+        "Keep the layers of the model on disk, where its checkpoint is, or, with a GPU, in the memory of the "
+        "machine (cpu), and bring one at a time to the device. By default the model lies there as a whole.",
     )
     dataset_name: str | None = option(
         None, "Calibrate on this dataset on the Hub, or on this directory, as load_dataset() reads it."

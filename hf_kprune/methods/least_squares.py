@@ -9,7 +9,7 @@ Shapes: n tokens, C kept columns, D residual width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ FAINT = 1e-4
 """A column is pulled as if its mean square were at least this fraction of that of all."""
 
 RIDGE = 1.0
-"""The ridge where there are too few sequences to choose one."""
+"""The ridge where none is chosen, and the first that is tried where one is."""
 
-RIDGES = tuple(4.0**power for power in range(1, -7, -1))
-"""Ridges that are tried where none is given, from the strongest down."""
+RIDGES = tuple(4.0**power for power in range(-6, 4))
+"""Ridges that are tried where none is given."""
+
+DIRECTIONS = 64
+"""Directions in which the errors of ridges are compared, if there are more."""
 
 STRIP = 256
 """Rows of a Gram matrix that are computed at a time: enough for a product to be as fast as it can."""
@@ -145,6 +148,11 @@ class NormalEquations:
         self.reference_square += reference.double().square().sum()
         self.tokens += len(features)
 
+    def seen_from(self, directions: Tensor) -> NormalEquations:
+        """The sums for targets in some directions (D, K) alone. Their squares are left as they are."""
+        target_sum = self.target_sum @ directions
+        return replace(self, cross=self.cross @ directions, target_sum=target_sum)
+
     def tensors(self) -> list[Tensor]:
         """The sums themselves, of all tokens."""
         return [getattr(self, each.name) for each in fields(self) if each.init]
@@ -237,6 +245,7 @@ def tune_weight(
     free = tune_bias and b0 is not None
     if ridge is None:
         ridge = choose_ridge(equations, w0, b0, free)
+    equations.halves = None  # they take as much memory as the sums
     error_before = relative_error(equations, w0, b0)
     w, b, floor, undetermined = solve(equations, residual_of(equations, w0, b0, free), w0, b0, ridge)
     return Fit(w, b, error_before, relative_error(equations, w, b), ridge + floor, undetermined)
@@ -245,8 +254,10 @@ def tune_weight(
 def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None, tune_bias: bool) -> float:
     """The ridge with which each half of the sequences predicts the other best: 2-fold cross-validation.
 
-    The strongest is tried first, then weaker ones until they are worse. What fits half of the sequences is
-    twice too strong for all of them, as it is relative to sums over them, while noise stays the same.
+    From `RIDGE` on weaker ones are tried until they are worse, or else stronger ones. Errors are compared in
+    a few random directions (Achlioptas 2003), as fits in all of them take longer than factorisations. What
+    fits half of the sequences is twice too strong for all of them, as it is relative to sums over them, while
+    noise stays the same.
 
     Args:
         equations: The sums, with their halves.
@@ -260,17 +271,36 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     halves = equations.halves
     if halves is None or not all(bool(half.tokens) for half in halves):
         return RIDGE
-    best, least = RIDGE, float("inf")
+    if len(weight) > DIRECTIONS:
+        seen = directions(len(weight)).to(weight.device)
+        halves = halves[0].seen_from(seen), halves[1].seen_from(seen)
+        weight, bias = seen.T @ weight, None if bias is None else bias @ seen
     residuals = [residual_of(half, weight, bias, tune_bias) for half in halves]
-    for ridge in RIDGES:
-        error = 0.0
+
+    def error(ridge: float) -> float:
+        total = 0.0
         for fitted, residual, other in zip(halves, residuals, halves[::-1], strict=True):
             w, b, _, _ = solve(fitted, residual, weight, bias, ridge)
-            error += float(squared_error(other, w, b))
-        if error >= least:
+            total += float(squared_error(other, w, b))
+        return total
+
+    best, least = RIDGE, error(RIDGE)
+    for way in (sorted((r for r in RIDGES if r < RIDGE), reverse=True), [r for r in RIDGES if r > RIDGE]):
+        for ridge in way:
+            if (tried := error(ridge)) >= least:
+                break
+            best, least = ridge, tried
+        if best != RIDGE:
             break
-        best, least = ridge, error
     return best / 2
+
+
+def directions(width: int) -> Tensor:
+    """Random directions of a space in which errors are compared, (width, `DIRECTIONS`), float64: the square
+    of an error is, on average over them, that in all directions."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (width, DIRECTIONS), generator=generator, dtype=torch.float64)
+    return signs.mul_(2).sub_(1).div_(DIRECTIONS**0.5)
 
 
 @dataclass
@@ -298,8 +328,8 @@ def residual_of(equations: NormalEquations, weight: Tensor, bias: Tensor | None,
     if bias is not None:
         change, rest = change - torch.outer(e.feature_sum, bias), rest - e.tokens * bias
     if tune_bias:
-        gram = gram - torch.outer(e.feature_sum, e.feature_sum) / e.tokens
-        change = change - torch.outer(e.feature_sum, rest) / e.tokens
+        gram = gram.addr(e.feature_sum, e.feature_sum / e.tokens, alpha=-1)
+        change = change.addr(e.feature_sum, rest / e.tokens, alpha=-1)
     return Residual(gram, change, rest, tune_bias)
 
 
@@ -315,7 +345,7 @@ def solve(
     square = float(e.gram.diagonal().mean()) if len(gram) else 0.0
     if scale > ROUNDING * square:  # else features are constant: b does it all
         pull = ridge * gram.diagonal().clamp(min=FAINT * scale)
-        factor, floor = damped_cholesky(gram + torch.diag(pull), scale, 0.0)
+        factor, floor = damped_cholesky(gram, scale, pull)
         delta = torch.cholesky_solve(change, factor)
         # a pivot is what is left of a column's norm once the columns before it are projected out: if they
         # give it with the coefficients c, floor * scale * (1 + |c|^2)
@@ -341,19 +371,20 @@ def correct_drift(equations: NormalEquations, ridge: float | None, tune_bias: bo
     return tune_weight(equations, identity, torch.zeros_like(identity[0]), ridge, tune_bias)
 
 
-def damped_cholesky(gram: Tensor, scale: float, ridge: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of  G + (ridge + floor) * scale * 1, and the floor: `DAMPING`, or as much more as
+def damped_cholesky(gram: Tensor, scale: float, pull: Tensor | float) -> tuple[Tensor, float]:
+    """The Cholesky factor of  G + diag(pull + floor * scale), and the floor: `DAMPING`, or as much more as
     rounding asks for.
 
     Args:
         gram: G, (C, C), float64, positive semidefinite up to rounding.
-        scale: What the damping is relative to, over 0.
-        ridge: The part of it that is wanted.
+        scale: What the floor is relative to, over 0.
+        pull: The part of the damping that is wanted, (C,) or one number.
     """
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     floor = DAMPING
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + (ridge + floor) * scale * eye)
+        damped = gram.clone()
+        damped.diagonal().add_(pull + floor * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor, floor
         floor *= 10

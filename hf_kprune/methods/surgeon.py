@@ -75,12 +75,11 @@ def covariance(
     square = float(moments.diagonal().mean()) if len(moments) else 0.0
     if centred:
         mean = feature_sum / tokens
-        moments = moments - torch.outer(mean, mean)
+        moments.addr_(mean, mean, alpha=-1)
     scale = max(float(moments.diagonal().mean()) if len(moments) else 0.0, ROUNDING * square) or 1.0
-    _, damping = damped_cholesky(moments, scale, ridge)
-    return moments + (ridge + damping) * scale * torch.eye(
-        len(gram), dtype=gram.dtype, device=gram.device
-    ), damping
+    _, damping = damped_cholesky(moments, scale, ridge * scale)
+    moments.diagonal().add_((ridge + damping) * scale)
+    return moments, damping
 
 
 def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
-from ..modeling_kprune import has, inner_models, plan_of
+from ..modeling_kprune import EmptyLinear, has, inner_models, plan_of
 from ..progress import unwarned
 from .facts import check_problem_type
 from .offload import moves_weights, read_parameters, sources_of
@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
+LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D, EmptyLinear)
 """The classes that are known to compute  x W^T + b . Others are run and compared."""
 
 QUANTISERS = (
@@ -225,6 +225,11 @@ def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) 
             f"{name} is {weight.dtype} in a model of {model.dtype}; give all layers one dtype: "
             f"model.to({model.dtype})"
         )
+    if type(projection) not in LINEAR and weight.device.type == "meta":
+        raise UnsupportedModelError(
+            f"{_described(name, projection)} is no nn.Linear, and cannot be tried out while its weight is "
+            "not in memory; load the model without offload or device_map"
+        )
     if type(projection) not in LINEAR:
         wide = oriented(projection)
         try:
@@ -296,7 +301,7 @@ def _check_built_again(model: PreTrainedModel) -> None:
     """Refuse a model whose config makes other tensors: what is saved is loaded into those."""
     kind = type(model).__name__
     try:
-        with unwarned(), torch.random.fork_rng(devices=[]), torch.device("meta"), _safe_on_meta():
+        with unwarned(), torch.random.fork_rng(devices=[]), torch.device("meta"), safe_on_meta():
             again = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
     except Exception as error:
         raise UnsupportedModelError(
@@ -339,6 +344,6 @@ def _check_built_again(model: PreTrainedModel) -> None:
                 )
 
 
-def _safe_on_meta() -> Any:
+def safe_on_meta() -> Any:
     """The context in which Transformers builds models on the device meta, in releases that have it."""
     return getattr(initialization, "meta_device_safe_creation_ops", nullcontext)()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -46,12 +46,16 @@ class Folder:
     def __deepcopy__(self, memo: object) -> Folder:
         return self
 
-    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
-        """Write tensors to a new file, and say where each is."""
+    def place(self) -> Path:
+        """The path of the folder, which is there from now on."""
         if self.path is None:
             self.path = Path(tempfile.mkdtemp(prefix="hf_kprune-"))
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        file = self.path / f"{self.count:06}.safetensors"
+        return self.path
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
+        """Write tensors to a new file, and say where each is."""
+        file = self.place() / f"{self.count:06}.safetensors"
         self.count += 1
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
         return {name: Source(partial(read, file, name), self) for name in tensors}
@@ -144,6 +148,15 @@ def plain_memo(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy` that leaves the hooks of accelerate uncopied."""
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     return {id(hook): hook for hook in hooks}
+
+
+def rebind(model: nn.Module) -> None:
+    """Let what accelerate has put on a model, whose attributes were another's, call this one."""
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:
+        for name in ("_old_forward", "forward"):
+            model.__dict__.pop(name, None)
+        add_hook_to_module(model, hook)
 
 
 def without_hooks(model: PreTrainedModel) -> PreTrainedModel:

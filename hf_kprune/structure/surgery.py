@@ -31,7 +31,7 @@ from ..modeling_kprune import (
 from ..version import __version__
 from .offload import plain_memo
 from .sublayers import Sublayer, find_sublayers, oriented
-from .workbench import workbench_of
+from .workbench import leave_workbench, workbench_of
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,10 @@ def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel
         bench.put_away()
     tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
     parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, {**tensors, **parameters})
+    copied = copy.deepcopy(model, {**tensors, **parameters})
+    if device is not None:
+        leave_workbench(copied)
+    return copied
 
 
 def empty(layer: nn.Module) -> None:

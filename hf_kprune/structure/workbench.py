@@ -193,14 +193,10 @@ def on_workbench(
 def off_workbench(student: PreTrainedModel, model: PreTrainedModel) -> None:
     """Make a student, changed in place, lie where the model does that it is a copy of: in the same modules in
     memory, on other devices or on disk."""
-    bench = workbench_of(student)
-    if bench is None:
+    bench = leave_workbench(student)
+    if bench is None or not is_dispatched(model):
         return
-    bench.leave()
-    del student.__dict__[BENCH]
-    places = getattr(model, "hf_device_map", None)
-    if places is None or not is_dispatched(model):
-        return
+    places = cast(dict[str, Any], model.hf_device_map)
     names = {id(module): name for name, module in student.named_modules()}
     weights = Weights()
     for (number, name), source in bench.sources.items():
@@ -217,6 +213,15 @@ def off_workbench(student: PreTrainedModel, model: PreTrainedModel) -> None:
                 )
     skip = getattr(student, "_skip_keys_device_placement", None)
     dispatch_model(student, dict(places), main, weights, offload_index={}, skip_keys=skip, force_hooks=True)
+
+
+def leave_workbench(model: PreTrainedModel) -> Workbench | None:
+    """Take a model off its workbench, if it is on one, which is returned."""
+    bench = workbench_of(model)
+    if bench is not None:
+        bench.leave()
+        del model.__dict__[BENCH]
+    return bench
 
 
 def workbench_of(model: nn.Module) -> Workbench | None:
