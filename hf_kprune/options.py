@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ArgumentError
-from .validation import show
+from .validation import hints_of, show
 
 
 CHOICES = {
@@ -87,7 +86,7 @@ def check_values(options: object) -> None:
     """Raise `ArgumentError` for an option with a value that the bound in its annotation or `CHOICES` does not
     allow.
     """
-    for name, kind in typing.get_type_hints(type(options), include_extras=True).items():
+    for name, kind in hints_of(type(options), include_extras=True).items():
         value = getattr(options, name)
         for bound in getattr(kind, "__metadata__", ()):
             expect(options, name, value is None or bound.holds(value), bound.words)

@@ -101,6 +101,7 @@ class KPrunePruner:
     ):
         self.args = args or KPruneArguments()
         self.args.check()
+        self.accelerators: dict[bool, Accelerator] = {}
         refuse_wrapper(model)
         check_is_model(model)
         check_processing_class(processing_class)
@@ -136,10 +137,11 @@ class KPrunePruner:
 
     @property
     def accelerator(self) -> Accelerator:
-        """Device and processes. Made anew each time: `TrainingArguments`, of whomever, reset what older ones
-        share.
-        """
-        return Accelerator(cpu=self.args.use_cpu)
+        """Device and processes. Made anew once `TrainingArguments`, of whomever, reset what all share."""
+        cpu = self.args.use_cpu
+        if cpu not in self.accelerators or not hasattr(self.accelerators[cpu].state, "device"):
+            self.accelerators[cpu] = Accelerator(cpu=cpu)
+        return self.accelerators[cpu]
 
     @checked_arguments(resume_from_checkpoint=RESUMES)
     @plain_modes()

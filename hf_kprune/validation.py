@@ -41,6 +41,9 @@ WHOLE = 2**63
 Class = TypeVar("Class")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+hints_of = functools.cache(typing.get_type_hints)
+"""The annotations of a class or a function, which are resolved once."""
+
 
 class Line(reprlib.Repr):
     """Writes a value in one short line: a plain one as Python does, any other by its kind."""
@@ -204,7 +207,7 @@ def check_fields(options: Any) -> None:
     Raises:
         ArgumentError: If a value is of another kind, or if something was assigned to a name that is no field.
     """
-    kinds, known = typing.get_type_hints(type(options)), [field.name for field in fields(options)]
+    kinds, known = hints_of(type(options)), [field.name for field in fields(options)]
     check_names(type(options).__name__, vars(options), known)
     for field in fields(options):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -258,7 +261,7 @@ def checked_arguments(*but: str, **ways_out: str) -> Callable[[Function], Functi
 
         @functools.wraps(function)
         def call(*args: object, **kwargs: object) -> Any:
-            kinds = typing.get_type_hints(function)
+            kinds = hints_of(function)
             if not takes_any:
                 check_names(title, kwargs, named[1:])
             bound = signature.bind(*args, **kwargs)

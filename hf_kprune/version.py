@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import version
 
 
@@ -11,5 +12,9 @@ __version__ = "0.1.0"
 
 def versions() -> dict[str, str]:
     """Of Python, this package and those that its results depend on."""
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")}
-    return {"python": platform.python_version(), "hf_kprune": __version__, **packages}
+    return {"python": platform.python_version(), "hf_kprune": __version__, **_of_libraries()}
+
+
+@cache
+def _of_libraries() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")}

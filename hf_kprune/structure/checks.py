@@ -7,10 +7,11 @@ wrongly or not load again.
 
 from __future__ import annotations
 
-import copy
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel, initialization
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -301,14 +302,14 @@ def _check_built_again(model: PreTrainedModel) -> None:
     """Refuse a model whose config makes other tensors: what is saved is loaded into those."""
     kind = type(model).__name__
     try:
-        with unwarned(), torch.random.fork_rng(devices=[]), torch.device("meta"), safe_on_meta():
-            again = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
+        config = json.dumps(model.config.to_dict(), default=str)
+        expected, ties = _built(type(model), type(model.config), config)
     except Exception as error:
         raise UnsupportedModelError(
             f"{kind} cannot be built from its config alone, so what is saved could not be loaded; let its "
             "class take the config as its one argument, and let the config say all that the model is made of"
         ) from error
-    shapes, expected = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, again))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     of = f"the config of {kind}"
     for name in sorted(shapes.keys() & expected.keys()):
         if shapes[name] != expected[name]:
@@ -329,11 +330,8 @@ def _check_built_again(model: PreTrainedModel) -> None:
             "tensors); merge or remove what was added (torch.nn.utils.prune.remove, "
             "parametrize.remove_parametrizations), and put back what was taken away"
         )
-    tied: dict[int, list[str]] = {}
-    for name, parameter in again.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for first, *others in tied.values():
+    for first, *others in ties:
         for other in others:
             if parameters[first] is not parameters[other] and not torch.equal(
                 parameters[first], parameters[other]
@@ -342,6 +340,20 @@ def _check_built_again(model: PreTrainedModel) -> None:
                     f"{first} and {other} differ, but {of} ties them, so one of them would be lost; set "
                     "config.tie_word_embeddings=False, or tie them: model.tie_weights()"
                 )
+
+
+@lru_cache(maxsize=16)  # a pruner asks when it is made and for every run
+def _built(
+    kind: type[PreTrainedModel], config_kind: type[PreTrainedConfig], config: str
+) -> tuple[dict[str, tuple[int, ...]], list[list[str]]]:
+    """The shapes of the tensors that a class makes of a config in JSON, and names of one parameter."""
+    with unwarned(), torch.random.fork_rng(devices=[]), torch.device("meta"), safe_on_meta():
+        model = kind(config_kind.from_dict(json.loads(config)))
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, [names for names in tied.values() if len(names) > 1]
 
 
 def safe_on_meta() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import cast
 
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Sublayer:
     @property
     def output(self) -> nn.Module:
         """The output projection, whose input columns are the units' features."""
-        return self.layer.get_submodule(self.block.output)
+        return cast(nn.Module, attrgetter(self.block.output)(self.layer))
 
     @property
     def weight(self) -> Tensor:
@@ -369,13 +370,19 @@ def _check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -
 
 def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
     """A budget is meant for the whole model: refuse if there are layers that no stack names."""
-    inside = {id(module) for layers in {s.layers for s in sublayers} for module in layers.modules()}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or id(module) in inside:
-            continue
-        holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules())
-        if holds_projections and not isinstance(module[0], nn.Linear):
+    for name, layers in _lists_beside({id(s.layers) for s in sublayers}, model):
+        holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in layers.modules())
+        if holds_projections and not isinstance(layers[0], nn.Linear):
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} "
                 "does not describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
             )
+
+
+def _lists_beside(known: set[int], module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules in a module, with their paths, beside those whose ids are known."""
+    for name, child in module.named_children():
+        if id(child) not in known:
+            if isinstance(child, nn.ModuleList) and len(child):
+                yield path + name, child
+            yield from _lists_beside(known, child, f"{path}{name}.")
