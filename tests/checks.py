@@ -171,15 +171,18 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
 
 
 def plans(units: list[int]) -> dict[str, list[Tensor]]:
-    """Keep-masks: complementary ones, so that every unit is cut once and kept once; each sublayer emptied; all emptied."""
+    """Keep-masks: complementary ones, so that every unit is cut once and kept once; sublayers emptied: each, all, both ends."""
     numbers = [torch.arange(n) for n in units]
     made = {
         "even": [n % 2 == 0 for n in numbers],
         "odd": [n % 2 == 1 for n in numbers],
         "nothing": [n < 0 for n in numbers],
     }
-    for i in range(len(units)):
-        made[f"without {i}"] = [n < 0 if k == i else n % 2 == k % 2 for k, n in enumerate(numbers)]
+    for name, gone in [
+        ("without ends", {0, len(units) - 1}),
+        *((f"without {i}", {i}) for i in range(len(units))),
+    ]:
+        made[name] = [n < 0 if k in gone else n % 2 == k % 2 for k, n in enumerate(numbers)]
     return made
 
 

@@ -156,10 +156,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run_as(rank: int, port: int, out: str, arguments: list[str]) -> None:
-    """Be process `rank` of those that `arguments` count, as a launcher would have started it; print to files in `out`."""
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(f"{out}/{name}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(file, descriptor)
+    """Be process `rank` of those that `arguments` count, as a launcher would have started it."""
     count = arguments[arguments.index("--world_size") + 1]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

@@ -89,8 +89,8 @@ def in_a_child(out: Path, method: str, seconds: float) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def main() -> None:
-    folder, kills = Path(sys.argv[1]).resolve(), int(sys.argv[2])
+def main(words: list[str]) -> None:
+    folder, kills = Path(words[0]).resolve(), int(words[1])
     torch.set_num_threads(1)
     draw, counted = random.Random(0), Counter[str](kills=0, runs=0, differing=0, longest=0)
     expected, spans = {}, {}
@@ -118,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

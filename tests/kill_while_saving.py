@@ -224,20 +224,20 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]).resolve()
+    folder = Path(words[0]).resolve()
     arguments = KPruneArguments(
         output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True
     )
     pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
     pruner.report = report()
-    if sys.argv[2].isdecimal():
-        print(json.dumps(at_random(folder, pruner, *map(int, sys.argv[2:]))))
+    if words[1].isdecimal():
+        print(json.dumps(at_random(folder, pruner, *map(int, words[1:]))))
         return
     tiny(seed=1).save_pretrained(folder / "old", max_shard_size="4KB")
-    print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"), sys.argv[2:])))
+    print(json.dumps(at_every_operation(folder, pruner, files(folder / "old"), words[1:])))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

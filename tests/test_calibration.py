@@ -543,6 +543,7 @@ def test_labels_do_not_matter(collated: bool) -> None:
     assert any(seen) == collated
 
 
+@pytest.mark.slow
 def test_texts_and_datasets_prune_alike() -> None:
     data, words = rows(24), plain_tokenizer()
     expected = plan_and_weights(data, processing_class=words)
@@ -558,6 +559,7 @@ def test_texts_and_datasets_prune_alike() -> None:
     assert_same_plan_and_weights(expected, plan_and_weights(data, data_collator=collate))
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_plan_or_weights() -> None:
     data, exact = rows(24), {"statistics_dtype": "float64"}
     expected = plan_and_weights(data, data_collator=collate, options=exact)

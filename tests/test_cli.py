@@ -112,7 +112,9 @@ def options(dense: str, data: Path, **more: Any) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["beside output_dir", "in a directory"])
+@pytest.mark.parametrize(
+    "named", slow_unless_in([False], [False, True]), ids=["beside output_dir", "in a directory"]
+)
 def test_an_interrupted_prune_goes_on(
     hf_kprune: Any, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
@@ -236,6 +238,7 @@ def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp
     assert f"| eval_share | {share:.4f} | {share:.4f} |" in stdout
 
 
+@pytest.mark.slow
 def test_regression_is_evaluated_without_classes(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
     model = tiny(num_labels=1)
     path = save_with_words(model, tmp_path / "regression")

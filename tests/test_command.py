@@ -52,6 +52,7 @@ def test_the_version_is_given_without_importing_any_library() -> None:
     assert loads_nothing("--version") == f"hf-kprune {__version__}\n"
 
 
+@pytest.mark.slow
 def test_the_program_has_the_package_whole_when_a_command_runs(tmp_path: Path) -> None:
     """Code that a command imports, such as a metric, finds all of hf_kprune, and `from_pretrained` is wrapped."""
     code = (

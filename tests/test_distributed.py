@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -11,12 +10,13 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed_prune import run_as
+from forks import fork, join
 from models import slow_unless_in
 
 
@@ -39,46 +39,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    """A process that has imported all, from which the processes of each test are forked: imports take most of the time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed_prune"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context.Process(target=int).start()
-    return context
-
-
-def fork(
-    server: ForkServerContext, processes: int, out: Path, *arguments: str, timeout: float = 240
-) -> Ended:
+def run(processes: int, out: Path, *arguments: str, timeout: float = 240) -> Ended:
     """Run the script in processes that no launcher watches over: each has to notice by itself that another is gone."""
-    import distributed_prune
-
     out.mkdir()
-    counted = [*arguments, "--world_size", str(processes)]
-    port = free_port()
-    started = [
-        server.Process(target=distributed_prune.run_as, args=(rank, port, str(out), counted))
-        for rank in range(processes)
-    ]
-    try:
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(timeout)
-        codes = [process.exitcode for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert None not in codes, f"processes still run after {timeout} s: exit codes {codes}"
+    counted, port = [*arguments, "--world_size", str(processes)], free_port()
+    codes = join(
+        [fork(run_as, rank, port, str(out), counted, out=out, name=str(rank)) for rank in range(processes)],
+        timeout,
+    )
     text = [
         "".join((out / f"{name}.{rank}").read_text() for rank in range(processes))
         for name in ("stdout", "stderr")
     ]
-    return Ended([int(code or 0) for code in codes], *text)
+    return Ended(codes, *text)
 
 
 def launch(launcher: list[str], processes: int, out: Path, *arguments: str, timeout: float = 500) -> Ended:
@@ -125,47 +98,45 @@ def check_failed(ended: Ended, out: Path, message: str) -> None:
     assert not (out / "model").exists()
 
 
-@pytest.mark.parametrize("processes", slow_unless_in((2,), (2, 3)))
+@pytest.mark.several_splits
+@pytest.mark.parametrize(
+    ("processes", "launched"), slow_unless_in([(2, False)], [(2, False), (3, False), (2, True)])
+)
 def test_one_process_equals_two_and_three_with_uneven_shards(
-    server: ForkServerContext, tmp_path: Path, processes: int
+    tmp_path: Path, processes: int, launched: bool
 ) -> None:
     """31 rows: 16 + 15 and 11 + 10 + 10. Only the main process prints, so its lines come once."""
-    ended = fork(server, 1, tmp_path / "1")
+    ended = run(1, tmp_path / "1")
     one = result(ended, tmp_path / "1")
     assert ended.printed.count(": kept ") == len(one[0]["kept"]) == 6
     out = tmp_path / "many"
-    ended = (
-        launch([*ACCELERATE, "--num_processes", "2"], 2, out)
-        if processes == 2
-        else fork(server, processes, out)
-    )
+    launcher = [*ACCELERATE, "--num_processes", str(processes)]
+    ended = launch(launcher, processes, out) if launched else run(processes, out)
     check_same(one, result(ended, out))
     assert ended.printed.count(": kept ") == 6
     assert (out / "model" / "model.safetensors").exists()
 
 
-def test_a_process_without_rows_takes_part(server: ForkServerContext, tmp_path: Path) -> None:
+def test_a_process_without_rows_takes_part(tmp_path: Path) -> None:
     arguments = (*BERT, "--rows", "2", "--ridge", "0.1")
-    one = result(fork(server, 1, tmp_path / "1", *arguments), tmp_path / "1")
-    check_same(one, result(fork(server, 3, tmp_path / "3", *arguments), tmp_path / "3"))
+    one = result(run(1, tmp_path / "1", *arguments), tmp_path / "1")
+    check_same(one, result(run(3, tmp_path / "3", *arguments), tmp_path / "3"))
 
 
+@pytest.mark.several_splits
 @pytest.mark.parametrize("method", slow_unless_in(["kprune"], ["kprune", "surgeon"]))
-def test_processes_that_were_interrupted_go_on_together(
-    server: ForkServerContext, tmp_path: Path, method: str
-) -> None:
+def test_processes_that_were_interrupted_go_on_together(tmp_path: Path, method: str) -> None:
     arguments = (*BERT, "--method", method)
-    at_once = result(fork(server, 2, tmp_path / "2", *arguments), tmp_path / "2")
+    at_once = result(run(2, tmp_path / "2", *arguments), tmp_path / "2")
     resume = (*arguments, "--resume", str(tmp_path / "states"))
-    for sublayers in (2, 4):
-        ended = fork(server, 2, tmp_path / f"until {sublayers}", *resume, "--stop_after", str(sublayers))
-        assert 7 in ended.codes, ended.errors[-3000:]
-        assert ended.printed.count(": kept ") <= 2
-    refused = fork(server, 1, tmp_path / "1", *resume)
+    ended = run(2, tmp_path / "until 3", *resume, "--stop_after", "3")
+    assert 7 in ended.codes, ended.errors[-3000:]
+    assert ended.printed.count(": kept ") <= 3
+    refused = run(1, tmp_path / "1", *resume)
     check_failed(refused, tmp_path / "1", "number of processes is 1 and was 2 then")
-    ended = fork(server, 2, tmp_path / "on", *resume)
+    ended = run(2, tmp_path / "on", *resume)
     plan, weights = result(ended, tmp_path / "on")
-    assert ended.printed.count(": kept ") == 2
+    assert ended.printed.count(": kept ") == 3
     assert plan == at_once[0]
     assert all(torch.equal(weights[name], value) for name, value in at_once[1].items())
 
@@ -197,11 +168,9 @@ FAILURES = {
     "failure",
     slow_unless_in(("a failure in the middle", "different options", "dies in the middle"), FAILURES),
 )
-def test_what_goes_wrong_on_one_process_ends_all(
-    server: ForkServerContext, tmp_path: Path, failure: str
-) -> None:
+def test_what_goes_wrong_on_one_process_ends_all(tmp_path: Path, failure: str) -> None:
     arguments, message = FAILURES[failure]
-    ended = fork(server, 2, tmp_path / "2", *BERT, *arguments)
+    ended = run(2, tmp_path / "2", *BERT, *arguments)
     assert all(ended.codes), "a process ended as if nothing had happened"
     check_failed(ended, tmp_path / "2", message)
     if failure == "dies in the middle":
@@ -225,11 +194,9 @@ def test_a_launcher_ends_all_too(tmp_path: Path, arguments: list[str], message: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_one_process_equals_many_on_a_real_model(
-    server: ForkServerContext, tmp_path: Path, pack: Path
-) -> None:
+def test_one_process_equals_many_on_a_real_model(tmp_path: Path, pack: Path) -> None:
     """K-prune: of a thousand neurons, ours finds many as good as others, and rounding chooses among them."""
     arguments = ("pack", "--method", "kprune")
-    one = result(fork(server, 1, tmp_path / "1", *arguments, timeout=900), tmp_path / "1")
-    many = result(fork(server, 3, tmp_path / "3", *arguments, timeout=900), tmp_path / "3")
+    one = result(run(1, tmp_path / "1", *arguments, timeout=900), tmp_path / "1")
+    many = result(run(3, tmp_path / "3", *arguments, timeout=900), tmp_path / "3")
     check_same(one, many, atol=1e-4)

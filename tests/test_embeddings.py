@@ -437,7 +437,11 @@ def constant(student: Any, teacher: Any, valid: Tensor) -> Tensor:
     ("modules", "message"),
     [
         (lambda: [CNN(16, 16, [1, 3]), Pooling(48)], "module sentence_transformers.*CNN is not known here"),
-        (lambda: [WordWeights(["w1"] * 60, {}), Pooling(16)], "WordWeights is not known here"),
+        pytest.param(
+            lambda: [WordWeights(["w1"] * 60, {}), Pooling(16)],
+            "WordWeights is not known here",
+            marks=pytest.mark.slow,
+        ),
         (lambda: [Normalize(module_input_name="token_embeddings")], "no Pooling module"),
     ],
 )

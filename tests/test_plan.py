@@ -61,7 +61,7 @@ def tokens_run(model: PreTrainedModel) -> Iterator[list[int]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("method", slow_unless_in(("surgeon", "kprune"), METHODS))
+@pytest.mark.parametrize("method", slow_unless_in(("surgeon",), METHODS))
 def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
     for amount in (400, 800):

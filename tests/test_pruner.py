@@ -167,6 +167,7 @@ def test_fingerprint_tells_the_data_and_the_seed() -> None:
     assert 0 < few["rows_measured"] < few["rows"] < 24
 
 
+@pytest.mark.slow
 def test_labels_in_the_calibration_data_are_ignored() -> None:
     def with_labels(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {**collate(batch), "labels": torch.tensor([row["label"] for row in batch])}

@@ -197,6 +197,7 @@ def test_the_metadata_of_the_repository_are_kept(saved: dict[str, Any], kind: st
     )
 
 
+@pytest.mark.slow
 def test_a_class_that_no_auto_class_has(tmp_path: Path) -> None:
     settings = {**CONFIGS["bert"], "num_key_value_heads": 4, "cross_attention_layers": [], "rope_theta": 1e4}
     config = MllamaTextConfig(**{k: v for k, v in settings.items() if "dropout" not in k})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -13,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kill_while_pruning
 import pytest
 import torch
 from checks import assert_same_state, files, unchanged
 from data import collate, rows
+from forks import printed_by
 from models import slow_unless_in, tiny
 
 from hf_kprune import (
@@ -32,9 +33,6 @@ from hf_kprune import (
 from hf_kprune.preparation import Run
 from hf_kprune.report import PruningReport
 from hf_kprune.resumption import States
-
-
-TESTS = Path(__file__).parent
 
 
 def make_pruner(out: Path | None = None, seed: int = 0, data: Any = None, **options: Any) -> KPrunePruner:
@@ -118,9 +116,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     [
         pytest.param("surgeon", {}, marks=pytest.mark.several_splits),
         ("kprune", {}),
-        ("flap", {}),
+        pytest.param("flap", {}, marks=pytest.mark.slow),
         # which leaves a neuron and a half over, so that the numbers must not be searched again
-        ("kprune", {"uniform": True, "prune_heads": False, "sparsity": 0.08}),
+        pytest.param(
+            "kprune", {"uniform": True, "prune_heads": False, "sparsity": 0.08}, marks=pytest.mark.slow
+        ),
         pytest.param("kwon", {}, marks=pytest.mark.slow),
         pytest.param("magnitude", {}, marks=pytest.mark.slow),
     ],
@@ -474,6 +474,7 @@ def test_a_sweep_goes_on_after_its_finished_budgets(
     assert not [name for name in os.listdir(out) if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_model_that_was_saved_when_its_sweep_was_killed_is_not_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, students: list[float]
 ) -> None:
@@ -494,6 +495,7 @@ def test_a_model_that_was_saved_when_its_sweep_was_killed_is_not_in_the_way(
     assert [name.split("-")[0] for name in files(states)] == ["kprune_states/measured"]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_sweep_that_goes_on_is_the_best(
     tmp_path: Path, students: list[float], counts: Counter[str]
 ) -> None:
@@ -555,13 +557,10 @@ def test_a_sweep_judged_otherwise_is_another(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.several_splits
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(TESTS / "kill_while_pruning.py"), str(tmp_path), "100"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    counted = json.loads(done.stdout.splitlines()[-1])
+    text = printed_by(kill_while_pruning.main, [str(tmp_path), "100"], out=tmp_path, timeout=1100)
+    counted = json.loads(text.splitlines()[-1])
     assert counted["kills"] >= 100
     assert counted["differing"] == 0
     assert counted["runs"] > 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -423,8 +424,10 @@ def test_wanda_sp_keeps_the_best_of_each_sublayer_in_equal_shares(share: float) 
 # end to end
 
 
-@pytest.mark.parametrize("uniform", slow_unless_in((False,), (False, True)))
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize(
+    ("name", "uniform"),
+    slow_unless_in([("kwon", False), ("flap", False)], itertools.product(RIVALS, (False, True))),
+)
 def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp_path: Path) -> None:
     model = tiny(intermediate_size=64)
     options = {"method": name, "sparsity": 0.4, "uniform": uniform, "prune_heads": not uniform}

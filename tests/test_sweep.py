@@ -159,6 +159,7 @@ def clock_of_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clock_of_units")
 def test_budgets_of_all_kinds_in_one_sweep_are_those_of_single_runs() -> None:
     size = model_size(tiny())
@@ -190,7 +191,8 @@ def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: p
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", slow_unless_in(("kprune",), ("surgeon", "kprune")))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
 def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path) -> None:
     """Without an evaluation dataset, what the held-out rows say changes the distance and, of K-prune, nothing else."""
     found = []
@@ -214,7 +216,8 @@ def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path
         assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-@pytest.mark.parametrize("dtype", slow_unless_in((torch.bfloat16,), (torch.float32, torch.bfloat16)))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_are_compared_in_evaluation_mode(dtype: torch.dtype) -> None:
     def dropping() -> PreTrainedModel:
         model = tiny().to(dtype).train()
