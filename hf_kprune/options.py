@@ -86,7 +86,8 @@ def check_values(options: object) -> None:
     """Raise `ArgumentError` for an option with a value that the bound in its annotation or `CHOICES` does not
     allow.
     """
-    for name, kind in hints_of(type(options), include_extras=True).items():
+    cls: Any = type(options)
+    for name, kind in hints_of(cls, include_extras=True).items():
         value = getattr(options, name)
         for bound in getattr(kind, "__metadata__", ()):
             expect(options, name, value is None or bound.holds(value), bound.words)

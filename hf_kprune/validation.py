@@ -41,9 +41,6 @@ WHOLE = 2**63
 Class = TypeVar("Class")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-hints_of = functools.cache(typing.get_type_hints)
-"""The annotations of a class or a function, which are resolved once."""
-
 
 class Line(reprlib.Repr):
     """Writes a value in one short line: a plain one as Python does, any other by its kind."""
@@ -201,13 +198,20 @@ def unquoted(text: str, kind: object) -> str:
     return ""
 
 
+@functools.cache
+def hints_of(annotated: Any, include_extras: bool = False) -> dict[str, Any]:
+    """The annotations of a class or a function, resolved once."""
+    return typing.get_type_hints(annotated, include_extras=include_extras)
+
+
 def check_fields(options: Any) -> None:
     """Check every field of a dataclass by its annotation, and put what can be taken in its right form.
 
     Raises:
         ArgumentError: If a value is of another kind, or if something was assigned to a name that is no field.
     """
-    kinds, known = hints_of(type(options)), [field.name for field in fields(options)]
+    kind: Any = type(options)
+    kinds, known = hints_of(kind), [field.name for field in fields(options)]
     check_names(type(options).__name__, vars(options), known)
     for field in fields(options):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -261,7 +265,7 @@ def checked_arguments(*but: str, **ways_out: str) -> Callable[[Function], Functi
 
         @functools.wraps(function)
         def call(*args: object, **kwargs: object) -> Any:
-            kinds = hints_of(function)
+            kinds = hints_of(typing.cast(Any, function))
             if not takes_any:
                 check_names(title, kwargs, named[1:])
             bound = signature.bind(*args, **kwargs)

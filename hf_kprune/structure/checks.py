@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -300,10 +300,9 @@ def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
 
 def _check_built_again(model: PreTrainedModel) -> None:
     """Refuse a model whose config makes other tensors: what is saved is loaded into those."""
-    kind = type(model).__name__
+    kind, classes = type(model).__name__, cast("tuple[Any, Any]", (type(model), type(model.config)))
     try:
-        config = json.dumps(model.config.to_dict(), default=str)
-        expected, ties = _built(type(model), type(model.config), config)
+        expected, ties = _built(*classes, json.dumps(model.config.to_dict(), default=str))
     except Exception as error:
         raise UnsupportedModelError(
             f"{kind} cannot be built from its config alone, so what is saved could not be loaded; let its "
