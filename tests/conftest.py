@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # so that they are not looked through again and again
+    gc.set_threshold(50_000, 20, 50)
     gc.enable()
 
 
@@ -70,6 +73,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     head = f"# Supported models\n\nWritten by `{command}`; `type:variant` is another config of a type. {NEVER_CUT}\n\n"
     (ROOT / "docs" / "supported_models.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
     terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_drawn_on_meta() -> Iterator[None]:
+    """Random numbers are not drawn for tensors without values, which takes PyTorch a good part of loading a tiny model."""
+    import torch
+
+    library = torch.library.Library("aten", "IMPL", "Meta")
+    with warnings.catch_warnings(action="ignore"):  # of the kernels that are replaced
+        for name in ("uniform_", "normal_"):
+            library.impl(name, lambda tensor, *_, **__: tensor)
+    yield
+    library._destroy()
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def make_pruner(args: argparse.Namespace) -> KPrunePruner:
         import pandas as pd
 
         texts = pd.read_parquet(PACK / "data/sst2/train.parquet")["sentence"][:600].tolist()
-        options.num_tokens, options.num_measure_tokens, options.per_device_batch_size = 4000, 1000, 32
+        options.num_tokens, options.num_measure_tokens, options.per_device_batch_size = 2000, 500, 32
         return KPrunePruner(str(PACK / "models/minilm-sst2"), options, texts)
     options.num_measure_tokens = 130
     return KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)

@@ -44,7 +44,7 @@ def run(out: Path, method: str, resume: bool) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    pruner = KPrunePruner(tiny(), args, rows(), data_collator=collate)
+    pruner = KPrunePruner(tiny(num_hidden_layers=2), args, rows(), data_collator=collate)
     pruner.prune(resume_from_checkpoint=resume)
     pruner.save_model()
 

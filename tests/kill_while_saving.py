@@ -177,18 +177,17 @@ def at_random(folder: Path, pruner: KPrunePruner, count: int, seed: int) -> Coun
 
     begin(out, {})
     since = time.perf_counter()
+    pruner.save_model()
+    saving, before = time.perf_counter() - since, files(out)
+    begin(out, {})
+    since = time.perf_counter()
     assert in_a_child(run) == 0
     span = time.perf_counter() - since
     new = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
     old = pruner.model.state_dict()
-    saving = 0.0
     while outcomes["kills"] < count:
         start = list(STARTS)[outcomes["kills"] % len(STARTS)]
-        begin(out, {} if start == "absent" else {"config.json": b'{"model_type": "bert"}', **STARTS[start]})
-        if start != "absent":
-            since = time.perf_counter()
-            pruner.save_model()
-            saving = time.perf_counter() - since
+        begin(out, {} if start == "absent" else {**before, **STARTS[start]})
         when = "saving" if outcomes["saving"] < outcomes["pruning"] else "pruning"
         child = os.fork()
         if child == 0:

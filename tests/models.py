@@ -68,10 +68,18 @@ ONE_HEAD = [
 ]
 """A head for each model type."""
 EVERY_HEAD = slow_unless_in(
-    [*ONE_HEAD, *(("bert", head) for head in HEADS)],
+    [
+        *(ONE_HEAD[0], *ONE_HEAD[3:]),
+        *(("distilbert", "MASKED_LM"), ("electra", "MULTIPLE_CHOICE"), ("roberta", "CAUSAL_LM")),
+        *(("bert", head) for head in ("NEXT_SENTENCE_PREDICTION", "PRETRAINING")),
+    ],
     [(model_type, head) for model_type in MODEL_TYPES for head in classes(model_type)],
 )
-"""All heads of all model types: by default each head of one type, and one head of each type."""
+"""All heads of all model types: by default each head of one type, and one head or two of each type."""
+EVERY_TYPE = slow_unless_in(
+    [model_type for model_type in MODEL_TYPES if model_type not in ("camembert", "xlm-roberta")], MODEL_TYPES
+)
+"""All model types: by default those of which no two are built alike."""
 
 
 def tiny(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -32,6 +33,7 @@ from checks import (
 from data import collate, rows, tokenizer
 from models import (
     EVERY_HEAD,
+    EVERY_TYPE,
     KEPT,
     MODEL_TYPES,
     ONE_HEAD,
@@ -278,8 +280,13 @@ def test_tokenizer_generation_config_report_and_card_travel_along(tmp_path: Path
     assert HOW_TO_LOAD[1:] in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    slow_unless_in(
+        [("bert", torch.float16), ("mpnet", torch.bfloat16), ("bert", torch.float64)],
+        itertools.product(("bert", "mpnet"), (torch.float16, torch.bfloat16, torch.float64)),
+    ),
+)
 def test_other_dtypes_keep_every_bit(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     model = cut_randomly(tiny(model_type).to(dtype))
     KPrunePruner(model).save_model(str(tmp_path / "out"))
@@ -356,7 +363,7 @@ def test_loading_never_holds_the_dense_layers_in_memory(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_pruning_a_pruned_checkpoint_again(tmp_path: Path, model_type: str) -> None:
     once = pruned(model_type)
     once.save_pretrained(tmp_path / "once")
@@ -372,7 +379,7 @@ def test_pruning_a_pruned_checkpoint_again(tmp_path: Path, model_type: str) -> N
     assert_same(cut_randomly(pruned(model_type), (1, 5, 0, 3, 2, 0), seed=2), twice)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+@pytest.mark.parametrize("model_type", slow_unless_in(("bert",), ("bert", "distilbert", "mpnet")))
 def test_trainer_trains_saves_and_resumes(tmp_path: Path, model_type: str) -> None:
     pruned(model_type).save_pretrained(tmp_path / "pruned")
     data = [{**row, "labels": i % 2} for i, row in enumerate(rows(8))]
@@ -413,7 +420,7 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path, model_type: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
+@pytest.mark.parametrize("model_type", slow_unless_in(("bert",), ("bert", "distilbert", "mpnet")))
 def test_lora_on_a_pruned_model(tmp_path: Path, model_type: str) -> None:
     peft = pytest.importorskip("peft")
     pruned(model_type).save_pretrained(tmp_path / "pruned")
@@ -867,7 +874,7 @@ def test_the_file_that_travels_is_short_and_needs_torch_and_transformers_only() 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_dense_models_are_left_alone(tmp_path: Path, model_type: str) -> None:
     model = tiny(model_type)
     install()

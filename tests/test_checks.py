@@ -456,7 +456,7 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
     slow_unless_in(
         [
             ("no_grad", "kprune"),
-            *((case, "surgeon") for case in ("inference_mode", "autocast", "float64", "device")),
+            *((case, "surgeon") for case in ("inference_mode", "device")),
         ],
         itertools.product(SURROUNDINGS, ("surgeon", "kprune")),
     ),

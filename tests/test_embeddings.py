@@ -545,7 +545,7 @@ def test_all_minilm_as_a_folder_of_the_library(pack: Path, tmp_path: Path) -> No
             folder
         )
         data = load_dataset("parquet", data_files=str(pack / "data" / "stsb" / "train.parquet"))["train"]
-        args = KPruneArguments(sparsity=0.4, num_tokens=4_000, disable_tqdm=True)
+        args = KPruneArguments(sparsity=0.4, num_tokens=2_000, disable_tqdm=True)
         pruner = KPrunePruner(folder, args, list(data["sentence1"][:400]))
         pruner.prune()
         pruner.save_model(str(tmp_path / f"{mode}-pruned"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from checks import by_column, logits, masked
-from models import EVERY_HEAD, MODEL_TYPES, cut_all, tiny
+from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, slow_unless_in, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -63,7 +63,7 @@ def test_cut_equals_masked_for_every_head(model_type: str, head: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", [m for m in MODEL_TYPES if m != "mpnet"]
+    "model_type", slow_unless_in(("bert", "electra"), [m for m in MODEL_TYPES if m != "mpnet"])
 )  # which has eager attention only
 def test_cut_equals_masked_in_sdpa_and_in_eager(model_type: str) -> None:
     model = tiny(model_type, "SEQUENCE_CLASSIFICATION")
@@ -84,7 +84,7 @@ def test_keeping_all_changes_nothing(model_type: str, head: str) -> None:
     assert torch.equal(logits(student, head), logits(model, head))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_cutting_twice_equals_cutting_once(model_type: str) -> None:
     model = tiny(model_type)
     units = [s.num_units for s in find_sublayers(model)]
@@ -108,7 +108,7 @@ def test_cutting_twice_equals_cutting_once(model_type: str) -> None:
         ]
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_modules_know_how_many_heads_they_have(model_type: str) -> None:
     """Whether or not their forward asks."""
     student = cut_all(tiny(model_type), plans(find_sublayers(tiny(model_type)))["ragged"])
@@ -122,7 +122,7 @@ def test_modules_know_how_many_heads_they_have(model_type: str) -> None:
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_gradients_and_dtype_of_the_cut_weights_are_kept(model_type: str) -> None:
     model = tiny(model_type).half()
     for parameter in model.base_model.parameters():
@@ -134,7 +134,7 @@ def test_gradients_and_dtype_of_the_cut_weights_are_kept(model_type: str) -> Non
     }
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_the_plan_is_data_that_survives_json(model_type: str) -> None:
     model = tiny(model_type)
     student = cut_all(model, plans(find_sublayers(model))["without " + find_sublayers(model)[2].name])
@@ -146,7 +146,7 @@ def test_the_plan_is_data_that_survives_json(model_type: str) -> None:
     assert torch.equal(logits(again), logits(student))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 @pytest.mark.parametrize("tokens", [1, 31.47, 128])
 def test_flops_of_a_unit_are_the_papers(model_type: str, tokens: float) -> None:
     """METHOD 1.6: F_head = 8 s d d_h + 4 s^2 d_h and F_neuron = 4 s d, before and after a cut."""

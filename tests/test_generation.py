@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,9 +146,7 @@ def test_the_cache_is_as_large_as_told(name: str) -> None:
 @pytest.mark.parametrize(("name", "backend"), [("llama", "inductor"), ("opt", "aot_eager")])
 def test_compiled_generates_the_same_tokens(name: str, backend: str) -> None:
     model, kind = make(name), ZOO[name][2]
-    for plan in ("odd", "without 0"):
-        student = cut_all(model, columns(model, plan)[0])
-        expected = generate(student, kind)
-        compiled = copy.deepcopy(student)
-        compiled.forward = torch.compile(compiled.forward, backend=backend)
-        assert torch.equal(generate(compiled, kind, cache_implementation="static"), expected)
+    student = cut_all(model, columns(model, "without 0")[0])
+    expected = generate(student, kind)
+    student.forward = torch.compile(student.forward, backend=backend)
+    assert torch.equal(generate(student, kind, cache_implementation="static"), expected)

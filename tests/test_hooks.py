@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import masked
 from data import collate, rows
-from models import EVERY_HEAD, MODEL_TYPES, tiny
+from models import EVERY_HEAD, EVERY_TYPE, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from zoo import ZOO, inputs_for, make, outputs_of
@@ -92,13 +92,13 @@ def test_walking_up_is_running_the_model(model_type: str, head: str) -> None:
     check_walk(tiny(model_type, head), head)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 @pytest.mark.parametrize("empty", [0, 1, 4, 5])
 def test_walking_up_a_pruned_model_is_running_it(model_type: str, empty: int) -> None:
     check_walk(pruned(tiny(model_type), empty), "SEQUENCE_CLASSIFICATION")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 @pytest.mark.parametrize("empty", [None, 0, 3])
 def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -> None:
     """Features, output and residual input are those that hooks see in a whole forward pass."""
@@ -128,7 +128,7 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
         below = tap.above
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", EVERY_TYPE)
 def test_nothing_below_is_computed_again(model_type: str) -> None:
     model = tiny(model_type)
     sublayers, inputs = find_sublayers(model), batch()

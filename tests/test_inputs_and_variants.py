@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from data import Padding
+from models import slow_unless_in
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
@@ -159,7 +160,7 @@ def test_cross_attention_to_another_model_is_refused() -> None:
         find_sublayers(transformers.VisionEncoderDecoderModel(config=config))
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "whisper", "vit"])
+@pytest.mark.parametrize("name", slow_unless_in(("whisper",), ("wav2vec2", "whisper", "vit")))
 def test_half_precision_models_of_images_and_audio(name: str) -> None:
     model = make(name, dtype=torch.bfloat16)
     inputs = inputs_for(model, ZOO[name][2], batch=12)

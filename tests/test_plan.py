@@ -106,10 +106,16 @@ def dense_size() -> Size:
     return make_pruner(tiny(), sparsity=0).plan().before
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("name", "share"),
-    slow_unless_in([("sparsity", 0.2)], [("sparsity", 0.2), ("target_params", 0.95), ("target_flops", 0.85)]),
+    ("method", "name", "share"),
+    slow_unless_in(
+        [("surgeon", "sparsity", 0.2), ("kprune", "target_params", 0.95), ("flap", "target_flops", 0.85)],
+        [
+            (method, *budget)
+            for method in METHODS
+            for budget in (("sparsity", 0.2), ("target_params", 0.95), ("target_flops", 0.85))
+        ],
+    ),
 )
 def test_totals_of_a_plan_are_as_asked(method: str, name: str, share: float) -> None:
     totals = {"target_params": dense_size().parameters, "target_flops": dense_size().flops}

@@ -38,7 +38,7 @@ def test_half_the_flops_keep_the_quality_and_tuning_earns_its_place(
     figures = {}
     for tune in (True, False):
         args = KPruneArguments(
-            sparsity=0.5, num_tokens=6000, num_measure_tokens=3000, tune=tune, disable_tqdm=True
+            sparsity=0.5, num_tokens=4000, num_measure_tokens=1500, tune=tune, disable_tqdm=True
         )
         pruner = KPrunePruner(model_class.from_pretrained(path), args, texts, processing_class=tokenizer)
         report = pruner.prune()

@@ -281,8 +281,12 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("ridge", slow_unless_in((0.0,), (None, 0.0)))
-@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize(
+    ("case", "ridge"),
+    slow_unless_in(
+        [(case, 0.0) for case in list(DEGENERATE)[:3]], itertools.product(DEGENERATE, (None, 0.0))
+    ),
+)
 def test_features_that_are_constant_alike_or_of_all_sizes_are_pruned(case: str, ridge: float | None) -> None:
     model, spoil = tiny(), DEGENERATE[case]
     data = rows(24)
