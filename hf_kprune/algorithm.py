@@ -72,19 +72,27 @@ Journal = Callable[[Sublayer], AbstractContextManager[SublayerReport]]
 
 
 def prune(
-    job: Job, student: Walk, teacher: Walk, decisions: Sequence[Decision] | None, journal: Journal
+    job: Job,
+    students: Sequence[Walk],
+    teacher: Walk,
+    plans: Sequence[Sequence[Decision]] | None,
+    journal: Journal,
 ) -> None:
-    """Cut each sublayer of the student, from the one that it has reached up, and tune it against the teacher,
-    which also corrects for the error from below."""
-    tops = [] if decisions is not None else tops_of(job.calibration, teacher)
-    for position, sublayer in enumerate(student.rest, student.position):
-        with journal(sublayer) as entry:
-            decision = decide(job, student, teacher, tops) if decisions is None else decisions[position]
-            record(entry, decision)
-            student.cut(decision.mask)
-            if student.differs and job.tunes:
-                tune(job, student, teacher, entry)
-            advance(job, student, teacher)
+    """Cut each sublayer of a student, from the one that it has reached up, and tune it against the teacher,
+    which also corrects for the error from below. Students of several plans go together, so that the teacher
+    runs once for all."""
+    tops = [] if plans is not None else tops_of(job.calibration, teacher)
+    for position in range(students[0].position, len(teacher.sublayers)):
+        reference = Reference(teacher, shared=len(students) > 1)
+        for number, student in enumerate(students):
+            with journal(student.sublayer) as entry:
+                decision = decide(job, student, teacher, tops) if plans is None else plans[number][position]
+                record(entry, decision)
+                student.cut(decision.mask)
+                if student.differs and job.tunes:
+                    tune(job, student, reference, entry)
+                job.calibration.advance(student)
+        follow(job, students, teacher)
 
 
 def decide(job: Job, student: Walk, teacher: Walk, tops: Sequence[State | None]) -> Decision:
@@ -126,27 +134,28 @@ def choose(
         ]
     few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
-    on_few = replace(job, calibration=few, chooses_ridge=False)
     if len(plans) > 1:
         with few.phase("search"):
             judge = Judge(few, teacher, job.loss)
-        for exponent, decisions in plans.items():
-            student = few.walk(frozen(dense.model))
+        students = [few.walk(frozen(dense.model)) for _ in plans]
+        for student in students:
             student.keeps_layers = judge.needs_layers
-            reference = few.walk(teacher.model, teacher.sublayers)
-            prune(on_few, student, reference, decisions, unwritten)
-            with few.phase("search"):
+        on_few = replace(job, calibration=few, chooses_ridge=False)
+        reference = few.walk(teacher.model, teacher.sublayers)
+        prune(on_few, students, reference, list(plans.values()), unwritten)
+        with few.phase("search"):
+            for exponent, student in zip(plans, students, strict=True):
                 distances[str(exponent)] = judge.distance(student)
     (best,) = broadcast_object_list([min(plans, key=lambda exponent: distances.get(str(exponent), 0.0))])
     return plans[best], distances
 
 
-def tune(job: Job, student: Walk, teacher: Walk, entry: SublayerReport) -> None:
+def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -> None:
     """Correct what the input projections read for drift, if the method does, and refit the output projection
     (KPWT)."""
     sublayer, method, calibration = student.sublayer, job.method, job.calibration
     with calibration.phase("tune"):
-        reference, halved = Reference(teacher), method.ridge is None and job.chooses_ridge
+        halved = method.ridge is None and job.chooses_ridge
         if method.tune_inputs and sublayer.num_units:
             for paths, equations in input_equations(calibration, student, reference, halved):
                 drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
@@ -159,11 +168,10 @@ def tune(job: Job, student: Walk, teacher: Walk, entry: SublayerReport) -> None:
     entry.damping, entry.undetermined = fit.damping, fit.undetermined
 
 
-def advance(job: Job, student: Walk, teacher: Walk) -> None:
-    """Carry all batches above the sublayer, of the teacher too where there is still something to tune."""
-    job.calibration.advance(student)
-    if not student.differs:
-        teacher.follow(student)
+def follow(job: Job, students: Sequence[Walk], teacher: Walk) -> None:
+    """Carry all batches of the teacher to where its students are, if there is still something to tune."""
+    if not any(student.differs for student in students):
+        teacher.follow(students[0])
     elif job.tunes:
         job.calibration.advance(teacher)
 

@@ -116,7 +116,7 @@ class Pruning:
             walk = self.fitted.walk(student, sublayers)
             teacher = self.fitted.walk(self.teacher, self.references)
             report.sublayers += past.go_on(job, walk, teacher)
-            prune(job, walk, teacher, decisions, journal)
+            prune(job, [walk], teacher, None if decisions is None else [decisions], journal)
         if args.uniform:
             write_stock_config(sublayers)
         else:

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from .algorithm import Decision, Job, advance
+from .algorithm import Decision, Job, follow
 from .arguments import TARGETS
 from .budgets import Budget
 from .errors import ArgumentError, CheckpointError
@@ -429,7 +429,8 @@ class Record:
             set_weights(sublayer, weights)
             if data["counts"] is not None:
                 job.budget.fix(data["counts"])
-            advance(job, student, teacher)
+            job.calibration.advance(student)
+            follow(job, [student], teacher)
         return entries
 
     def finish(self) -> None:

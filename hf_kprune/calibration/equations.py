@@ -7,34 +7,43 @@ from torch import Tensor
 
 from ..methods.least_squares import NormalEquations
 from ..processes import together
-from ..structure.runs import Tap
 from ..structure.sublayers import oriented
 from ..structure.walk import Walk
 from .batches import Batch, Calibration
 
 
 class Reference:
-    """What a student is fitted to: its teacher on the way over one sublayer, which each batch takes once.
+    """What students are fitted to: their teacher on the way over one sublayer, which each batch takes once.
 
     Args:
         teacher: It has reached the sublayer.
+        shared: Whether there are several students, so that what is read is not given away.
     """
 
-    def __init__(self, teacher: Walk):
-        self.teacher = teacher
-        self.streams: dict[int, Tensor] = {}
+    def __init__(self, teacher: Walk, shared: bool = False):
+        self.teacher, self.shared = teacher, shared
+        self._streams: dict[int, Tensor] = {}
+        self._reads: dict[int, dict[str, Tensor]] = {}
 
-    def step(self, batch: int) -> Tap:
-        """Carry a batch of the teacher above the sublayer."""
-        tap = self.teacher.step(batch)
-        self.streams[batch] = tap.stream + tap.output
-        return tap
+    def _step(self, batch: int) -> None:
+        """Carry a batch of the teacher above the sublayer, unless it is there."""
+        if batch not in self._streams:
+            tap = self.teacher.step(batch)
+            self._streams[batch] = tap.stream + tap.output
+            self._reads[batch] = {path: tensors[0] for path, tensors in tap.reads.items()}
+
+    def reads(self, batch: int) -> dict[str, Tensor]:
+        """What the input projections read of a batch, (B, T, ...), by path."""
+        self._step(batch)
+        return self._reads[batch] if self.shared else self._reads.pop(batch)
 
     def stream(self, batch: int) -> Tensor:
-        """X_T + Sub_T(X_T) of a batch, (B, T, D), which is given once."""
-        if batch not in self.streams:
-            self.step(batch)
-        return self.streams.pop(batch)
+        """X_T + Sub_T(X_T) of a batch, (B, T, D)."""
+        self._step(batch)
+        if self.shared:
+            return self._streams[batch]
+        self._reads.pop(batch, None)
+        return self._streams.pop(batch)
 
 
 def normal_equations(
@@ -91,10 +100,10 @@ def input_equations(
         for i, batch in enumerate(calibration.batches):
             if not (groups and batch.fitted):
                 continue
-            teacher_reads, student_reads = reference.step(i).reads, student.reads(i, first)
+            teacher_reads, student_reads = reference.reads(i), student.reads(i, first)
             for path, parts in zip(first, sums, strict=True):
                 stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
-                x, y = (batch.by_token(read, stack) for read in (student_reads[path], teacher_reads[path][0]))
+                x, y = (batch.by_token(read, stack) for read in (student_reads[path], teacher_reads[path]))
                 for part, tokens in zip(
                     parts, halves(batch, batch.tokens(sublayer, x, stack), halved), strict=True
                 ):
