@@ -21,6 +21,10 @@ SHARE = 0.03
 one."""
 
 
+DENSE = 0.8
+"""Neurons that are gone are taken out of the matrices once fewer than this fraction of them stay."""
+
+
 SHRINKAGE = 1e-2
 """Ridge of the features' second moments by which units are scored: far above the rounding of float32."""
 
@@ -110,8 +114,9 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Te
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     losses, order_gone = [moments.new_zeros(1)], []
     units = torch.arange(len(moments) // width, device=moments.device)
+    stays = torch.ones(len(units), dtype=torch.bool, device=moments.device)
     columns = torch.arange(width, device=moments.device)
-    while n := len(units):
+    while n := int(stays.sum()):
         if width == 1:
             each = left.square().sum(1) / inverse.diagonal()
         else:
@@ -119,16 +124,20 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Te
             parts = left.view(n, width, -1)
             each = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
         count = max(1, int(SHARE * n)) if width == 1 else 1
-        order = each.argsort(stable=True)
-        gone, stay = order[:count], order[count:].sort().values
-        p, q = ((some.unsqueeze(1) * width + columns).flatten() for some in (gone, stay))
-        solved = torch.linalg.solve(inverse[p][:, p], torch.cat([inverse[p][:, q], left[p]], 1))
+        gone = each.masked_fill(~stays, torch.inf).argsort(stable=True)[:count]
+        p = (gone.unsqueeze(1) * width + columns).flatten()
+        rows, goes = inverse[p], left[p]
+        solved = torch.linalg.solve(rows[:, p], torch.cat([rows, goes], 1))
         # of several that go together each takes its own part of what they cost together
         share = each[gone] / each[gone].sum().clamp(min=torch.finfo(each.dtype).tiny)
-        losses.append(share * (left[p] * solved[:, len(q) :]).sum() / 2)
+        losses.append(share * (goes * solved[:, len(inverse) :]).sum() / 2)
         order_gone.append(units[gone])
-        left = left[q] - inverse[q][:, p] @ solved[:, len(q) :]
-        inverse = inverse[q][:, q] - inverse[q][:, p] @ solved[:, : len(q)]
-        units = units[stay]
+        inverse.addmm_(rows.T, solved[:, : len(inverse)], alpha=-1)
+        left.addmm_(rows.T, solved[:, len(inverse) :], alpha=-1)
+        stays[gone] = False
+        if width > 1 or int(stays.sum()) < DENSE * len(stays):  # what is gone has become zero
+            q = (stays.nonzero() * width + columns).flatten()
+            inverse, left = inverse[q][:, q], left[q]
+            units, stays = units[stays], stays[stays]
     slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(moments.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes
