@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -34,6 +34,21 @@ from .structure.surgery import correct_inputs, frozen, has_bias, in_unit_order, 
 from .structure.walk import Walk
 
 
+MEASUREMENTS = 24
+"""How often a student is measured at most if its method names no schedule, so that cost grows with depth and
+not with its square."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which units of a sublayer stay, boolean (U,), their scores (U,), if it took any, and how these were
+    damped."""
+
+    mask: Tensor
+    scores: Tensor | None = None
+    damping: float = 0.0
+
+
 @dataclass(frozen=True)
 class Job:
     """What the steps have in common.
@@ -46,6 +61,7 @@ class Job:
         budget: What may be spent.
         tunes: Whether weights are tuned.
         chooses_ridge: Whether a ridge is chosen for each sublayer if none is given; trials do without.
+        pending: What is decided already of the sublayers above the one that has been reached.
     """
 
     calibration: Calibration
@@ -55,16 +71,7 @@ class Job:
     budget: Budget
     tunes: bool
     chooses_ridge: bool = True
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Which units of a sublayer stay, boolean (U,), their scores (U,), if it took any, and how these were
-    damped."""
-
-    mask: Tensor
-    scores: Tensor | None = None
-    damping: float = 0.0
+    pending: list[Decision] = field(default_factory=list)
 
 
 Journal = Callable[[Sublayer], AbstractContextManager[SublayerReport]]
@@ -97,16 +104,22 @@ def prune(
 
 def decide(job: Job, student: Walk, teacher: Walk, tops: Sequence[State | None]) -> Decision:
     """Measure all units from the sublayer up, score them, search masks for all of them (KPMS), and take that
-    of this sublayer."""
+    of this sublayer, or those of the next few."""
     if job.budget.keeps_rest(student.position):
         return Decision(torch.ones(student.sublayer.num_units, dtype=torch.bool))
-    with job.calibration.phase("measure"):
-        statistics = measure_knowledge(job.calibration, student, teacher, tops, job.loss, job.budget.costs)
-    with job.calibration.phase("search"):
-        scores = job.calibration.agree([job.method.score(each) for each in statistics])
-        masks = job.budget.search(job.method, statistics, scores, student.position)
-        mask = job.calibration.agree([masks[0].int()])[0].bool().cpu()
-    return Decision(mask, scores[0], statistics[0].damping)
+    if not job.pending:
+        with job.calibration.phase("measure"):
+            statistics = measure_knowledge(
+                job.calibration, student, teacher, tops, job.loss, job.budget.costs
+            )
+        with job.calibration.phase("search"):
+            scores = job.calibration.agree([job.method.score(each) for each in statistics])
+            masks = job.budget.search(job.method, statistics, scores, student.position)
+            count = job.method.measure_every or -(-len(student.sublayers) // MEASUREMENTS)
+            for mask in job.calibration.agree([mask.int() for mask in masks[:count]]):
+                place = len(job.pending)
+                job.pending.append(Decision(mask.bool().cpu(), scores[place], statistics[place].damping))
+    return job.pending.pop(0)
 
 
 def choose(

@@ -105,7 +105,7 @@ class Pruning:
         tunes = self.args.tune and method.tunes and not self.dry
         job = Job(self.fitted, self.calibration, self.loss, method, budget, tunes)
         decisions = self._decisions(job, student, report, past)
-        keep = partial(past.keep_sublayer, budget)
+        keep = partial(past.keep_sublayer, job)
         journal = Journal(report, self.tell, subject, lambda: prunable_flops(sublayers, lengths), keep)
         if self.dry:
             for sublayer, decision in zip(sublayers, decisions or [], strict=True):

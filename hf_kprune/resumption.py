@@ -37,7 +37,6 @@ from transformers.utils import logging
 
 from .algorithm import Decision, Job, follow
 from .arguments import TARGETS
-from .budgets import Budget
 from .errors import ArgumentError, CheckpointError
 from .files.contents import beside, reason
 from .files.destination import as_text
@@ -74,6 +73,9 @@ DIFFER = {
     "rows": "the calibration rows differ",
 }
 """What is said of facts whose values say nothing to a reader."""
+
+PENDING = "pending."
+"""How the names of decisions that are still to be carried out begin."""
 
 Facts = Mapping[str, Any]
 """What a run is about, by the names that a message may give."""
@@ -409,24 +411,37 @@ class Record:
 
     # ---- what was cut and tuned ---------------------------------------------------------------------------
 
-    def keep_sublayer(self, budget: Budget, position: int, sublayer: Sublayer, entry: SublayerReport) -> None:
-        """Keep a sublayer that is done."""
+    def keep_sublayer(self, job: Job, position: int, sublayer: Sublayer, entry: SublayerReport) -> None:
+        """Keep a sublayer that is done, and what is decided already of those above it."""
         tuned = entry.error_after is not None
-        data = {"entry": asdict(entry), "counts": budget.minimum if budget.fixed else None}
-        self.keep(f"sublayer-{position:03}", weights_of(sublayer) if tuned else {}, lambda: data)
+        tensors = weights_of(sublayer) if tuned else {}
+        for i, decision in enumerate(job.pending):
+            tensors[f"{PENDING}{i}.mask"] = decision.mask
+            if decision.scores is not None:
+                tensors[f"{PENDING}{i}.scores"] = decision.scores.clone()
+        data = {
+            "entry": asdict(entry),
+            "counts": job.budget.minimum if job.budget.fixed else None,
+            "damping": [decision.damping for decision in job.pending],
+        }
+        self.keep(f"sublayer-{position:03}", tensors, lambda: data)
 
     def go_on(self, job: Job, student: Walk, teacher: Walk) -> list[SublayerReport]:
         """Bring a student and its teacher to where the run was interrupted; the entries of what lies
         below."""
         entries = list[SublayerReport]()
         while student.rest and (state := self.read(f"sublayer-{student.position:03}")) is not None:
-            weights, data = state
+            tensors, data = state
             entries.append(SublayerReport(**data["entry"]))
             sublayer = student.sublayer
             mask = torch.zeros(sublayer.num_units, dtype=torch.bool)
             mask[entries[-1].kept] = True
             student.cut(mask)
-            set_weights(sublayer, weights)
+            set_weights(sublayer, {k: v for k, v in tensors.items() if not k.startswith(PENDING)})
+            job.pending[:] = [
+                Decision(tensors[f"{PENDING}{i}.mask"], tensors.get(f"{PENDING}{i}.scores"), damping)
+                for i, damping in enumerate(data["damping"])
+            ]
             if data["counts"] is not None:
                 job.budget.fix(data["counts"])
             job.calibration.advance(student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
@@ -234,3 +235,27 @@ def test_a_method_that_needs_what_is_not_measured_for_it_is_refused(
         ArgumentError, match=rf"needs {needs}; with one_shot = {one_shot} it can have {there_is}"
     ):
         register_method("needy", method)
+
+
+@pytest.mark.parametrize(
+    ("every", "most", "expected"), [(1, 24, 6), (4, 24, 2), (6, 24, 1), (None, 24, 6), (None, 3, 3)]
+)
+def test_a_student_is_measured_as_often_as_its_schedule_says(
+    every: int | None, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm, measured = sys.modules["hf_kprune.algorithm"], []
+    measure = algorithm.measure_knowledge
+
+    def counted(*args: Any) -> Any:
+        measured.append(args[1].position)
+        return measure(*args)
+
+    monkeypatch.setattr(algorithm, "measure_knowledge", counted)
+    monkeypatch.setattr(algorithm, "MEASUREMENTS", most)
+    kwargs = {"measure_every": every}
+    args = KPruneArguments(
+        sparsity=0.5, method="kprune", method_kwargs=kwargs, num_tokens=100, disable_tqdm=True, use_cpu=True
+    )
+    report = KPrunePruner(tiny(), args, rows(24), collate).prune()
+    assert measured == list(range(0, 6, -(-6 // expected)))
+    assert report.sparsity == pytest.approx(0.5, abs=0.05)

@@ -115,7 +115,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     ("method", "options"),
     [
         pytest.param("surgeon", {}, marks=pytest.mark.several_splits),
-        ("kprune", {}),
+        ("kprune", {"method_kwargs": {"measure_every": 4}}),
+        pytest.param("kprune", {}, marks=pytest.mark.slow),
         pytest.param("flap", {}, marks=pytest.mark.slow),
         # which leaves a neuron and a half over, so that the numbers must not be searched again
         pytest.param(
@@ -124,7 +125,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         pytest.param("kwon", {}, marks=pytest.mark.slow),
         pytest.param("magnitude", {}, marks=pytest.mark.slow),
     ],
-    ids=["surgeon", "kprune", "flap", "kprune and uniform", "kwon", "magnitude"],
+    ids=["surgeon", "kprune with a schedule", "kprune", "flap", "kprune and uniform", "kwon", "magnitude"],
 )
 def test_interrupted_at_every_step_a_run_ends_as_if_it_had_not_been(
     tmp_path: Path, counts: Counter[str], method: str, options: dict[str, Any]

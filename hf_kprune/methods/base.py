@@ -126,6 +126,10 @@ class Method:
     """Whether all masks follow from one measurement of the dense model. Else every sublayer is decided on the
     student as pruned and tuned up to there."""
 
+    measure_every: int | None = 1
+    """Unless it is one-shot, how many sublayers are decided by one measurement of the student; None: as many
+    as it takes to measure no more than `algorithm.MEASUREMENTS` times."""
+
     exponents: ClassVar[tuple[float | None, ...]] = (None,)
     """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). With more
     than one, each is tried, and the student that is nearest to the teacher on held-out calibration rows

@@ -15,7 +15,7 @@ from .least_squares import Fit, NormalEquations, tune_weight
 
 @dataclass
 class KPruneKwargs:
-    """How K-prune weighs its two kinds of knowledge, and heads against neurons."""
+    """How K-prune weighs its two kinds of knowledge, and heads against neurons, and how often it measures."""
 
     lambda_pred: Annotated[float, at_least(0)] = option(1.0, "Weigh the predictive knowledge by this number.")
     lambda_rep: Annotated[
@@ -25,6 +25,11 @@ class KPruneKwargs:
         None,
         "Weigh the scores of heads by this number against those of neurons. By default it is the size of a "
         "head, as in the paper.",
+    )
+    measure_every: Annotated[int | None, at_least(1)] = option(
+        None,
+        "Measure the student again after this many sublayers; 1 is the paper. By default it is measured for "
+        "each sublayer of a model of up to 12 layers, and about 24 times in a deeper one.",
     )
 
 
@@ -58,6 +63,7 @@ class KPrune(Method):
         super().__init__(options)
         self.ridge, self.tune_bias = options.ridge or 0.0, bool(options.tune_bias)
         self.tune_inputs = bool(options.tune_inputs)
+        self.measure_every = self.kwargs.measure_every
 
     def score(self, statistics: Statistics) -> Tensor:
         s, kwargs = statistics, self.kwargs
