@@ -650,7 +650,7 @@ def test_the_vocabulary_in_parts_is_the_vocabulary(
         model.get_output_embeddings().register_forward_hook(
             lambda _, args, output: most.append(output.numel())
         )
-    monkeypatch.setattr("hf_kprune.calibration.batches.LOGITS", logits)
+    monkeypatch.setattr("hf_kprune.calibration.outputs.LOGITS", logits)
     made = measure(calibration(student, data), student, teacher, 2)
     assert max(most) <= max(logits, 60 * 9)
     for a, b in zip(made, expected, strict=True):

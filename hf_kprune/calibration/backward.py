@@ -20,8 +20,9 @@ from ..structure.probes import outputs_of, probed
 from ..structure.runs import run_to_top
 from ..structure.shelf import Shelf
 from ..structure.walk import Walk
-from .batches import Batch, Calibration, in_float32, losses_of, narrowed
+from .batches import Batch, Calibration
 from .knowledge import Draws, Knowledge
+from .outputs import chunk_of, in_float32, losses_of, narrowed
 
 
 GRAPH_LAYERS = 3
@@ -95,7 +96,7 @@ def backward(
     slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
     for i, batch, start, samples in slices_of(calibration, slices):
         stop = start + batch.samples
-        chunk = calibration.chunk(model, batch) if loss is not None and loss.per_token else 0
+        chunk = chunk_of(model, batch) if loss is not None and loss.per_token else 0
         autocast = calibration.autocast()
         with (
             torch.set_grad_enabled(loss is not None),
@@ -293,7 +294,7 @@ def pulls_on_top(
     """The gradients, to the states above the highest sublayers of all stacks, of the summed knowledge loss
     against draws from what the model predicts."""
     draws = Draws(calibration.args.seed, batch.rows, batch.counted)
-    if loss.per_token and (chunk := calibration.chunk(walk.model, batch)):
+    if loss.per_token and (chunk := chunk_of(walk.model, batch)):
         with calibration.autocast():
             pull = pull_on_top(Head(walk, top), draws, batch, loss, chunk)
         return {walk.sublayers[-1].stack_name: pull}

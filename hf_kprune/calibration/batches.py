@@ -35,28 +35,13 @@ from ..structure.facts import (
     to_model,
 )
 from ..structure.hooks import by_token, part_of
-from ..structure.probes import matrix_flops, only_tokens
+from ..structure.probes import matrix_flops
 from ..structure.runs import run_to_bottom
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
-from ..structure.workbench import in_half_precision
 from .collate import Collator, collate
-from .knowledge import Knowledge
 from .nested import Row
 from .rows import Rows, TokensPerRow, row_length
-
-
-LOGITS = 2**24
-"""Logits of a language model that exist at once while measuring; with more, its head runs on some tokens at a
-time."""
-
-
-def in_float32(outputs: Any) -> Any:
-    """Model outputs with their half-precision tensors in float32."""
-    for key, value in outputs.items():
-        if isinstance(value, Tensor) and in_half_precision(value):
-            outputs[key] = value.float()
-    return outputs
 
 
 def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
@@ -134,34 +119,6 @@ class Batch:
 def untimed(_: str) -> AbstractContextManager[None]:
     """A phase of the work whose time nobody takes."""
     return nullcontext()
-
-
-def narrowed(model: PreTrainedModel, chunk: int, start: int = 0) -> AbstractContextManager[None]:
-    """Within this context the head of a model runs on `chunk` tokens from `start` on; on all if that is 0."""
-    if not chunk:
-        return nullcontext()
-    return only_tokens(model.get_output_embeddings(), start, start + chunk)
-
-
-def losses_of(loss: Knowledge, student: object, teacher: object, batch: Batch) -> Tensor:
-    """The knowledge loss of each row of a batch, (B,).
-
-    Raises:
-        ArgumentError: If it gives anything else.
-        CalibrationError: If it is not finite.
-    """
-    losses = loss(student, teacher, batch.counted)
-    if losses.shape != (batch.samples,):
-        raise ArgumentError(
-            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one "
-            "number each"
-        )
-    if not bool(torch.isfinite(losses).all()):
-        raise CalibrationError(
-            f"NaN or Inf in the knowledge loss ({loss.name}), while the activations below it are finite; "
-            "check what the head of the model, or compute_loss, makes of the calibration data"
-        )
-    return losses
 
 
 class Calibration:
@@ -404,13 +361,6 @@ class Calibration:
         part = self.only(lambda batch: batch.tried or batch.held_out)
         part.batches = [replace(batch, fitted=batch.tried) for batch in part.batches]
         return part
-
-    def chunk(self, model: PreTrainedModel, batch: Batch) -> int:
-        """Tokens of a batch whose logits over the vocabulary may exist at once; 0 if those of all may."""
-        vocabulary = model.get_output_embeddings()
-        if vocabulary is None or batch.counted.numel() * len(vocabulary.weight) <= LOGITS:
-            return 0
-        return max(1, LOGITS // (len(batch.counted) * len(vocabulary.weight)))
 
     def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor], what: str = "activations") -> None:
         """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""

@@ -20,9 +20,10 @@ from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .backward import Head
-from .batches import Batch, Calibration, in_float32, narrowed
+from .batches import Batch, Calibration
 from .knowledge import Draws, Knowledge
 from .loss_check import check_loss
+from .outputs import chunk_of, in_float32, narrowed
 
 
 def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
@@ -55,7 +56,7 @@ def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequ
                         f"away from where it does as a whole; its family {model.config.model_type!r} does "
                         "not tell what its layers give: docs/add_a_family.md"
                     )
-            check_head(calibration, walk, top.part(0, 1, batch.samples), batch.part(0, 1))
+            check_head(walk, top.part(0, 1, batch.samples), batch.part(0, 1))
     (calibration.readers,) = broadcast_object_list([readers])
 
 
@@ -84,14 +85,14 @@ def reads_tokens(batch: Batch, sublayer: Sublayer, path: str, tensor: Tensor) ->
 
 
 @torch.no_grad()
-def check_head(calibration: Calibration, walk: Walk, top: State, sample: Batch) -> None:
+def check_head(walk: Walk, top: State, sample: Batch) -> None:
     """Compare what the head makes of the top alone with what the model makes as a whole.
 
     Raises:
         UnsupportedModelError: If they differ.
     """
     model = walk.model
-    chunk = calibration.chunk(model, sample)
+    chunk = chunk_of(model, sample)
     with narrowed(model, chunk):
         outputs = model(**sample.inputs, return_dict=True)
     above = Head(walk, top)(sample, chunk)
@@ -121,7 +122,7 @@ def try_loss(
     for batch in calibration.batches[:1]:
         # the caller's own loss may count on many rows
         sample = batch if loss.kinds is None else batch.part(0, min(2, batch.samples))
-        chunk = calibration.chunk(model, sample) if loss.per_token else 0
+        chunk = chunk_of(model, sample) if loss.per_token else 0
         counted = sample.counted[:, :chunk] if chunk else sample.counted
         with (
             narrowed(model, chunk),

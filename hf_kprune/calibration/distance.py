@@ -14,8 +14,9 @@ from ..structure.hooks import State
 from ..structure.shelf import Shelf
 from ..structure.walk import Walk
 from .backward import Head
-from .batches import Batch, Calibration, in_float32, losses_of
+from .batches import Batch, Calibration
 from .knowledge import Knowledge
+from .outputs import chunk_of, in_float32, losses_of
 
 
 Predictor = Callable[[int, Batch, int, int], Any]
@@ -96,7 +97,7 @@ def mean_loss(
     sums = calibration.zeros(2)
     with together(calibration.accelerator):
         for i, each in enumerate(calibration.batches):
-            chunk = calibration.chunk(model, each) if loss.per_token else 0
+            chunk = chunk_of(model, each) if loss.per_token else 0
             size = max(1, each.samples * chunk // each.counted.shape[1]) if chunk else each.samples
             for start in range(0, each.samples if each.held_out else 0, size):
                 stop = min(start + size, each.samples)

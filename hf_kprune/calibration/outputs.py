@@ -1,0 +1,67 @@
+"""What a model makes of a batch: its head on all tokens, or on some at a time, in float32, and the knowledge
+loss of it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import ArgumentError, CalibrationError
+from ..structure.probes import only_tokens
+from ..structure.workbench import in_half_precision
+from .batches import Batch
+from .knowledge import Knowledge
+
+
+LOGITS = 2**24
+"""Logits of a language model that exist at once while measuring; with more, its head runs on some tokens at a
+time."""
+
+
+def in_float32(outputs: Any) -> Any:
+    """Model outputs with their half-precision tensors in float32."""
+    for key, value in outputs.items():
+        if isinstance(value, Tensor) and in_half_precision(value):
+            outputs[key] = value.float()
+    return outputs
+
+
+def chunk_of(model: PreTrainedModel, batch: Batch) -> int:
+    """Tokens of a batch whose logits over the vocabulary may exist at once; 0 if those of all may."""
+    vocabulary = model.get_output_embeddings()
+    if vocabulary is None or batch.counted.numel() * len(vocabulary.weight) <= LOGITS:
+        return 0
+    return max(1, LOGITS // (len(batch.counted) * len(vocabulary.weight)))
+
+
+def narrowed(model: PreTrainedModel, chunk: int, start: int = 0) -> AbstractContextManager[None]:
+    """Within this context the head of a model runs on `chunk` tokens from `start` on; on all if that is 0."""
+    if not chunk:
+        return nullcontext()
+    return only_tokens(model.get_output_embeddings(), start, start + chunk)
+
+
+def losses_of(loss: Knowledge, student: object, teacher: object, batch: Batch) -> Tensor:
+    """The knowledge loss of each row of a batch, (B,).
+
+    Raises:
+        ArgumentError: If it gives anything else.
+        CalibrationError: If it is not finite.
+    """
+    losses = loss(student, teacher, batch.counted)
+    if losses.shape != (batch.samples,):
+        raise ArgumentError(
+            f"the knowledge loss gave {tuple(losses.shape)} for {batch.samples} samples, expected one "
+            "number each"
+        )
+    if not bool(torch.isfinite(losses).all()):
+        raise CalibrationError(
+            f"NaN or Inf in the knowledge loss ({loss.name}), while the activations below it are finite; "
+            "check what the head of the model, or compute_loss, makes of the calibration data"
+        )
+    return losses
