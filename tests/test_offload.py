@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from checks import assert_same_state, kept
 from data import collate, rows
 from models import slow_unless_in
 from transformers import PreTrainedModel
 from zoo import make
 
-from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
+from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
 from hf_kprune.structure.offload import device_map
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -76,3 +77,62 @@ def test_pruned_on_disk_is_pruned_in_memory(
     kind = type(model)
     one, other = (kind.from_pretrained(tmp_path / folder, dtype=dtype) for folder in ("spread", "whole"))
     assert_same_state(one.state_dict(), other.state_dict())
+
+
+def test_a_model_that_is_left_on_disk_is_planned_evaluated_pruned_twice_and_saved(tmp_path: Path) -> None:
+    make("bert").save_pretrained(tmp_path / "dense")
+    data = [{**row, "labels": i % 2} for i, row in enumerate(rows(40, longest=9))]
+    args = KPruneArguments(**OPTIONS, report_to="none")
+    on_disk, whole = (
+        KPrunePruner(tmp_path / "dense", args, data, collate, data, offload=place) for place in ("disk", None)
+    )
+    assert {tensor.device.type for tensor in on_disk.model.parameters()} == {"cpu", "meta"}
+    assert kept(on_disk.plan()) == kept(whole.plan())
+    for _ in range(2):
+        assert kept(on_disk.prune()) == kept(whole.prune())
+        one, other = (
+            {name: value for name, value in each.evaluate().items() if name in ("eval_loss", "eval_accuracy")}
+            for each in (on_disk, whole)
+        )
+        assert one == other
+    assert {tensor.device.type for tensor in on_disk.model.parameters()} == {"cpu", "meta"}
+    for each, folder in ((on_disk, "spread"), (whole, "whole")):
+        each.save_model(str(tmp_path / folder))
+    one, other = (type(whole.model).from_pretrained(tmp_path / folder) for folder in ("spread", "whole"))
+    assert_same_state(one.state_dict(), other.state_dict())
+    again = KPrunePruner(tmp_path / "spread", args, data, collate, offload="disk")
+    assert again.prune().sparsity == pytest.approx(0.4, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "offload", "message"),
+    [
+        (
+            {"target_speedup": 1.5},
+            "disk",
+            "target_speedup is about the time of a model that lies on one device",
+        ),
+        ({}, "gpu", "offload is 'gpu', expected 'cpu' or 'disk' or None"),
+    ],
+)
+def test_what_cannot_be_offloaded_is_said(
+    options: dict[str, Any], offload: Any, message: str, tmp_path: Path
+) -> None:
+    make("bert").save_pretrained(tmp_path / "dense")
+    args = KPruneArguments(**{"disable_tqdm": True, "use_cpu": True, "num_tokens": 150, **options})
+    with pytest.raises(ArgumentError, match=message):
+        KPrunePruner(tmp_path / "dense", args, rows(40), collate, offload=offload).prune()
+
+
+def test_a_model_in_memory_is_not_offloaded() -> None:
+    with pytest.raises(ArgumentError, match="offload is 'disk', which is about a model that is loaded here"):
+        KPrunePruner(make("bert"), KPruneArguments(use_cpu=True), rows(40), offload="disk")
+
+
+def test_hooks_that_do_more_than_move_weights_are_refused() -> None:
+    model = make("bert")
+    add_hook_to_module(model.bert.encoder.layer[0], ModelHook())
+    with pytest.raises(
+        UnsupportedModelError, match="carries a hook of accelerate that does more than to move"
+    ):
+        KPrunePruner(model, KPruneArguments(use_cpu=True), rows(40))
