@@ -12,7 +12,7 @@ import torch
 from .hooks import State
 
 
-MEMORY = 2**29
+MEMORY = 2**27
 """Bytes of states that a shelf keeps in memory; further ones wait in temporary files."""
 
 
