@@ -28,11 +28,10 @@ from hf_kprune import (
     KPrunePruner,
     preparation,
     pruning,
-    resumption,
 )
 from hf_kprune.preparation import Run
 from hf_kprune.report import PruningReport
-from hf_kprune.resumption import States
+from hf_kprune.resumption import States, states
 
 
 def make_pruner(out: Path | None = None, seed: int = 0, data: Any = None, **options: Any) -> KPrunePruner:
@@ -199,7 +198,7 @@ def test_by_default_a_state_is_kept_once_a_run_lasts(tmp_path: Path, monkeypatch
     out, options = tmp_path / "out", {"method": "flap", "sparsity": 0.6}
     interrupt(make_pruner(out, **options), None, count=3)
     assert not os.listdir(tmp_path)
-    monkeypatch.setattr(resumption, "PATIENCE", 0.0)
+    monkeypatch.setattr(states, "PATIENCE", 0.0)
     interrupt(make_pruner(out, **options), False, count=3)
     assert not os.listdir(tmp_path)
     interrupt(make_pruner(out, **options), None, count=3)
@@ -210,7 +209,7 @@ def test_by_default_a_state_is_kept_once_a_run_lasts(tmp_path: Path, monkeypatch
         "facts.safetensors",
         *(f"sublayer-00{i}.safetensors" for i in range(3)),
     ]
-    monkeypatch.setattr(resumption, "PATIENCE", 60.0)
+    monkeypatch.setattr(states, "PATIENCE", 60.0)
     pruner, at_once = make_pruner(out, **options), make_pruner(**options)
     pruner.prune(resume_from_checkpoint=True)
     at_once.prune()
@@ -222,13 +221,13 @@ def test_by_default_a_state_is_kept_once_a_run_lasts(tmp_path: Path, monkeypatch
 def test_what_is_not_gone_on_with_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is not to be resumed replaces a state of other options, and a save removes it, even in a minute."""
     out = tmp_path / "out"
-    monkeypatch.setattr(resumption, "PATIENCE", 0.0)
+    monkeypatch.setattr(states, "PATIENCE", 0.0)
     interrupt(make_pruner(out, method="flap"), True, count=3)
     interrupt(make_pruner(out, method="kprune"), None, count=1)
     (folder,) = os.listdir(tmp_path)
     kept = sorted(files(tmp_path / folder))
     assert kept == ["run/facts.safetensors", "run/sublayer-000.safetensors"]
-    monkeypatch.setattr(resumption, "PATIENCE", 60.0)
+    monkeypatch.setattr(states, "PATIENCE", 60.0)
     pruner = make_pruner(out, method="magnitude")
     pruner.prune()
     assert os.listdir(tmp_path) == [folder]
@@ -300,7 +299,7 @@ def test_a_model_that_is_pruned_again_has_no_state_of_its_first_run(tmp_path: Pa
 def test_a_disk_that_fills_ends_the_keeping_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    writes, save = [], resumption.save
+    writes, save = [], states.save
 
     def fill(path: Path, *rest: Any) -> None:
         writes.append(path)
@@ -308,7 +307,7 @@ def test_a_disk_that_fills_ends_the_keeping_and_not_the_run(
             raise OSError(28, "No space left on device")
         save(path, *rest)
 
-    monkeypatch.setattr(resumption, "save", fill)
+    monkeypatch.setattr(states, "save", fill)
     pruner, at_once = make_pruner(tmp_path / "out", method="flap"), make_pruner(method="flap")
     pruner.prune(resume_from_checkpoint=True)
     at_once.prune()
