@@ -179,17 +179,9 @@ def test_what_goes_wrong_on_one_process_ends_all(tmp_path: Path, failure: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--raise_before"], "RuntimeError: this process raises before all others wait"),
-        (["--die"], "exitcode *: 7|waited for another one that has ended"),
-    ],
-    ids=["raises before the first collective", "dies in the middle"],
-)
-def test_a_launcher_ends_all_too(tmp_path: Path, arguments: list[str], message: str) -> None:
-    launcher = [*TORCHRUN, "--nproc_per_node", "2"]
-    check_failed(launch(launcher, 2, tmp_path / "2", *BERT, *arguments), tmp_path / "2", message)
+def test_a_launcher_ends_all_too(tmp_path: Path) -> None:
+    ended = launch([*TORCHRUN, "--nproc_per_node", "2"], 2, tmp_path / "2", *BERT, "--die")
+    check_failed(ended, tmp_path / "2", "exitcode *: 7|waited for another one that has ended")
 
 
 @pytest.mark.slow
@@ -198,5 +190,5 @@ def test_one_process_equals_many_on_a_real_model(tmp_path: Path, pack: Path) -> 
     """K-prune: of a thousand neurons, ours finds many as good as others, and rounding chooses among them."""
     arguments = ("pack", "--method", "kprune")
     one = result(run(1, tmp_path / "1", *arguments, timeout=900), tmp_path / "1")
-    many = result(run(3, tmp_path / "3", *arguments, timeout=900), tmp_path / "3")
+    many = result(run(2, tmp_path / "2", *arguments, timeout=900), tmp_path / "2")
     check_same(one, many, atol=1e-4)

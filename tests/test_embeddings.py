@@ -539,13 +539,13 @@ def test_all_minilm_as_a_folder_of_the_library(pack: Path, tmp_path: Path) -> No
     from datasets import load_dataset
 
     first = Transformer(str(pack / "models" / "all-MiniLM-L6-v2"), max_seq_length=128)
-    for mode in ("mean", "cls"):
+    for mode, method in (("mean", "kprune"), ("cls", "surgeon")):
         folder = str(tmp_path / mode)
         SentenceTransformer(modules=[first, Pooling(384, mode), Normalize()], device="cpu").save_pretrained(
             folder
         )
         data = load_dataset("parquet", data_files=str(pack / "data" / "stsb" / "train.parquet"))["train"]
-        args = KPruneArguments(sparsity=0.4, num_tokens=2_000, disable_tqdm=True)
+        args = KPruneArguments(sparsity=0.4, num_tokens=2_000, method=method, disable_tqdm=True)
         pruner = KPrunePruner(folder, args, list(data["sentence1"][:400]))
         pruner.prune()
         pruner.save_model(str(tmp_path / f"{mode}-pruned"))
