@@ -6,13 +6,12 @@ what needs them.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+from .combinations import check_combinations, without_effect
 from .errors import ArgumentError
 from .options import (
     CHOICES,
@@ -21,12 +20,10 @@ from .options import (
     at_least,
     check_values,
     expect,
-    from_json,
-    has_size,
     option,
     over,
 )
-from .validation import check_fields, known_keywords, suggestion
+from .validation import check_fields, known_keywords
 
 
 if TYPE_CHECKING:
@@ -48,12 +45,6 @@ METHOD_NAMES = (
     "wanda_sp",
 )
 """The keys of `methods.METHODS`, which takes PyTorch."""
-
-IN_METHOD_KWARGS = ("lambda_pred", "lambda_rep", "mu")
-"""Options of earlier releases that are in `method_kwargs` now."""
-
-TIMES = ("target_latency", "target_speedup")
-"""The budgets of time."""
 
 LATENCY_BATCH = 32
 
@@ -307,7 +298,8 @@ class KPruneArguments:
             as_text(self.output_dir)
         self._check_budget()
         check_values(self)
-        self._check_combinations()
+        self.method = METHOD_ALIASES.get(self.method, self.method)
+        check_combinations(self)
 
     def _check_budget(self) -> None:
         """There is one budget, and the default gives way to a target."""
@@ -323,88 +315,9 @@ class KPruneArguments:
         sparse = self.sparsity is None or 0 <= self.sparsity < 1
         expect(self, "sparsity", sparse, "the fraction of prunable FLOPs to remove, in [0, 1)")
 
-    def _check_combinations(self) -> None:
-        """The values go together, and are what other modules take."""
-        from .methods import METHODS
-
-        check = partial(expect, self)
-        self.method = METHOD_ALIASES.get(self.method, self.method)
-        near = suggestion(self.method, METHODS)
-        check("method", self.method in METHODS, f"one of {', '.join(METHODS)}{near}")
-        self._check_method_kwargs()
-        tokens = self.num_measure_tokens
-        check("num_measure_tokens", tokens is None or 1 <= tokens <= self.num_tokens, "from 1 to num_tokens")
-        names = self.text_columns is None or bool(self.text_columns and all(self.text_columns))
-        check("text_columns", names, 'a list of names of columns, such as ["premise", "hypothesis"]')
-        size = has_size(self.max_shard_size)
-        check("max_shard_size", size, "a number over 0 with TB, GB, MB or KB, such as 5GB")
-        budget, value = self.budget
-        if budget in TIMES:
-            able = [name for name, method in METHODS.items() if method.in_time]
-            check("method", self.method in able, f"with {budget}, one of {', '.join(able)}")
-            check("uniform", not self.uniform, f"False with {budget}")
-        some = self.prune_heads or self.prune_ffn or (budget, value) == ("sparsity", 0)
-        check("prune_heads", some, "True, or prune_ffn=True, or sparsity=0")
-        for name in ("tune_bias", "tune_inputs"):
-            idle = not self.tune and getattr(self, name)
-            check(name, not idle, "False or None with tune=False, which tunes nothing")
-
-    def _check_method_kwargs(self) -> None:
-        """The options of the method are those that it takes, with values that they may have; those of earlier
-        releases join them."""
-        from .methods import METHODS
-
-        method = METHODS[self.method]
-        known = method.kwargs_names()
-        early = {name: getattr(self, name) for name in IN_METHOD_KWARGS if name in known}
-        early = {name: value for name, value in early.items() if value is not None}
-        kwargs = from_json("method_kwargs", self.method_kwargs) | early
-        for name in (name for name in kwargs if name not in known):
-            users = [repr(key) for key, each in METHODS.items() if name in each.kwargs_names()]
-            near = f"; {' and '.join(users)} does" if users else suggestion(str(name), known)
-            listed = ", ".join(known) or "none"
-            raise ArgumentError(
-                f"method_kwargs names {name!r}, which method {self.method!r} does not take: it takes "
-                f"{listed}{near}"
-            )
-        options = method.kwargs_class(**kwargs)
-        check_fields(options)
-        check_values(options)
-        self.method_kwargs = {name: getattr(options, name) for name in kwargs} or None
-        if early:
-            warnings.warn(
-                f"pass {', '.join(early)} in method_kwargs: '{json.dumps(early)}'",
-                FutureWarning,
-                stacklevel=7,
-            )
-            for name in early:
-                setattr(self, name, None)
-
     def unused_options(self) -> dict[str, str]:
         """Options that differ from their defaults and that the others leave without effect, and why."""
-        from .methods import METHODS
-
-        method, reasons = METHODS[self.method], dict[str, str]()
-        readers = {key: each.options.union(each.kwargs_names()) for key, each in METHODS.items()}
-        for name in sorted(set().union(*readers.values()) - readers[self.method]):
-            users = ", ".join(repr(key) for key, names in readers.items() if name in names)
-            reasons[name] = f"method {self.method!r} does not use it; {users} does"
-        if not self.prune_heads:
-            reasons["min_heads"] = "prune_heads is False, so every head stays"
-        if not self.prune_ffn:
-            reasons |= dict.fromkeys(("min_neurons", "round_to"), "prune_ffn is False, so every neuron stays")
-        if not (self.tune and method.tunes):
-            reasons["statistics_dtype"] = "nothing is tuned" + ("" if self.tune else ", as tune is False")
-            if self.method == "kprune":
-                reasons["ridge"] = "nothing is tuned, as tune is False"
-        if not method.needs:
-            reasons["measure_dtype"] = f"method {self.method!r} measures no knowledge"
-        defaults = {each.name: each.default for each in fields(self)}
-        return {
-            name: why
-            for name, why in reasons.items()
-            if name in defaults and getattr(self, name) != defaults[name]
-        }
+        return without_effect(self)
 
     @property
     def budget(self) -> tuple[str, float]:

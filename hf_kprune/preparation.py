@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .arguments import LATENCY_BATCH, TIMES, KPruneArguments
+from .arguments import LATENCY_BATCH, KPruneArguments
 from .budgets import BudgetWarning, Timing, budget_of
 from .calibration.batches import Calibration, tokens_of
 from .calibration.checks import try_loss
@@ -33,6 +32,7 @@ from .calibration.rows import row_tokens
 from .calibration.sources import first_label
 from .calibration.tasks import knowledge_loss, text_inputs
 from .checkpoint.lineage import earlier_cuts, write_cuts
+from .combinations import TIMES
 from .errors import ArgumentError
 from .latency.table import LatencyTable
 from .methods import METHODS
@@ -44,15 +44,12 @@ from .report import PruningReport
 from .resumption import Record, States
 from .sizes import model_size, peak_memory, prunable_flops
 from .state import Pruner, begin_phase, call, in_place, one_run
-from .structure.checks import check_described, check_model, unwrapped
-from .structure.detect import describe
 from .structure.facts import in_eval_mode
 from .structure.offload import is_dispatched, read_state
 from .structure.reach import leaving, towers_left_alone
+from .structure.readiness import bare_model, describe_units
 from .structure.sublayers import LEFT_ALONE, find_sublayers
-from .structure.surgery import with_table_per_layer
-from .structure.surroundings import plain_modes
-from .structure.workbench import off_workbench, workbench_of
+from .structure.surgery import restore, with_table_per_layer
 from .text import public_name
 from .version import versions
 
@@ -126,7 +123,7 @@ class Run:
         """Draw the rows, and check budgets and all else."""
         args, model = self.args, self.model
         with together(self.pruner.accelerator):
-            describe_units(model, args)
+            describe_units(model, args.head_unit)
         alike = {name: value for name, value in args.to_dict().items() if name not in MAY_DIFFER}
         alike |= {"the budget": [each.budget for each in self.budgets], "the config": model.config.to_dict()}
         alike["resume_from_checkpoint"] = self.states.asked
@@ -379,45 +376,6 @@ class Run:
         """
         if self.is_main_process:
             call(self.pruner, event, *args, **kwargs)
-
-
-def restore(student: nn.Module, model: PreTrainedModel, modes: dict[str, bool]) -> None:
-    """Give the modules of a student the modes of the model's, and its tensors their dtypes and flags.
-
-    Args:
-        student: A pruned copy, changed in place.
-        model: The one that it is a copy of.
-        modes: Whether each module of the model was in training mode, by name.
-    """
-    if (bench := workbench_of(student)) is not None:
-        bench.put_away()
-    for name, module in student.named_modules():
-        module.training = modes.get(name, modes[""])
-    originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
-        original = originals.get(name)  # a table of positions of its own has none
-        tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
-        tensor.requires_grad_(original is None or original.requires_grad)
-    off_workbench(student, model)
-
-
-def bare_model(model: object) -> PreTrainedModel:
-    """The model without what others have wrapped around it.
-
-    Raises:
-        UnsupportedModelError: If anything about it forbids to prune it.
-    """
-    with plain_modes():
-        model = unwrapped(model)
-        check_model(model)
-    return cast(PreTrainedModel, model)
-
-
-def describe_units(model: PreTrainedModel, args: KPruneArguments) -> None:
-    """See to it that heads and neurons are known and can be cut, and that what is saved can be loaded."""
-    with plain_modes():
-        describe(model, head_unit=args.head_unit)
-        check_described(model, args.head_unit)
 
 
 def warn_of(report: PruningReport) -> None:

@@ -25,13 +25,14 @@ from .checkpoint.loading import Offload, check_is_model, load_model, load_tokeni
 from .checkpoint.sentence_folder import card_of
 from .errors import ArgumentError, KPruneError
 from .hyperparameters import Search
-from .preparation import Run, bare_model, describe_units, warn_of
+from .preparation import Run, warn_of
 from .processes import together
 from .report import PruningReport
 from .resumption import States, states_of
 from .state import adopt, begin_phase, check_place, one_run, tell_of_the_save, write
 from .structure.facts import is_causal
 from .structure.offload import is_dispatched
+from .structure.readiness import bare_model, describe_units
 from .structure.surroundings import plain_modes, undisturbed
 from .sweep import Sweep
 from .sweeper import Sweeper
@@ -119,7 +120,7 @@ class KPrunePruner:
         self.sentence_folder = folder_of(model)
         if self.sentence_folder is not None:
             self.sentence_folder.check(self.args, compute_loss is not None)
-        describe_units(model, self.args)
+        describe_units(model, self.args.head_unit)
         self.model = model if is_dispatched(model) else model.to(self.accelerator.device)
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class

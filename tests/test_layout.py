@@ -19,6 +19,7 @@ FLOORS = [
     ["validation", "processes", "progress", "files", "reports"],
     ["options"],
     ["methods"],
+    ["combinations"],
     ["arguments", "structure"],
     ["calibration"],
     ["latency"],

@@ -31,7 +31,7 @@ from ..modeling_kprune import (
 from ..version import __version__
 from .offload import plain_memo
 from .sublayers import Sublayer, find_sublayers, oriented
-from .workbench import leave_workbench, workbench_of
+from .workbench import leave_workbench, off_workbench, workbench_of
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,6 +161,26 @@ def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel
     if device is not None:
         leave_workbench(copied)
     return copied
+
+
+def restore(student: PreTrainedModel, model: PreTrainedModel, modes: dict[str, bool]) -> None:
+    """Give the modules of a student the modes of the model's, and its tensors their dtypes and flags.
+
+    Args:
+        student: A pruned copy, changed in place.
+        model: The one that it is a copy of.
+        modes: Whether each module of the model was in training mode, by name.
+    """
+    if (bench := workbench_of(student)) is not None:
+        bench.put_away()
+    for name, module in student.named_modules():
+        module.training = modes.get(name, modes[""])
+    originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
+        original = originals.get(name)  # a table of positions of its own has none
+        tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
+        tensor.requires_grad_(original is None or original.requires_grad)
+    off_workbench(student, model)
 
 
 def empty(layer: nn.Module) -> None:
