@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..errors import ArgumentError
 from ..options import option
@@ -85,10 +84,11 @@ class DataArguments:
         "Load the model for this task, such as text-classification or fill-mask. By default its config "
         "names the class.",
     )
-    offload: Literal["cpu", "disk"] | None = option(
+    offload: str | None = option(
         None,
         "Keep the layers of the model on disk, where its checkpoint is, or, with a GPU, in the memory of the "
         "machine (cpu), and bring one at a time to the device. By default the model lies there as a whole.",
+        choices=("cpu", "disk"),
     )
     dataset_name: str | None = option(
         None, "Calibrate on this dataset on the Hub, or on this directory, as load_dataset() reads it."
