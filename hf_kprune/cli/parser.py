@@ -22,7 +22,7 @@ from .options import DataArguments, ResumeArguments, SweepArguments
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "what is pruned": ("model_name_or_path", "task"),
+    "what is pruned": ("model_name_or_path", "task", "offload"),
     "how small": (
         "sparsity",
         *TARGETS,
