@@ -207,3 +207,12 @@ class ReportingCallback(KPruneCallback):
         logs = {"prune/sparsity": report.sparsity, "prune/parameters": report.after.parameters}
         self._tell("on_log", model=kwargs["model"], logs=logs)
         self._tell("on_train_end", model=kwargs["model"])
+
+
+def default_callbacks(args: KPruneArguments) -> list[KPruneCallback]:
+    """The callbacks that the options ask for."""
+    shown = ((ProgressCallback, not args.disable_tqdm), (PrinterCallback, args.verbose))
+    callbacks: list[KPruneCallback] = [kind() for kind, wanted in shown if wanted]
+    if args.report_to not in ([], ["none"]):
+        callbacks.append(ReportingCallback(args))
+    return callbacks

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel, Trainer
-from transformers import PrinterCallback as PrintsMetrics
+from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun, PredictionOutput
 
 from .arguments import KPruneArguments
 from .calibration.embeddings import folder_of, refuse_wrapper
 from .calibration.knowledge import KnowledgeLoss
-from .calibration.metrics import evaluate_texts, metrics_of
 from .calibration.sources import check_processing_class, check_rows
-from .callbacks import CallbackHandler, KPruneCallback, PrinterCallback, ProgressCallback, ReportingCallback
-from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
-from .checkpoint.loading import Offload, check_is_model, load_model, load_tokenizer
-from .checkpoint.sentence_folder import card_of
-from .errors import ArgumentError, KPruneError
+from .callbacks import CallbackHandler, KPruneCallback, default_callbacks
+from .checkpoint.loading import Offload, check_is_model, check_offload, load_model, load_tokenizer
+from .evaluation import evaluate, trainer_of
 from .hyperparameters import Search
 from .preparation import Run, warn_of
-from .processes import together
+from .publication import push, save, tell_of_the_save, write_card
 from .report import PruningReport
 from .resumption import States, states_of
-from .state import adopt, begin_phase, check_place, one_run, tell_of_the_save, write
-from .structure.facts import is_causal
+from .state import adopt, check_place
 from .structure.offload import is_dispatched
 from .structure.readiness import bare_model, describe_units
-from .structure.surroundings import plain_modes, undisturbed
+from .structure.surroundings import plain_modes
 from .sweep import Sweep
 from .sweeper import Sweeper
 from .validation import checked_arguments
@@ -105,17 +97,13 @@ class KPrunePruner:
         self.accelerators: dict[bool, Accelerator] = {}
         refuse_wrapper(model)
         check_is_model(model)
+        check_offload(model, offload)
         check_processing_class(processing_class)
         if eval_dataset is not None:
             check_rows("eval_dataset", eval_dataset)
         if isinstance(model, (str, os.PathLike)):
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model), Offload(offload, self.accelerator.device))
-        elif offload is not None:
-            raise ArgumentError(
-                f"offload is {offload!r}, which is about a model that is loaded here, and model is a "
-                f"{type(model).__name__}; pass its name or path, or load it with a device_map"
-            )
         model = bare_model(model)
         self.sentence_folder = folder_of(model)
         if self.sentence_folder is not None:
@@ -129,10 +117,7 @@ class KPrunePruner:
         self.report: PruningReport | None = None
         self.states: States | None = None  # of the run that made the model what it is, until it is saved
         self.checkpoint: str | None = None  # where the model was saved as it is now
-        shown = ((ProgressCallback, not self.args.disable_tqdm), (PrinterCallback, self.args.verbose))
-        self.callback_handler = CallbackHandler([kind() for kind, wanted in shown if wanted])
-        if self.args.report_to not in ([], ["none"]):
-            self.add_callback(ReportingCallback(self.args))
+        self.callback_handler = CallbackHandler(default_callbacks(self.args))
         for callback in callbacks or []:
             self.add_callback(callback)
 
@@ -195,10 +180,14 @@ class KPrunePruner:
 
     def _states(self, resume: bool | str | None, output_dir: str | None) -> States:
         """The states of a run that begins. What an earlier one has ended with is in the model itself."""
+        self._end_states()
+        return states_of(self.accelerator, resume, output_dir)
+
+    def _end_states(self) -> None:
+        """Keep no longer what the model follows from."""
         if self.states is not None:
             self.states.end()
             self.states = None
-        return states_of(self.accelerator, resume, output_dir)
 
     @plain_modes()
     def plan(self, calibration_dataset: Any = None) -> PruningReport:
@@ -327,20 +316,7 @@ class KPrunePruner:
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_rows("eval_dataset", dataset)
-        if self.callback_handler.runs:
-            begin_phase(self, "evaluate")
-        if self.compute_metrics is None and self.data_collator is None:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            with undisturbed(self.model):
-                figures = evaluate_texts(self.model, dataset, tokenizer, self.args)
-            if figures is not None:
-                return {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        with self._trainer() as trainer:
-            metrics: dict[str, float] = trainer.evaluate(dataset, ignore_keys, metric_key_prefix)
-        loss = metrics.get(f"{metric_key_prefix}_loss")
-        if loss is not None and is_causal(self.model):
-            metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
-        return metrics
+        return evaluate(self, dataset, ignore_keys, metric_key_prefix)
 
     @checked_arguments()
     def predict(
@@ -348,24 +324,8 @@ class KPrunePruner:
     ) -> PredictionOutput:
         """`Trainer.predict` of the model as it is now."""
         check_rows("test_dataset", test_dataset)
-        with self._trainer() as trainer:
+        with trainer_of(self) as trainer:
             return trainer.predict(test_dataset, ignore_keys, metric_key_prefix)
-
-    @contextmanager
-    def _trainer(self) -> Iterator[Trainer]:
-        with tempfile.TemporaryDirectory() as unused, undisturbed(self.model):
-            arguments = self.args.training_arguments(unused)
-            arguments.report_to = []
-            arguments.disable_tqdm |= self.callback_handler.runs > 0  # there is one bar
-            trainer = Trainer(
-                model=self.model,
-                args=arguments,
-                data_collator=self.data_collator,
-                processing_class=self.processing_class,
-                compute_metrics=self.compute_metrics or metrics_of(self.model),
-            )
-            trainer.remove_callback(PrintsMetrics)  # what it prints is what is returned
-            yield trainer
 
     @checked_arguments()
     def save_model(self, output_dir: str | None = None) -> None:
@@ -380,22 +340,11 @@ class KPrunePruner:
             CheckpointError: If it cannot be written after all, or does not load back as it was saved. In any
                 case the model is as it was, and can be saved elsewhere.
         """
-        try:
-            with one_run(self):
-                path = write(self, output_dir)
-        except KPruneError as error:
-            if self.report is None:
-                raise
-            advice = (
-                "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
-            )
-            raise type(error)(f"{error}; {advice}") from error
-        if self.states is not None:
-            self.states.end()
-            self.states = None
+        path = save(self, output_dir)
+        self._end_states()
         tell_of_the_save(self, path)
         if self.args.push_to_hub:
-            self._push()
+            push(self)
 
     @checked_arguments()
     def create_model_card(  # noqa: PLR0913, as that of Trainer
@@ -416,15 +365,8 @@ class KPrunePruner:
 
         The other arguments are those of `Trainer.create_model_card`.
         """
-        directory = self.args.output_dir if output_dir is None else output_dir
-        if directory is None:
-            raise ArgumentError("no output_dir: pass it to create_model_card() or to KPruneArguments")
-        if self.accelerator.is_main_process:
-            place = check_card_place(directory, self.args.overwrite_output_dir)
-            source = finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            card = model_card(self.model, self.report, language, license, tags, model_name, *source)
-            card = card if self.sentence_folder is None else card_of(self.sentence_folder, card)
-            place.write_text(card, encoding="utf-8")
+        source = finetuned_from, tasks, dataset_tags, dataset, dataset_args
+        write_card(self, output_dir, language, license, tags, model_name, *source)
 
     @checked_arguments()
     def push_to_hub(
@@ -447,26 +389,4 @@ class KPrunePruner:
         Returns:
             What `upload_folder` returns, on the main process; None on others.
         """
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                check_push(self.args, self.checkpoint or self.args.output_dir, token)
-        if self.checkpoint is None:
-            push, self.args.push_to_hub = self.args.push_to_hub, False
-            try:
-                self.save_model()
-            finally:
-                self.args.push_to_hub = push
-        return self._push(commit_message, token, revision, run_as_future=not blocking, **kwargs)
-
-    def _push(
-        self,
-        commit_message: str = "Model pruned with hf_kprune",
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        with together(self.accelerator):
-            if not self.accelerator.is_main_process:
-                return None
-            check_push(self.args, self.checkpoint, token)
-            return push_folder(str(self.checkpoint), self.args, commit_message, token, revision, **kwargs)
+        return push(self, commit_message, token, revision, run_as_future=not blocking, **kwargs)

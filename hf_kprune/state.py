@@ -4,7 +4,6 @@ saved.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,15 +17,11 @@ from .calibration.knowledge import KnowledgeLoss
 from .callbacks import CallbackHandler
 from .checkpoint.hub import check_push
 from .checkpoint.remote_code import check_code_travels
-from .checkpoint.saving import save_atomically
-from .checkpoint.sentence_folder import carry
-from .errors import CheckpointError
 from .files.destination import origins
 from .processes import together
 from .report import PruningReport
-from .sizes import expected_bytes, model_size
+from .sizes import expected_bytes
 from .structure.offload import rebind
-from .validation import show
 
 
 class Pruner(Protocol):
@@ -38,6 +33,7 @@ class Pruner(Protocol):
     data_collator: Callable[[list[Any]], dict[str, Any]] | None
     eval_dataset: Any
     processing_class: Any
+    compute_metrics: Callable[[Any], dict[str, float]] | None
     compute_loss: KnowledgeLoss | None
     sentence_folder: SentenceFolder | None
     report: PruningReport | None
@@ -48,6 +44,7 @@ class Pruner(Protocol):
     @property
     def accelerator(self) -> Accelerator: ...
     def evaluate(self) -> dict[str, float]: ...
+    def save_model(self, output_dir: str | None = None) -> None: ...
     def create_model_card(self, *, output_dir: str | None = None) -> None: ...
 
 
@@ -137,58 +134,3 @@ def origins_of(pruner: Pruner, dataset: object = None) -> list[str]:
     """Files and directories that model and data come from, which must not be replaced."""
     data = dataset, pruner.calibration_dataset, pruner.eval_dataset
     return origins(pruner.model, pruner.processing_class, pruner.sentence_folder, *data)
-
-
-def write(pruner: Pruner, output_dir: str | None) -> str:
-    """Save the model of a pruner with all that belongs to it, as it is now, and return where.
-
-    Args:
-        pruner: It holds the model.
-        output_dir: Directory to write to. None: the one of its options.
-    """
-    args, path = pruner.args, output_dir
-    with together(pruner.accelerator):
-        if pruner.accelerator.is_main_process:
-            size = model_size(pruner.model).bytes
-            path = args.check_output_dir(output_dir, origins_of(pruner), size)
-            check_code_travels(pruner.model)
-            begin_phase(pruner, "save")
-            options = (
-                args.max_shard_size,
-                lambda folder: write_beside(pruner, folder),
-                args.overwrite_output_dir,
-            )
-            save_atomically(pruner.model, path, *options)
-    path = str(path or args.output_dir)
-    pruner.checkpoint = os.path.abspath(path)
-    return path
-
-
-def write_beside(pruner: Pruner, directory: str) -> None:
-    """Write what belongs to a model beside it: tokenizer, report, model card, modules of
-    sentence-transformers.
-
-    Raises:
-        CheckpointError: If the tokenizer cannot be saved.
-    """
-    processor = pruner.processing_class
-    if processor is not None:
-        try:
-            processor.save_pretrained(directory)
-        except Exception as error:  # its own code, of whatever kind
-            raise CheckpointError(
-                f"processing_class, {show(processor)}, cannot be saved: its save_pretrained failed with a "
-                f"{type(error).__name__}; set pruner.processing_class to one that can be saved, or to None"
-            ) from error
-    if pruner.report is not None:
-        pruner.report.save(directory)
-    pruner.create_model_card(output_dir=directory)
-    if pruner.sentence_folder is not None:
-        carry(pruner.sentence_folder, directory)
-
-
-def tell_of_the_save(pruner: Pruner, path: str) -> None:
-    """Tell listeners of a checkpoint in `path`. It is whole, whatever they do, and their errors say so."""
-    note = f"The checkpoint in {pruner.checkpoint} is whole; on_save came after it was written."
-    with together(pruner.accelerator), noting(note):
-        tell(pruner, "on_save", path)

@@ -27,10 +27,11 @@ from .latency.timing import compare
 from .options import Unasked
 from .preparation import Run, warn_of
 from .processes import together
+from .publication import tell_of_the_save, write
 from .report import PruningReport, Size
 from .resumption import Record, States
 from .sizes import expected_bytes, model_size, prunable_flops
-from .state import Pruner, adopt, in_place, origins_of, tell_of_the_save, write
+from .state import Pruner, adopt, in_place, origins_of
 from .sweep import Sweep, SweepPoint, smallest_within
 
 

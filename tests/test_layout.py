@@ -29,6 +29,7 @@ FLOORS = [
     ["checkpoint"],
     ["callbacks"],
     ["state", "algorithm"],
+    ["evaluation", "publication"],
     ["resumption"],
     ["pruning"],
     ["preparation", "sweep"],

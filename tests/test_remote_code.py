@@ -249,7 +249,7 @@ def test_a_way_in_that_is_broken_is_found_before_the_checkpoint_counts(
             config["auto_map"][AUTO] = "modeling_kprune.BertForTokenClassification"
         Path(directory, "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr("hf_kprune.state.write_beside", spoil)
+    monkeypatch.setattr("hf_kprune.publication.write_beside", spoil)
     with pytest.raises(CheckpointError, match="does not load as BertForSequenceClassification"):
         KPrunePruner(pruned(), KPruneArguments(output_dir=str(tmp_path / "out"))).save_model()
     assert os.listdir(tmp_path) == []

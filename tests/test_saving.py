@@ -36,8 +36,8 @@ from hf_kprune.cli.terminal import main
 from hf_kprune.files import exchange, workplace
 from hf_kprune.files.contents import workplaces
 from hf_kprune.files.exchange import aside
+from hf_kprune.publication import write_beside
 from hf_kprune.sizes import expected_bytes
-from hf_kprune.state import write_beside
 
 
 def make_pruner(model: PreTrainedModel | None = None, **options: Any) -> KPrunePruner:

@@ -185,3 +185,12 @@ def check_is_model(model: object) -> None:
     raise ArgumentError(
         f"model is {show(model)}, expected a transformers PreTrainedModel or the name or path of one{way_out}"
     )
+
+
+def check_offload(model: object, place: str | None) -> None:
+    """Raise `ArgumentError` if the place where layers wait is chosen for a model that is there already."""
+    if place is not None and not isinstance(model, (str, os.PathLike)):
+        raise ArgumentError(
+            f"offload is {place!r}, which is about a model that is loaded here, and model is a "
+            f"{type(model).__name__}; pass its name or path, or load it with a device_map"
+        )

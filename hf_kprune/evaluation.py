@@ -1,0 +1,52 @@
+"""The model of a pruner is evaluated as it is now, by `Trainer`, or on texts."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PrinterCallback, Trainer
+
+from .calibration.metrics import evaluate_texts, metrics_of
+from .state import Pruner, begin_phase
+from .structure.facts import is_causal
+from .structure.surroundings import undisturbed
+
+
+def evaluate(pruner: Pruner, dataset: Any, ignore_keys: list[str] | None, prefix: str) -> dict[str, float]:
+    """The figures of a dataset, as `KPrunePruner.evaluate` gives them."""
+    if pruner.callback_handler.runs:
+        begin_phase(pruner, "evaluate")
+    if pruner.compute_metrics is None and pruner.data_collator is None:
+        tokenizer = getattr(pruner.processing_class, "tokenizer", pruner.processing_class)
+        with undisturbed(pruner.model):
+            figures = evaluate_texts(pruner.model, dataset, tokenizer, pruner.args)
+        if figures is not None:
+            return {f"{prefix}_{name}": value for name, value in figures.items()}
+    with trainer_of(pruner) as trainer:
+        metrics: dict[str, float] = trainer.evaluate(dataset, ignore_keys, prefix)
+    loss = metrics.get(f"{prefix}_loss")
+    if loss is not None and is_causal(pruner.model):
+        metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700.0))
+    return metrics
+
+
+@contextmanager
+def trainer_of(pruner: Pruner) -> Iterator[Trainer]:
+    """Within this context, a `Trainer` of the model of a pruner, which is as before when it ends."""
+    with tempfile.TemporaryDirectory() as unused, undisturbed(pruner.model):
+        arguments = pruner.args.training_arguments(unused)
+        arguments.report_to = []
+        arguments.disable_tqdm |= pruner.callback_handler.runs > 0  # there is one bar
+        trainer = Trainer(
+            model=pruner.model,
+            args=arguments,
+            data_collator=pruner.data_collator,
+            processing_class=pruner.processing_class,
+            compute_metrics=pruner.compute_metrics or metrics_of(pruner.model),
+        )
+        trainer.remove_callback(PrinterCallback)  # what it prints is what is returned
+        yield trainer
