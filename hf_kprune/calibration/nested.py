@@ -15,8 +15,14 @@ Row = dict[str, Any]
 """The columns of a calibration row: lists, arrays, tensors, or what is made into those."""
 
 
+PLAIN = frozenset({int, float, bool, str, type(None)})
+"""Types of most values, which are told apart at once as there are so many of them."""
+
+
 def depth(value: object) -> int:
     """Dimensions of a tensor or array, or of lists in lists, as the first at each level tells them."""
+    if type(value) in PLAIN:
+        return 0
     if hasattr(value, "ndim"):
         return int(value.ndim)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -27,7 +33,10 @@ def depth(value: object) -> int:
 def flat(value: Any) -> Iterator[Any]:
     """The numbers in a list, array or tensor, or in lists of them of any lengths (choices)."""
     for entry in value.tolist() if hasattr(value, "tolist") else value:
-        yield from flat(entry) if depth(entry) else (entry,)
+        if depth(entry):
+            yield from flat(entry)
+        else:
+            yield entry
 
 
 def plain(value: object) -> Any:
@@ -46,7 +55,8 @@ def strays(value: Any, dims: int) -> Iterator[tuple[Any]]:
             yield (value,)
         return
     for entry in value.tolist() if hasattr(value, "tolist") else value:
-        yield from strays(entry, dims - 1) if dims > 1 or depth(entry) else strays(entry, 0)
+        if dims > 1 or type(entry) is not int:
+            yield from strays(entry, dims - 1) if dims > 1 or depth(entry) else strays(entry, 0)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

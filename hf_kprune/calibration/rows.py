@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..errors import ArgumentError
@@ -68,7 +69,7 @@ class Rows:
         sums = itertools.accumulate(row_tokens(row, tokens_per_row) for row in self.rows[: self.measured])
         return max(1, sum(total <= tokens for total in sums))
 
-    @property
+    @cached_property
     def sequences(self) -> int:
         """Sequences of all rows, which are more than the rows where a row holds several choices."""
         return sum(len(row["input_ids"]) if has_choices(row) else 1 for row in self.rows)
