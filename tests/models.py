@@ -50,9 +50,10 @@ def classes(model_type: str) -> dict[str, type[PreTrainedModel]]:
 
 def slow_unless_in(default: Collection[Any], every: Iterable[Any]) -> list[Any]:
     """Parameters for a test of each of `every`; of those that are not in `default` it is a slow test."""
-    marks = {True: (), False: pytest.mark.slow}
     return [
-        pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=marks[one in default])
+        pytest.param(
+            *(one if isinstance(one, tuple) else (one,)), marks=() if one in default else pytest.mark.slow
+        )
         for one in every
     ]
 

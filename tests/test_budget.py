@@ -41,25 +41,26 @@ def test_every_budget_has_a_class_and_an_option() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
 def test_sparsity_and_a_target_are_two_budgets(target: str, sparsity: float) -> None:
+    aim: dict[str, Any] = {target: 2.0}
     with pytest.raises(ArgumentError, match=f"sparsity and {target} are given, expected one of them"):
-        KPruneArguments(**{"sparsity": sparsity, target: 2.0})
+        KPruneArguments(sparsity=sparsity, **aim)
     with pytest.raises(ArgumentError, match=f"sparsity and {target} are given"):
-        replace(KPruneArguments(sparsity=sparsity), **{target: 2.0})
+        replace(KPruneArguments(sparsity=sparsity), **aim)
     with pytest.raises(ArgumentError, match=f"sparsity and {target} are given"):
-        replace(KPruneArguments(**{target: 2.0}), sparsity=sparsity)
+        replace(KPruneArguments(**aim), sparsity=sparsity)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_default_gives_way_to_a_target(target: str) -> None:
-    args = KPruneArguments()
+    args, aim, none = KPruneArguments(), dict[str, Any]({target: 2.0}), dict[str, Any]({target: None})
     assert args.sparsity == 0.5
     assert args.budget == ("sparsity", 0.5)
-    aimed = replace(args, **{target: 2.0})
+    aimed = replace(args, **aim)
     assert aimed.budget == (target, 2.0)
     assert aimed.sparsity is None
     assert replace(aimed, seed=7).budget == (target, 2.0)
-    assert replace(aimed, **{target: None}).budget == ("sparsity", 0.5)
-    assert replace(KPruneArguments(sparsity=0.7), sparsity=None, **{target: 2.0}).budget == (target, 2.0)
+    assert replace(aimed, **none).budget == ("sparsity", 0.5)
+    assert replace(KPruneArguments(sparsity=0.7), sparsity=None, **aim).budget == (target, 2.0)
     assert KPruneArguments(**asdict(aimed)) == aimed
 
 
@@ -156,9 +157,10 @@ def test_options_that_nothing_reads_warn(options: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize("option", ["tune_bias", "tune_inputs"])
 def test_options_that_contradict_each_other_are_refused(option: str) -> None:
+    on, off = dict[str, Any]({option: True}), dict[str, Any]({option: False})
     with pytest.raises(ArgumentError, match=f"{option} is True, expected False or None with tune=False"):
-        KPruneArguments(tune=False, **{option: True})
-    assert not KPruneArguments(tune=False, **{option: False}).tune
+        KPruneArguments(tune=False, **on)
+    assert not KPruneArguments(tune=False, **off).tune
 
 
 @pytest.mark.parametrize(

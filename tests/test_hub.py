@@ -190,7 +190,12 @@ def test_push_to_hub_takes_another_token_and_options_of_upload_folder(tmp_path: 
 
 
 def test_push_to_hub_after_pruning_again_pushes_the_model_as_it_is_now(tmp_path: Path, hub: FakeHub) -> None:
-    options = {"overwrite_output_dir": True, "num_tokens": 200, "sparsity": 0.6, "disable_tqdm": True}
+    options: dict[str, Any] = {
+        "overwrite_output_dir": True,
+        "num_tokens": 200,
+        "sparsity": 0.6,
+        "disable_tqdm": True,
+    }
     pruner = KPrunePruner(
         tiny(), KPruneArguments(output_dir=str(tmp_path / "out"), **options), rows(), data_collator=collate
     )

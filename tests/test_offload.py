@@ -21,7 +21,7 @@ from hf_kprune.structure.sublayers import find_sublayers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "sparsity": 0.4,
     "num_tokens": 150,
     "num_measure_tokens": 80,
@@ -82,7 +82,7 @@ def test_pruned_on_disk_is_pruned_in_memory(
 def test_a_model_that_is_left_on_disk_is_planned_evaluated_pruned_twice_and_saved(tmp_path: Path) -> None:
     make("bert").save_pretrained(tmp_path / "dense")
     data = [{**row, "labels": i % 2} for i, row in enumerate(rows(40, longest=9))]
-    args = KPruneArguments(**OPTIONS, report_to="none")
+    args = KPruneArguments(**OPTIONS, report_to=["none"])
     on_disk, whole = (
         KPrunePruner(tmp_path / "dense", args, data, collate, data, offload=place) for place in ("disk", None)
     )

@@ -620,7 +620,7 @@ def test_infeasible_budget_is_refused_before_anything_runs() -> None:
 
 def residual(model: PreTrainedModel, data: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all tokens: residual stream below the FFN of the only layer, and the FFN's output."""
-    layer, seen = model.base_model.encoder.layer[0], {}
+    layer, seen = model.base_model.encoder.layer[0], dict[str, torch.Tensor]()
     hooks = [
         layer.intermediate.dense.register_forward_hook(lambda _, args, __: seen.update(x=args[0])),
         layer.output.dense.register_forward_hook(lambda _, __, output: seen.update(y=output)),
@@ -699,7 +699,8 @@ def test_compute_loss_replaces_the_predictive_knowledge() -> None:
     def indifferent(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
         assert student.logits.shape == teacher.logits.shape
         calls.append(valid.shape)
-        return 0 * student.logits.sum(-1)
+        losses: torch.Tensor = 0 * student.logits.sum(-1)
+        return losses
 
     options: dict[str, Any] = {"sparsity": 0.6, "method": "kprune"}
     assert make_pruner(tiny(), **options).plan().knowledge == "classification"
@@ -712,7 +713,8 @@ def test_compute_loss_replaces_the_predictive_knowledge() -> None:
     assert [s.scores for s in own.sublayers] != [s.scores for s in ordinary.sublayers]
 
     def too_short(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
-        return student.logits.sum()
+        loss: torch.Tensor = student.logits.sum()
+        return loss
 
     model = tiny()
     with (
@@ -1031,7 +1033,8 @@ def test_plan_writes_nothing_and_reports_to_nobody(tmp_path: Path, monkeypatch: 
         def _tell(self, event: str, **kwargs: Any) -> None:
             told.append(event)
 
-    options = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True, "output_dir": str(tmp_path / "out")}
+    options: dict[str, Any] = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True}
+    options["output_dir"] = str(tmp_path / "out")
     pruner = KPrunePruner(
         tiny(), KPruneArguments(**options), rows(20), data_collator=collate, callbacks=[Listening()]
     )

@@ -36,7 +36,8 @@ def test_all_is_sorted_complete_and_importable() -> None:
         if isinstance(value, (type, FunctionType)) and name != "install"
     }
     assert made | {"__version__"} == set(names)
-    exec("from hf_kprune import *", star := {})
+    star: dict[str, object] = {}
+    exec("from hf_kprune import *", star)
     assert set(names) <= star.keys()
 
 

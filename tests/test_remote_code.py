@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ KINDS = {
 WAYS = ("with", "without")
 """What a fresh process has of hf_kprune."""
 AUTO = "AutoModelForSequenceClassification"
-OPTIONS = {"sparsity": 0.5, "num_tokens": 200, "disable_tqdm": True, "method": "magnitude"}
+OPTIONS: dict[str, Any] = {"sparsity": 0.5, "num_tokens": 200, "disable_tqdm": True, "method": "magnitude"}
 
 
 def write_repository(folder: Path, module: str, name: str, own_config: bool) -> Path:
@@ -101,11 +102,14 @@ def write_repository(folder: Path, module: str, name: str, own_config: bool) -> 
 
 
 def distance(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
-    return (student.logits - teacher.logits).square().sum(-1)
+    losses: torch.Tensor = (student.logits - teacher.logits).square().sum(-1)
+    return losses
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Any]]:
     """Each kind pruned and saved, what it gives here, and what two fresh processes, with and without hf_kprune, make of it."""
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("code")

@@ -430,7 +430,12 @@ def test_wanda_sp_keeps_the_best_of_each_sublayer_in_equal_shares(share: float) 
 )
 def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp_path: Path) -> None:
     model = tiny(intermediate_size=64)
-    options = {"method": name, "sparsity": 0.4, "uniform": uniform, "prune_heads": not uniform}
+    options: dict[str, Any] = {
+        "method": name,
+        "sparsity": 0.4,
+        "uniform": uniform,
+        "prune_heads": not uniform,
+    }
     pruner = KPrunePruner(
         model, KPruneArguments(**options, disable_tqdm=True, use_cpu=True), rows(24), collate
     )

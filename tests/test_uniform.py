@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def prune(name: str, **options: object) -> KPrunePruner:
+def prune(name: str, **options: Any) -> KPrunePruner:
     args = KPruneArguments(
         **{"sparsity": 0.4, "disable_tqdm": True, "use_cpu": True, "uniform": True, **options}
     )
@@ -72,6 +73,7 @@ def test_stock_transformers_loads_it_where_hf_kprune_is_not(tmp_path: Path) -> N
     expected = {}
     for name in STOCK:
         pruner = prune(name)
+        assert pruner.report is not None
         assert 0.4 <= pruner.report.sparsity < 0.75
         model, folder = pruner.model, tmp_path / name
         sizes = {

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 
 sys.modules["hf_kprune"] = None  # type: ignore[assignment]  # wherever it is installed: importing it fails
@@ -96,11 +97,14 @@ def main() -> None:
         cache_dir=tasks["cache"],
     )
     pushed = results["pushed"] = {}
-    HfApi.create_repo = lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id)
-    HfApi.create_commit = lambda api, operations, **kwargs: pushed.update(
-        {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
-    )
-    hub.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="me/small")
+
+    def commit(api: HfApi, operations: Any, **kwargs: Any) -> None:
+        for operation in operations:
+            pushed[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    create = lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id)  # noqa: E731
+    with patch.multiple(HfApi, create_repo=create, create_commit=commit):
+        hub.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="me/small")
     torch.save(results, folder / "results.pt")
 
 

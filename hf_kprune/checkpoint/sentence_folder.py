@@ -57,8 +57,8 @@ def card_of(folder: SentenceFolder, text: str) -> str:
     theirs = ModelCard(
         source.read_text(encoding="utf-8") if source.exists() else "", ignore_metadata_errors=True
     )
-    new: dict[str, Any] = ours.data.to_dict()  # type: ignore[no-untyped-call]
-    old: dict[str, Any] = theirs.data.to_dict()  # type: ignore[no-untyped-call]
+    new: dict[str, Any] = ours.data.to_dict()
+    old: dict[str, Any] = theirs.data.to_dict()
     old.pop("model-index", None)  # results of the dense model
     tags = ["sentence-transformers", *(old.get("tags") or []), *(new.get("tags") or [])]
     first = {"base_model": new["base_model"]} if new.get("base_model") else {}
