@@ -35,6 +35,7 @@ from .checkpoint.lineage import earlier_cuts, write_cuts
 from .combinations import TIMES
 from .errors import ArgumentError
 from .latency.table import LatencyTable
+from .memory import Memory, memory_of
 from .methods import METHODS
 from .methods.base import Method
 from .processes import accompanied, check_alike, fingerprint, together
@@ -100,6 +101,7 @@ class Run:
         self.left_alone = dict[str, str]()
         self.states = States(None, False, False, pruner.accelerator) if states is None else states
         self.pruning: Pruning
+        self.memory: Memory
 
     @contextmanager
     def open(self) -> Iterator[Run]:
@@ -162,6 +164,11 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         work = Work(lambda done: self.tell("on_progress", done), len(self.budgets))
         calibration.step = work.step
+        method = METHODS[args.method](args)
+        tunes = args.tune and method.tunes
+        self.memory = memory_of(model, calibration.sublayers, calibration, method, loss, tunes)
+        if not self.dry:
+            self.memory.check(self.pruner.accelerator.device)
         context = args, self.hold_out, self.phase, self.tell, work, self.dry
         return Pruning(model, calibration, loss, before, timed, *context)
 
@@ -358,6 +365,7 @@ class Run:
             trials = f" and tries {ways} ways to split the budget over depth" if ways > 1 else ""
             text += f"prune() measures {calibration.rows.measured:,} rows{trials}"
         text += ": a sublayer may keep other units than here, and more or fewer of them."
+        text += f" It takes {self.memory}."
         if self.args.budget[0] in TIMES:
             text += " Times are those of the look-up table; prune() measures cut models against them."
         return text, {"rows_measured": calibration.sample, "tokens_measured": tokens}

@@ -22,7 +22,7 @@ FLOORS = [
     ["combinations"],
     ["arguments", "structure"],
     ["calibration"],
-    ["latency"],
+    ["latency", "memory"],
     ["report"],
     ["sizes"],
     ["budgets"],

@@ -1,0 +1,109 @@
+"""How much memory pruning takes beyond the model, told before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from .calibration.batches import Batch, Calibration
+from .calibration.knowledge import Knowledge
+from .calibration.outputs import LOGITS
+from .errors import CalibrationError
+from .methods import Method
+from .structure.offload import is_dispatched
+from .structure.shelf import MEMORY
+from .structure.sublayers import Sublayer
+from .structure.walk import ENTRIES
+from .structure.workbench import layers_of, needs_workbench, slots
+
+
+SLACK = 1.1
+"""What an allocator takes beyond what it is asked for."""
+
+SURE = 1.25
+"""How far the estimate may be off: what is over that is refused."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run takes at most beyond the model, by phase."""
+
+    phases: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Those of the phase that takes most."""
+        return max(self.phases.values())
+
+    def __str__(self) -> str:
+        most = max(self.phases, key=self.phases.__getitem__)
+        return f"about {self.total / 2**20:,.0f} MiB of memory beyond the model, most of it to {most}"
+
+    def check(self, device: torch.device) -> None:
+        """Raise `CalibrationError` if the device has clearly less than that."""
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
+        if self.total > SURE * free:
+            raise CalibrationError(
+                f"pruning takes {self}, and {free / 2**20:,.0f} MiB are free on {device}; lower "
+                "per_device_batch_size (the result is the same), num_measure_tokens or num_tokens, or leave "
+                'the layers on disk with offload="disk"'
+            )
+
+
+def memory_of(  # noqa: PLR0913
+    model: PreTrainedModel,
+    sublayers: Sequence[Sublayer],
+    calibration: Calibration,
+    method: Method,
+    loss: Knowledge,
+    tunes: bool,
+) -> Memory:
+    """What a run takes on this process.
+
+    Args:
+        model: The dense model.
+        sublayers: Its sublayers.
+        calibration: The data of this process.
+        method: The pruning method.
+        loss: The knowledge loss.
+        tunes: Whether weights are tuned.
+    """
+    device = calibration.accelerator.device
+    lifts, batches = needs_workbench(model, device), calibration.batches
+    layers = [sum(t.numel() for _, _, _, t in slots(layer)) for layer in layers_of(sublayers)]
+    width, columns = (max(s.weight.shape[axis] for s in sublayers) for axis in (0, 1))
+    layer = 4 * max(layers) if lifts else 0
+    around = 4 * (sum(p.numel() for p in model.parameters()) - sum(layers)) if lifts else 0
+    weights = sum(s.num_units * s.unit_parameters * s.weight.element_size() for s in sublayers)
+    changed = 0 if is_dispatched(model) else weights
+
+    def stream(chosen: Callable[[Batch], bool]) -> int:
+        """Bytes of the states of the batches that are chosen, below one layer."""
+        widths = {s.stack_name: len(s.weight) for s in sublayers}
+        return sum(4 * b.valid[name].numel() * d for b in batches if chosen(b) for name, d in widths.items())
+
+    tokens = max((sum(v.numel() for v in batch.valid.values()) for batch in batches), default=0)
+    rows, narrow = max((b.samples for b in batches), default=0), 4 * tokens * (6 * width + 3 * columns)
+    head = model.get_output_embeddings()
+    words = len(head.weight) if head is not None and loss.per_token else 0
+    logits = 6 * 4 * min(max(LOGITS, rows * words), tokens * words)
+    curved = "curvature" in method.needs
+    graph = 2 * narrow if method.needs else narrow
+    kept = min(MEMORY, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
+    square, flat = 8 * columns * columns, 8 * columns * width
+    phases = {"measure": kept + layer + max(logits, graph) + (6 * square + 3 * flat if curved else 0)}
+    if tunes:
+        whole = stream(lambda _: True)
+        fit = (5 if method.ridge is None else 4) * square + 4 * flat + min(ENTRIES, whole // width * columns)
+        phases["tune"] = 2 * min(MEMORY, whole) + 2 * whole + 2 * layer + changed + narrow + fit
+    if tunes and len(method.exponents) > 1:
+        few, students = stream(lambda b: b.tried or b.held_out), len(method.exponents)
+        each = min(MEMORY, few) + layer + 4 * max(layers)
+        phases["try splits"] = (students + 1) * each + 2 * few + max(narrow, logits) + 4 * square + 4 * flat
+    return Memory({name: int(SLACK * (around + size)) for name, size in phases.items()})
