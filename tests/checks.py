@@ -90,7 +90,7 @@ def files(directory: str | Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
-def edit_weights(edit: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
+def edit_weights(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def write(file: Path) -> None:
         tensors = load_file(file)
         edit(tensors)
@@ -131,17 +131,17 @@ def plan_and_weights(dataset: Any, **kwargs: Any) -> tuple[list[list[int]], dict
     return [s.kept for s in report.sublayers], pruner.model.state_dict()
 
 
-def assert_same_plan_and_weights(one: Any, other: Any, **tolerance: float) -> None:
+def assert_same_plan_and_weights(one: Any, other: Any, rtol: float = 0, atol: float = 0) -> None:
     assert one[0] == other[0]
     for name, value in one[1].items():
-        torch.testing.assert_close(other[1][name], value, **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(other[1][name], value, rtol=rtol, atol=atol)
 
 
 def kept(report: PruningReport) -> dict[str, list[int]]:
     return {s.name: s.kept for s in report.sublayers}
 
 
-def state(model: torch.nn.Module) -> dict[str, Any]:
+def state(model: Any) -> dict[str, Any]:
     """Everything about a model that must stay when it is refused: bits, flags, hooks, config, overridden forwards."""
     return {
         "tensors": {

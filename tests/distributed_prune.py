@@ -22,7 +22,10 @@ from data import PACK, collate, rows
 from models import tiny
 
 from hf_kprune import KPruneArguments, KPrunePruner
+from hf_kprune.algorithm import Job
+from hf_kprune.report import SublayerReport
 from hf_kprune.resumption import Record
+from hf_kprune.structure.sublayers import Sublayer
 
 
 tiny()  # the modules of transformers that a model needs are imported by now, once for all processes that are forked
@@ -103,15 +106,17 @@ def fail_at_call_20(model: torch.nn.Module, dies: bool) -> None:
             raise RuntimeError("the disk of this process is gone")
         return forward(self, *inputs, **kwargs)
 
-    type(model).forward = counted  # type: ignore[method-assign]
+    type(model).forward = counted
 
 
 def stop_after(sublayers: int) -> None:
     """Make the process end as soon as so many sublayers are done and kept."""
     keep = Record.keep_sublayer
 
-    def keep_and_stop(self: Record, budget: Any, position: int, *rest: Any) -> None:
-        keep(self, budget, position, *rest)
+    def keep_and_stop(
+        self: Record, job: Job, position: int, sublayer: Sublayer, entry: SublayerReport
+    ) -> None:
+        keep(self, job, position, sublayer, entry)
         if position + 1 == sublayers:
             os._exit(7)
 

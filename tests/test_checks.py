@@ -38,7 +38,8 @@ def pruned(method: str = "surgeon") -> dict[str, torch.Tensor]:
     """The weights of a plain model after pruning."""
     model = tiny()
     pruner(model, method=method).prune()
-    return model.state_dict()
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
 
 
 def check_same(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
@@ -308,16 +309,19 @@ def test_weights_that_are_not_finite_are_named_at_once(name: str, value: float) 
 
 
 def undefined(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
-    return student.logits.sum(-1) * float("nan")
+    losses: torch.Tensor = student.logits.sum(-1) * float("nan")
+    return losses
 
 
 def steep(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
     """Finite, with a gradient that is not."""
-    return (student.logits * 0).sum(-1).sqrt()
+    losses: torch.Tensor = (student.logits * 0).sum(-1).sqrt()
+    return losses
 
 
 def detached(student: Any, teacher: Any, valid: torch.Tensor) -> torch.Tensor:
-    return (student.logits - teacher.logits).detach().square().sum(-1)
+    losses: torch.Tensor = (student.logits - teacher.logits).detach().square().sum(-1)
+    return losses
 
 
 LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
@@ -521,7 +525,7 @@ def test_what_is_the_caller_s_is_as_it_was_after_every_call(call: str, fails: bo
     ours.eval_dataset = data
     if fails:
         ours.calibration_dataset = data
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "evaluate": ours.evaluate,
         "predict": lambda: ours.predict(data),
         "plan": ours.plan,

@@ -130,8 +130,9 @@ def test_a_terminal_without_unicode_shows_names_with_escapes(settings: dict[str,
 @pytest.mark.parametrize("seconds", [0.02, 0.5, 1.0, 1.5])
 def test_ctrl_c_while_it_starts_is_one_line(seconds: float) -> None:
     code = "import sys, hf_kprune_command; print('ready', flush=True); sys.exit(hf_kprune_command.main())"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code, "inspect", "/nothing"], env=ENV, **pipes)
+    command, pipe = [sys.executable, "-c", code, "inspect", "/nothing"], subprocess.PIPE
+    process = subprocess.Popen(command, env=ENV, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

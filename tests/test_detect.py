@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_detected_equals_listed(name: str) -> None:
             assert ours["inputs"].items() <= theirs["inputs"].items()
         assert ours["stream"][0] == theirs["stream"][0], ours["name"]
         torch.testing.assert_close(
-            ours["stream"][1], theirs["stream"][1], msg=lambda m, ours=ours: f"{ours['name']}: {m}"
+            ours["stream"][1], theirs["stream"][1], msg=partial("{}: {}".format, ours["name"])
         )
 
 
@@ -197,7 +198,7 @@ def test_random_patches_are_the_same_on_both_sides() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ToyConfig(PreTrainedConfig):  # type: ignore[misc]
+class ToyConfig(PreTrainedConfig):
     model_type = "toy"
 
     def __init__(self, oddity: str = "", **kwargs: Any):
@@ -222,7 +223,8 @@ class ToyAttention(nn.Module):
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         if self.oddity == "mixed heads":
             mixed = mixed + mixed.roll(1, 1)
-        return self.to_out(mixed.transpose(1, 2).flatten(2))
+        output: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
+        return output
 
 
 class ToyLayer(nn.Module):
@@ -247,18 +249,19 @@ class ToyLayer(nn.Module):
             neurons = self.inner(neurons)
         if self.oddity == "experts":
             states = states + states @ self.experts[0]
+        output: Tensor = self.down(neurons)
         if self.oddity == "gate":
-            return states + torch.sigmoid(self.gate(states)) * self.down(neurons)
-        return states + self.down(neurons)
+            output = torch.sigmoid(self.gate(states)) * output
+        return states + output
 
 
-class ToyModel(PreTrainedModel):  # type: ignore[misc]
+class ToyModel(PreTrainedModel):
     config_class = ToyConfig
 
     def __init__(self, config: ToyConfig):
         super().__init__(config)
         self.words = nn.Embedding(60, 16)
-        self.layers = nn.ModuleList(ToyLayer(config) for _ in range(3))
+        self.layers: Any = nn.ModuleList(ToyLayer(config) for _ in range(3))
         if config.oddity == "shared layers":
             self.layers = nn.ModuleList([self.layers[0]])
         if config.oddity == "shared weights":
@@ -266,7 +269,7 @@ class ToyModel(PreTrainedModel):  # type: ignore[misc]
         if config.oddity == "of its own":
             self.pool = ToyAttention(config)
         if config.oddity == "sequence":
-            self.layers = nn.Sequential(*self.layers)  # type: ignore[assignment]
+            self.layers = nn.Sequential(*self.layers)
         if config.oddity == "dead":
             self.layers[1].down.weight.data.zero_()
         self.post_init()
@@ -289,7 +292,9 @@ class ToyModel(PreTrainedModel):  # type: ignore[misc]
 
 def toy(oddity: str = "") -> ToyModel:
     torch.manual_seed(0)
-    return ToyModel(ToyConfig(oddity)).eval()
+    model = ToyModel(ToyConfig(oddity))
+    model.eval()
+    return model
 
 
 def test_a_model_of_no_known_type_is_described_proved_and_pruned(tmp_path: Path) -> None:
@@ -316,7 +321,7 @@ def test_a_model_of_no_known_type_is_described_proved_and_pruned(tmp_path: Path)
     )
     pruner.prune()
     with pytest.warns(UserWarning, match="ToyModel is a class of test_detect, not of transformers"):
-        pruner.save_model(tmp_path)
+        pruner.save_model(str(tmp_path))
     again = ToyModel.from_pretrained(tmp_path).eval()
     ids = torch.arange(12).view(2, 6)
     assert torch.equal(again(ids)[0], model(ids)[0])

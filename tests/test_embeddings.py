@@ -57,7 +57,7 @@ CHAIN = {
     "normalised, mean": lambda: [Normalize(module_input_name="token_embeddings"), Pooling(16)],
     "mean, dropout, layer norm": lambda: [Pooling(16), Dropout(0.5), LayerNorm(16)],
 }
-PROMPTS = {"prompts": {"query": "w7 w8 w9 "}, "default_prompt_name": "query"}
+PROMPTS: dict[str, Any] = {"prompts": {"query": "w7 w8 w9 "}, "default_prompt_name": "query"}
 
 
 @pytest.fixture(autouse=True)
@@ -430,7 +430,8 @@ def test_a_cross_encoder_keeps_its_files(transformer: str, tmp_path: Path) -> No
 
 
 def constant(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-    return (student.last_hidden_state[:, 0] - teacher.last_hidden_state[:, 0]).square().sum(-1)
+    losses: Tensor = (student.last_hidden_state[:, 0] - teacher.last_hidden_state[:, 0]).square().sum(-1)
+    return losses
 
 
 @pytest.mark.parametrize(
@@ -493,7 +494,7 @@ def test_objects_of_the_library_are_refused_with_the_way_out(transformer: str, t
         with pytest.raises(
             ArgumentError, match=r"of sentence-transformers, expected .* save_pretrained\('folder'\)"
         ):
-            KPrunePruner(wrapper)  # type: ignore[arg-type]
+            KPrunePruner(wrapper)
 
 
 def test_a_name_on_the_hub_is_a_folder_in_the_cache(

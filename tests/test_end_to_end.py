@@ -34,7 +34,7 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
     for seed in range(count // 4):
         inputs = inputs_for(model, kind, seed=seed)
         for i in range(4):
-            row = {key: value[i] for key, value in inputs.items()}
+            row: dict[str, Any] = {key: value[i] for key, value in inputs.items()}
             for prefix in ("", "decoder_"):
                 mask = row.pop(f"{prefix}attention_mask", None)
                 if mask is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -49,9 +50,7 @@ def check_cut_equals_masked(model: PreTrainedModel, head: str) -> None:
         student = cut_all(model, masks)
         made = logits(student, head)
         expected = masked_logits(model, masks, head)
-        torch.testing.assert_close(
-            made, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5, msg=partial("{}: {}".format, name))
         assert (made - dense).abs().max() > 1e-3, f"{name}: cutting did nothing"
         assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
 
@@ -466,5 +465,5 @@ def test_grouped_queries_leave_by_groups_and_cost_what_they_have() -> None:
     assert attention.unit_flops({"layers": s}) == 2 * s * d * (2 + 1 + 1 + 2) * d_h + 4 * s**2 * 2 * d_h
     assert ffn.unit_flops({"layers": s}) == 2 * s * d * 3  # gate, up, down
     cut(attention, torch.tensor([False, True]))
-    module = attention.layer.self_attn
+    module: Any = attention.layer.self_attn
     assert (module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features) == (8, 4, 4)

@@ -61,7 +61,8 @@ def generate(model: PreTrainedModel, kind: str, **options: Any) -> Tensor:
     inputs = prompt(model, kind)
     if "prompt_lookup_num_tokens" in options:  # one sequence at a time
         inputs = {key: value[:1] for key, value in inputs.items()}
-    return model.generate(**inputs, **settings)
+    tokens: Tensor = model.generate(**inputs, **settings)
+    return tokens
 
 
 def check(name: str, ways: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,12 +117,12 @@ def test_a_sequence_head_is_told_by_problem_type_and_labels(expected: str, confi
     assert name == expected
     inputs = batch("")
     s, t = student(**inputs).logits, teacher(**inputs).logits
-    by_hand = {
+    by_hand: dict[str, Callable[[], Tensor]] = {
         "classification": lambda: kl_divergence(s, t, 2.0),
         "regression": lambda: ((s - t) ** 2).mean(1),
         "multi-label classification": lambda: bernoulli_kl_divergence(s, t, 2.0),
-    }[expected]()
-    torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand)
+    }
+    torch.testing.assert_close(losses(loss, student, teacher, inputs), by_hand[expected]())
     assert (
         gradient_norm(loss, teacher, teacher, inputs) < 1e-6 < gradient_norm(loss, student, teacher, inputs)
     )
@@ -369,7 +370,8 @@ def test_heads_with_nothing_to_preserve_are_refused_before_any_work(
 
 
 def squares(student: Any, teacher: Any) -> Tensor:
-    return (student.logits - teacher.logits).square().sum(1)
+    losses: Tensor = (student.logits - teacher.logits).square().sum(1)
+    return losses
 
 
 LOSSES = [
@@ -402,7 +404,7 @@ def test_a_loss_of_the_callers_that_cannot_be_used_is_refused_before_any_work(
         pruner.prune()
 
 
-class TwoHeads(BertPreTrainedModel):  # type: ignore[misc]
+class TwoHeads(BertPreTrainedModel):
     """With an answer beside the one that its loss is about."""
 
     def __init__(self, config: Any):
@@ -424,7 +426,8 @@ def test_a_second_head_that_the_loss_does_not_read_is_named() -> None:
     model = TwoHeads(tiny().config)
 
     def both(student: Any, teacher: Any, valid: Tensor) -> Tensor:
-        return squares(student, teacher) + (student.mood_logits - teacher.mood_logits).square().sum(1)
+        moods: Tensor = (student.mood_logits - teacher.mood_logits).square().sum(1)
+        return squares(student, teacher) + moods
 
     one = KPrunePruner(
         model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=lambda s, t, v: squares(s, t)

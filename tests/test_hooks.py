@@ -110,6 +110,7 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
         for i, s in enumerate(sublayers):
             hook = s.output.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
             stack.callback(hook.remove)
+            assert s.block.stream is not None
             reader = s.layer.get_submodule(s.block.stream)
             hook = reader.register_forward_pre_hook(
                 lambda _, args, kwargs, i=i: streams.__setitem__(

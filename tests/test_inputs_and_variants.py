@@ -104,7 +104,8 @@ def test_labels_of_several_yes_or_no_questions_are_no_tokens() -> None:
 @pytest.mark.parametrize("collated", [False, True])
 def test_padding_of_the_decoder_never_counts(key: str, collated: bool) -> None:
     model = make("bart")
-    rows = text_rows(**{key: lambda i, length: list(range(5, 8 + i % 4))})
+    column: dict[str, Any] = {key: lambda i, length: list(range(5, 8 + i % 4))}
+    rows = text_rows(**column)
 
     def collator(batch: list[Any]) -> dict[str, Tensor]:
         targets = [torch.tensor(row["labels"]) for row in batch]

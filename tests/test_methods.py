@@ -139,14 +139,15 @@ def test_the_old_names_of_options_of_a_method_are_taken_and_said_where_they_are(
     with pytest.warns(FutureWarning, match="pass mu in method_kwargs: '{\"mu\": 8}'") as caught:
         args = KPruneArguments(method="kprune", method_kwargs={"lambda_rep": 1.0, "mu": 9.0}, mu=8)
     assert caught[0].filename == __file__
-    assert args == KPruneArguments(method="kprune", method_kwargs={"lambda_rep": 1.0, "mu": 8.0})
+    kwargs: dict[str, Any] = {"lambda_rep": 1.0, "mu": 8.0}
+    assert args == KPruneArguments(method="kprune", method_kwargs=kwargs)
     assert replace(args, sparsity=0.25).method_kwargs == args.method_kwargs  # without another warning
     with pytest.warns(FutureWarning, match="pass lambda_pred in"):
-        assert replace(args, lambda_pred=0.0).method_kwargs == {**args.method_kwargs, "lambda_pred": 0.0}
+        assert replace(args, lambda_pred=0.0).method_kwargs == {**kwargs, "lambda_pred": 0.0}
     args.mu = 7.0
     with pytest.warns(FutureWarning):
         args.check()
-    assert METHODS["kprune"](args).kwargs.mu == 7.0
+    assert vars(METHODS["kprune"](args).kwargs)["mu"] == 7.0
     with pytest.raises(ArgumentError, match="^mu is 0.0, expected over 0, or None for the head size$"):
         KPruneArguments(method="kprune", mu=0.0)
 

@@ -64,7 +64,7 @@ def test_a_tokenizer_that_pads_on_the_left_prunes_as_one_that_pads_on_the_right(
         words.padding_side = side
         results.append(plan_and_weights([text(row) for row in rows()], processing_class=words))
     assert results[0][0] == results[1][0]
-    assert_same_plan_and_weights(*results)
+    assert_same_plan_and_weights(results[0], results[1])
 
 
 def test_what_belongs_to_a_token_goes_along_with_it() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from data import normal
@@ -29,17 +31,23 @@ def problem(columns: int = COLUMNS, tokens: int = TOKENS) -> tuple[Tensor, Tenso
 
 
 def sums(
-    a: Tensor, y: Tensor, reference: Tensor, sizes: list[int] | None = None, **kwargs: torch.dtype
+    a: Tensor,
+    y: Tensor,
+    reference: Tensor,
+    sizes: list[int] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> NormalEquations:
     equations = NormalEquations.zeros(a.shape[1], y.shape[1], a.device)
-    for parts in zip(*(t.split(sizes or [len(a)]) for t in (a, y, reference)), strict=True):
-        equations.add(*parts, **kwargs)
+    parts = (t.split(sizes or [len(a)]) for t in (a, y, reference))
+    for features, target, teacher in zip(*parts, strict=True):
+        equations.add(features, target, teacher, dtype)
     return equations
 
 
 def lstsq(a: Tensor, y: Tensor) -> Tensor:
     """The least-norm solution by SVD, (D, C)."""
-    return torch.linalg.lstsq(a, y, driver="gelsd").solution.T
+    solution: Tensor = torch.linalg.lstsq(a, y, driver="gelsd").solution
+    return solution.T
 
 
 def explicit_error(a: Tensor, y: Tensor, reference: Tensor, weight: Tensor, bias: Tensor | None) -> float:
@@ -53,7 +61,7 @@ def test_equals_lstsq_with_the_bias_kept(has_bias: bool) -> None:
     bias = b0 if has_bias else None
     fit = tune_weight(sums(a, y, reference), w0, bias)
     torch.testing.assert_close(fit.weight, lstsq(a, y - b0 if has_bias else y), rtol=1e-7, atol=1e-8)
-    assert fit.bias is bias or torch.equal(fit.bias, b0)
+    assert fit.bias is bias or (fit.bias is not None and torch.equal(fit.bias, b0))
     assert fit.undetermined == 0
 
 
@@ -84,7 +92,7 @@ def test_equals_lstsq_with_a_ridge_towards_the_present_weights(ridge: float, int
 
 def halved(a: Tensor, y: Tensor, reference: Tensor) -> NormalEquations:
     """The sums, with those over every second token."""
-    return NormalEquations.joined(*(sums(*(t[start::2] for t in (a, y, reference))) for start in (0, 1)))
+    return NormalEquations.joined(*(sums(a[i::2], y[i::2], reference[i::2]) for i in (0, 1)))
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -210,7 +218,7 @@ def test_what_the_data_do_not_determine_changes_least_and_is_reported(name: str,
     columns = a.shape[1]
     _, y, reference, w0, b0 = problem(columns, len(a))
     fit = tune_weight(sums(a, y, reference), w0, b0, tune_bias=intercept)
-    centre = (lambda t: t - t.mean(0)) if intercept else (lambda t: t)
+    centre: Callable[[Tensor], Tensor] = (lambda t: t - t.mean(0)) if intercept else (lambda t: t)
     best = w0 + lstsq(centre(a), centre(y - a @ w0.T - b0))  # lstsq gives the change of least norm
     torch.testing.assert_close(fit.weight, best, rtol=1e-4, atol=1e-4)
     bias = b0 if not intercept else (y - a @ best.T).mean(0)
@@ -250,6 +258,7 @@ def test_without_columns_a_free_bias_becomes_the_mean_of_the_target() -> None:
         explicit_error(a[:, :0], y, reference, fit.weight, y.mean(0)), rel=1e-10
     )
     kept = tune_weight(equations, w0[:, :0], b0)
+    assert kept.bias is not None
     assert torch.equal(kept.bias, b0)
     assert kept.error_after == kept.error_before
 

@@ -26,12 +26,12 @@ from hf_kprune import (
     KPruneArguments,
     KPruneCallback,
     KPrunePruner,
-    preparation,
     pruning,
 )
 from hf_kprune.preparation import Run
 from hf_kprune.report import PruningReport
 from hf_kprune.resumption import States, states
+from hf_kprune.version import versions
 
 
 def make_pruner(out: Path | None = None, seed: int = 0, data: Any = None, **options: Any) -> KPrunePruner:
@@ -195,7 +195,7 @@ def test_where_a_run_begins_is_said(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_by_default_a_state_is_kept_once_a_run_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, options = tmp_path / "out", {"method": "flap", "sparsity": 0.6}
+    out, options = tmp_path / "out", dict[str, Any](method="flap", sparsity=0.6)
     interrupt(make_pruner(out, **options), None, count=3)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(states, "PATIENCE", 0.0)
@@ -236,11 +236,12 @@ def test_what_is_not_gone_on_with_gives_way(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_second_budget_on_the_same_data_measures_nothing(tmp_path: Path, counts: Counter[str]) -> None:
-    states, more = tmp_path / "states", {"round_to": 2, "min_heads": 1}
-    for number, options in enumerate(({"sparsity": 0.4}, {"target_flops": 5e4, **more})):
+    states, both = tmp_path / "states", list[dict[str, Any]]()
+    both += {"sparsity": 0.4}, {"target_flops": 5e4, "round_to": 2, "min_heads": 1}
+    for number, options in enumerate(both):
         pruner, at_once = (make_pruner(method="flap", **options) for _ in range(2))
         at_once.prune()
-        pruner.prune(resume_from_checkpoint=states)
+        pruner.prune(resume_from_checkpoint=str(states))
         assert_same_run(pruner, at_once)
         pruner.save_model(str(tmp_path / str(number)))
         (measured,) = files(states)
@@ -248,7 +249,7 @@ def test_a_second_budget_on_the_same_data_measures_nothing(tmp_path: Path, count
     assert counts["measure_dense"] == 2 + 1
     assert pruner.report is not None
     other_costs = make_pruner(method="flap", target_params=0.9 * pruner.report.before.parameters)
-    other_costs.prune(resume_from_checkpoint=states)
+    other_costs.prune(resume_from_checkpoint=str(states))
     assert counts["measure_dense"] == 4
 
 
@@ -256,12 +257,12 @@ def test_a_finished_run_that_was_not_saved_goes_on_and_is_in_no_way(
     tmp_path: Path, counts: Counter[str]
 ) -> None:
     first, again, other = (make_pruner(method="flap", sparsity=sparsity) for sparsity in (0.5, 0.5, 0.6))
-    first.prune(resume_from_checkpoint=tmp_path)
+    first.prune(resume_from_checkpoint=str(tmp_path))
     tuned = counts["tune"]
-    again.prune(resume_from_checkpoint=tmp_path)
+    again.prune(resume_from_checkpoint=str(tmp_path))
     assert_same_run(again, first)
     assert counts["tune"] == tuned > 0
-    other.prune(resume_from_checkpoint=tmp_path)
+    other.prune(resume_from_checkpoint=str(tmp_path))
     assert counts["tune"] > tuned
     assert counts["measure_dense"] == 1
     other.save_model(str(tmp_path / "out"))
@@ -279,7 +280,7 @@ def test_files_of_others_stay(tmp_path: Path, interrupted: Path) -> None:
     for name in foreign:
         (states / name).write_text("precious")
     pruner = make_pruner(method="flap")
-    pruner.prune(resume_from_checkpoint=states)
+    pruner.prune(resume_from_checkpoint=str(states))
     pruner.save_model(str(tmp_path / "out"))
     left = files(states)
     assert {name: left.pop(name) for name in foreign} == dict.fromkeys(foreign, b"precious")
@@ -355,15 +356,15 @@ def test_a_state_of_something_else_is_refused_with_the_difference(
     options, message = dict(OTHERS[which][0]), OTHERS[which][1]
     before = files(interrupted)
     if version := options.pop("torch", None):
-        used = {**preparation.versions(), "torch": version}
-        monkeypatch.setattr(preparation, "versions", lambda: used)
+        used = {**versions(), "torch": version}
+        monkeypatch.setattr("hf_kprune.preparation.versions", lambda: used)
     if processes := options.pop("processes", None):
         facts = Run.facts
         monkeypatch.setattr(Run, "facts", lambda *args: {**facts(*args), "number of processes": processes})
     seed = options.pop("seed_of_model", 0)
     pruner = make_pruner(None, seed, **{"method": "flap", **options})
     with unchanged(pruner.model), pytest.raises(ArgumentError, match=message) as caught:
-        pruner.prune(resume_from_checkpoint=interrupted)
+        pruner.prune(resume_from_checkpoint=str(interrupted))
     assert "is of another run; " in str(caught.value)
     assert str(caught.value).endswith("or begin anew without resume_from_checkpoint")
     assert files(interrupted) == before
@@ -371,13 +372,13 @@ def test_a_state_of_something_else_is_refused_with_the_difference(
 
 def test_measurements_of_something_else_are_refused_too(tmp_path: Path) -> None:
     pruner = make_pruner(method="flap")
-    pruner.prune(resume_from_checkpoint=tmp_path)
+    pruner.prune(resume_from_checkpoint=str(tmp_path))
     pruner.save_model(str(tmp_path / "out"))
     other = make_pruner(method="flap", sparsity=0.6, data=rows(24, seed=3))
     with pytest.raises(ArgumentError, match=r"is of another run; the calibration rows differ\."):
-        other.prune(resume_from_checkpoint=tmp_path)
+        other.prune(resume_from_checkpoint=str(tmp_path))
     deciding = make_pruner(method="kprune")  # which takes no such measurements
-    deciding.prune(resume_from_checkpoint=tmp_path)
+    deciding.prune(resume_from_checkpoint=str(tmp_path))
 
 
 PLACES: list[tuple[Any, str | None, str]] = [
@@ -407,8 +408,8 @@ def test_two_processes_do_not_keep_states_in_one_place(tmp_path: Path) -> None:
     pruner = make_pruner(method="magnitude")
     states = States(tmp_path / "kprune_states", True, True, pruner.accelerator)
     with states, pytest.raises(CheckpointError, match=r"kprune_states' is being written by another process"):
-        pruner.prune(resume_from_checkpoint=tmp_path)
-    pruner.prune(resume_from_checkpoint=tmp_path)
+        pruner.prune(resume_from_checkpoint=str(tmp_path))
+    pruner.prune(resume_from_checkpoint=str(tmp_path))
 
 
 def cut_short(path: Path) -> None:
@@ -424,7 +425,7 @@ def test_a_damaged_state_is_refused_by_name(
     with pytest.raises(
         CheckpointError, match=r"sublayer-000.safetensors' is not what this program wrote .*delete"
     ):
-        make_pruner(method="flap").prune(resume_from_checkpoint=tmp_path)
+        make_pruner(method="flap").prune(resume_from_checkpoint=str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +456,7 @@ def sweep(pruner: KPrunePruner, resume: Any, **options: Any) -> list[tuple[Any, 
 def test_a_sweep_goes_on_after_its_finished_budgets(
     tmp_path: Path, counts: Counter[str], students: list[float], method: str
 ) -> None:
-    out, options = tmp_path / "swept", {"method": method}
+    out, options = tmp_path / "swept", dict[str, Any](method=method)
     at_once = sweep(make_pruner(**options), None, output_dir=str(out))
     expected = {path: data for path, data in files(out).items() if path.endswith("model.safetensors")}
     out.rename(tmp_path / "other")
@@ -499,8 +500,8 @@ def test_a_model_that_was_saved_when_its_sweep_was_killed_is_not_in_the_way(
 def test_the_best_of_a_sweep_that_goes_on_is_the_best(
     tmp_path: Path, students: list[float], counts: Counter[str]
 ) -> None:
-    out, options = tmp_path / "out", {"method": "flap"}
-    drop = {"max_drop": 1.0, "refine": 1}
+    out, options = tmp_path / "out", dict[str, Any](method="flap")
+    drop: dict[str, Any] = {"max_drop": 1.0, "refine": 1}
     at_once = make_pruner(**options)
     table = at_once.sweep([0.3, 0.6, 0.8], **drop)
     assert table.best

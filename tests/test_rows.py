@@ -44,7 +44,8 @@ def images(count: int = 6, seed: int = 0) -> list[np.ndarray]:
 
 
 def patches(row: dict[str, Any]) -> int:
-    return row["pixel_values"].shape[-1] ** 2 // 16 + 1
+    side: int = row["pixel_values"].shape[-1]
+    return side**2 // 16 + 1
 
 
 class ImageProcessor:

@@ -464,7 +464,7 @@ def test_where_folders_cannot_be_exchanged_files_are_moved(
 def test_a_symbolic_link_to_a_directory_stays_one(tmp_path: Path) -> None:
     old_checkpoint(tmp_path / "runs" / "7")
     (tmp_path / "latest").symlink_to(Path("runs", "7"))
-    make_pruner(overwrite_output_dir=True).save_model(tmp_path / "latest")
+    make_pruner(overwrite_output_dir=True).save_model(str(tmp_path / "latest"))
     assert (tmp_path / "latest").is_symlink()
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "7"), pruned())
     assert os.listdir(tmp_path / "runs") == ["7"]

@@ -76,6 +76,11 @@ def collated(rows: list[Any]) -> dict[str, Tensor]:
     return dict(DataCollatorWithPadding(word_tokenizer())([word_tokenizer()(text) for text in rows]))
 
 
+def loader(rows: Any, **options: Any) -> DataLoader[Any]:
+    """A DataLoader of rows of whatever kind, as they are."""
+    return DataLoader(rows, **options)
+
+
 CONTAINERS: dict[str, Any] = {
     "a tuple of strings": lambda: tuple(TEXTS),
     "a generator of strings": lambda: (text for text in TEXTS),
@@ -114,32 +119,26 @@ CONTAINERS: dict[str, Any] = {
     "a map-style dataset without a length": lambda: Unsized(TEXTS),
     "a stream of torch": lambda: Streamed(),
     "a stream of datasets": lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(),
-    "a DataLoader of strings": lambda: DataLoader(TEXTS, batch_size=2),
-    "a DataLoader of pairs with labels": lambda: DataLoader([(text, 1) for text in TEXTS], batch_size=2),
-    "a DataLoader of dicts of strings": lambda: DataLoader(
+    "a DataLoader of strings": lambda: loader(TEXTS, batch_size=2),
+    "a DataLoader of pairs with labels": lambda: loader([(text, 1) for text in TEXTS], batch_size=2),
+    "a DataLoader of dicts of strings": lambda: loader(
         [{"text": text, "label": 1} for text in TEXTS], batch_size=2
     ),
-    "a DataLoader of dicts of tensors": lambda: DataLoader(
-        [{"input_ids": row} for row in TENSOR], batch_size=2
-    ),
-    "a DataLoader with a collator": lambda: DataLoader(TEXTS, batch_size=2, collate_fn=collated),
-    "a DataLoader with a sampler": lambda: DataLoader(TEXTS, batch_size=3, sampler=SequentialSampler(TEXTS)),
-    "a DataLoader that shuffles": lambda: DataLoader(TensorDataset(TENSOR), batch_size=3, shuffle=True),
-    "a DataLoader of a TensorDataset": lambda: DataLoader(
-        TensorDataset(TENSOR, torch.zeros(5)), batch_size=4
-    ),
-    "a DataLoader of lists of rows": lambda: DataLoader(TENSOR, batch_size=4, collate_fn=list),
-    "a DataLoader of lists of ids": lambda: DataLoader(IDS, batch_size=4),
-    "a DataLoader of (1, L) tensors": lambda: DataLoader(TENSOR.split(1), batch_size=2),
-    "a DataLoader of tuples of columns": lambda: DataLoader(
+    "a DataLoader of dicts of tensors": lambda: loader([{"input_ids": row} for row in TENSOR], batch_size=2),
+    "a DataLoader with a collator": lambda: loader(TEXTS, batch_size=2, collate_fn=collated),
+    "a DataLoader with a sampler": lambda: loader(TEXTS, batch_size=3, sampler=SequentialSampler(TEXTS)),
+    "a DataLoader that shuffles": lambda: loader(TensorDataset(TENSOR), batch_size=3, shuffle=True),
+    "a DataLoader of a TensorDataset": lambda: loader(TensorDataset(TENSOR, torch.zeros(5)), batch_size=4),
+    "a DataLoader of lists of rows": lambda: loader(TENSOR, batch_size=4, collate_fn=list),
+    "a DataLoader of lists of ids": lambda: loader(IDS, batch_size=4),
+    "a DataLoader of (1, L) tensors": lambda: loader(TENSOR.split(1), batch_size=2),
+    "a DataLoader of tuples of columns": lambda: loader(
         TEXTS,
         batch_size=2,
         collate_fn=lambda rows: tuple(collated(rows)[key] for key in ("input_ids", "attention_mask")),
     ),
-    "a DataLoader that makes no batches": lambda: DataLoader(TEXTS, batch_size=None),
-    "a list of the batches of a DataLoader": lambda: list(
-        DataLoader(TEXTS, batch_size=2, collate_fn=collated)
-    ),
+    "a DataLoader that makes no batches": lambda: loader(TEXTS, batch_size=None),
+    "a list of the batches of a DataLoader": lambda: list(loader(TEXTS, batch_size=2, collate_fn=collated)),
     "a column of contents": lambda: [{"content": text, "id": 1} for text in TEXTS],
     "a column of documents": lambda: datasets.Dataset.from_dict({"document": TEXTS}),
     "a column of words": lambda: datasets.Dataset.from_dict({"tokens": [text.split() for text in TEXTS]}),
@@ -158,17 +157,15 @@ def test_a_mask_that_comes_next_to_the_ids_is_one(dataset: Any) -> None:
     expected = [row[mask.bool()].tolist() for row, mask in zip(TENSOR, MASK, strict=True)]
     columns = {"input_ids": TENSOR, "attention_mask": MASK}
     for data in (
-        (dataset, DataLoader(dataset, batch_size=2))
-        if dataset
-        else (columns, DataLoader([columns], batch_size=None))
+        (dataset, loader(dataset, batch_size=2)) if dataset else (columns, loader([columns], batch_size=None))
     ):
         assert read(data) == expected
 
 
 def test_a_pruner_takes_a_data_loader() -> None:
     generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(TensorDataset(torch.randint(2, 60, (24, 12), generator=generator)), batch_size=5)
-    report = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), loader).prune()
+    data = loader(TensorDataset(torch.randint(2, 60, (24, 12), generator=generator)), batch_size=5)
+    report = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), data).prune()
     assert report.calibration["tokens"] == 24 * 12
     assert report.sparsity >= 0.5
 
@@ -199,9 +196,9 @@ def test_columns_of_sources_and_targets_are_known(names: tuple[str, str]) -> Non
 
 
 def test_a_question_and_its_choices() -> None:
-    row = {"question": "w5", "a": "w6", "b": "w7 w8"}
+    question = {"question": "w5", "a": "w6", "b": "w7 w8"}
     (row,) = draw(
-        tiny(head="MULTIPLE_CHOICE"), [row], word_tokenizer(), text_columns=["question", "a", "b"]
+        tiny(head="MULTIPLE_CHOICE"), [question], word_tokenizer(), text_columns=["question", "a", "b"]
     ).rows
     assert row["input_ids"] == [[5, 4, 6], [5, 4, 7, 8]]
 
@@ -450,7 +447,7 @@ class NoLength(Numbered):
         ),
         (lambda: NoLength(TEXTS), "has a length that cannot be told"),
         (
-            lambda: DataLoader(FailingRows(TEXTS), batch_size=2),
+            lambda: loader(FailingRows(TEXTS), batch_size=2),
             "row 0 of the .* could not be read: .* the KeyError",
         ),
     ],

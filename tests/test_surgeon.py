@@ -151,6 +151,7 @@ def test_drift_is_corrected_by_the_affine_map_that_undoes_it() -> None:
     for tune_bias in (True, False):
         fit = correct_drift(same, 0.01, tune_bias)
         torch.testing.assert_close(fit.weight, torch.eye(4, dtype=torch.float64))
+        assert fit.bias is not None
         assert float(fit.bias.abs().max()) < 1e-12
 
 
@@ -218,11 +219,13 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
             sums["absolute"] += g.abs()
     curvature, by_unit = ("energy", "gram", "feature_sum", "metric"), ("energy", "fisher", "absolute")
     for made_of, names in ((curved, curvature), (fisher, by_unit)):
-        for s, sums in zip(made_of, expected, strict=True):
+        for statistics, sums in zip(made_of, expected, strict=True):
             for name in names:
                 scale = float(sums[name].abs().max())
-                torch.testing.assert_close(getattr(s, name), sums[name], rtol=1e-3, atol=1e-3 * scale)
-            assert (s.samples, s.tokens) == (6, sum(len(row["input_ids"]) for row in data))
+                torch.testing.assert_close(
+                    getattr(statistics, name), sums[name], rtol=1e-3, atol=1e-3 * scale
+                )
+            assert (statistics.samples, statistics.tokens) == (6, sum(len(row["input_ids"]) for row in data))
 
 
 def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,11 +163,12 @@ def test_an_option_of_the_wrong_kind_is_refused_when_the_pruner_starts() -> None
 
 
 def test_options_of_the_command_line_are_checked_alike() -> None:
-    for kind, right in (
+    commands: list[tuple[Any, dict[str, Any]]] = [
         (DataArguments, {"model_name_or_path": "m", "dataset_file": "f.csv"}),
         (ResumeArguments, {}),
         (SweepArguments, {}),
-    ):
+    ]
+    for kind, right in commands:
         kinds = get_type_hints(kind)
         kind(**right)
         for field in dataclasses.fields(kind):
@@ -321,7 +322,8 @@ def test_arguments_of_methods_are_refused_alike(case: str) -> None:
 
 def test_budgets_of_numpy_are_budgets() -> None:
     pruner = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
-    assert [point.asked for point in pruner.sweep(np.array([0.5])).points] == [{}, {"sparsity": 0.5}]
+    fractions: Any = np.array([0.5])
+    assert [point.asked for point in pruner.sweep(fractions).points] == [{}, {"sparsity": 0.5}]
 
 
 @pytest.mark.parametrize(("package", "call"), [("optuna", "hyperparameter_search"), ("matplotlib", "plot")])

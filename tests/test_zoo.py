@@ -257,9 +257,9 @@ def test_saved_equals_loaded_and_pruned_twice_equals_pruned_once(
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
     """What models of the zoo give in a process without hf_kprune, loaded from their checkpoints with trust_remote_code."""
     wanted = {
-        item.callspec.params["name"]
+        str(item.callspec.params["name"])
         for item in request.session.items
-        if item.name.startswith("test_loaded_elsewhere")
+        if isinstance(item, pytest.Function) and item.name.startswith("test_loaded_elsewhere")
     }
     folder, tasks = tmp_path_factory.mktemp("elsewhere"), {}
     for name in wanted:
