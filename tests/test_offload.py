@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from zoo import make
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
 from hf_kprune.structure.offload import device_map
+from hf_kprune.structure.shelf import remove
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -136,3 +138,25 @@ def test_hooks_that_do_more_than_move_weights_are_refused() -> None:
         UnsupportedModelError, match="carries a hook of accelerate that does more than to move"
     ):
         KPrunePruner(model, KPruneArguments(use_cpu=True), rows(40))
+
+
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
+def test_states_in_files_are_states_in_memory_and_leave_nothing_behind(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = prune(make("bert"), method=method)
+    monkeypatch.setattr("hf_kprune.structure.shelf.MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    paths = list[Path]()
+
+    def noted(path: Path) -> None:
+        paths.append(path)
+        remove(path)
+
+    monkeypatch.setattr("hf_kprune.structure.shelf.remove", noted)
+    in_files, _ = prune(make("bert"), method=method)
+    assert_same_state(in_files.model.state_dict(), whole.model.state_dict())
+    del in_files
+    gc.collect()
+    assert paths
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,3 +184,21 @@ def test_a_plan_refuses_what_prune_refuses(tmp_path: Any) -> None:
     model.base_model.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
     with pytest.raises(UnsupportedModelError, match=r"output\.dense\.weight"):
         make_pruner(model).plan()
+
+
+def test_memory_is_said_before_pruning_and_too_little_of_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruner = KPrunePruner(
+        tiny(),
+        KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True, num_tokens=200),
+        rows(40),
+        collate,
+    )
+    assert " It takes about " in pruner.plan().estimate
+    free = SimpleNamespace(available=1024)
+    monkeypatch.setattr("hf_kprune.memory.psutil", SimpleNamespace(virtual_memory=lambda: free))
+    assert " It takes about " in pruner.plan().estimate
+    message = r"pruning takes about \d+ MiB of memory beyond the model, .* and 0 MiB are free on cpu; lower"
+    with unchanged(pruner.model), pytest.raises(CalibrationError, match=message):
+        pruner.prune()
