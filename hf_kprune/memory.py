@@ -92,7 +92,7 @@ def memory_of(  # noqa: PLR0913
     rows, narrow = max((b.samples for b in batches), default=0), 4 * tokens * (6 * width + 3 * columns)
     head = model.get_output_embeddings()
     words = len(head.weight) if head is not None and loss.per_token else 0
-    logits = 6 * 4 * min(max(LOGITS, rows * words), tokens * words)
+    logits = 10 * 4 * min(max(LOGITS, rows * words), tokens * words)
     curved = "curvature" in method.needs
     graph = 2 * narrow if method.needs else narrow
     kept = min(MEMORY, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0

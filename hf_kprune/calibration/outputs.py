@@ -18,7 +18,7 @@ from .batches import Batch
 from .knowledge import Knowledge
 
 
-LOGITS = 2**24
+LOGITS = 2**22
 """Logits of a language model that exist at once while measuring; with more, its head runs on some tokens at a
 time."""
 
