@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from checks import assert_same_state, kept
 from data import collate, rows
@@ -131,11 +132,16 @@ def test_a_model_in_memory_is_not_offloaded() -> None:
         KPrunePruner(make("bert"), KPruneArguments(use_cpu=True), rows(40), offload="disk")
 
 
-def test_hooks_that_do_more_than_move_weights_are_refused() -> None:
+@pytest.mark.parametrize("case", ["offloaded by hand", "another hook"])
+def test_hooks_that_are_not_of_a_device_map_are_refused(case: str) -> None:
     model = make("bert")
-    add_hook_to_module(model.bert.encoder.layer[0], ModelHook())
+    if case == "offloaded by hand":
+        cpu_offload(model)
+    else:
+        add_hook_to_module(model.bert.encoder.layer[0], ModelHook())
+        model.hf_device_map = {"": "cpu"}
     with pytest.raises(
-        UnsupportedModelError, match="carries a hook of accelerate that does more than to move"
+        UnsupportedModelError, match="carries a hook of accelerate that is not of a device_map"
     ):
         KPrunePruner(model, KPruneArguments(use_cpu=True), rows(40))
 

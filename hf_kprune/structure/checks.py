@@ -27,7 +27,7 @@ from ..errors import UnsupportedModelError
 from ..modeling_kprune import EmptyLinear, has, inner_models, plan_of
 from ..progress import unwarned
 from .facts import check_problem_type
-from .offload import moves_weights, read_parameters, sources_of
+from .offload import is_dispatched, moves_weights, read_parameters, sources_of
 from .sublayers import described, find_sublayers, oriented
 from .workbench import in_half_precision
 
@@ -116,8 +116,9 @@ def check_model(model: object) -> None:
             f"{type(model).__name__} is quantised; prune it in float32, float16 or bfloat16 first and "
             "quantise the result"
         )
+    dispatched = is_dispatched(model)
     for name, module in model.named_modules():
-        _check_forward(name or type(model).__name__, module)
+        _check_forward(name or type(model).__name__, module, dispatched)
     _check_tensors(model)
     for _, owner in described(model):
         if getattr(owner.config, "chunk_size_feed_forward", None):
@@ -128,8 +129,9 @@ def check_model(model: object) -> None:
             )
 
 
-def _check_forward(name: str, module: nn.Module) -> None:
-    """Refuse a module with another forward: its copies would call that, with the weights of the original."""
+def _check_forward(name: str, module: nn.Module, dispatched: bool) -> None:
+    """Refuse a module with another forward: its copies would call that, with the weights of the original.
+    Only what accelerate puts on all modules of a model that it has dispatched is known."""
     if getattr(type(module), "__module__", "").startswith(QUANTISERS):
         raise UnsupportedModelError(
             f"{name} is a {type(module).__module__}.{type(module).__name__}, quantised or to be; prune the "
@@ -141,10 +143,10 @@ def _check_forward(name: str, module: nn.Module) -> None:
             "is compiled (load it again, or give the module that torch.compile was called on)"
         )
     hooked = hasattr(module, "_hf_hook")
-    if hooked and not moves_weights(module):
+    if hooked and not (dispatched and moves_weights(module)):
         raise UnsupportedModelError(
-            f"{name} carries a hook of accelerate that does more than to move weights; load the model "
-            "without device_map, or call accelerate.hooks.remove_hook_from_submodules(model)"
+            f"{name} carries a hook of accelerate that is not of a device_map of the model; load the model "
+            "with or without device_map, or call accelerate.hooks.remove_hook_from_submodules(model)"
         )
     forward = module.__dict__.get("_old_forward" if hooked else "forward")
     if forward is None:
