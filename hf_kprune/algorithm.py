@@ -32,6 +32,7 @@ from .structure.hooks import State
 from .structure.sublayers import Sublayer
 from .structure.surgery import correct_inputs, frozen, has_bias, in_unit_order, set_output
 from .structure.walk import Walk
+from .structure.workbench import workbench_of
 
 
 MEASUREMENTS = 24
@@ -150,15 +151,18 @@ def choose(
     if len(plans) > 1:
         with few.phase("search"):
             judge = Judge(few, teacher, job.loss)
-        students = [few.walk(frozen(dense.model)) for _ in plans]
-        for student in students:
-            student.keeps_layers = judge.needs_layers
         on_few = replace(job, calibration=few, chooses_ridge=False)
-        reference = few.walk(teacher.model, teacher.sublayers)
-        prune(on_few, students, reference, list(plans.values()), unwritten)
-        with few.phase("search"):
-            for exponent, student in zip(plans, students, strict=True):
-                distances[str(exponent)] = judge.distance(student)
+        # each student has a layer in float32 on a workbench, so that there they go up one by one
+        alone = workbench_of(dense.model) is not None
+        for group in [[exponent] for exponent in plans] if alone else [list(plans)]:
+            students = [few.walk(frozen(dense.model)) for _ in group]
+            for student in students:
+                student.keeps_layers = judge.needs_layers
+            reference = few.walk(teacher.model, teacher.sublayers)
+            prune(on_few, students, reference, [plans[exponent] for exponent in group], unwritten)
+            with few.phase("search"):
+                for exponent, student in zip(group, students, strict=True):
+                    distances[str(exponent)] = judge.distance(student)
     (best,) = broadcast_object_list([min(plans, key=lambda exponent: distances.get(str(exponent), 0.0))])
     return plans[best], distances
 

@@ -103,7 +103,7 @@ def memory_of(  # noqa: PLR0913
         fit = (5 if method.ridge is None else 4) * square + 4 * flat + min(ENTRIES, whole // width * columns)
         phases["tune"] = 2 * min(MEMORY, whole) + 2 * whole + 2 * layer + changed + narrow + fit
     if tunes and len(method.exponents) > 1:
-        few, students = stream(lambda b: b.tried or b.held_out), len(method.exponents)
+        few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
         each = min(MEMORY, few) + layer + 4 * max(layers)
         phases["try splits"] = (students + 1) * each + 2 * few + max(narrow, logits) + 4 * square + 4 * flat
     return Memory({name: int(SLACK * (around + size)) for name, size in phases.items()})
