@@ -82,6 +82,7 @@ def test_pruned_on_disk_is_pruned_in_memory(
     assert_same_state(one.state_dict(), other.state_dict())
 
 
+@pytest.mark.slow
 def test_a_model_that_is_left_on_disk_is_planned_evaluated_pruned_twice_and_saved(tmp_path: Path) -> None:
     make("bert").save_pretrained(tmp_path / "dense")
     data = [{**row, "labels": i % 2} for i, row in enumerate(rows(40, longest=9))]
