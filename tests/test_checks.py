@@ -460,7 +460,7 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
     slow_unless_in(
         [
             ("no_grad", "kprune"),
-            *((case, "surgeon") for case in ("inference_mode", "device")),
+            ("inference_mode", "surgeon"),
         ],
         itertools.product(SURROUNDINGS, ("surgeon", "kprune")),
     ),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import cut_all, tiny
+from models import cut_all, slow_unless_in, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 from zoo import ZOO, make
@@ -299,7 +299,7 @@ def plans(units: Sequence[int], count: int = 6) -> list[list[int]]:
     return [[int(torch.randint(u + 1, (1,), generator=generator)) for u in units] for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", slow_unless_in(["llama"], ["bert", "llama", "t5"]))
 def test_table_predicts_every_plan(name: str, machine: list[int]) -> None:
     model = make(name) if name in ZOO else tiny(name)
     table = LatencyTable.measure(model, text_inputs(model, 2, 5))

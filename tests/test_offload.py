@@ -59,7 +59,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "dtype", "everything"), slow_unless_in(CASES[:2], CASES))
+@pytest.mark.parametrize(("name", "method", "dtype", "everything"), slow_unless_in(CASES[:1], CASES))
 def test_pruned_on_disk_is_pruned_in_memory(
     name: str, method: str, dtype: torch.dtype, everything: bool, tmp_path: Path
 ) -> None:
@@ -147,7 +147,7 @@ def test_hooks_that_are_not_of_a_device_map_are_refused(case: str) -> None:
         KPrunePruner(model, KPruneArguments(use_cpu=True), rows(40))
 
 
-@pytest.mark.parametrize("method", ["surgeon", "kprune"])
+@pytest.mark.parametrize("method", slow_unless_in(["surgeon"], ["surgeon", "kprune"]))
 def test_states_in_files_are_states_in_memory_and_leave_nothing_behind(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

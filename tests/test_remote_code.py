@@ -175,6 +175,7 @@ def test_without_trust_it_is_refused_and_not_computed_otherwise(
     assert "trust_remote_code" in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_checkpoint_is_loaded_here_by_its_code(saved: dict[str, Any], kind: str) -> None:
     name, logits = saved["expected"][kind]

@@ -565,3 +565,15 @@ def test_sixty_kills_change_nothing(tmp_path: Path) -> None:
     assert counted["kills"] >= 60
     assert counted["differing"] == 0
     assert counted["runs"] > 4
+
+
+def test_what_a_kill_may_leave_of_a_state_has_a_name_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing would remove it, and the folder with it."""
+    names = list[str]()
+    monkeypatch.setattr(states, "sync", lambda path: names.extend(os.listdir(path.parent)))
+    states.save(tmp_path / "run" / "facts.safetensors", {"a": torch.ones(3)}, {})
+    assert names == ["facts.safetensors.new"]
+    assert states.OURS.fullmatch(names[0])
+    assert os.listdir(tmp_path / "run") == ["facts.safetensors"]

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 from transformers.utils import logging
 
@@ -214,7 +214,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], data: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     new = path.with_name(f"{path.name}.new")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, new, {"data": json.dumps(data)})
+    # save_file would write to a name of its own first, which a kill would leave behind
+    new.write_bytes(serialise(on_cpu, {"data": json.dumps(data)}))
     sync(new)
     os.replace(new, path)
     sync_folder(path.parent)
