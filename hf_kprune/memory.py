@@ -95,13 +95,13 @@ def memory_of(  # noqa: PLR0913
     logits = 10 * 4 * min(max(LOGITS, rows * words), tokens * words)
     curved = "curvature" in method.needs
     graph = 2 * narrow if method.needs else narrow
-    kept = min(MEMORY, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
+    states = min(MEMORY, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
     square, flat = 8 * columns * columns, 8 * columns * width
-    phases = {"measure": kept + layer + max(logits, graph) + (6 * square + 3 * flat if curved else 0)}
+    phases = {"measure": states + layer + max(logits, graph) + (6 * square + 3 * flat if curved else 0)}
     if tunes:
-        whole = stream(lambda _: True)
-        fit = (5 if method.ridge is None else 4) * square + 4 * flat + min(ENTRIES, whole // width * columns)
-        phases["tune"] = 2 * min(MEMORY, whole) + 2 * whole + 2 * layer + changed + narrow + fit
+        every = stream(lambda _: True)
+        fit = (5 if method.ridge is None else 4) * square + 4 * flat + min(ENTRIES, every // width * columns)
+        phases["tune"] = 2 * min(MEMORY, every) + 2 * every + 2 * layer + changed + narrow + fit
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
         each = min(MEMORY, few) + layer + 4 * max(layers)

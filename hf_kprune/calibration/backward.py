@@ -66,7 +66,7 @@ class Pass:
         Raises:
             CalibrationError: If they are not finite.
         """
-        sublayer = walk.rest[place]
+        sublayer = walk.sublayers[walk.position + place]
         a = self.batch.by_token(features.detach(), sublayer.stack_name)
         calibration.check_finite(sublayer, (a[self.batch.tokens(sublayer, a)].sum(),))
         self.features[place] = a
@@ -191,7 +191,7 @@ def climb(calibration: Calibration, walk: Walk, below: Shelf | None = None) -> L
         below: Is filled with the states below each layer, by its number and that of the batch, and with those
             on top.
     """
-    states, measured = below or Shelf(), calibration.measured
+    states, measured = Shelf() if below is None else below, calibration.measured
     for i in measured:
         states[0, i] = walk.states[i]
 

@@ -148,7 +148,7 @@ class NormalEquations:
         self.reference_square += reference.double().square().sum()
         self.tokens += len(features)
 
-    def seen_from(self, directions: Tensor) -> NormalEquations:
+    def along(self, directions: Tensor) -> NormalEquations:
         """The sums for targets in some directions (D, K) alone. Their squares are left as they are."""
         target_sum = self.target_sum @ directions
         return replace(self, cross=self.cross @ directions, target_sum=target_sum)
@@ -272,9 +272,9 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     if halves is None or not all(bool(half.tokens) for half in halves):
         return RIDGE
     if len(weight) > DIRECTIONS:
-        seen = directions(len(weight)).to(weight.device)
-        halves = halves[0].seen_from(seen), halves[1].seen_from(seen)
-        weight, bias = seen.T @ weight, None if bias is None else bias @ seen
+        axes = directions(len(weight)).to(weight.device)
+        halves = halves[0].along(axes), halves[1].along(axes)
+        weight, bias = axes.T @ weight, None if bias is None else bias @ axes
     residuals = [residual_of(half, weight, bias, tune_bias) for half in halves]
 
     def error(ridge: float) -> float:
@@ -287,9 +287,9 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     best, least = RIDGE, error(RIDGE)
     for way in (sorted((r for r in RIDGES if r < RIDGE), reverse=True), [r for r in RIDGES if r > RIDGE]):
         for ridge in way:
-            if (tried := error(ridge)) >= least:
+            if (attempt := error(ridge)) >= least:
                 break
-            best, least = ridge, tried
+            best, least = ridge, attempt
         if best != RIDGE:
             break
     return best / 2

@@ -92,17 +92,10 @@ def device_map(
         elif path and not any(inner is stack for inner in module.modules() for stack in stacks):
             places[path] = rest
         else:
-            within = [
-                *module.named_children(),
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ]
-            for name, value in within:
-                inner = f"{path}.{name}" if path else name
-                if isinstance(value, nn.Module):
-                    pending.append((inner, value))
-                else:
-                    places[inner] = rest
+            prefix = f"{path}." if path else ""
+            pending += [(prefix + name, child) for name, child in module.named_children()]
+            tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            places |= {prefix + name: rest for name, _ in tensors}
     return places
 
 

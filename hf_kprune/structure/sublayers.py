@@ -379,10 +379,10 @@ def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer
             )
 
 
-def _lists_beside(known: set[int], module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of modules in a module, with their paths, beside those whose ids are known."""
+def _lists_beside(stacks: set[int], module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules in a module, with their paths, beside those with these ids."""
     for name, child in module.named_children():
-        if id(child) not in known:
+        if id(child) not in stacks:
             if isinstance(child, nn.ModuleList) and len(child):
                 yield path + name, child
-            yield from _lists_beside(known, child, f"{path}{name}.")
+            yield from _lists_beside(stacks, child, f"{path}{name}.")

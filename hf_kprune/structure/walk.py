@@ -123,12 +123,9 @@ class Walk:
 
     def layers(self) -> list[range]:
         """The positions of the sublayers that have not been passed yet, layer by layer."""
-        layers = [id(sublayer.layer) for sublayer in self.rest]
-        starts = [
-            place for place, layer in enumerate(layers) if layer not in layers[max(place - 1, 0) : place]
-        ]
-        ends = [*starts, len(layers)]
-        return [range(self.position + start, self.position + end) for start, end in pairwise(ends)]
+        positions, count = range(self.position, len(self.sublayers)), len(self.sublayers)
+        inside = {p for p in positions[1:] if self.sublayers[p].layer is self.sublayers[p - 1].layer}
+        return [range(*ends) for ends in pairwise([*(p for p in positions if p not in inside), count])]
 
     def places(self, positions: range) -> list[int]:
         """The numbers of sublayers among those that have not been passed yet."""

@@ -178,7 +178,7 @@ def on_workbench(
             )
     copied = without_hooks(copy.deepcopy(model, memo))
     names = {id(module): name for name, module in model.named_modules()}
-    lying = {
+    elsewhere = {
         (number, name): sources[id(tensor)]
         for number, layer in enumerate(layers)
         for name, _, _, tensor in slots(layer)
@@ -186,7 +186,7 @@ def on_workbench(
     }
     to_disk = "disk" in getattr(model, "hf_device_map", {}).values()
     copies = [copied.get_submodule(names[id(layer)]) for layer in layers]
-    copied.__dict__[BENCH] = Workbench(copies, device, lying, to_disk)
+    copied.__dict__[BENCH] = Workbench(copies, device, elsewhere, to_disk)
     return copied
 
 
