@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from zoo import make
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
-from hf_kprune.structure.offload import device_map
-from hf_kprune.structure.shelf import remove
+from hf_kprune.structure.offload import Folder, device_map
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -156,11 +155,12 @@ def test_states_in_files_are_states_in_memory_and_leave_nothing_behind(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     paths = list[Path]()
 
-    def noted(path: Path) -> None:
-        paths.append(path)
-        remove(path)
+    def noted(folder: Folder) -> Path:
+        paths.append(place(folder))
+        return paths[-1]
 
-    monkeypatch.setattr("hf_kprune.structure.shelf.remove", noted)
+    place = Folder.place
+    monkeypatch.setattr(Folder, "place", noted)
     in_files, _ = prune(make("bert"), method=method)
     assert_same_state(in_files.model.state_dict(), whole.model.state_dict())
     del in_files

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Hashable
-from pathlib import Path
 
 import torch
 
 from .hooks import State
+from .offload import Folder
 
 
 MEMORY = 2**27
@@ -20,20 +18,13 @@ class InFile:
     """A state in a file, which is removed when nobody needs it any more."""
 
     def __init__(self, state: State):
-        folder = tempfile.mkdtemp(prefix="hf_kprune-")
-        self.path = Path(folder, "state.pt")
-        weakref.finalize(self, remove, self.path)
+        self.folder = Folder()
+        self.path = self.folder.place() / "state.pt"
         torch.save((dict(state.inputs), dict(state.outputs)), self.path)
 
     def load(self) -> State:
         """The state, on the device that it came from."""
         return State(*torch.load(self.path, weights_only=True))
-
-
-def remove(path: Path) -> None:
-    """Remove a file and the folder that it is alone in."""
-    path.unlink(missing_ok=True)
-    path.parent.rmdir()
 
 
 class Shelf:
