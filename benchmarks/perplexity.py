@@ -1,10 +1,11 @@
 """Perplexity of pruned language models on WikiText-2 against the fraction of FLOPs removed.
 
-    python benchmarks/perplexity.py --pack PACK --output perplexity.jsonl --sparsity 0.05 0.1 0.15 0.2 --seeds 0 1 2
+    python benchmarks/perplexity.py --pack PACK --model SmolLM2-135M-Instruct --output perplexity.jsonl --sparsity 0.2 0.3 \\
+        --seeds 0 1 2 --untuned --save pruned
 
-Calibrates on blocks of the train split, packed, and evaluates on the test split in windows of `--window` tokens that do not
-overlap, in bfloat16 autocast, the dense model too. Appends one JSON line per run to `--output` and leaves out the runs
-that are there; `figures.py` makes tables and plots of them.
+Calibrates on blocks of the train split, which the seed draws, and evaluates in float32, in windows that do not overlap, on
+the first tokens of another split: decide on the validation split, and look at the test split once. Each run is appended
+to `--output` as a line of JSON, and left out if its line is there; `figures.py` makes tables and plots of the lines.
 """
 
 from __future__ import annotations
@@ -14,38 +15,88 @@ import copy
 import itertools
 import json
 import math
+import random
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from tasks import METHOD_NAMES, append_line, facts, key_of, prune_each, read_lines
+from tasks import append_line, facts, key_of, prune, read_lines
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_kprune import PruningReport
+from hf_kprune import BudgetError, PruningReport
+from hf_kprune.methods import METHODS
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut
 
 
-KEY = ("model", "method", "sparsity", "seed", "window", "split", "tokens_of_split", "options")
+KEY = (
+    "model",
+    "method",
+    "sparsity",
+    "seed",
+    "uniform",
+    "window",
+    "split",
+    "tokens_of_split",
+    "calibration",
+    "options",
+)
+
+CHARACTERS = 8
+"""Characters of a piece of text for each token that is drawn from it: more than any tokenizer takes on average."""
+
+
+def first_tokens(texts: Sequence[str], tokenizer: Any, count: int) -> torch.Tensor:
+    """The first tokens of the texts, joined: as many as are asked for, or all."""
+    ids: list[int] = []
+    for start in range(0, len(texts), 900):
+        if len(ids) < count:
+            part = "".join(texts[start : start + 900])
+            ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[:count])
+
+
+def draw_blocks(
+    texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """Calibration rows: `count` blocks of `length` tokens from places of the joined texts that the seed draws.
+
+    A block begins with a word, as a window of the evaluation may in the middle of a sentence. No other text than that of the
+    blocks is tokenised.
+    """
+    text, size = "".join(texts), CHARACTERS * length
+    places = random.Random(seed).sample(range(0, len(text) - size, size), count)
+    pieces = [text[text.index(" ", place) : place + size] for place in places]
+    encoded = tokenizer(pieces, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
+    assert all(len(ids) == length for ids in encoded)
+    return [{"input_ids": ids} for ids in encoded]
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int, half: bool = True) -> float:
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
     """exp of the mean negative log-likelihood of each token given those before it in its window."""
     model.eval()
     total, count = 0.0, 0
-    starts = range(0, len(ids) - window, window)
-    for first in range(0, len(starts), 4):
-        rows = torch.stack([ids[start : start + window + 1] for start in starts[first : first + 4]]).to(
-            model.device
-        )
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            logits = model(rows[:, :-1], use_cache=False).logits.float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
-        count += rows[:, 1:].numel()
+    for start in range(0, len(ids) - window, window):
+        row = ids[start : start + window + 1].to(model.device)
+        logits = model(row[None, :-1], use_cache=False).logits[0].float()
+        total += float(F.cross_entropy(logits, row[1:], reduction="sum"))
+        count += window
     return math.exp(total / count)
+
+
+def untuned(dense: PreTrainedModel, report: PruningReport) -> PreTrainedModel:
+    """The dense model without the units that a run removed; the weights that are left are its own."""
+    model = copy.deepcopy(dense)
+    for sublayer, entry in zip(find_sublayers(model), report.sublayers, strict=True):
+        mask = torch.zeros(entry.units, dtype=torch.bool)
+        mask[entry.kept] = True
+        cut(sublayer, mask)
+    return model
 
 
 def main() -> None:
@@ -57,80 +108,66 @@ def main() -> None:
         "--output", type=Path, required=True, help="File that the JSON lines are appended to."
     )
     parser.add_argument(
-        "--model", default="opt-wikitext2", help="Model of the pack, or the folder of another one."
+        "--model", type=Path, required=True, help="Folder of the dense model; its name stands in the lines."
     )
-    parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.05, 0.1, 0.15, 0.2])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--tokens", type=int, help="Tokens of the test split. By default all of it.")
-    parser.add_argument(
-        "--split", default="test", choices=["validation", "test"], help="Decide on validation, once on test."
-    )
-    parser.add_argument(
-        "--float32", action="store_true", help="Evaluate in float32, in place of bfloat16 autocast."
-    )
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["surgeon"])
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--uniform", action="store_true", help="Leave all layers alike, a stock checkpoint.")
     parser.add_argument(
         "--untuned", action="store_true", help="Also the same cuts with the dense model's own weights."
     )
+    parser.add_argument("--window", type=int, default=512, help="Tokens of a window, and of a block.")
+    parser.add_argument("--calibration", type=int, default=40_960, help="Tokens to calibrate on.")
+    parser.add_argument("--tokens", type=int, default=20_480, help="Tokens to evaluate on.")
+    parser.add_argument("--split", default="validation", choices=["validation", "test"])
+    parser.add_argument("--save", type=Path, help="Folder to keep the pruned models in.")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of further KPruneArguments.")
     args = parser.parse_args()
 
-    path, data = Path(args.model), args.pack / "data" / "wikitext2"
-    if not path.is_dir():
-        path = args.pack / "models" / args.model
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    texts = [text for text in pd.read_parquet(data / "train.parquet")["text"] if text]
-    test = [text for text in pd.read_parquet(data / f"{args.split}.parquet")["text"] if text]
-    ids = torch.cat(
-        [
-            torch.tensor(
-                tokenizer("".join(test[k : k + 900]), add_special_tokens=False, verbose=False)["input_ids"]
-            )
-            for k in range(0, len(test), 900)
-        ]
-    )[: None if args.tokens is None else args.tokens + 1]
-    done, dense = (
-        {key_of(line, KEY) for line in read_lines(args.output)},
-        AutoModelForCausalLM.from_pretrained(path),
+    data = args.pack / "data" / "wikitext2"
+    train, held_out = (
+        pd.read_parquet(data / f"{name}.parquet")["text"].tolist() for name in ("train", args.split)
     )
-    of_dense = perplexity(dense, ids, args.window, not args.float32)
-    options = {"packing": True, "max_seq_length": 256, "per_device_batch_size": 8, **args.options}
-    for seed, method in itertools.product(args.seeds, args.method):
-        line = {
-            "model": path.name,
-            "method": method,
-            "seed": seed,
-            "window": args.window,
-            "split": args.split,
-            "tokens_of_split": args.tokens,
-            "options": args.options,
-        }
-        left = [
-            sparsity for sparsity in args.sparsity if key_of(line | {"sparsity": sparsity}, KEY) not in done
-        ]
-
-        def record(report: PruningReport, model: PreTrainedModel, line: dict[str, Any] = line) -> None:
-            found = line | {"sparsity": report.asked["sparsity"], "dense": of_dense, **facts(report)}
-            found["perplexity"] = perplexity(model, ids, args.window, not args.float32)
-            if args.untuned:
-                untuned = copy.deepcopy(dense)
-                for sublayer, entry in zip(find_sublayers(untuned), report.sublayers, strict=True):
-                    cut(
-                        sublayer,
-                        torch.zeros(entry.units, dtype=torch.bool).index_fill(
-                            0, torch.tensor(entry.kept), True
-                        ),
-                    )
-                found["untuned"] = perplexity(untuned, ids, args.window, not args.float32)
-            append_line(args.output, found)
-            print(
-                f"{line['method']} {found['sparsity']:.0%} seed {line['seed']}: {found['perplexity']:.2f} of {of_dense:.2f}",
-                flush=True,
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ids = first_tokens(held_out, tokenizer, args.tokens + 1)
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    of_dense: float | None = None
+    done = {key_of(line, KEY) for line in read_lines(args.output)}
+    for seed, method, sparsity in itertools.product(args.seeds, args.method, args.sparsity):
+        values = (args.model.name, method, sparsity, seed, args.uniform, args.window, args.split)
+        line = dict(zip(KEY, (*values, args.tokens, args.calibration, args.options), strict=True))
+        if key_of(line, KEY) in done:
+            continue
+        of_dense = perplexity(dense, ids, args.window) if of_dense is None else of_dense
+        rows = draw_blocks(train, tokenizer, args.calibration // args.window, args.window, seed)
+        options = {"num_tokens": args.calibration, "per_device_batch_size": 4, "uniform": args.uniform}
+        model, begin = copy.deepcopy(dense), time.process_time()
+        try:
+            report = prune(
+                model, method, rows, tokenizer, sparsity=sparsity, seed=seed, **options | args.options
             )
-
-        if left:
-            prune_each(dense, method, left, record, texts, tokenizer, seed=seed, **options)
+        except BudgetError as error:
+            print(f"{method} {sparsity:.0%} seed {seed}: {error}", flush=True)
+            continue
+        line |= {"cpu_seconds": time.process_time() - begin, **facts(report), "dense": of_dense}
+        line |= {"perplexity": perplexity(model, ids, args.window)}
+        line |= {
+            f"cache_bytes_per_token{when}": size.cache_bytes_per_token
+            for when, size in (("_of_dense", report.before), ("", report.after))
+        }
+        if args.untuned:
+            line["untuned"] = perplexity(untuned(dense, report), ids, args.window)
+        if args.save:
+            folder = args.save / f"{method}{'-uniform' * args.uniform}-{sparsity:g}-seed{seed}"
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        append_line(args.output, line)
+        print(
+            f"{method}{', uniform' * args.uniform} {sparsity:.0%} seed {seed}: {line['perplexity']:.2f} of {of_dense:.2f}, "
+            f"{line['cpu_seconds']:.0f} CPU s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
