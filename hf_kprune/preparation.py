@@ -274,6 +274,10 @@ class Run:
         report.achieved = pruning.achieved(student)
         total = self.seconds.get("prepare", 0.0) + time.perf_counter() - begin
         report.seconds = {**self.seconds, "total": total}
+        if self.dry:
+            seconds = pruning.seconds(self.seconds)
+            report.estimate += f", and {seconds}."
+            report.expected_seconds = {**seconds.phases, "total": seconds.total}
         self.seconds.clear()
         report.peak_memory = peak_memory(self.pruner.accelerator.device)
         write_cuts(student, [*report.lineage, report.cut()])
@@ -365,9 +369,9 @@ class Run:
             trials = f" and tries {ways} ways to split the budget over depth" if ways > 1 else ""
             text += f"prune() measures {calibration.rows.measured:,} rows{trials}"
         text += ": a sublayer may keep other units than here, and more or fewer of them."
-        text += f" It takes {self.memory}."
         if self.args.budget[0] in TIMES:
             text += " Times are those of the look-up table; prune() measures cut models against them."
+        text += f" It takes {self.memory}"  # `student` adds how long
         return text, {"rows_measured": calibration.sample, "tokens_measured": tokens}
 
     @contextmanager

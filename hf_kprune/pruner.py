@@ -196,7 +196,7 @@ class KPrunePruner:
         All that `prune()` checks is checked. Units are measured on the dense model, on 2,000 tokens at most,
         and searched once; nothing is tuned, and no weight is copied, but for those of a half-precision model,
         which are measured in float32. So totals are as asked, and which units stay may differ: the report
-        says how.
+        says how. It also estimates how much memory `prune()` takes, and how many seconds on this device.
 
         Raises:
             BudgetError: As `prune()`.

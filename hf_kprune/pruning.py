@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,16 @@ from .methods import METHODS, Method, Statistics
 from .progress import Work
 from .report import PruningReport, Size, SublayerReport
 from .resumption import Record
+from .seconds import Seconds, now, pace_of, seconds_beyond, steps_of
 from .sizes import prunable_flops
 from .structure.sublayers import Sublayer, find_sublayers
 from .structure.surgery import cut, frozen, with_table_per_layer, write_plan
 from .structure.uniform import write_stock_config
-from .structure.workbench import needs_workbench, on_workbench
+from .structure.workbench import needs_workbench, on_workbench, workbench_of
 
+
+PHASES = ("prepare", "measure", "search", "tune")
+"""Names of the phases whose seconds a plan foretells."""
 
 REPORTED_LENGTHS = (128, 512)
 """Tokens of the sequences for which a report says what is removed, beside those that the budget is about."""
@@ -86,6 +90,8 @@ class Pruning:
         self.costs: list[float] = []  # with which the following was scored
         self.statistics: list[Statistics] = []
         self.scores: list[Tensor] = []
+        self.passes = 0.0  # seconds that measuring took, without scoring
+        self.beyond: dict[str, float] = {}  # seconds that pruning takes beyond a plan, by phase
 
     def student(self, args: KPruneArguments, report: PruningReport, past: Record) -> PreTrainedModel:
         """A pruned copy of the teacher, for the budget in `args`. What is done already is in the record of
@@ -127,12 +133,28 @@ class Pruning:
             tokens: 1 - left / at[tokens] for tokens, left in self.flops_at(sublayers).items()
         }
         report.sparsity = 1 - report.after.flops / flops
+        if self.dry:
+            self._foresee(job, sublayers, report)
         self.work.end_student()
         return student
 
     def achieved(self, student: PreTrainedModel) -> float:
         """What the last student comes to, in terms of the budget; a time is measured."""
         return self.budget.achieved(student)
+
+    def seconds(self, plan: Mapping[str, float]) -> Seconds:
+        """Those that pruning takes, from those that the phases of a plan took."""
+        ways = len(METHODS[self.args.method].exponents)
+        phases = {**plan, "search": ways * plan.get("search", 0.0)}
+        return Seconds({name: phases.get(name, 0.0) + self.beyond.get(name, 0.0) for name in PHASES})
+
+    def _foresee(self, job: Job, left: list[Sublayer], report: PruningReport) -> None:
+        """Find out how many seconds it takes to prune beyond what the plan takes itself."""
+        tunes = self.args.tune and job.method.tunes and report.cut_something
+        about = self.calibration, job.method, self.loss, self.teacher, self.references, left
+        pace, alone = pace_of(*about) if tunes else None, workbench_of(self.teacher) is not None
+        share = 1 - report.sparsity
+        self.beyond = seconds_beyond(self.calibration, job.method, pace, self.passes, share, alone)
 
     def _announce(self, method: Method, budget: Budget) -> None:
         """Say how much there is to do."""
@@ -147,7 +169,9 @@ class Pruning:
             check_walk(self.calibration, self.teacher, self.references)
             self.all_flops = self.calibration.all_flops(self.teacher, self.references)
             self.checked = True
-            if self.hold_out:
+            if self.dry:
+                self.fitted = self.calibration.only(lambda batch: batch.sampled)
+            elif self.hold_out:
                 self.fitted = self.calibration.only(lambda batch: not batch.held_out)
 
     def flops_at(self, sublayers: list[Sublayer]) -> dict[str, float]:
@@ -200,12 +224,16 @@ class Pruning:
                 of_all = measure_dense(self.fitted, walk, needs, self.loss, self.costs)
             else:
                 of_all = enumerate(measure_knowledge(self.fitted, walk, walk, [], self.loss, self.costs))
-            scored = {}
+            scored, device, scoring = {}, self.calibration.accelerator.device, 0.0
+            start = now(device)
             for position, statistics in of_all:
+                begin = now(device)
                 scored[position] = statistics, job.method.score(statistics).cpu()
+                scoring += now(device) - begin
                 self.calibration.step(2 * measured if needs else 0)
                 statistics.gram = statistics.metric = None
                 statistics.weight = statistics.weight.new_empty(0)  # it may be there no longer
+            self.passes = now(device) - start - scoring
         self.statistics, self.scores = map(list, zip(*(scored[p] for p in sorted(scored)), strict=True))
         past.keep_measured(self.costs, self.statistics, self.scores)
 
@@ -256,37 +284,3 @@ class Journal:
         self.keep(len(self.report.sublayers), sublayer, entry)
         self.report.sublayers.append(entry)
         self.tell("on_sublayer_end", entry, model=self.subject)
-
-
-def steps_of(
-    method: Method, calibration: Calibration, sublayers: int, measured: bool, tune: bool, dry: bool
-) -> float:
-    """About how many steps a student takes.
-
-    Args:
-        method: It decides which units stay.
-        calibration: It has the batches.
-        sublayers: How many sublayers there are.
-        measured: Whether the dense model was measured for an earlier student, as one-shot methods do once.
-        tune: Whether weights are tuned.
-        dry: Whether the student is planned only.
-    """
-    batches = calibration.batches
-    few = sum(batch.measured for batch in batches)
-    tried, compared = sum(batch.tried for batch in batches), sum(batch.held_out for batch in batches)
-    correct = (4 if method.tune_inputs else 2) if tune and method.tunes else 0
-    if not method.one_shot and not dry:
-        measuring = few * sublayers + 3 * few * sublayers * (sublayers + 1) / 2
-        return measuring + len(batches) * sublayers * (1 + correct)
-    passes = (
-        (6 if method.one_shot else 3) if method.needs else 1
-    )  # a plan takes no losses for decisions in turn
-    measuring = 0 if measured else few * sublayers * passes
-    if dry:
-        return measuring
-    trials = len(method.exponents) if len(method.exponents) > 1 and compared else 0
-    return (
-        measuring
-        + (trials * tried + len(batches)) * sublayers * (1 + correct)
-        + trials * 2 * compared * sublayers
-    )

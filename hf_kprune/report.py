@@ -120,6 +120,8 @@ class PruningReport:
         seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
         peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
         estimate: Of a plan, what it is estimated from and what pruning does otherwise; empty after pruning.
+        expected_seconds: Of a plan, about how many seconds pruning takes, by phase as in `seconds`; empty
+            after pruning.
         removed_at: Fraction of the prunable FLOPs that is removed for texts of 128 and of 512 tokens; empty
             without texts.
         device: Where it ran, and in how many processes.
@@ -156,6 +158,7 @@ class PruningReport:
     removed_at: dict[str, float] = field(default_factory=dict)
     estimate: str = ""
     left_alone: dict[str, str] = field(default_factory=dict)
+    expected_seconds: dict[str, float] = field(default_factory=dict)
 
     lineage: list[dict[str, Any]] = field(default_factory=list)
 

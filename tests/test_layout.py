@@ -30,7 +30,7 @@ FLOORS = [
     ["callbacks"],
     ["state", "algorithm"],
     ["evaluation", "publication"],
-    ["resumption"],
+    ["resumption", "seconds"],
     ["pruning"],
     ["preparation", "sweep"],
     ["sweeper", "hyperparameters"],

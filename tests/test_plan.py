@@ -25,9 +25,12 @@ from hf_kprune import (
     KPrunePruner,
     UnsupportedModelError,
 )
+from hf_kprune.calibration.batches import Batch
 from hf_kprune.methods import METHODS
 from hf_kprune.preparation import PLAN_TOKENS
+from hf_kprune.progress import Work
 from hf_kprune.report import Size
+from hf_kprune.seconds import Pace, seconds_beyond
 from hf_kprune.sizes import model_size
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -195,10 +198,84 @@ def test_memory_is_said_before_pruning_and_too_little_of_it_is_refused(
         rows(40),
         collate,
     )
-    assert " It takes about " in pruner.plan().estimate
+    report = pruner.plan()
+    assert " It takes about " in report.estimate
     free = SimpleNamespace(available=1024)
     monkeypatch.setattr("hf_kprune.memory.psutil", SimpleNamespace(virtual_memory=lambda: free))
     assert " It takes about " in pruner.plan().estimate
     message = r"pruning takes about \d+ MiB of memory beyond the model, .* and 0 MiB are free on cpu; lower"
     with unchanged(pruner.model), pytest.raises(CalibrationError, match=message):
         pruner.prune()
+
+
+@pytest.mark.several_splits
+@pytest.mark.parametrize("method", slow_unless_in(("surgeon", "kprune"), METHODS))
+def test_a_plan_tells_how_long_pruning_takes(method: str) -> None:
+    pruner = make_pruner(tiny(), rows(200), method=method, sparsity=0.5)
+    report = pruner.plan()
+    seconds = report.expected_seconds
+    assert list(seconds) == ["prepare", "measure", "search", "tune", "total"]
+    assert seconds["total"] == pytest.approx(sum(seconds.values()) / 2)
+    assert f", and about {seconds['total']:,.0f} s on this device, most of them to " in report.estimate
+    assert (seconds["tune"] > 0) == METHODS[method].tunes
+    assert (seconds["search"] > 2 * report.seconds["search"]) == (method == "surgeon")
+    assert pruner.prune().expected_seconds == {}
+
+
+def test_seconds_are_those_of_the_plan_in_proportion_to_what_there_is_to_do() -> None:
+    """Of 3 sublayers: a plan that measures 10 tokens in 2 s, of 100 that prune() measures and 1,000 in all."""
+
+    def tokens(count: int, **roles: Any) -> Batch:
+        return Batch({}, {"layers": torch.ones(1, count)}, torch.ones(1, count), **roles)
+
+    batches = [
+        tokens(10, measured=True, sampled=True, tried=True),
+        tokens(40, measured=True, tried=True),
+        tokens(30, measured=True),
+        tokens(20, measured=True, held_out=True),
+        tokens(900),
+    ]
+    data: Any = SimpleNamespace(batches=batches, sublayers=[None] * 3)
+    pace = Pace(forward=0.1, sums=0.2, fits=7.0, quick_fits=3.0, judging=0.4)
+    magnitude, kwon, kprune, surgeon = (
+        METHODS[name](KPruneArguments(method=name, method_kwargs=kwargs))
+        for name, kwargs in (
+            ("magnitude", None),
+            ("kwon", None),
+            ("kprune", {"measure_every": 2}),
+            ("surgeon", None),
+        )
+    )
+    assert seconds_beyond(data, magnitude, None, 2.0, 0.5, False) == {"measure": pytest.approx(18.0)}
+    student = 0.1 * (0.5 + 0.5 * 0.5)
+    fitting = 1.5 * student + 0.2
+    more = seconds_beyond(data, kwon, pace, 2.0, 0.5, False)
+    assert more == pytest.approx({"measure": 18.0, "tune": 1000 * (0.1 + fitting) + 7})
+    more = seconds_beyond(data, kprune, pace, 2.0, 0.5, False)
+    # passes over 3 sublayers for the teacher and the student, and one forward and backward over the third
+    assert more["measure"] == pytest.approx(2 * (10 * (3 + 3 + 3) / 3 - 1))
+    assert "search" not in more
+    surgeon.exponents = (0.5, 1.0)  # type: ignore[misc]
+    fitting += 0.25 * 0.1
+    for alone in (False, True):
+        more = seconds_beyond(data, surgeon, pace, 2.0, 0.5, alone)
+        assert more["tune"] == pytest.approx(1000 * (0.1 + fitting) + 7)
+        teacher = (2 if alone else 1) * 0.1 * 70 + 0.1 * 20
+        each = 50 * fitting + 20 * (student + 0.4) + 3
+        assert more["search"] == pytest.approx(teacher + 2 * each)
+
+
+@pytest.mark.several_splits
+@pytest.mark.parametrize("method", slow_unless_in(("surgeon", "kprune"), METHODS))
+def test_the_steps_that_are_foretold_are_those_that_are_taken(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, told = [0.0], [0.0]
+    monkeypatch.setattr(Work, "step", lambda _, steps=1.0: taken.append(steps))
+    monkeypatch.setattr(Work, "begin", lambda _, steps, later: told.append(steps))
+    monkeypatch.setattr(Work, "end_student", lambda _: None)
+    pruner = make_pruner(tiny(), rows(200), method=method, sparsity=0.5, per_device_batch_size=8)
+    for work in (pruner.plan, pruner.prune):
+        taken.clear()
+        work()
+        assert sum(taken) == pytest.approx(told[-1], rel=0.25)

@@ -63,14 +63,15 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
 @dataclass
 class Batch:
     """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, those whose
-    outputs count for knowledge, and which of all rows they are; whether they serve for measuring, for trials,
-    or are held out of those, and whether weights are tuned on them."""
+    outputs count for knowledge, and which of all rows they are; whether they serve for measuring, also in a
+    plan, for trials, or are held out of those, and whether weights are tuned on them."""
 
     inputs: dict[str, Any]
     valid: dict[str, Tensor]
     counted: Tensor
     rows: list[int] = field(default_factory=list)
     measured: bool = False
+    sampled: bool = False
     tried: bool = False
     held_out: bool = False
     fitted: bool = True
@@ -134,7 +135,7 @@ class Calibration:
         model: Whose inputs are prepared.
         args: Options.
         tokens_per_row: Counts the tokens of a row without token ids, see `tokens_of`.
-        few: Measure on no more than so many tokens, or on one row, and hold none out: for a plan.
+        few: A plan measures on no more than so many tokens, or on one row.
     """
 
     def __init__(
@@ -158,9 +159,7 @@ class Calibration:
         self.stacks_of_ids: set[str] = set()
         ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
         self.sample = rows.first(few, tokens_per_row) if few is not None else rows.measured
-        if few is not None:
-            ends = [0, 0, self.sample, self.sample, len(rows.rows)]
-        for start, stop in pairwise(ends):
+        for start, stop in pairwise(sorted([*ends, self.sample])):
             by_length = sorted(
                 range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i)
             )
@@ -169,7 +168,8 @@ class Calibration:
                 picked = mine[first : first + args.per_device_batch_size]
                 inputs, counted = collate([rows.rows[i] for i in picked])
                 batch = self._batch(model, inputs, counted)
-                batch.rows, batch.measured = picked, start < self.sample
+                batch.rows, batch.measured = picked, start < rows.measured
+                batch.sampled = start < self.sample
                 batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]
                 self.batches.append(batch)
 
