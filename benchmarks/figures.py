@@ -18,6 +18,7 @@ import matplotlib
 import pandas as pd
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tasks import read_lines
 
 
@@ -28,7 +29,7 @@ TITLES = {
     "squad": "minilm-squad, 1,000 questions of SQuAD 1.1, F1",
 }
 LABELS = {
-    "obs": "ours",
+    "surgeon": "ours",
     "kprune": "K-prune",
     "kwon": "Kwon et al.",
     "kcm": "KCM",
@@ -40,6 +41,10 @@ LABELS = {
     "torch-pruning": "Torch-Pruning",
 }
 COLOURS = dict(zip(LABELS.values(), matplotlib.color_sequences["tab10"], strict=True))
+UNIFORM = ", uniform"
+"""What the label of a method ends with where it left all layers alike."""
+USEFUL = 6.0
+"""Times the dense model's perplexity, beyond which a plot shows nothing."""
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -49,7 +54,11 @@ def read(path: Path) -> pd.DataFrame:
         ValueError: If a method was run with several options, the mean over which would say nothing.
     """
     frame = pd.DataFrame(read_lines(path))
-    frame["method"] = pd.Categorical(frame["method"].map(LABELS), list(LABELS.values()), ordered=True)
+    labels = frame["method"].map(LABELS)
+    if "uniform" in frame:
+        labels = labels.mask(frame["uniform"].eq(True), labels + UNIFORM)
+    every = [*LABELS.values(), *(label + UNIFORM for label in LABELS.values())]
+    frame["method"] = pd.Categorical(labels, every, ordered=True)
     if "options" in frame:
         frame["options"] = frame["options"].map(str)
         for (method, *_), group in frame.groupby(
@@ -68,7 +77,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def with_spread(values: pd.Series) -> str:
-    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+    digits = 2 if values.mean() < 1000 else 0
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def against_sparsity(frame: pd.DataFrame, row: str, value: str, highest: bool = True) -> str:
@@ -96,9 +106,10 @@ def curves(axes: Axes, frame: pd.DataFrame, value: str, title: str) -> None:
             at[value].mean(),
             at[value].std().fillna(0),
             label=label,
-            color=COLOURS[label],
-            linewidth=2.5 if label == LABELS["obs"] else 1.2,
-            zorder=3 if label == LABELS["obs"] else 2,
+            color=COLOURS[label.removesuffix(UNIFORM)],
+            linestyle=":" if label.endswith(UNIFORM) else "-",
+            linewidth=2.5 if label == LABELS["surgeon"] else 1.2,
+            zorder=3 if label == LABELS["surgeon"] else 2,
             marker=".",
         )
     axes.axhline(frame["dense"].mean(), label="dense", color="black", linestyle="--", linewidth=1)
@@ -127,8 +138,8 @@ def quality(frame: pd.DataFrame, folder: Path) -> None:
         ["task", "sparsity", "method"], observed=True
     )["lost"]
     points = lost.mean().unstack()
-    if {LABELS["obs"], LABELS["kprune"]} <= set(points):
-        ours, theirs = points[LABELS["obs"]], points[LABELS["kprune"]]
+    if {LABELS["surgeon"], LABELS["kprune"]} <= set(points):
+        ours, theirs = points[LABELS["surgeon"]], points[LABELS["kprune"]]
         rows = [
             [
                 task,
@@ -195,18 +206,40 @@ def pruning_time(frame: pd.DataFrame, folder: Path) -> None:
 
 
 def perplexity(frame: pd.DataFrame, folder: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    for model, some in frame.groupby("model"):
+    models = frame.groupby("model")
+    figure, panels = pyplot.subplots(
+        1, len(models), figsize=(6 * len(models), 4.5), squeeze=False, layout="constrained"
+    )
+    for axes, (model, some) in zip(panels[0], models, strict=True):
         print(f"### {model}, perplexity\n\n{against_sparsity(some, 'method', 'perplexity', highest=False)}")
         if "untuned" in some:
             cuts = some.dropna(subset="untuned")
             print(
                 f"The same cuts, not tuned:\n\n{against_sparsity(cuts, 'method', 'untuned', highest=False)}"
             )
-        curves(axes, some, "perplexity", f"{model}, perplexity")
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
+        if "cpu_seconds" in some:
+            cache = some["cache_bytes_per_token_of_dense"].iloc[0]
+            print(f"CPU seconds of pruning, and bytes of cache per token (dense {cache:,}):\n\n{costs(some)}")
+        curves(axes, some, "perplexity", f"{model}, perplexity of WikiText-2 {some['split'].iloc[0]}")
+        dense = some["dense"].mean()
+        axes.set(yscale="log", ylim=(0.93 * dense, USEFUL * dense))  # what is of no use any more is left out
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save(figure, folder / "perplexity.svg")
+
+
+def costs(frame: pd.DataFrame) -> str:
+    """CPU seconds that each method takes, and the bytes that the cache of what it leaves grows by with each token."""
+    means = frame.groupby(["method", "sparsity"], observed=True)[
+        ["cpu_seconds", "cache_bytes_per_token"]
+    ].mean()
+    cells = means.apply(lambda pair: f"{pair.iloc[0]:,.0f} s, {pair.iloc[1]:,.0f}", axis=1).unstack(
+        fill_value="-"
+    )
+    head = ["removed", *(f"{100 * sparsity:.4g} %" for sparsity in cells)]
+    return table(head, ([str(label), *row] for label, row in zip(cells.index, cells.to_numpy(), strict=True)))
 
 
 def save(figure: Any, path: Path) -> None:

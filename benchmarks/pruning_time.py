@@ -1,6 +1,6 @@
 """Quality against time at one sparsity: every method's pruning, and fine-tuning of what some of them leave.
 
-    python benchmarks/pruning_time.py --pack PACK --output pruning_time.jsonl --start magnitude obs --minutes 0.25 1 4
+    python benchmarks/pruning_time.py --pack PACK --output pruning_time.jsonl --start magnitude surgeon --minutes 0.25 1 4
 
 Fine-tuning, the retraining-based point: AdamW on the true labels of the whole train split (for squad: of the questions that
 calibration draws from), all weights but the embeddings, learning rate falling to nothing over the time that there is. Appends
@@ -121,7 +121,11 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["sst2", "stsb"])
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument(
-        "--start", nargs="*", choices=METHOD_NAMES, default=["magnitude", "obs"], help="What is fine-tuned."
+        "--start",
+        nargs="*",
+        choices=METHOD_NAMES,
+        default=["magnitude", "surgeon"],
+        help="What is fine-tuned.",
     )
     parser.add_argument("--minutes", nargs="+", type=float, default=[0.25, 1, 4], help="Of fine-tuning.")
     parser.add_argument("--sparsity", type=float, default=0.75)

@@ -1,7 +1,7 @@
 """Quality of pruned models against the fraction of FLOPs removed, on the evaluation pack.
 
     python benchmarks/quality.py --pack PACK --output quality.jsonl --sparsity 0.4 0.5 0.6 0.7 0.75 0.8 --seeds 0 1 2
-    python benchmarks/quality.py --pack PACK --output quality.jsonl --method obs kprune --sparsity 0.75 --ablation
+    python benchmarks/quality.py --pack PACK --output quality.jsonl --method surgeon kprune --sparsity 0.75 --ablation
 
 Calibrates on a task's train split and evaluates on its validation (sst2) or test split (sts, stsb), or, for squad, on
 questions on other paragraphs than those evaluated; labels are used for evaluation alone. Appends one JSON line per run to
@@ -101,7 +101,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "without KPMS": {"method": "kprune_alike"},
         "without KPWT": {"tune": False},
     },
-    "obs": {
+    "surgeon": {
         "without the Fisher metric": {"method": "no_metric"},
         "without trying splits": {"method": "no_split"},
         "the same share everywhere": {"method": "alike"},
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.7, 0.75, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--ablation", action="store_true", help="Also without each ingredient of kprune and of obs."
+        "--ablation", action="store_true", help="Also without each ingredient of kprune and of surgeon."
     )
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of further KPruneArguments.")
     args = parser.parse_args()
