@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 from torch.distributions import kl_divergence as torch_kl
 
+from hf_kprune.calibration.knowledge import CLASS, gradient_of_draw
 from hf_kprune.calibration.losses import (
     bernoulli_kl_divergence,
     kl_divergence,
@@ -52,6 +53,14 @@ def test_gradient_is_the_finite_difference_and_vanishes_at_the_teacher(loss: obj
         return g
 
     assert gradient(student.detach().clone()).abs().max() < 1e-12 < gradient(teacher).abs().min()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_gradient_of_a_draw_is_that_of_the_divergence_from_it(temperature: float) -> None:
+    logits, uniform, valid = normal(4, 3, 5).requires_grad_(), torch.rand(4, 3), torch.ones(4, 3)
+    drawn = CLASS.outcome(logits.detach(), uniform, valid, temperature)
+    (expected,) = torch.autograd.grad(kl_divergence(logits, drawn, temperature).sum(), logits)
+    torch.testing.assert_close(gradient_of_draw(logits, uniform, temperature), expected)
 
 
 def test_kl_of_very_confident_logits_is_finite_and_grows() -> None:

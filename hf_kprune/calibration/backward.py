@@ -21,7 +21,7 @@ from ..structure.runs import run_to_top
 from ..structure.shelf import Shelf
 from ..structure.walk import Walk
 from .batches import Batch, Calibration
-from .knowledge import Draws, Knowledge
+from .knowledge import Draws, Knowledge, gradient_of_draw
 from .outputs import chunk_of, in_float32, losses_of, narrowed
 
 
@@ -159,21 +159,23 @@ def pull_on_top(student: Head, reference: Head | Draws, batch: Batch, loss: Know
     The loss is against a teacher's head, or against draws from what the student predicts.
     """
     name = student.walk.sublayers[-1].stack_name
-    hidden, counts = student.state.inputs[name], batch.counted.sum(1)
+    hidden, shares = student.state.inputs[name], batch.counted / batch.counted.sum(1, True).clamp(min=1)
     leaf, pull = hidden.detach().requires_grad_(), torch.zeros_like(hidden)
     top = Head(student.walk, State({**student.state.inputs, name: leaf}))
     noise = reference.uniform_of_tokens() if isinstance(reference, Draws) else None
     for start in range(0, hidden.shape[1], chunk):
-        counted = batch.counted[:, start : start + chunk]
+        tokens = slice(start, start + chunk)
+        counted, share = batch.counted[:, tokens], shares[:, tokens].unsqueeze(-1)
         with torch.enable_grad():
             predicted = top(batch, chunk, start)
         if noise is not None:
-            expected = loss.draw(predicted, {"logits": noise[:, start : start + chunk]}, counted)
+            gradient = gradient_of_draw(predicted.logits, noise[:, tokens], loss.temperature) * share
+            pull += torch.autograd.grad(predicted.logits, leaf, gradient)[0]
         elif isinstance(reference, Head):
             with torch.no_grad():
                 expected = reference(batch, chunk, start)
-        losses = loss(predicted, expected, counted) * counted.sum(1) / counts.clamp(min=1)
-        pull += torch.autograd.grad(losses.sum(), leaf)[0]
+            losses = loss(predicted, expected, counted) * share.sum((1, 2))
+            pull += torch.autograd.grad(losses.sum(), leaf)[0]
     return pull
 
 

@@ -26,6 +26,10 @@ from .loss_check import check_loss
 from .outputs import chunk_of, in_float32, narrowed
 
 
+CHECKED = 2
+"""Rows on which a model is checked."""
+
+
 def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
     """Carry one batch up sublayer by sublayer, and note in `calibration.readers` which input projections read
     the same.
@@ -37,8 +41,10 @@ def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequ
     readers: list[list[list[str]]] = []
     with together(calibration.accelerator):
         for batch in calibration.batches[:1]:
-            if batch.samples == batch.counted.shape[1] > 1:  # so that rows are not taken for tokens below
-                batch = batch.part(0, batch.samples - 1)
+            rows = min(CHECKED, batch.samples)
+            if rows == batch.counted.shape[1] > 1:  # so that rows are not taken for tokens below
+                rows -= 1
+            batch = batch.part(0, rows)
             check_order(model, batch.inputs, sublayers)
             prove_projections(model, batch.inputs, calibration.args.head_unit)
             walk = Walk(model, sublayers, [batch.inputs])

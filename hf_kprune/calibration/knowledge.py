@@ -110,9 +110,22 @@ def _by_channel(value: Tensor, draws: Draws) -> Tensor:
 
 def _class(logits: Tensor, uniform: Tensor, _valid: Tensor, temperature: float) -> Tensor:
     """Logits (..., K) of one class, drawn from softmax(logits / T) by numbers (...) in [0, 1)."""
-    below = (logits / temperature).softmax(-1).cumsum(-1) <= uniform.unsqueeze(-1)
-    place = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    place = place_of((logits / temperature).softmax(-1), uniform)
     return torch.zeros_like(logits).scatter_(-1, place, FAR)
+
+
+def place_of(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The class (..., 1) that numbers (...) in [0, 1) draw from probabilities (..., K)."""
+    below = torch.searchsorted(probabilities.cumsum(-1), uniform.unsqueeze(-1), right=True)
+    return below.clamp(max=probabilities.shape[-1] - 1)
+
+
+def gradient_of_draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """The gradient of  T^2 KL(class || softmax(logits / T))  to logits (..., K), where numbers (...) in
+    [0, 1) draw the class from softmax(logits / T):  T (softmax(logits / T) - one at the class)."""
+    probabilities = (logits.detach() / temperature).softmax(-1)
+    place = place_of(probabilities, uniform)
+    return probabilities.scatter_add_(-1, place, -torch.ones_like(uniform).unsqueeze(-1)) * temperature
 
 
 def _token(logits: Tensor, uniform: Tensor, valid: Tensor, temperature: float) -> Tensor:
