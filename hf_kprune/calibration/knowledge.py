@@ -125,7 +125,8 @@ def gradient_of_draw(logits: Tensor, uniform: Tensor, temperature: float) -> Ten
     [0, 1) draw the class from softmax(logits / T):  T (softmax(logits / T) - one at the class)."""
     probabilities = (logits.detach() / temperature).softmax(-1)
     place = place_of(probabilities, uniform)
-    return probabilities.scatter_add_(-1, place, -torch.ones_like(uniform).unsqueeze(-1)) * temperature
+    minus_one = probabilities.new_full(place.shape, -1)
+    return probabilities.scatter_add_(-1, place, minus_one).mul_(temperature)
 
 
 def _token(logits: Tensor, uniform: Tensor, valid: Tensor, temperature: float) -> Tensor:
