@@ -1,18 +1,23 @@
-"""How much memory pruning takes beyond the interpreter, the libraries and the model: a Llama shape with random
-weights in bfloat16.
+"""How much memory pruning takes beyond the interpreter, the libraries and the model, and how cost grows with depth
+and tokens: a Llama shape with random weights in bfloat16.
 
-    python benchmarks/memory.py --layers 12 24 --offload none disk --folder /tmp/shapes
+    python benchmarks/memory.py --layers 12 24 --offload none disk
+    python benchmarks/memory.py --layers 6 12 24 48 --tokens 10240 --width 256 --vocabulary 1000 --offload none
+    python benchmarks/memory.py --layers 6 --tokens 10240 20480 51200 102400 --width 256 --vocabulary 1000 --offload none
 
 Each line is a process of its own. `growth` is the peak of its resident memory above what it held when the libraries
 were imported and a tiny model had been pruned; `ratio` is growth, less the model itself where that is in memory, over
-the bytes of the weights.
+the bytes of the weights. Where depths or tokens differ, the last line tells the exponents of growth of CPU seconds and
+of memory beyond the weights: slopes of the least squares line through logarithms.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -124,39 +129,44 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8_192])
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--offload", nargs="+", choices=["none", "cpu", "disk"], default=["none", "disk"])
     parser.add_argument("--folder", default=None, help="where shapes are written, and left")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.child, options.offload[0], options.tokens, options.sparsity)))
+        print(json.dumps(measure(options.child, options.offload[0], options.tokens[0], options.sparsity)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        for layers in options.layers:
-            folder = Path(options.folder or temporary, f"llama-{layers}-{options.width}")
-            size = write(folder, shape(layers, options.width, options.vocabulary))
-            for offload in options.offload:
-                words = ["--child", str(folder), "--offload", offload, "--tokens", str(options.tokens)]
-                done = subprocess.run(
-                    [sys.executable, __file__, *words, "--sparsity", str(options.sparsity)],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                line = json.loads(done.stdout.splitlines()[-1])
-                beyond = line["growth"] - (size if offload == "none" else 0)
-                about = {
-                    "layers": layers,
-                    "width": options.width,
-                    "tokens": options.tokens,
-                    "offload": offload,
-                }
-                print(
-                    json.dumps({**about, "weights": size, **line, "ratio": round(beyond / size, 3)}),
-                    flush=True,
-                )
+        for offload in options.offload:
+            lines = []
+            for layers in options.layers:
+                folder = Path(options.folder or temporary, f"llama-{layers}-{options.width}")
+                size = write(folder, shape(layers, options.width, options.vocabulary))
+                for tokens in options.tokens:
+                    words = ["--child", str(folder), "--offload", offload, "--tokens", str(tokens)]
+                    done = subprocess.run(
+                        [sys.executable, __file__, *words, "--sparsity", str(options.sparsity)],
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        check=True,
+                    )
+                    line = json.loads(done.stdout.splitlines()[-1])
+                    beyond = line["growth"] - (size if offload == "none" else 0)
+                    about = {"layers": layers, "width": options.width, "tokens": tokens, "offload": offload}
+                    lines.append({**about, "weights": size, **line, "beyond": beyond})
+                    print(json.dumps({**lines[-1], "ratio": round(beyond / size, 3)}), flush=True)
+            for axis in ("layers", "tokens"):
+                if len({line[axis] for line in lines}) > 1:
+                    slopes = {name: exponent(lines, axis, name) for name in ("cpu", "beyond")}
+                    print(json.dumps({"offload": offload, "exponents over": axis, **slopes}), flush=True)
+
+
+def exponent(lines: list[dict[str, Any]], axis: str, name: str) -> float:
+    """The p of  figure ~ axis^p."""
+    x, y = ([math.log(line[key]) for line in lines] for key in (axis, name))
+    return round(statistics.linear_regression(x, y).slope, 3)
 
 
 if __name__ == "__main__":

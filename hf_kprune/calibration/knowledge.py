@@ -116,7 +116,7 @@ def _class(logits: Tensor, uniform: Tensor, _valid: Tensor, temperature: float) 
 
 def place_of(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The class (..., 1) that numbers (...) in [0, 1) draw from probabilities (..., K)."""
-    below = torch.searchsorted(probabilities.cumsum(-1), uniform.unsqueeze(-1), right=True)
+    below = torch.searchsorted(probabilities.cumsum(-1), uniform.unsqueeze(-1).contiguous(), right=True)
     return below.clamp(max=probabilities.shape[-1] - 1)
 
 
