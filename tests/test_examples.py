@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from data import ROOT
+from data import PLAIN, ROOT, word_tokenizer
 from nbclient import NotebookClient
+from zoo import make
 
 
 EXAMPLES = ROOT / "examples"
@@ -72,6 +74,31 @@ def test_demo_prunes_the_bundled_model_and_keeps_its_accuracy(tmp_path: Path) ->
     assert float(pruned) >= float(dense) - 6
     report = json.loads((tmp_path / "pruned" / "kprune_report.json").read_text())
     assert report["after"]["flops"] <= 0.5 * report["before"]["flops"]
+
+
+def test_a_chat_model_is_calibrated_on_its_own_answers_and_on_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = word_tokenizer()
+    words.chat_template = PLAIN
+    words.save_pretrained(tmp_path / "dense")
+    make("llama").save_pretrained(tmp_path / "dense")
+    questions = pd.DataFrame({"about": [f"w{4 + i}" for i in range(9)], "question": ["w20 w21"] * 9})
+    questions.to_parquet(tmp_path / "questions.parquet")
+    paragraphs = pd.DataFrame({"text": ["w30 w31 " * 30, "w5", ""] * 4})
+    paragraphs.to_parquet(tmp_path / "texts.parquet")
+    options = (
+        f"{tmp_path}/dense --questions {tmp_path}/questions.parquet --columns about question --texts {tmp_path}/texts.parquet "
+        f"--rows 6 --show 2 --new 5 --num_measure_tokens 200 --output_dir {tmp_path}/pruned"
+    )
+    monkeypatch.setattr(sys, "argv", ["prune_chat_model.py", *options.split()])
+    runpy.run_path(str(EXAMPLES / "prune_chat_model.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("question: w") == printed.count("pruned:") == 2
+    assert "of 10 rows" in printed  # six chats, and the four texts that are no short lines
+    report = json.loads((tmp_path / "pruned" / "kprune_report.json").read_text())
+    assert report["calibration"]["rows"] == 10
+    assert report["after"]["flops"] < report["before"]["flops"]
 
 
 @pytest.mark.slow

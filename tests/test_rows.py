@@ -462,6 +462,25 @@ def test_chats(raw: Any) -> None:
     assert one(tiny(), [raw], words).keys() == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("template", [PLAIN, TELLING])
+def test_chats_and_texts_may_stand_in_one_dataset(template: str, table: bool) -> None:
+    words = word_tokenizer()
+    words.chat_template = template
+    mixture: Any = [{"messages": CHAT}, "w11 w12"]
+    if table:  # in a table each row has all columns
+        mixture = datasets.Dataset.from_list(
+            [{"messages": CHAT, "text": None}, {"messages": None, "text": "w11 w12"}]
+        )
+    rows = {len(row["input_ids"]): row for row in draw("GPT2LMHeadModel", mixture, words).rows}
+    assert {length: row["input_ids"] for length, row in rows.items()} == {6: [5, 6, 7, 8, 9, 10], 2: [11, 12]}
+    if template == TELLING:  # of a chat only what the assistant says counts, of a text all
+        assert rows[6]["labels"] == [-100, -100, 7, 8, 9, -100]
+        assert rows[2]["labels"] == [11, 12]
+    else:
+        assert "labels" not in rows[6].keys() | rows[2].keys()
+
+
 def test_chats_without_a_template_or_a_tokenizer_are_refused() -> None:
     with pytest.raises(ArgumentError, match="holds chats, .* has no chat_template: set it, or pass texts"):
         draw("GPT2LMHeadModel", [CHAT], word_tokenizer())

@@ -274,7 +274,8 @@ class Reader:
         chosen = self.args.text_columns if isinstance(entry, Mapping) else None
         if self.main in columns and not (chosen and columns.keys() >= {*chosen}):
             return columns
-        chat = next((name for name in CHAT_COLUMNS if name in columns), None) if chosen is None else None
+        chats = [name for name in CHAT_COLUMNS if columns.get(name) is not None]  # it is in a row of text
+        chat = chats[0] if chats and chosen is None else None
         if self.sense in columns:
             inputs = self.features(columns)
         elif self.main != "input_ids":
