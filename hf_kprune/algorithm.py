@@ -3,14 +3,14 @@ advance.
 
 `prune` is the loop of Park et al. (ICLR 2024). K-prune decides at every sublayer, on what is pruned so far
 (`decide`). A one-shot method, as the default is, has all its decisions beforehand, from one measurement of
-the dense model (`Pruning._decisions`); where it knows several ways to split the budget over depth, `choose`
-tries each with this same loop on fewer rows.
+the dense model (`Pruning._decisions`); where it knows several ways to split the budget, `choose` tries each
+with this same loop on fewer rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -133,19 +133,14 @@ def choose(
 ) -> tuple[list[Decision], dict[str, float]]:
     """Search masks of all sublayers for each way to split the budget, and take those whose student, cut and
     tuned, is nearest to the teacher on the rows held out; its distance is returned for each way that was
-    tried."""
-    plans, distances = {}, dict[str, float]()
-    for exponent in exponents:
-        with job.calibration.phase("search"):
-            worth = scores if exponent is None else split(scores, job.budget.costs, exponent)
-            budget = copy.copy(job.budget)  # as a search may fix what its student keeps alike
-            masks = job.calibration.agree(
-                [mask.int() for mask in budget.search(job.method, statistics, worth)]
-            )
-        plans[exponent] = [
-            Decision(mask.bool().cpu(), score, each.damping)
-            for mask, score, each in zip(masks, scores, statistics, strict=True)
-        ]
+    tried, by name."""
+    distances, plans = dict[str, float](), dict[str, list[Decision]]()
+    with job.calibration.phase("search"):
+        for name, masks in ways_to_split(job, statistics, scores, exponents):
+            plans[name] = [
+                Decision(mask.bool().cpu(), score, each.damping)
+                for mask, score, each in zip(masks, scores, statistics, strict=True)
+            ]
     few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
     if len(plans) > 1:
@@ -154,17 +149,38 @@ def choose(
         on_few = replace(job, calibration=few, chooses_ridge=False)
         # each student has a layer in float32 on a workbench, so that there they go up one by one
         alone = workbench_of(dense.model) is not None
-        for group in [[exponent] for exponent in plans] if alone else [list(plans)]:
+        for group in [[name] for name in plans] if alone else [list(plans)]:
             students = [few.walk(frozen(dense.model)) for _ in group]
             for student in students:
                 student.keeps_layers = judge.needs_layers
             reference = few.walk(teacher.model, teacher.sublayers)
-            prune(on_few, students, reference, [plans[exponent] for exponent in group], unwritten)
+            prune(on_few, students, reference, [plans[name] for name in group], unwritten)
             with few.phase("search"):
-                for exponent, student in zip(group, students, strict=True):
-                    distances[str(exponent)] = judge.distance(student)
-    (best,) = broadcast_object_list([min(plans, key=lambda exponent: distances.get(str(exponent), 0.0))])
+                for name, student in zip(group, students, strict=True):
+                    distances[name] = judge.distance(student)
+    (best,) = broadcast_object_list([min(plans, key=lambda name: distances.get(name, 0.0))])
     return plans[best], distances
+
+
+def ways_to_split(
+    job: Job, statistics: Sequence[Statistics], scores: list[Tensor], exponents: Sequence[float | None]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """The ways to split the budget that are tried, by name, and the masks of all sublayers: one for each
+    exponent. If all layers are to end alike, which leaves an exponent little to say, as many numbers of heads
+    take their place."""
+    worths: list[tuple[str, list[Tensor], list[int] | None]] = [
+        (str(each), scores if each is None else split(scores, job.budget.costs, each), None)
+        for each in exponents
+    ]
+    if job.budget.args.uniform and len(exponents) > 1:
+        (ways,) = broadcast_object_list([job.budget.ways_alike(scores, len(exponents))])
+        worths = [(name, scores, counts) for name, counts in ways.items()]
+    for name, worth, counts in worths:
+        budget = copy.copy(job.budget)  # as a search may fix what its student keeps alike
+        if counts is not None:
+            budget.fix(counts)
+        masks = budget.search(job.method, statistics, worth)
+        yield name, job.calibration.agree([mask.int() for mask in masks])
 
 
 def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -> None:

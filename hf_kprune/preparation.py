@@ -366,7 +366,8 @@ class Run:
             text += "prune() decides sublayer by sublayer, on what is pruned so far"
         else:
             ways = len(method.exponents)
-            trials = f" and tries {ways} ways to split the budget over depth" if ways > 1 else ""
+            what = "numbers of heads" if self.args.uniform else "ways to split the budget over depth"
+            trials = f" and tries up to {ways} {what}" if ways > 1 else ""
             text += f"prune() measures {calibration.rows.measured:,} rows{trials}"
         text += ": a sublayer may keep other units than here, and more or fewer of them."
         if self.args.budget[0] in TIMES:

@@ -116,7 +116,8 @@ class PruningReport:
         arguments: All options.
         versions: Of Python and the packages.
         trials: Knowledge loss on rows held out, for each exponent by which the budget was split
-            (`search.split`).
+            (`search.split`), such as `"0.5"`, or for each number of heads if all layers end alike, such as
+            `"3 heads"`.
         seconds: Wall-clock time by phase: prepare, measure, search, tune, total.
         peak_memory: Bytes of the process (CPU) or device (GPU) at the highest.
         estimate: Of a plan, what it is estimated from and what pruning does otherwise; empty after pruning.

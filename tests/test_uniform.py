@@ -15,10 +15,13 @@ import torch
 import transformers
 from data import collate, rows
 from models import slow_unless_in
+from transformers import PreTrainedModel
 from zoo import ZOO, make, outputs_of
 
-from hf_kprune import KPruneArguments, KPrunePruner, UnsupportedArchitectureError
+from hf_kprune import KPruneArguments, KPruneCallback, KPrunePruner, UnsupportedArchitectureError
+from hf_kprune.budgets import budget_of
 from hf_kprune.methods.search import uniform_search
+from hf_kprune.report import Size
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -156,3 +159,99 @@ def test_the_uniform_plan_is_the_best_one(neuron: float, allowed: list[int] | No
                 (float(w[n]) for w, n in zip(worths, made[:2], strict=True) if n < len(w)), default=0.0
             )
         assert worth[made[0], made[1]] >= best - does_not_fit - 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grouped(heads: int = 6, groups: int = 3) -> PreTrainedModel:
+    """A tiny Llama of two layers with grouped queries."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=4,
+        intermediate_size=32,
+        max_position_embeddings=40,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def pruner_of(model: PreTrainedModel, **options: Any) -> KPrunePruner:
+    args = {"sparsity": 0.3, "disable_tqdm": True, "use_cpu": True, "uniform": True, **options}
+    pruner = KPrunePruner(model, KPruneArguments(**args), rows(24, longest=12), data_collator=collate)
+    pruner.callback_handler.callbacks.clear()
+    return pruner
+
+
+@pytest.mark.several_splits
+def test_numbers_of_heads_are_tried_and_the_nearest_student_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pruner_of(grouped())
+    report = whole.prune()
+    assert set(report.trials) == {"2 heads", "3 heads"}  # one leaves more than all neurons cost
+    best = min(report.trials, key=report.trials.__getitem__)
+    by_kind = [{len(s.kept) for s in report.sublayers if s.kind == kind} for kind in ("attention", "ffn")]
+    assert by_kind[0] == {int(best.split()[0])}
+    assert len(by_kind[1]) == 1
+    assert 0.3 <= report.sparsity < 0.34
+
+    class Interrupt(KPruneCallback):
+        def on_sublayer_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    out = str(tmp_path / "out")
+    again = pruner_of(grouped(), output_dir=out)
+    again.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        again.prune(resume_from_checkpoint=True)
+    again.callback_handler.callbacks.clear()
+    monkeypatch.setattr("hf_kprune.pruning.choose", None)  # as it was decided
+    resumed = again.prune(resume_from_checkpoint=True)
+    assert resumed.trials == report.trials
+    assert [(s.kept, s.error_after) for s in resumed.sublayers] == [
+        (s.kept, s.error_after) for s in report.sublayers
+    ]
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.several_splits
+def test_one_number_of_heads_is_not_tried() -> None:
+    assert not pruner_of(make("bert"), prune_heads=False, sparsity=0.2).prune().trials
+    assert not pruner_of(grouped(), method="magnitude").prune().trials
+    assert " and tries up to 3 numbers of heads: " in pruner_of(grouped()).plan().estimate
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.6])
+def test_ways_to_end_alike_are_within_the_budget_and_differ_in_heads(sparsity: float) -> None:
+    sublayers = find_sublayers(grouped(12, 12))
+    args = KPruneArguments(sparsity=sparsity, uniform=True)
+    lengths = {sublayers[0].stack_name: 9.0}
+    budget = budget_of(sublayers, args, lengths, Size(), None)
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(s.num_units, generator=generator).double() for s in sublayers]
+    best, ways = budget.alike_counts(scores), budget.ways_alike(scores, 4)
+    assert next(iter(ways.values())) == best
+    for name, (heads, neurons, *rest) in ways.items():
+        assert rest == [heads, neurons]
+        assert name == f"{heads} heads"
+        spent = sum(cost * n for cost, n in zip(budget.costs, (heads, neurons) * 2, strict=True))
+        assert spent <= budget.limit * (1 + 1e-9)
+        left = budget.limit - spent
+        assert neurons == 32 or left < 2 * budget.costs[1]  # which are used up
+    fits = [
+        n
+        for n in budget.allowed[0] or ()
+        if 2 * (n * budget.costs[0] + budget.minimum[1] * budget.costs[1]) <= budget.limit
+    ]
+    tried = [counts[0] for counts in ways.values()]
+    assert max(tried) == max(fits)
+    assert all(min(tried[:2]) < n < max(tried) for n in tried[2:3] if n > best[0])
+    assert list(budget.ways_alike(scores, 2)) == list(ways)[:2]

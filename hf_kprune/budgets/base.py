@@ -155,24 +155,70 @@ class Budget:
     ) -> list[Tensor]:
         """Keep-masks (U,) of the sublayers from `position` up, within what remains (KPMS)."""
         if self.args.uniform and not self.fixed:
-            self.fix_alike(scores, position)
+            self.fix(self.alike_counts(scores, position))
         rest = self.minimum[position:], self.multiple[position:]
         return method.search(statistics, scores, self.remaining(position), *rest)
 
-    def fix_alike(self, scores: Sequence[Tensor], position: int) -> None:
-        """Choose how many units each sublayer keeps so that all layers end alike; from now on that is what
-        they cost."""
+    def alike_counts(
+        self,
+        scores: Sequence[Tensor],
+        position: int = 0,
+        allowed: Sequence[Sequence[int] | None] | None = None,
+    ) -> list[int]:
+        """How many units each sublayer keeps so that all layers end alike, by the scores of those from
+        `position` up.
+
+        Raises:
+            ValueError: If nothing that is `allowed`, by default what the config accepts, is within the
+                budget.
+        """
         counts = [s.num_units for s in self.sublayers[:position]]
-        counts += uniform_search(
+        return counts + uniform_search(
             scores,
             self.costs[position:],
             self.remaining(position),
             self.minimum[position:],
             self.multiple[position:],
             self.alike[position:],
-            self.allowed[position:],
+            (self.allowed if allowed is None else allowed)[position:],
         )
-        self.fix(counts)
+
+    def ways_alike(self, scores: Sequence[Tensor], most: int) -> dict[str, list[int]]:
+        """How many units each sublayer keeps so that all layers end alike, in at most so many ways, each by
+        its numbers of heads: that of the best scores, the most that the budget allows, one halfway between
+        them, and the next fewer. Neurons take what is left.
+
+        Args:
+            scores: Of all sublayers.
+            most: How many ways there may be.
+        """
+        best, above, below = self.alike_counts(scores), dict[int, list[int]](), dict[int, list[int]]()
+        for i, sublayer in enumerate(self.sublayers):
+            if sublayer.unit.has_heads:
+                numbers = self.allowed[i] or range(1, sublayer.num_units + 1)
+                above[i] = [n for n in numbers if n >= best[i]]
+                below[i] = [n for n in numbers if self.minimum[i] <= n <= best[i]]
+
+        def ways_with(heads: dict[int, int]) -> list[list[int]]:
+            allowed = [[heads[i]] if i in heads else each for i, each in enumerate(self.allowed)]
+            try:
+                return [self.alike_counts(scores, allowed=allowed)]
+            except ValueError:  # they are over the budget
+                return []
+
+        steps, ways = max((len(numbers) - 1 for numbers in above.values()), default=0), [best]
+        for step in range(1, steps + 1):
+            ways += ways_with({i: n[round((len(n) - 1) * step / steps)] for i, n in above.items()})
+        fewer = ways_with({i: numbers[-2:][0] for i, numbers in below.items()})
+        ways = [best, ways[-1], ways[(len(ways) - 1) // 2]]
+        ways += [way for way in fewer if any(n > m for n, m in zip(way, best, strict=True))]  # neurons gain
+        named = {self._heads(way): way for way in ways}
+        return dict(list(named.items())[:most])
+
+    def _heads(self, counts: list[int]) -> str:
+        """Its numbers of heads, such as `"3 heads"`, or `"3 + 2 heads"` of two stacks."""
+        rows = zip(self.alike, counts, self.sublayers, strict=True)
+        return f"{' + '.join(map(str, {name: n for name, n, s in rows if s.unit.has_heads}.values()))} heads"
 
     def fix(self, counts: list[int]) -> None:
         """Let each sublayer keep exactly so many units."""

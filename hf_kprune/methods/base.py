@@ -132,8 +132,8 @@ class Method:
 
     exponents: ClassVar[tuple[float | None, ...]] = (None,)
     """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). With more
-    than one, each is tried, and the student that is nearest to the teacher on held-out calibration rows
-    wins."""
+    than one, each is tried, or at most as many numbers of heads if all layers are to end alike, and the
+    student that is nearest to the teacher on held-out calibration rows wins."""
 
     measure_tokens: ClassVar[int | None] = None
     """Tokens measured if the options name no number; None: all."""
