@@ -21,7 +21,7 @@ from torch import Tensor
 from .budgets import Budget
 from .calibration.batches import Calibration
 from .calibration.distance import Judge
-from .calibration.equations import Reference, input_equations, normal_equations
+from .calibration.equations import Reference, Sample, input_equations, normal_equations
 from .calibration.knowledge import Knowledge
 from .calibration.measure import measure_knowledge, tops_of
 from .methods import Method, Statistics
@@ -194,10 +194,14 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
                 drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
                 shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
                 correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
-        equations = normal_equations(calibration, student, reference, halved)
-        fit = method.tune(equations, in_unit_order(sublayer), sublayer.bias, sublayer.unit_width)
-        set_output(sublayer, *calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias])))
-    entry.error_before, entry.error_after = fit.error_before, fit.error_after
+        sample = Sample(calibration, sublayer)
+        equations = normal_equations(calibration, student, reference, halved, sample)
+        weight, bias = in_unit_order(sublayer), sublayer.bias
+        fit = method.tune(equations, weight, bias, sublayer.unit_width)
+        entry.error_before = sample.error(weight, bias)
+        tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
+        entry.error_after = sample.error(tuned[0], tuned[1] if tuned[1:] else bias)
+        set_output(sublayer, *tuned)
     entry.damping, entry.undetermined = fit.damping, fit.undetermined
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration.batches import Batch, Calibration
+from .calibration.equations import SAMPLE
 from .calibration.knowledge import Knowledge
 from .calibration.outputs import LOGITS
 from .errors import CalibrationError
@@ -101,6 +102,7 @@ def memory_of(  # noqa: PLR0913
     if tunes:
         every = stream(lambda _: True)
         fit = (5 if method.ridge is None else 4) * square + 4 * flat + min(ENTRIES, every // width * columns)
+        fit += 4 * SAMPLE * (columns + 2 * width)
         phases["tune"] = 2 * min(MEMORY, every) + 2 * every + 2 * layer + changed + narrow + fit
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)

@@ -32,8 +32,10 @@ class SublayerReport:
         kept: Indices of the kept units among those before.
         scores: Importance per cost of each unit before; None if it needed no decision.
         flops_left: Prunable FLOPs of the model if everything above stayed as it is.
-        error_before: Distance from the teacher after the cut, relative to the teacher (`Fit.error_before`);
-            None if it was not measured because tuning is off or student and teacher are still the same.
+        error_before: Distance from the teacher after the cut, relative to the teacher token by token: the
+            root of the mean over about 1,000 tokens of the squared distance of what leaves the sublayer,
+            residual stream included, from what leaves the teacher's, divided by the square of that. None if
+            it was not measured because tuning is off or student and teacher are still the same.
         error_after: The same after tuning.
         damping: Damping of the solve, relative to the mean diagonal.
         undetermined: Features that the data do not tell apart from others (`Fit.undetermined`).
@@ -281,7 +283,8 @@ class PruningReport:
         data = self.calibration
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            "Errors are distances from the teacher's sublayer output, relative to its length. Knowledge: "
+            "Errors are distances of what leaves a sublayer from what leaves the teacher's, relative to its "
+            "length token by token, as the root of their mean square over about 1,000 tokens. Knowledge: "
             f"{self.knowledge}{outputs}. Calibration: {data.get('rows', 0):,} rows, "
             f"{data.get('tokens', 0):,} tokens of {data.get('dataset')}, seed {data.get('seed')}. "
             f"{self.device}, peak memory {self.peak_memory / 2**30:.2f} GiB. {versions}."

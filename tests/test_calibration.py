@@ -22,7 +22,7 @@ from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePr
 from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.distance import distance
 from hf_kprune.calibration.draw import draw_rows
-from hf_kprune.calibration.equations import Reference, normal_equations
+from hf_kprune.calibration.equations import Reference, Sample, normal_equations
 from hf_kprune.calibration.knowledge import Knowledge
 from hf_kprune.calibration.measure import measure_knowledge, tops_of
 from hf_kprune.calibration.rows import Rows, row_length, row_tokens
@@ -508,6 +508,48 @@ def test_normal_equations_are_those_of_the_stacked_features(
     for value, wanted in zip(equations.tensors(), expected.tensors(), strict=True):
         scale = float(wanted.abs().max()) if wanted.numel() else 0.0
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_huge_token_does_not_hide_the_error_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is relative to its own stream; and the tokens are the same ones, whatever batches they are in."""
+    data = rows(23)
+    model = tiny()
+    sublayer = find_sublayers(model)[1]
+    columns, width = sublayer.weight.shape[1], len(sublayer.weight)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [len(row["input_ids"]) for row in data]
+    features, reference = (
+        [torch.randn(n, size, generator=generator) for n in lengths] for size in (columns, width)
+    )
+    for first in reference:
+        first[0] *= 1e4
+    weight = torch.randn(width, columns, generator=generator).double() / 10
+    bias = torch.randn(width, generator=generator)
+    streams = [r - 0.9 * (f @ weight.T.float() + bias) for f, r in zip(features, reference, strict=True)]
+
+    def error(size: int) -> float:
+        made = calibration(model, data, per_device_batch_size=size)
+        sample = Sample(made, sublayer)
+        for batch in made.batches:
+            stacked = [
+                torch.nn.utils.rnn.pad_sequence([each[i] for i in batch.rows], True)
+                for each in (features, streams, reference)
+            ]
+            sample.add(batch, batch.tokens(sublayer, stacked[0]), *stacked)
+        numbers.append(sum(len(scale) for *_, scale in sample.tokens))
+        return sample.error(weight, bias)
+
+    numbers: list[int] = []
+    tokens = [torch.cat(each).double() for each in (features, streams, reference)]
+    rest = (tokens[2] - tokens[1] - tokens[0] @ weight.T - bias.double()).norm(dim=1)
+    exact = float((rest / tokens[2].norm(dim=1)).square().mean().sqrt())
+    assert error(32) == pytest.approx(exact, rel=1e-6)
+    together = float(rest.norm() / tokens[2].norm())
+    assert together < 1e-3 * exact  # which says nothing of all but the first tokens
+    monkeypatch.setattr("hf_kprune.calibration.equations.SAMPLE", 30)
+    assert error(4) == pytest.approx(error(7), rel=1e-9)
+    assert numbers == [sum(lengths), numbers[1], numbers[1]]
+    assert 20 < numbers[1] < 40
 
 
 def test_nan_in_activations_names_the_sublayer() -> None:

@@ -241,7 +241,7 @@ def test_ways_to_end_alike_are_within_the_budget_and_differ_in_heads(sparsity: f
     assert next(iter(ways.values())) == best
     for name, (heads, neurons, *rest) in ways.items():
         assert rest == [heads, neurons]
-        assert name == f"{heads} heads"
+        assert name == (f"{heads} heads" if heads > 1 else "1 head")
         spent = sum(cost * n for cost, n in zip(budget.costs, (heads, neurons) * 2, strict=True))
         assert spent <= budget.limit * (1 + 1e-9)
         left = budget.limit - spent

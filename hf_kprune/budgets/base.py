@@ -218,7 +218,9 @@ class Budget:
     def _heads(self, counts: list[int]) -> str:
         """Its numbers of heads, such as `"3 heads"`, or `"3 + 2 heads"` of two stacks."""
         rows = zip(self.alike, counts, self.sublayers, strict=True)
-        return f"{' + '.join(map(str, {name: n for name, n, s in rows if s.unit.has_heads}.values()))} heads"
+        numbers = {name: str(n) for name, n, sublayer in rows if sublayer.unit.has_heads}
+        text = " + ".join(numbers.values())
+        return f"{text} head" if text == "1" else f"{text} heads"
 
     def fix(self, counts: list[int]) -> None:
         """Let each sublayer keep exactly so many units."""

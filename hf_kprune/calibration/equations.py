@@ -1,15 +1,20 @@
-"""The sums over the calibration data that fit a student to its teacher by least squares: see
-`NormalEquations`."""
+"""The sums over the calibration data that fit a student to its teacher by least squares, see
+`NormalEquations`, and the tokens on which its errors are told."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..methods.least_squares import NormalEquations
 from ..processes import together
-from ..structure.sublayers import oriented
+from ..structure.sublayers import Sublayer, oriented
 from ..structure.walk import Walk
 from .batches import Batch, Calibration
+
+
+SAMPLE = 1_000
+"""About how many tokens the errors of a sublayer are told on, of all rows; all, where there are no more."""
 
 
 class Reference:
@@ -46,8 +51,60 @@ class Reference:
         return self._streams.pop(batch)
 
 
+class Sample:
+    """Some tokens, about `SAMPLE` of all rows, on which the errors of a sublayer are told.
+
+    The error of a token is relative to what leaves the teacher's sublayer at that token, as in some models
+    the stream of one token of a text is a hundred times as long as that of others: of the tokens together
+    its error would be nearly all.
+
+    Args:
+        calibration: The data.
+        sublayer: The sublayer.
+    """
+
+    def __init__(self, calibration: Calibration, sublayer: Sublayer):
+        self.calibration, self.sublayer = calibration, sublayer
+        stack = sublayer.stack_name
+        self.stride = max(1, round(calibration.lengths[stack] * calibration.rows.sequences / SAMPLE))
+        self.tokens = list[tuple[Tensor, Tensor, Tensor]]()
+
+    def add(self, batch: Batch, valid: Tensor, features: Tensor, stream: Tensor, reference: Tensor) -> None:
+        """Take those that are in a batch, the same whatever else is in it.
+
+        Args:
+            batch: The batch.
+            valid: Its tokens that are no padding, (B, T).
+            features: Of the student, (B, T, C).
+            stream: X_S, below the sublayer, (B, T, D).
+            reference: X_T + Sub_T(X_T), (B, T, D).
+        """
+        rows = torch.tensor(batch.rows).repeat_interleave(len(valid) // batch.samples).unsqueeze(1)
+        place = (rows + torch.arange(valid.shape[1])) % self.stride == 0
+        chosen = valid & place.to(valid.device)
+        target = reference[chosen].double()
+        scale = target.square().sum(1).clamp(min=torch.finfo(target.dtype).tiny)
+        features = features[chosen][:, self.sublayer.order]
+        self.tokens.append((features, target - stream[chosen], scale))
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """The root of the mean over the tokens of  ||y - W a - b||^2 / ||x_T + Sub_T(x_T)||^2,  over all
+        processes, of output weights W (D, C), unit by unit, and a bias b (D,)."""
+        sums = self.calibration.zeros(2)
+        for features, target, scale in self.tokens:
+            rest = target - features.double() @ weight.double().T - (0.0 if bias is None else bias.double())
+            sums[0] += (rest.square().sum(1) / scale).sum()
+            sums[1] += len(scale)
+        self.calibration.reduce([sums])
+        return float((sums[0] / sums[1]).sqrt()) if sums[1] else 0.0
+
+
 def normal_equations(
-    calibration: Calibration, student: Walk, reference: Reference, halved: bool = False
+    calibration: Calibration,
+    student: Walk,
+    reference: Reference,
+    halved: bool = False,
+    sample: Sample | None = None,
 ) -> NormalEquations:
     """The sums that fit the student's sublayer to the teacher's, for the columns that it still has, unit by
     unit.
@@ -57,6 +114,7 @@ def normal_equations(
         student: It has reached the sublayer.
         reference: The teacher at the same sublayer.
         halved: Whether the sums over each half of the rows are kept, so that a ridge can be chosen by them.
+        sample: Takes the tokens on which errors are told.
     """
     sublayer = student.sublayer
     rows, columns = sublayer.weight.shape
@@ -66,9 +124,10 @@ def normal_equations(
             if not batch.fitted:
                 continue
             stream, tap = reference.stream(i), student.tap(i)
-            for part, tokens in zip(
-                parts, halves(batch, batch.tokens(sublayer, stream), halved), strict=True
-            ):
+            valid = batch.tokens(sublayer, stream)
+            if sample is not None:
+                sample.add(batch, valid, tap.features, tap.stream, stream)
+            for part, tokens in zip(parts, halves(batch, valid, halved), strict=True):
                 features, target = tap.features[tokens][:, sublayer.order], stream[tokens]
                 part.add(features, target - tap.stream[tokens], target, calibration.dtype)
             calibration.step(2)

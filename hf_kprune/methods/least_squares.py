@@ -165,7 +165,8 @@ class Fit:
     Args:
         weight: W, (D, C), float64.
         bias: b, (D,), float64; None for a projection without one.
-        error_before: ||Y - A W^T - 1 b^T||_F / ||X_T + Sub_T(X_T)||_F with the weights as they were.
+        error_before: ||Y - A W^T - 1 b^T||_F / ||X_T + Sub_T(X_T)||_F with the weights as they were, of all
+            tokens together, as they are fitted. Reports tell errors token by token.
         error_after: The same with the tuned ones.
         damping: What was added to the diagonal, relative to its mean, the ridge included.
         undetermined: Columns that are, to rounding, linear combinations of others, so that the data do not
