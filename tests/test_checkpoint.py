@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import without_hf_kprune
 from checks import (
     EMBEDDING,
     KEY,
@@ -31,6 +31,7 @@ from checks import (
     report,
 )
 from data import collate, rows, tokenizer
+from forks import printed_by
 from models import (
     EVERY_HEAD,
     EVERY_TYPE,
@@ -75,7 +76,6 @@ from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
 from hf_kprune.structure.sublayers import find_sublayers
 
 
-TESTS = Path(__file__).parent
 AUTO = {
     "": "AutoModel",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -94,6 +94,7 @@ PIPELINES = {
     "TOKEN_CLASSIFICATION": "token-classification",
 }
 TEXT = "w20 w21 <mask> w7"
+ELSEWHERE = [("bert", "SEQUENCE_CLASSIFICATION")]
 """Loaded where hf_kprune is not by default; test_zoo.py does so with all families."""
 
 
@@ -710,7 +711,7 @@ def test_heads_that_are_selected_by_number_cannot_be_exchanged(tmp_path: Path) -
 def elsewhere(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, request: pytest.FixtureRequest
 ) -> dict[str, Any]:
-    """What a process without hf_kprune makes of pruned checkpoints (one process for all, as its imports take seconds)."""
+    """What a process without hf_kprune makes of pruned checkpoints."""
     folder = tmp_path_factory.mktemp("elsewhere")
     tasks: dict[str, Any] = {"load": [], "broken": {}, "cache": str(folder / "cache")}
     items = [item for item in request.session.items if item.name.startswith("test_without_hf_kprune")]
@@ -736,45 +737,35 @@ def elsewhere(
         tasks["broken"][name] = str(broken_copy(checkpoint, name, folder / "broken" / name))
     fake_hub_cache(folder / "cache", pruned())
     torch.save(tasks, folder / "tasks.pt")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "without_hf_kprune.py"), str(folder)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    printed_by(without_hf_kprune.main, folder, out=folder, timeout=240)
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
     assert results["import"].startswith("ModuleNotFoundError")
     return {**results, "folder": folder}
 
 
-@pytest.mark.parametrize(("model_type", "head"), slow_unless_in((), ONE_HEAD))
+@pytest.mark.parametrize(("model_type", "head"), slow_unless_in(ELSEWHERE, ONE_HEAD))
 def test_without_hf_kprune_the_checkpoint_brings_its_code(
     elsewhere: dict[str, Any], model_type: str, head: str
 ) -> None:
-    found, model = elsewhere[model_type], pruned(model_type, head)
-    assert_same_state(found["state"], model.state_dict())
-    assert (found["class"], found["is stock"]) == (type(model).__name__, True)
+    facts, model = elsewhere[model_type], pruned(model_type, head)
+    assert_same_state(facts["state"], model.state_dict())
+    assert (facts["class"], facts["is stock"]) == (type(model).__name__, True)
     with torch.no_grad():
         expected = model(**collate(rows(5)))[0]
-    outputs = found["outputs"]
+    outputs = facts["outputs"]
     for name in outputs.keys() - {"a base model", "a new head", "a new model"}:
         close(outputs[name], expected)
     close(outputs["a base model"], model.base_model(**collate(rows(5)))[0])
     assert outputs["a new head"].isfinite().all()
     assert outputs["a new model"].isfinite().all()
     assert outputs["a new model"].shape == expected.shape
-    assert found["hidden states"] == 4
-    assert found["heads"] == [2, 0, 3]
+    assert facts["hidden states"] == 4
+    assert facts["heads"] == [2, 0, 3]
     if head in PIPELINES:
         here = pipeline(PIPELINES[head], model=str(elsewhere["folder"] / f"{model_type} pruned"))(TEXT)
-        assert_close_json(found["pipeline"], here)
+        assert_close_json(facts["pipeline"], here)
     # what was saved there loads here
-    loaded = getattr(transformers, AUTO[head]).from_pretrained(found["saved"])
+    loaded = getattr(transformers, AUTO[head]).from_pretrained(facts["saved"])
     assert type(loaded) is type(model)
     assert_same(loaded, model, head)
 
@@ -790,7 +781,9 @@ def assert_close_json(one: Any, other: Any) -> None:
         assert one == (pytest.approx(other, abs=1e-5) if isinstance(other, float) else other)
 
 
-@pytest.mark.parametrize("model_type", slow_unless_in((), [name for name, _ in ONE_HEAD]))
+@pytest.mark.parametrize(
+    "model_type", slow_unless_in([name for name, _ in ELSEWHERE], [name for name, _ in ONE_HEAD])
+)
 def test_without_hf_kprune_and_trust_the_error_says_how_to_load(
     elsewhere: dict[str, Any], model_type: str
 ) -> None:

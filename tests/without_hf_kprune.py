@@ -1,26 +1,43 @@
-"""Run by test_checkpoint.py in a process that cannot import hf_kprune: load checkpoints there, write down what came out.
+"""Run by test_checkpoint.py in a process without hf_kprune: load checkpoints there, write down what came out.
 
-python tests/without_hf_kprune.py FOLDER        reads FOLDER/tasks.pt, writes FOLDER/results.pt
+The process is a fork of the one that runs the tests, and forgets that hf_kprune was imported. The slow tests of
+test_zoo.py and test_remote_code.py begin with a fresh interpreter.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import copy
 import pickle
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
-
-
-sys.modules["hf_kprune"] = None  # type: ignore[assignment]  # wherever it is installed: importing it fails
 
 import torch
 import transformers
 from huggingface_hub import HfApi
-from transformers import AutoModel, AutoModelForTokenClassification, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    dynamic_module_utils,
+    pipeline,
+)
+
+
+def forget_hf_kprune() -> None:
+    """Take its wrappers off transformers, and let importing it fail, wherever it is installed."""
+    for owner in (PreTrainedModel, PreTrainedConfig):
+        for name, value in list(vars(owner).items()):
+            function = getattr(value, "__func__", value)
+            if isinstance(function, FunctionType) and function.__globals__["__name__"].startswith("hf_kprune"):
+                plain = function.__wrapped__  # type: ignore[attr-defined]
+                setattr(owner, name, classmethod(plain) if isinstance(value, classmethod) else plain)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hf_kprune"]:
+        del sys.modules[name]
+    sys.modules["hf_kprune"] = None  # type: ignore[assignment]
 
 
 def error_of(load: Any, *args: Any, **kwargs: Any) -> str:
@@ -35,14 +52,14 @@ def error_of(load: Any, *args: Any, **kwargs: Any) -> str:
 def load_each_way(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     auto, directory, batch = getattr(transformers, task["auto"]), task["directory"], task["batch"]
     stock = getattr(transformers, task["class"])
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "refused": [
             error_of(load, directory, ignore_mismatched_sizes=ignore)
             for load in (auto.from_pretrained, stock.from_pretrained)
             for ignore in (False, True)
         ]
     }
-    outputs = found["outputs"] = {}
+    outputs = facts["outputs"] = {}
 
     @torch.no_grad()
     def run(name: str, model: Any) -> Any:
@@ -50,32 +67,34 @@ def load_each_way(task: dict[str, Any], folder: Path) -> dict[str, Any]:
         return model
 
     model = run("loaded", auto.from_pretrained(directory, trust_remote_code=True))
-    found["state"] = model.state_dict()
-    found["class"], found["is stock"] = type(model).__name__, isinstance(model, stock)
+    facts["state"] = model.state_dict()
+    facts["class"], facts["is stock"] = type(model).__name__, isinstance(model, stock)
     run("copied", copy.deepcopy(model))
     run("pickled", pickle.loads(pickle.dumps(model)))
     for implementation in task["implementations"]:
         model.set_attn_implementation(implementation)
         run(implementation, model)
     full = model(**batch, output_hidden_states=True, output_attentions=True)
-    found["hidden states"] = len(full.hidden_states)
-    found["heads"] = [attentions.shape[1] for attentions in full.attentions]
+    facts["hidden states"] = len(full.hidden_states)
+    facts["heads"] = [attentions.shape[1] for attentions in full.attentions]
     run("by its own class", type(model).from_pretrained(directory))
     again = folder / task["name"]
     model.save_pretrained(again)
     run("saved again", auto.from_pretrained(again, trust_remote_code=True))
-    found["saved"] = str(again)
-    found["refused"].append(error_of(auto.from_pretrained, again))
+    facts["saved"] = str(again)
+    facts["refused"].append(error_of(auto.from_pretrained, again))
     run("a base model", AutoModel.from_pretrained(directory, trust_remote_code=True))
     run("a new head", AutoModelForTokenClassification.from_pretrained(directory, trust_remote_code=True))
     run("a new model", auto.from_config(model.config, trust_remote_code=True))
     if task["pipeline"]:
-        found["pipeline"] = pipeline(task["pipeline"], model=directory, trust_remote_code=True)(task["text"])
-    return found
+        facts["pipeline"] = pipeline(task["pipeline"], model=directory, trust_remote_code=True)(task["text"])
+    return facts
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """Read tasks.pt in a folder, and write results.pt beside it."""
+    forget_hf_kprune()
+    dynamic_module_utils.HF_MODULES_CACHE = str(folder / "modules")
     tasks = torch.load(folder / "tasks.pt", weights_only=False)
     results: dict[str, Any] = {"import": error_of(__import__, "hf_kprune")}
     for task in tasks["load"]:
@@ -106,7 +125,3 @@ def main() -> None:
     with patch.multiple(HfApi, create_repo=create, create_commit=commit):
         hub.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="me/small")
     torch.save(results, folder / "results.pt")
-
-
-if __name__ == "__main__":
-    main()
