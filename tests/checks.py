@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from data import collate, rows
-from models import tiny
+from models import shallow
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -126,7 +126,7 @@ def calibration(
 
 def plan_and_weights(dataset: Any, **kwargs: Any) -> tuple[list[list[int]], dict[str, Tensor]]:
     options = {"sparsity": 0.5, "disable_tqdm": True, "use_cpu": True, **kwargs.pop("options", {})}
-    pruner = KPrunePruner(tiny(), KPruneArguments(**options), dataset, **kwargs)
+    pruner = KPrunePruner(shallow(), KPruneArguments(**options), dataset, **kwargs)
     report = pruner.prune()
     return [s.kept for s in report.sublayers], pruner.model.state_dict()
 
@@ -173,7 +173,7 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
 def plans(units: list[int]) -> dict[str, list[Tensor]]:
     """Keep-masks: complementary ones, so that every unit is cut once and kept once; sublayers emptied: each, all, both ends."""
     numbers = [torch.arange(n) for n in units]
-    made = {
+    masks = {
         "even": [n % 2 == 0 for n in numbers],
         "odd": [n % 2 == 1 for n in numbers],
         "nothing": [n < 0 for n in numbers],
@@ -182,8 +182,8 @@ def plans(units: list[int]) -> dict[str, list[Tensor]]:
         ("without ends", {0, len(units) - 1}),
         *((f"without {i}", {i}) for i in range(len(units))),
     ]:
-        made[name] = [n < 0 if k in gone else n % 2 == k % 2 for k, n in enumerate(numbers)]
-    return made
+        masks[name] = [n < 0 if k in gone else n % 2 == k % 2 for k, n in enumerate(numbers)]
+    return masks
 
 
 NEVER_CUT = (

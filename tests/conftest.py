@@ -99,6 +99,13 @@ def one_split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(Surgeon, "exponents", (1.0,))
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a pass of a tiny model be timed three times and not twenty, as no test by default is about how long it takes."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("hf_kprune.latency.timing.PATIENCE", 0.0)
+
+
 @pytest.fixture(scope="session")
 def pack() -> Path:
     from data import PACK

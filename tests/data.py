@@ -25,13 +25,13 @@ PACK = Path(os.environ.get("HF_KPRUNE_PACK", ROOT.parent / "shared" / "pack"))
 def rows(count: int = 24, seed: int = 0, choices: int = 0, longest: int = 12) -> list[dict[str, Any]]:
     """Tokenised rows of different lengths; with `choices`, of that many sequences each, padded to one length."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    rows_ = []
     for _ in range(count):
         length = int(torch.randint(3, longest + 1, (1,), generator=generator))
         shape = (choices, length) if choices else (length,)
         ids = torch.randint(2, 60, shape, generator=generator)
-        made.append({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-    return made
+        rows_.append({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    return rows_
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -72,12 +72,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     """Words w2 ... w59 with their numbers as ids, padded with 1; `tokenizer(text)` adds nothing, a pair gets w2 between."""
     vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 60)}}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
         single="$A", pair="$A w2 $B:1", special_tokens=[("w2", 2)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
 
 
 def text(row: dict[str, Any]) -> str:

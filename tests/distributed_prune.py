@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from accelerate.utils import gather_object
 from data import PACK, collate, rows
-from models import tiny
+from models import shallow
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.algorithm import Job
@@ -28,7 +28,7 @@ from hf_kprune.resumption import Record
 from hf_kprune.structure.sublayers import Sublayer
 
 
-tiny()  # the modules of transformers that a model needs are imported by now, once for all processes that are forked
+shallow()  # the modules of transformers that a model needs are imported by now, once for all processes that are forked
 
 
 class Failing:
@@ -89,7 +89,7 @@ def make_pruner(args: argparse.Namespace) -> KPrunePruner:
         options.num_tokens, options.num_measure_tokens, options.per_device_batch_size = 2000, 500, 32
         return KPrunePruner(str(PACK / "models/minilm-sst2"), options, texts)
     options.num_measure_tokens = 130
-    return KPrunePruner(tiny(args.model), options, rows(args.rows), data_collator=collate)
+    return KPrunePruner(shallow(args.model), options, rows(args.rows), data_collator=collate)
 
 
 def fail_at_call_20(model: torch.nn.Module, dies: bool) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from checks import files, report
 from data import collate, rows, tokenizer
-from models import pruned, tiny
+from models import pruned_layer, tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -109,10 +109,10 @@ def at_every_operation(
     out = folder / "work" / "out"
     assert in_a_child(lambda: pruner.save_model(str(folder / "reference"))) == 0
     new = files(folder / "reference")
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for run in runs:
         mode, start, *step = run.split(", ")
-        outcomes = found[run] = Counter()
+        outcomes = counts[run] = Counter()
         more = STARTS[start]
         before = {} if start == "absent" else {**old, **more}
         after = {**new, **more}
@@ -154,7 +154,7 @@ def at_every_operation(
                 )
             if code == NOT_REACHED:
                 break
-    return found
+    return counts
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -229,7 +229,7 @@ def main(words: list[str]) -> None:
     arguments = KPruneArguments(
         output_dir=str(folder / "work" / "out"), overwrite_output_dir=True, disable_tqdm=True
     )
-    pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
+    pruner = KPrunePruner(pruned_layer(), arguments, processing_class=tokenizer())
     pruner.report = report()
     if words[1].isdecimal():
         print(json.dumps(at_random(folder, pruner, *map(int, words[1:]))))

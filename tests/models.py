@@ -96,6 +96,14 @@ def tiny(
     return model
 
 
+def shallow(
+    model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", **config: Any
+) -> PreTrainedModel:
+    """A tiny model of two layers, where what is tested asks no more of depth than a lower layer and an upper one."""
+    depth = "n_layers" if model_type == "distilbert" else "num_hidden_layers"
+    return tiny(model_type, head, **{depth: 2, **config})
+
+
 def cut_all(model: PreTrainedModel, masks: Sequence[torch.Tensor], by: str | None = None) -> PreTrainedModel:
     """A copy that keeps the units of each sublayer that `masks` tell."""
     student = copy.deepcopy(model)
@@ -123,6 +131,11 @@ def cut_randomly(model: PreTrainedModel, kept: tuple[int, ...] = KEPT, seed: int
 
 def pruned(model_type: str = "bert", head: str = "SEQUENCE_CLASSIFICATION", **config: Any) -> PreTrainedModel:
     return cut_randomly(tiny(model_type, head, **config))
+
+
+def pruned_layer() -> PreTrainedModel:
+    """A pruned model of one layer, where what is tested is how files are written and not what is in them."""
+    return cut_randomly(tiny(num_hidden_layers=1), (2, 5))
 
 
 VOCABULARY = 60

@@ -77,8 +77,8 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
         return iter(self.data)
 
 
-def ids(made: Rows) -> list[list[int]]:
-    return [torch.as_tensor(row["input_ids"]).tolist() for row in made.rows]
+def ids(rows_: Rows) -> list[list[int]]:
+    return [torch.as_tensor(row["input_ids"]).tolist() for row in rows_.rows]
 
 
 def test_every_kind_of_dataset_gives_the_same_rows() -> None:
@@ -96,23 +96,23 @@ def test_every_kind_of_dataset_gives_the_same_rows() -> None:
         "texts": drawn([text(row) for row in data], words, num_tokens=100),
         "pairs": drawn([(text(row),) for row in data], words, num_tokens=100),
     }
-    for kind, made in kinds.items():
-        assert ids(made) == ids(expected), kind
-        assert (made.tokens, made.measured) == (expected.tokens, expected.measured), kind
-        assert made.fingerprint["sha256"] == expected.fingerprint["sha256"], kind
+    for kind, rows_ in kinds.items():
+        assert ids(rows_) == ids(expected), kind
+        assert (rows_.tokens, rows_.measured) == (expected.tokens, expected.measured), kind
+        assert rows_.fingerprint["sha256"] == expected.fingerprint["sha256"], kind
 
 
 def test_a_stream_is_read_from_its_beginning() -> None:
     data = rows(30)
     for stream in (Stream(data), datasets.Dataset.from_list(data).to_iterable_dataset(), iter(data)):
-        made = drawn(stream, num_tokens=100)
-        assert ids(made) == [row["input_ids"] for row in data[: len(made.rows)]]
-        assert sum(map(len, ids(made)[:-1])) < 100 <= made.tokens == sum(map(len, ids(made)))
+        rows_ = drawn(stream, num_tokens=100)
+        assert ids(rows_) == [row["input_ids"] for row in data[: len(rows_.rows)]]
+        assert sum(map(len, ids(rows_)[:-1])) < 100 <= rows_.tokens == sum(map(len, ids(rows_)))
 
 
 def test_pairs_of_texts_are_one_row() -> None:
-    made = drawn([("w5 w6", "w7"), ["w8", "w9 w10"]], plain_tokenizer())
-    assert sorted(ids(made)) == [[5, 6, 2, 7], [8, 2, 9, 10]]
+    rows_ = drawn([("w5 w6", "w7"), ["w8", "w9 w10"]], plain_tokenizer())
+    assert sorted(ids(rows_)) == [[5, 6, 2, 7], [8, 2, 9, 10]]
 
 
 def test_texts_are_truncated_to_what_is_asked_or_to_what_the_model_takes() -> None:
@@ -142,22 +142,22 @@ def test_rows_are_drawn_without_replacement_and_decided_by_the_seed() -> None:
 def test_tokens_are_as_many_as_asked_and_padding_is_none(tokens: int) -> None:
     data = rows(20)
     padded = [{k: v + [1 if k == "input_ids" else 0] * (15 - len(v)) for k, v in row.items()} for row in data]
-    made, from_padded = drawn(data, num_tokens=tokens), drawn(padded, num_tokens=tokens)
-    assert (from_padded.tokens, len(from_padded.rows)) == (made.tokens, len(made.rows))
-    lengths = [len(row) for row in ids(made)]
-    assert made.tokens == sum(lengths)
-    assert made.tokens >= min(tokens, sum(len(row["input_ids"]) for row in data))
+    rows_, from_padded = drawn(data, num_tokens=tokens), drawn(padded, num_tokens=tokens)
+    assert (from_padded.tokens, len(from_padded.rows)) == (rows_.tokens, len(rows_.rows))
+    lengths = [len(row) for row in ids(rows_)]
+    assert rows_.tokens == sum(lengths)
+    assert rows_.tokens >= min(tokens, sum(len(row["input_ids"]) for row in data))
     assert sum(lengths[:-1]) < tokens
 
 
 def test_measured_rows_are_the_first_ones() -> None:
     data = rows(30)
     for measure in (1, 20, 100):
-        made = drawn(data, num_tokens=100, num_measure_tokens=measure)
-        assert ids(made) == ids(drawn(data, num_tokens=100))
-        lengths = [len(row) for row in ids(made)]
-        assert sum(lengths[: made.measured - 1]) < measure <= sum(lengths[: made.measured])
-    assert drawn(data, num_tokens=100).measured == len(made.rows)
+        rows_ = drawn(data, num_tokens=100, num_measure_tokens=measure)
+        assert ids(rows_) == ids(drawn(data, num_tokens=100))
+        lengths = [len(row) for row in ids(rows_)]
+        assert sum(lengths[: rows_.measured - 1]) < measure <= sum(lengths[: rows_.measured])
+    assert drawn(data, num_tokens=100).measured == len(rows_.rows)
     exact = drawn([{"input_ids": [5, 6, 7]}] * 9, num_tokens=9, num_measure_tokens=6)
     assert (len(exact.rows), exact.measured) == (3, 2)
 
@@ -194,8 +194,8 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
     assert (row_tokens(row), row_length(row)) == (4, 3)
     assert row_tokens(square) == square["input_ids"].numel()
     assert row_length(square) == square["input_ids"].shape[1]
-    made = draw_rows(tiny(head="MULTIPLE_CHOICE"), [row], None, KPruneArguments(), False)
-    assert (made.tokens, made.rows) == (4, [row])
+    rows_ = draw_rows(tiny(head="MULTIPLE_CHOICE"), [row], None, KPruneArguments(), False)
+    assert (rows_.tokens, rows_.rows) == (4, [row])
 
 
 @pytest.mark.parametrize(
@@ -266,16 +266,16 @@ def pruned(teacher: PreTrainedModel, below: int) -> PreTrainedModel:
 
 
 def measure(
-    made: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int
+    data: Calibration, student: PreTrainedModel, teacher: PreTrainedModel, position: int
 ) -> list[Statistics]:
-    student_walk, teacher_walk = made.walk(student), made.walk(teacher)
-    tops = tops_of(made, teacher_walk)
+    student_walk, teacher_walk = data.walk(student), data.walk(teacher)
+    tops = tops_of(data, teacher_walk)
     for _ in range(position):
-        made.advance(student_walk)
+        data.advance(student_walk)
     student_walk.differs = True
     loss = knowledge_loss(student, 2.0, "mean")
-    costs = [s.unit_flops(made.flops_lengths) for s in student_walk.sublayers]
-    return measure_knowledge(made, student_walk, teacher_walk, tops, loss, costs)
+    costs = [s.unit_flops(data.flops_lengths) for s in student_walk.sublayers]
+    return measure_knowledge(data, student_walk, teacher_walk, tops, loss, costs)
 
 
 def naively(
@@ -310,9 +310,9 @@ def naively(
     return sums
 
 
-def check(made: list[Statistics], expected: list[dict[str, Tensor]], rtol: float = 1e-3) -> None:
-    assert len(made) == len(expected)
-    for s, wanted in zip(made, expected, strict=True):
+def check(results: list[Statistics], expected: list[dict[str, Tensor]], rtol: float = 1e-3) -> None:
+    assert len(results) == len(expected)
+    for s, wanted in zip(results, expected, strict=True):
         for value, name in ((s.energy, "energy"), (s.gradient_sum, "total"), (s.gradient_square, "square")):
             scale = float(wanted[name].abs().max()) if len(wanted[name]) else 0.0
             torch.testing.assert_close(value, wanted[name], rtol=rtol, atol=1e-5 * scale)
@@ -340,20 +340,20 @@ def test_measured_sums_are_those_of_real_masks_row_by_row(model_type: str, head:
     data = rows(9, choices=3 if head == "MULTIPLE_CHOICE" else 0)
     teacher = tiny(model_type, head)
     student = pruned(teacher, position)
-    made = measure(calibration(student, data, per_device_batch_size=4), student, teacher, position)
+    results = measure(calibration(student, data, per_device_batch_size=4), student, teacher, position)
     expected = naively(student, teacher, position, data)
-    check(made, expected)
+    check(results, expected)
     assert all(float(s["square"].max()) > 0 for s in expected), "nothing was measured"
-    assert {s.samples for s in made} == {9}
-    assert {s.tokens for s in made} == {sum(map(row_tokens, data))}
+    assert {s.samples for s in results} == {9}
+    assert {s.tokens for s in results} == {sum(map(row_tokens, data))}
     sublayers = find_sublayers(student)[position:]
     mean = sum(map(row_tokens, data)) / (
         27 if head == "MULTIPLE_CHOICE" else 9
     )  # FLOPs are those of one sequence
-    assert [(s.has_heads, s.unit_width, s.cost) for s in made] == [
+    assert [(s.has_heads, s.unit_width, s.cost) for s in results] == [
         (s.unit.has_heads, s.unit_width, s.unit_flops({s.stack_name: mean})) for s in sublayers
     ]
-    assert all(s.weight is sublayer.output.weight for s, sublayer in zip(made, sublayers, strict=True))
+    assert all(s.weight is sublayer.output.weight for s, sublayer in zip(results, sublayers, strict=True))
 
 
 def test_a_student_with_emptied_sublayers_above_is_measured_too() -> None:
@@ -362,9 +362,9 @@ def test_a_student_with_emptied_sublayers_above_is_measured_too() -> None:
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         find_sublayers(student)[0].weight.mul_(1.1)
-    made = measure(calibration(student, rows(9), per_device_batch_size=4), student, teacher, 0)
-    assert made[1].energy.shape == (0,)
-    check(made, naively(student, teacher, 0, rows(9)))
+    results = measure(calibration(student, rows(9), per_device_batch_size=4), student, teacher, 0)
+    assert results[1].energy.shape == (0,)
+    check(results, naively(student, teacher, 0, rows(9)))
 
 
 @pytest.mark.parametrize("head", ["SEQUENCE_CLASSIFICATION", "MULTIPLE_CHOICE"])
@@ -397,16 +397,16 @@ def test_batch_size_row_order_padding_and_slices_do_not_change_what_is_measured(
 def test_only_measured_rows_are_measured() -> None:
     data, teacher = rows(9), tiny()
     student = pruned(teacher, 2)
-    made = measure(calibration(student, data, measured=4, per_device_batch_size=3), student, teacher, 2)
-    check(made, naively(student, teacher, 2, data[:4]))
-    assert {s.samples for s in made} == {4}
+    results = measure(calibration(student, data, measured=4, per_device_batch_size=3), student, teacher, 2)
+    check(results, naively(student, teacher, 2, data[:4]))
+    assert {s.samples for s in results} == {4}
 
 
 def test_without_a_loss_only_energy_is_measured() -> None:
     data, teacher = rows(9), tiny()
-    made = calibration(teacher, data)
-    walk, loss = made.walk(teacher), knowledge_loss(teacher, 2.0, "mean")
-    statistics = measure_knowledge(made, walk, walk, [], loss, [1.0] * len(walk.sublayers))
+    batches = calibration(teacher, data)
+    walk, loss = batches.walk(teacher), knowledge_loss(teacher, 2.0, "mean")
+    statistics = measure_knowledge(batches, walk, walk, [], loss, [1.0] * len(walk.sublayers))
     expected = naively(pruned(teacher, 0), teacher, 0, data)
     for s, wanted in zip(statistics, expected, strict=True):
         torch.testing.assert_close(s.energy, wanted["energy"], rtol=1e-4, atol=1e-4)
@@ -415,9 +415,9 @@ def test_without_a_loss_only_energy_is_measured() -> None:
 
 def test_the_distance_is_the_mean_loss_of_the_rows_held_out() -> None:
     data, teacher = rows(12), tiny()
-    student, made = pruned(teacher, 4), calibration(teacher, rows(12), per_device_batch_size=2)
+    student, batches = pruned(teacher, 4), calibration(teacher, rows(12), per_device_batch_size=2)
     loss = knowledge_loss(student, 2.0, "mean")
-    numbers = [number for batch in made.batches if batch.held_out for number in batch.rows]
+    numbers = [number for batch in batches.batches if batch.held_out for number in batch.rows]
     assert 1 < len(numbers) < len(data)
     losses = []
     for number in numbers:
@@ -425,7 +425,7 @@ def test_the_distance_is_the_mean_loss_of_the_rows_held_out() -> None:
         with torch.no_grad():
             ours, theirs = (model.eval()(**inputs) for model in (student, teacher))
         losses.append(float(loss(ours, theirs, inputs["attention_mask"].bool())))
-    assert distance(made, student, teacher, loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert distance(batches, student, teacher, loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_bfloat16_measures_about_the_same() -> None:
@@ -443,9 +443,9 @@ def test_bfloat16_measures_about_the_same() -> None:
 
 def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     teacher = tiny()
-    student, made = pruned(teacher, 1), calibration(teacher, rows(5))
-    student_walk, teacher_walk = made.walk(student), made.walk(teacher)
-    tops, costs = tops_of(made, teacher_walk), [1.0] * len(student_walk.sublayers)
+    student, batches = pruned(teacher, 1), calibration(teacher, rows(5))
+    student_walk, teacher_walk = batches.walk(student), batches.walk(teacher)
+    tops, costs = tops_of(batches, teacher_walk), [1.0] * len(student_walk.sublayers)
     student_walk.differs = True
 
     def mean(s: Any, t: Any, valid: Tensor) -> Tensor:
@@ -454,7 +454,7 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
 
     loss = Knowledge("custom", mean, 2.0, None)
     with pytest.raises(ArgumentError, match=r"gave \(\) for 2 samples, expected one number each"):
-        measure_knowledge(made, student_walk, teacher_walk, tops, loss, costs)
+        measure_knowledge(batches, student_walk, teacher_walk, tops, loss, costs)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])
@@ -470,12 +470,12 @@ def test_normal_equations_are_those_of_the_stacked_features(
     student = pruned(teacher, position)
     ours = find_sublayers(student)
     cut(ours[position], torch.arange(ours[position].num_units) % 2 == 0)
-    made = calibration(student, data[::-1], **options)
-    student_walk, teacher_walk = made.walk(student, ours), made.walk(teacher)
+    batches = calibration(student, data[::-1], **options)
+    student_walk, teacher_walk = batches.walk(student, ours), batches.walk(teacher)
     for _ in range(position):
-        made.advance(student_walk)
-        made.advance(teacher_walk)
-    equations = normal_equations(made, student_walk, Reference(teacher_walk))
+        batches.advance(student_walk)
+        batches.advance(teacher_walk)
+    equations = normal_equations(batches, student_walk, Reference(teacher_walk))
 
     def seen(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Residual input, features and output of the sublayer."""
@@ -574,12 +574,14 @@ def test_labels_do_not_matter(collated: bool) -> None:
     data = rows(24)
     labels = torch.randint(2, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     words = plain_tokenizer()
-    seen: list[bool] = []
+    labelled: list[bool] = []
 
     def collator(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        made = collate(batch)
-        seen.append("labels" in batch[0])
-        return {**made, "labels": torch.tensor([row["labels"] for row in batch])} if seen[-1] else made
+        tensors = collate(batch)
+        labelled.append("labels" in batch[0])
+        return (
+            {**tensors, "labels": torch.tensor([row["labels"] for row in batch])} if labelled[-1] else tensors
+        )
 
     how: dict[str, Any] = {"data_collator": collator} if collated else {"processing_class": words}
     expected = plan_and_weights(data, **how)
@@ -589,7 +591,7 @@ def test_labels_do_not_matter(collated: bool) -> None:
             expected,
             plan_and_weights([{**row, "labels": y} for row, y in zip(data, answers, strict=True)], **how),
         )
-    assert any(seen) == collated
+    assert any(labelled) == collated
 
 
 @pytest.mark.slow
@@ -613,10 +615,10 @@ def test_batch_size_does_not_change_plan_or_weights() -> None:
     data, exact = rows(24), {"statistics_dtype": "float64"}
     expected = plan_and_weights(data, data_collator=collate, options=exact)
     for batch in (1, 5):
-        made = plan_and_weights(
+        result = plan_and_weights(
             data, data_collator=collate, options={"per_device_batch_size": batch, **exact}
         )
-        assert_same_plan_and_weights(expected, made, rtol=1e-3, atol=1e-4)
+        assert_same_plan_and_weights(expected, result, rtol=1e-3, atol=1e-4)
     assert_same_plan_and_weights(
         expected, plan_and_weights(data, data_collator=wide(9), options=exact), rtol=1e-3, atol=1e-4
     )
@@ -700,8 +702,8 @@ def test_the_vocabulary_in_parts_is_the_vocabulary(
             lambda _, args, output: most.append(output.numel())
         )
     monkeypatch.setattr("hf_kprune.calibration.outputs.LOGITS", logits)
-    made = measure(calibration(student, data), student, teacher, 2)
+    results = measure(calibration(student, data), student, teacher, 2)
     assert max(most) <= max(logits, 60 * 9)
-    for a, b in zip(made, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a.gradient_sum, b.gradient_sum, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(a.gradient_square, b.gradient_square, rtol=1e-4, atol=1e-9)

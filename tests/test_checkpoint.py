@@ -41,6 +41,7 @@ from models import (
     classes,
     cut_randomly,
     pruned,
+    pruned_layer,
     slow_unless_in,
     tiny,
 )
@@ -144,10 +145,10 @@ def test_a_loaded_model_does_all_that_a_dense_one_does(tmp_path: Path, model_typ
     }
     assert logits(fresh, head).isfinite().all()
     if head in PIPELINES:
-        made = pipeline(PIPELINES[head], model=str(tmp_path))
-        assert type(made.model) is type(model)
-        assert_same(made.model, model, head)
-        assert made(TEXT)
+        answers = pipeline(PIPELINES[head], model=str(tmp_path))
+        assert type(answers.model) is type(model)
+        assert_same(answers.model, model, head)
+        assert answers(TEXT)
 
 
 @pytest.mark.parametrize("head", ["SEQUENCE_CLASSIFICATION", "MASKED_LM"])
@@ -349,13 +350,13 @@ def test_loading_never_holds_the_dense_layers_in_memory(
     model = tiny(intermediate_size=17)
     model.save_pretrained(tmp_path / "dense")
     cut_randomly(model).save_pretrained(tmp_path / "pruned")
-    with InMemory() as seen:
+    with InMemory() as memory:
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
-    assert seen.shapes & dense
-    with InMemory() as seen:
+    assert memory.shapes & dense
+    with InMemory() as memory:
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
-    assert {(12, 16), (16, 12)} <= seen.shapes
-    assert not seen.shapes & dense
+    assert {(12, 16), (16, 12)} <= memory.shapes
+    assert not memory.shapes & dense
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,8 +456,8 @@ Broken = tuple[Callable[[Any], None], str]
 
 
 def block(config: dict[str, Any], number: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = config["kprune"]["stacks"][0]["blocks"][number]
-    return found
+    entry: dict[str, Any] = config["kprune"]["stacks"][0]["blocks"][number]
+    return entry
 
 
 def set_kept(value: Any, number: int = 0, layer: int = 0) -> Callable[[dict[str, Any]], None]:
@@ -832,8 +833,8 @@ def test_with_hf_kprune_its_own_code_is_run_and_never_that_of_the_folder(
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "1", trust_remote_code=True)
     assert type(loaded) is type(model)
     assert_same(loaded, model)
-    made = AutoModelForSequenceClassification.from_config(loaded.config, trust_remote_code=True)
-    assert type(made) is type(model)
+    fresh = AutoModelForSequenceClassification.from_config(loaded.config, trust_remote_code=True)
+    assert type(fresh) is type(model)
     loaded.save_pretrained(tmp_path / "2")
     assert files(tmp_path / "2")["config.json"] == files(tmp_path / "1")["config.json"]
     assert (tmp_path / "2" / "modeling_kprune.py").read_bytes() == Path(modeling_kprune.__file__).read_bytes()
@@ -911,7 +912,7 @@ def test_an_exception_leaves_what_was_there(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    model, out = pruned(), tmp_path / "out"
+    model, out = pruned_layer(), tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("old")
     if stage == "save_pretrained":
@@ -925,7 +926,7 @@ def test_an_exception_leaves_what_was_there(
 
 @pytest.mark.parametrize("damage", ["a value", "a name", "a dtype", "the plan"])
 def test_what_was_written_wrongly_is_caught_before_it_counts(tmp_path: Path, damage: str) -> None:
-    model = pruned()
+    model = pruned_layer()
 
     def spoil(folder: str) -> None:
         file = Path(folder) / "model.safetensors"
@@ -956,7 +957,7 @@ def test_folders_in_a_checkpoint_and_relative_paths(tmp_path: Path, monkeypatch:
         Path(folder, "templates").mkdir()
         Path(folder, "templates", "chat.txt").write_text("hello")
 
-    save_atomically(pruned(), "a/b/out", "50GB", add)
+    save_atomically(pruned_layer(), "a/b/out", "50GB", add)
     assert (tmp_path / "a" / "b" / "out" / "templates" / "chat.txt").read_text() == "hello"
     with safe_open(tmp_path / "a" / "b" / "out" / "model.safetensors", "pt") as file:
         assert KEY in file.keys()  # noqa: SIM118

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from data import collate, rows
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ def pruner(model: Any, compute_loss: Any = None, **options: Any) -> KPrunePruner
 @functools.cache
 def pruned(method: str = "surgeon") -> dict[str, torch.Tensor]:
     """The weights of a plain model after pruning."""
-    model = tiny()
+    model = shallow()
     pruner(model, method=method).prune()
     weights: dict[str, torch.Tensor] = model.state_dict()
     return weights
@@ -158,7 +158,7 @@ NO_PROJECTIONS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
 @pytest.mark.parametrize("case", NO_PROJECTIONS)
 def test_a_projection_that_is_more_than_weight_and_bias_is_refused_at_once(case: str) -> None:
     spoil, message = NO_PROJECTIONS[case]
-    model = tiny()
+    model = shallow()
     spoil(model)
     with pytest.raises(UnsupportedModelError, match=message):
         pruner(model)
@@ -181,7 +181,7 @@ ON_REAL_INPUTS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
 @pytest.mark.parametrize("case", ON_REAL_INPUTS)
 def test_what_only_real_inputs_show_not_to_be_linear_is_refused_before_anything_is_cut(case: str) -> None:
     spoil, message = ON_REAL_INPUTS[case]
-    model = tiny()
+    model = shallow()
     spoil(model)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedModelError, match=message):
@@ -190,11 +190,11 @@ def test_what_only_real_inputs_show_not_to_be_linear_is_refused_before_anything_
 
 
 def test_a_linear_layer_by_another_name_and_one_that_is_watched_are_pruned_alike() -> None:
-    model, seen = tiny(), []
+    model, calls = shallow(), []
     replace("intermediate.dense", Alias)(model)
-    model.bert.encoder.layer[1].output.dense.register_forward_hook(lambda *_: seen.append(1))
+    model.bert.encoder.layer[1].output.dense.register_forward_hook(lambda *_: calls.append(1))
     pruner(model).prune()
-    assert seen
+    assert calls
     check_same(model, pruned())
 
 
@@ -221,7 +221,7 @@ WRAPPED: dict[str, Callable[[PreTrainedModel], Any]] = {
 
 @pytest.mark.parametrize("case", slow_unless_in(("DataParallel", "both"), WRAPPED))
 def test_wrappers_are_taken_off_and_change_nothing(case: str) -> None:
-    model = tiny()
+    model = shallow()
     pruner(WRAPPED[case](model)).prune()
     assert "forward" not in vars(model)
     check_same(model, pruned())
@@ -231,7 +231,7 @@ def test_wrappers_are_taken_off_and_change_nothing(case: str) -> None:
 
 
 def test_a_model_that_was_prepared_after_the_pruner_was_made_is_unwrapped_too() -> None:
-    model = tiny()
+    model = shallow()
     ours = pruner(model)
     prepared(model)
     ours.prune()
@@ -285,7 +285,7 @@ REPLACED: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
 @pytest.mark.parametrize("late", [False, True], ids=["when the pruner is made", "when it prunes"])
 def test_what_cannot_be_unwrapped_is_refused_at_once(case: str, late: bool) -> None:
     spoil, message = REPLACED[case]
-    model = tiny()
+    model = shallow()
     ours = pruner(model) if late else None
     spoil(model)
     with pytest.raises(UnsupportedModelError, match=message):
@@ -302,7 +302,7 @@ def test_what_cannot_be_unwrapped_is_refused_at_once(case: str, late: bool) -> N
     "name", ["classifier.weight", "bert.pooler.dense.bias", "bert.encoder.layer.1.output.dense.weight"]
 )
 def test_weights_that_are_not_finite_are_named_at_once(name: str, value: float) -> None:
-    model = tiny()
+    model = shallow()
     model.get_parameter(name).data.view(-1)[3] = value
     with pytest.raises(UnsupportedModelError, match=f"{name} holds NaN or Inf"):
         pruner(model)
@@ -337,7 +337,7 @@ LOSSES: dict[str, tuple[Any, type[Exception], str]] = {
 def test_a_loss_that_cannot_be_used_is_said_to_be_the_reason(case: str, method: str) -> None:
     loss, error, message = LOSSES[case]
     with pytest.raises(error, match=message):
-        pruner(tiny(), loss, method=method).prune()
+        pruner(shallow(), loss, method=method).prune()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def normed_head(model: PreTrainedModel) -> None:
 
 
 def fewer_layers(model: PreTrainedModel) -> None:
-    del model.bert.encoder.layer[2]
+    del model.bert.encoder.layer[1]
 
 
 def registered(model: PreTrainedModel) -> None:
@@ -387,7 +387,7 @@ OTHERS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
     "words": (more_words, r"word_embeddings\.weight is \(70, 16\).* config\.vocab_size"),
     "pooler": (without_pooler, "lacks bert.pooler.dense.bias"),
     "normed": (normed_head, "holds classifier.parametrizations.weight.original0"),
-    "layers": (fewer_layers, "lacks bert.encoder.layer.2"),
+    "layers": (fewer_layers, "lacks bert.encoder.layer.1"),
     "buffer": (registered, "holds centre, which"),
 }
 
@@ -395,14 +395,14 @@ OTHERS: dict[str, tuple[Callable[[PreTrainedModel], Any], str]] = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_what_could_not_be_loaded_after_saving_is_refused_before_anything_runs(case: str) -> None:
     spoil, message = OTHERS[case]
-    model = tiny()
+    model = shallow()
     spoil(model)
     with pytest.raises(UnsupportedModelError, match=message):
         pruner(model)
 
 
 def test_weights_that_the_config_ties_and_the_model_does_not_are_refused() -> None:
-    model = tiny(head="MASKED_LM")
+    model = shallow(head="MASKED_LM")
     model.cls.predictions.decoder.weight = nn.Parameter(
         torch.randn_like(model.cls.predictions.decoder.weight)
     )
@@ -411,7 +411,7 @@ def test_weights_that_the_config_ties_and_the_model_does_not_are_refused() -> No
 
 
 def test_embeddings_resized_as_they_should_be_and_heads_that_the_config_knows_are_pruned() -> None:
-    model = tiny()
+    model = shallow()
     model.resize_token_embeddings(70, mean_resizing=False)
     head_of_three(model)
     model.config.num_labels, model.config.problem_type = 3, "single_label_classification"
@@ -466,7 +466,7 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
     ),
 )
 def test_what_is_set_around_prune_changes_nothing(case: str, method: str) -> None:
-    model = tiny()
+    model = shallow()
     with SURROUNDINGS[case]():
         pruner(model, method=method).prune()
     check_same(model, pruned(method=method))
@@ -474,7 +474,7 @@ def test_what_is_set_around_prune_changes_nothing(case: str, method: str) -> Non
 
 def test_weights_made_in_inference_mode_are_pruned_like_others() -> None:
     with torch.inference_mode():
-        model = tiny()
+        model = shallow()
     assert model.classifier.weight.is_inference()
     pruner(model).prune()
     check_same(model, pruned())
@@ -514,7 +514,7 @@ def test_what_is_the_caller_s_is_as_it_was_after_every_call(call: str, fails: bo
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
-    model = tiny(use_cache=True).train()
+    model = shallow(use_cache=True).train()
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True

@@ -17,7 +17,7 @@ import pytest
 import torch
 from checks import kept
 from data import ROOT, save_with_words, texts
-from models import classes, slow_unless_in, tiny
+from models import classes, shallow, slow_unless_in
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -54,7 +54,7 @@ class Share(evaluate.Metric):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_with_words(tiny(), tmp_path_factory.mktemp("dense"))
+    return save_with_words(shallow(), tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp
 
 @pytest.mark.slow
 def test_regression_is_evaluated_without_classes(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
-    model = tiny(num_labels=1)
+    model = shallow(num_labels=1)
     path = save_with_words(model, tmp_path / "regression")
     chosen = options(path, data, sparsity=0, output_dir=tmp_path / "out", eval_file=data / "train.csv")
     code, stdout, _ = hf_kprune("prune", *chosen)
@@ -272,7 +272,7 @@ def test_task_picks_the_class(
     hf_kprune: Any, data: Path, tmp_path: Path, task: str, head: str, more: Any
 ) -> None:
     """The same class as the config names, so the same plan with and without `--task`."""
-    path, plans = save_with_words(tiny(head=head), tmp_path / "dense"), []
+    path, plans = save_with_words(shallow(head=head), tmp_path / "dense"), []
     for number, chosen_task in enumerate((None, task)):
         out = tmp_path / str(number)
         code, _, stderr = hf_kprune("prune", *options(path, data, task=chosen_task, output_dir=out, **more))
@@ -284,7 +284,7 @@ def test_task_picks_the_class(
 
 
 def test_multiple_choice_is_evaluated(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
-    path = save_with_words(tiny(head="MULTIPLE_CHOICE"), tmp_path / "dense")
+    path = save_with_words(shallow(head="MULTIPLE_CHOICE"), tmp_path / "dense")
     evaluation = {
         "eval_file": data / "train.csv",
         "metric": data / "share.py",
@@ -308,7 +308,7 @@ def test_sources_and_targets_are_read_by_an_encoder_and_its_decoder(
 
 
 def test_words_are_tokenised_as_words(hf_kprune: Any, data: Path, tmp_path: Path) -> None:
-    path, lines = save_with_words(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "dense"), texts(30, 0)
+    path, lines = save_with_words(shallow(head="TOKEN_CLASSIFICATION"), tmp_path / "dense"), texts(30, 0)
     pd.DataFrame({"text": [line.split() for line in lines]}).to_parquet(tmp_path / "words.parquet")
     chosen = options(path, data, dataset_file=tmp_path / "words.parquet", output_dir=tmp_path / "out")
     assert hf_kprune("prune", *chosen)[0] == 0
@@ -345,7 +345,7 @@ def test_plan_touches_nothing_and_foretells_prune(
         ]
         return [row[:-1] for row in rows]
 
-    assert len(table(planned)) == len(table(pruned)) == 1 + 6
+    assert len(table(planned)) == len(table(pruned)) == 1 + 4
     assert [row[0] for row in table(planned)] == [row[0] for row in table(pruned)]
 
 
@@ -355,13 +355,13 @@ def test_plan_touches_nothing_and_foretells_prune(
 
 
 def test_inspect(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
-    model = tiny()
+    model = shallow()
     count = sum(p.numel() for p in model.parameters())
     code, stdout, _ = hf_kprune("inspect", dense)
     assert code == 0
     assert "BertForSequenceClassification (bert), dense" in stdout
     assert f"parameters: {count:,} " in stdout
-    assert "| encoder.layer.2 | 4 | 4 | 12 | 12 |" in stdout
+    assert "| encoder.layer.1 | 4 | 4 | 12 | 12 |" in stdout
     assert "trust_remote_code" not in stdout
 
     out = tmp_path / "out"
@@ -372,7 +372,7 @@ def test_inspect(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None
     assert "(bert), pruned" in stdout
     assert f"parameters: {report.after.parameters:,} " in stdout
     assert f"without embeddings: {report.after.parameters_without_embeddings:,} " in stdout
-    for layer in range(3):
+    for layer in range(2):
         heads, neurons = report.sublayers[2 * layer : 2 * layer + 2]
         assert f"| encoder.layer.{layer} | {len(heads.kept)} | 4 | {len(neurons.kept)} | 12 |" in stdout
     assert "trust_remote_code=True" in stdout
@@ -426,9 +426,9 @@ def test_help_lists_every_option_once_with_its_default(hf_kprune: Any, command: 
         flag = f"--no_{name}" if option.default is True else f"--{name}"
         assert len(re.findall(rf"^  {flag}\b", stdout, re.MULTILINE)) == 1, name
         assert not re.search(rf"^  --(no_)?{name}\b(?<!{flag})", stdout, re.MULTILINE), name
-        told = parser.OFF.get(name) or option.metadata["help"].split(".")[0]
-        told = parser.as_options(told, list(parser.options_of("sweep")))
-        assert "".join(told.split()) in squeezed, name
+        text = parser.OFF.get(name) or option.metadata["help"].split(".")[0]
+        text = parser.as_options(text, list(parser.options_of("sweep")))
+        assert "".join(text.split()) in squeezed, name
         assert f"--{name.replace('_', '-')} " not in words or "_" not in name
     for default in ("(default: 0.5)", "(default: 100000)", "(default: 2.0)", "(default: surgeon)"):
         assert default in words
@@ -652,9 +652,9 @@ def test_errors_are_one_clear_line(hf_kprune: Any, dense: str, data: Path, tmp_p
     changes, message = ERRORS[case]
     places = {"data": str(data), "base": "", "tokens": ""}
     if case == "other task":
-        places["base"] = save_with_words(tiny(head=""), tmp_path / "base")
+        places["base"] = save_with_words(shallow(head=""), tmp_path / "base")
     if case == "evaluation of tokens":
-        places["tokens"] = save_with_words(tiny(head="TOKEN_CLASSIFICATION"), tmp_path / "tokens")
+        places["tokens"] = save_with_words(shallow(head="TOKEN_CLASSIFICATION"), tmp_path / "tokens")
     changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
     code, stdout, stderr = hf_kprune(
         "prune", *options(dense, data, **{"output_dir": tmp_path / "out", **changes})
@@ -669,7 +669,7 @@ def test_errors_are_one_clear_line(hf_kprune: Any, dense: str, data: Path, tmp_p
 
 
 def test_missing_tokenizer_is_an_error(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path / "bare")
+    shallow().save_pretrained(tmp_path / "bare")
     code, _, stderr = hf_kprune("prune", *options(str(tmp_path / "bare"), data, output_dir=tmp_path / "out"))
     assert code == 2
     assert stderr.splitlines()[-1].startswith(
@@ -685,8 +685,8 @@ def test_inspect_of_what_is_no_model_is_an_error(
     (tmp_path / "damaged" / "config.json").write_text('{"model_type": "ber')
     code, stdout, stderr = hf_kprune("inspect", tmp_path / name)
     assert (code, stdout) == (2, "")
-    told = {"nothing": "there is no directory", "damaged": "cannot load the model"}[name]
-    assert stderr.splitlines()[-1].startswith(f"hf-kprune: error: {told}")
+    message = {"nothing": "there is no directory", "damaged": "cannot load the model"}[name]
+    assert stderr.splitlines()[-1].startswith(f"hf-kprune: error: {message}")
 
 
 def test_ctrl_c_ends_with_130(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import getpass
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data import collate, rows
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from transformers import BertTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
@@ -33,18 +34,16 @@ def test_no_path_and_no_person_reaches_what_is_saved(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home)
     place = Path("secret-client/model") if relative else home / "secret-client" / "model"
-    tiny().save_pretrained(place)
+    shallow().save_pretrained(place)
     BertTokenizer(
         {w: i for i, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"])}
     ).save_pretrained(place)
     out = home / "secret-client" / "out"
-    args = KPruneArguments(sparsity=0.5, output_dir=str(out), use_cpu=True, disable_tqdm=True)
+    args = KPruneArguments(method="magnitude", output_dir=str(out), use_cpu=True, disable_tqdm=True)
     pruner = KPrunePruner(str(place), args, rows(), collate)
     pruner.prune()
     pruner.save_model()
-    KPrunePruner(
-        str(out), KPruneArguments(sparsity=0.5, use_cpu=True, disable_tqdm=True), rows(), collate
-    ).prune()
+    KPrunePruner(str(out), replace(args, output_dir=None), rows(), collate).prune()
     written = {
         file: file.read_text("utf-8", "replace")
         for file in out.rglob("*")
@@ -87,7 +86,7 @@ def test_the_person_who_runs_it_is_not_named() -> None:
 
 @pytest.mark.parametrize("base", ["/srv/clients/acme/bert", "~/bert", "../bert", "C:\\jane\\bert"])
 def test_the_card_names_no_local_model_as_its_base(base: str) -> None:
-    model = tiny()
+    model = shallow()
     model.config._name_or_path = base
     card = model_card(model, None)
     assert "base_model" not in card
@@ -129,7 +128,7 @@ def test_foreign_names_break_no_table_and_steer_no_terminal(capsys: pytest.Captu
 def test_inspect_of_a_foreign_folder_steers_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny().save_pretrained(tmp_path)
+    shallow().save_pretrained(tmp_path)
     evil_report().save(tmp_path)
     capsys.readouterr()
     assert main(["inspect", str(tmp_path)]) == 0
@@ -155,7 +154,7 @@ def test_inspect_of_a_foreign_folder_steers_no_terminal(
 def test_a_report_that_is_none_is_refused_in_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any
 ) -> None:
-    tiny().save_pretrained(tmp_path)
+    shallow().save_pretrained(tmp_path)
     changed = change(json.loads(evil_report().to_json()))
     text = changed if isinstance(changed, str) else json.dumps(changed)
     with pytest.raises(ArgumentError, match="is damaged or of another version"):

@@ -108,12 +108,12 @@ def test_one_process_equals_two_and_three_with_uneven_shards(
     """31 rows: 16 + 15 and 11 + 10 + 10. Only the main process prints, so its lines come once."""
     ended = run(1, tmp_path / "1")
     one = result(ended, tmp_path / "1")
-    assert ended.printed.count(": kept ") == len(one[0]["kept"]) == 6
+    assert ended.printed.count(": kept ") == len(one[0]["kept"]) == 4
     out = tmp_path / "many"
     launcher = [*ACCELERATE, "--num_processes", str(processes)]
     ended = launch(launcher, processes, out) if launched else run(processes, out)
     check_same(one, result(ended, out))
-    assert ended.printed.count(": kept ") == 6
+    assert ended.printed.count(": kept ") == 4
     assert (out / "model" / "model.safetensors").exists()
 
 
@@ -130,14 +130,14 @@ def test_processes_that_were_interrupted_go_on_together(tmp_path: Path, method: 
     arguments = (*BERT, "--method", method)
     at_once = result(run(2, tmp_path / "2", *arguments), tmp_path / "2")
     resume = (*arguments, "--resume", str(tmp_path / "states"))
-    ended = run(2, tmp_path / "until 3", *resume, "--stop_after", "3")
+    ended = run(2, tmp_path / "until 2", *resume, "--stop_after", "2")
     assert 7 in ended.codes, ended.errors[-3000:]
-    assert ended.printed.count(": kept ") <= 3
+    assert ended.printed.count(": kept ") <= 2
     refused = run(1, tmp_path / "1", *resume)
     check_failed(refused, tmp_path / "1", "number of processes is 1 and was 2 then")
     ended = run(2, tmp_path / "on", *resume)
     plan, weights = result(ended, tmp_path / "on")
-    assert ended.printed.count(": kept ") == 3
+    assert ended.printed.count(": kept ") == 2
     assert plan == at_once[0]
     assert all(torch.equal(weights[name], value) for name, value in at_once[1].items())
 

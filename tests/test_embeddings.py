@@ -15,7 +15,7 @@ import pytest
 import torch
 from checks import files
 from data import save_with_words, texts
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 
@@ -69,7 +69,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def transformer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_with_words(tiny("bert", ""), tmp_path_factory.mktemp("transformer"))
+    return save_with_words(shallow("bert", ""), tmp_path_factory.mktemp("transformer"))
 
 
 def build(
@@ -281,7 +281,7 @@ def test_a_bare_model_of_such_a_folder_is_recognised(transformer: str, tmp_path:
 
 def test_another_head_on_such_a_folder_is_no_embedding(transformer: str, tmp_path: Path) -> None:
     folder = build(transformer, tmp_path / "dense", CHAIN["mean"]())
-    model = tiny("bert")
+    model = shallow("bert")
     model.config.name_or_path = folder
     with pytest.warns(UserWarning, match="has a head that the sentence-transformers folder"):
         assert folder_of(model) is None

@@ -30,7 +30,7 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
     """Rows as a dataset has them: one at a time, of different lengths where there is padding."""
     if kind in ("text", "unpadded") and type(model).__name__ != "LongformerForSequenceClassification":
         return rows(count, longest=9)
-    made = []
+    data = []
     for seed in range(count // 4):
         inputs = inputs_for(model, kind, seed=seed)
         for i in range(4):
@@ -39,8 +39,8 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
                 mask = row.pop(f"{prefix}attention_mask", None)
                 if mask is not None:
                     row[f"{prefix}input_ids"] = row[f"{prefix}input_ids"][mask.bool()].tolist()
-            made.append(row)
-    return made
+            data.append(row)
+    return data
 
 
 def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tensor:
@@ -68,11 +68,11 @@ def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: 
             walk = rows_.walk(teacher, pruning.references)
             costs = [1.0] * len(walk.sublayers)
             sides.append(dict(measure_dense(rows_, walk, ("curvature", "fisher"), pruning.loss, costs)))
-    layers, whole = sides
-    assert layers.keys() == whole.keys()
+    layers, at_once = sides
+    assert layers.keys() == at_once.keys()
     for position, one in layers.items():
         for field in ("energy", "feature_sum", "gram", "metric", "fisher", "absolute"):
-            a, b = getattr(one, field), getattr(whole[position], field)
+            a, b = getattr(one, field), getattr(at_once[position], field)
             assert bool(b.any()) or field not in ("energy", "metric")
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 

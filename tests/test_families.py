@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from checks import by_column, logits, masked
-from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, slow_unless_in, tiny
+from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, shallow, slow_unless_in, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -25,17 +25,17 @@ from hf_kprune.structure.units import KINDS, UNITS, Head, Neuron, QueryHead, Uni
 def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
     """Keep-masks by name: ragged ones, each sublayer emptied with the rest halved, all emptied."""
     every = [torch.arange(s.num_units) for s in sublayers]
-    made = {
+    masks = {
         "even units": [units % 2 == 0 for units in every],
         "odd units": [units % 2 == 1 for units in every],
         "ragged": [units >= i % 4 for i, units in enumerate(every)],
         "nothing": [units < 0 for units in every],
     }
     for i, sublayer in enumerate(sublayers):
-        made[f"without {sublayer.name}"] = [
+        masks[f"without {sublayer.name}"] = [
             units < 0 if k == i else units % 2 == k % 2 for k, units in enumerate(every)
         ]
-    return made
+    return masks
 
 
 def masked_logits(model: PreTrainedModel, masks: list[Tensor], head: str) -> Tensor:
@@ -48,24 +48,25 @@ def check_cut_equals_masked(model: PreTrainedModel, head: str) -> None:
     dense = logits(model, head)
     for name, masks in plans(find_sublayers(model)).items():
         student = cut_all(model, masks)
-        made = logits(student, head)
+        results = logits(student, head)
         expected = masked_logits(model, masks, head)
-        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5, msg=partial("{}: {}".format, name))
-        assert (made - dense).abs().max() > 1e-3, f"{name}: cutting did nothing"
+        torch.testing.assert_close(
+            results, expected, rtol=1e-5, atol=1e-5, msg=partial("{}: {}".format, name)
+        )
+        assert (results - dense).abs().max() > 1e-3, f"{name}: cutting did nothing"
         assert [s.num_units for s in find_sublayers(student)] == [int(m.sum()) for m in masks]
 
 
 @pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)
 def test_cut_equals_masked_for_every_head(model_type: str, head: str) -> None:
-    layers = "n_layers" if model_type == "distilbert" else "num_hidden_layers"
-    check_cut_equals_masked(tiny(model_type, head, **{layers: 2}), head)
+    check_cut_equals_masked(shallow(model_type, head), head)
 
 
 @pytest.mark.parametrize(
     "model_type", slow_unless_in(("bert", "electra"), [m for m in MODEL_TYPES if m != "mpnet"])
 )  # which has eager attention only
 def test_cut_equals_masked_in_sdpa_and_in_eager(model_type: str) -> None:
-    model = tiny(model_type, "SEQUENCE_CLASSIFICATION")
+    model = shallow(model_type)
     for attention in ("eager", "sdpa"):
         model.set_attn_implementation(attention)
         assert model.config._attn_implementation == attention
@@ -111,14 +112,14 @@ def test_cutting_twice_equals_cutting_once(model_type: str) -> None:
 def test_modules_know_how_many_heads_they_have(model_type: str) -> None:
     """Whether or not their forward asks."""
     student = cut_all(tiny(model_type), plans(find_sublayers(tiny(model_type)))["ragged"])
-    told = {"num_attention_heads": 1, "n_heads": 1, "all_head_size": 4}
-    seen = set()
+    sizes = {"num_attention_heads": 1, "n_heads": 1, "all_head_size": 4}
+    names = set()
     for sublayer in find_sublayers(student):
         for module in sublayer.layer.modules() if sublayer.kind == "attention" else ():
-            for name in told.keys() & vars(module).keys():
-                assert getattr(module, name) == sublayer.num_units * told[name], f"{sublayer.name}: {name}"
-                seen.add(sublayer.num_units)
-    assert len(seen) > 1
+            for name in sizes.keys() & vars(module).keys():
+                assert getattr(module, name) == sublayer.num_units * sizes[name], f"{sublayer.name}: {name}"
+                names.add(sublayer.num_units)
+    assert len(names) > 1
 
 
 @pytest.mark.parametrize("model_type", EVERY_TYPE)

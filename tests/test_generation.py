@@ -114,15 +114,15 @@ def test_a_cache_goes_on_across_calls(name: str) -> None:
     ids = inputs_for(model, "unpadded")["input_ids"]
     for plan in (*CUTS, "nothing"):
         student = cut_all(model, columns(model, plan)[0])
-        whole = student(ids, use_cache=True)
-        assert isinstance(whole.past_key_values, transformers.Cache)
+        at_once = student(ids, use_cache=True)
+        assert isinstance(at_once.past_key_values, transformers.Cache)
         cache = DynamicCache(config=student.config)
         first = student(ids[:, :4], past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == 4, plan
         second = student(ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
         assert cache.get_seq_length() == ids.shape[1], plan
-        made = torch.cat([first.logits, second.logits], 1)
-        torch.testing.assert_close(made, whole.logits, rtol=1e-4, atol=1e-4)
+        logits = torch.cat([first.logits, second.logits], 1)
+        torch.testing.assert_close(logits, at_once.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", slow_unless_in(DISTINCT, [n for n in DECODERS if ":" not in n]))
@@ -137,9 +137,9 @@ def test_the_cache_is_as_large_as_told(name: str) -> None:
         cache = student(ids, use_cache=True).past_key_values
         assert isinstance(cache, DynamicCache)
         assert not any(slot.is_sliding for slot in cache.layers)
-        held = sum(t.numel() * t.element_size() for slot in cache.layers for t in (slot.keys, slot.values))
-        told = cache_bytes_per_token(student, find_sublayers(student))
-        assert told * ids.numel() == held
+        size = sum(t.numel() * t.element_size() for slot in cache.layers for t in (slot.keys, slot.values))
+        per_token = cache_bytes_per_token(student, find_sublayers(student))
+        assert per_token * ids.numel() == size
 
 
 @pytest.mark.slow

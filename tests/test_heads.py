@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from data import collate, rows
-from models import EVERY_HEAD, classes, tiny
+from models import EVERY_HEAD, classes, shallow
 from torch import Tensor
 from transformers import BertModel, BertPreTrainedModel, PreTrainedModel
 from transformers.modeling_outputs import (
@@ -69,7 +69,7 @@ def losses(
 
 def students(model_type: str, head: str, **config: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Two models of different weights, in float64 so that differences are those of the loss."""
-    return tiny(model_type, head, seed=1, **config).double(), tiny(model_type, head, **config).double()
+    return shallow(model_type, head, seed=1, **config).double(), shallow(model_type, head, **config).double()
 
 
 def gradient_norm(
@@ -130,7 +130,7 @@ def test_a_sequence_head_is_told_by_problem_type_and_labels(expected: str, confi
 
 def test_regression_is_per_sample_and_has_no_gradient_at_the_teacher_unlike_a_broadcast_one() -> None:
     """METHOD 1.13, B1: what the published code computes is wrong by the pairs of different samples."""
-    model = tiny(num_labels=1)
+    model = shallow(num_labels=1)
     loss = knowledge_loss(model, 2.0, "mean")
     z = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
     outputs = SequenceClassifierOutput(logits=z)
@@ -151,7 +151,7 @@ def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_pad
     temperature: float, dtype: torch.dtype
 ) -> None:
     """METHOD 1.13, B8: the published softmax goes over padding too."""
-    loss = knowledge_loss(tiny("bert", "QUESTION_ANSWERING"), temperature, "mean")
+    loss = knowledge_loss(shallow("bert", "QUESTION_ANSWERING"), temperature, "mean")
     generator = torch.Generator().manual_seed(0)
     starts, ends, other_starts, other_ends = (
         torch.randn(2, 6, generator=generator).to(dtype) for _ in range(4)
@@ -162,12 +162,12 @@ def test_question_answering_is_the_mean_of_two_softmaxes_over_tokens_without_pad
         start, end = (torch.where(valid, z, torch.tensor(filler, dtype=dtype)) for z in (start, end))
         return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
 
-    made = loss(outputs(100.0, starts, ends), outputs(-3.0, other_starts, other_ends), valid)
+    values = loss(outputs(100.0, starts, ends), outputs(-3.0, other_starts, other_ends), valid)
     by_hand = [
         (kl_divergence(s[v], t[v], temperature) + kl_divergence(e[v], f[v], temperature)) / 2
         for s, e, t, f, v in zip(starts, ends, other_starts, other_ends, valid, strict=True)
     ]
-    torch.testing.assert_close(made, torch.stack(by_hand))
+    torch.testing.assert_close(values, torch.stack(by_hand))
 
 
 def test_pretraining_heads_count_each() -> None:
@@ -225,7 +225,7 @@ def test_a_subclass_has_the_head_of_its_parent() -> None:
     class Mine(classes("bert")["QUESTION_ANSWERING"]):  # type: ignore[misc]
         pass
 
-    assert knowledge_loss(Mine(tiny().config), 2.0, "mean").name == "extractive question answering"
+    assert knowledge_loss(Mine(shallow().config), 2.0, "mean").name == "extractive question answering"
 
 
 def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
@@ -238,7 +238,7 @@ def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"head of Odd; pass compute_loss=\(student_outputs, teacher_outputs"
     ):
-        knowledge_loss(Odd(tiny().config), 2.0, "mean")
+        knowledge_loss(Odd(shallow().config), 2.0, "mean")
 
 
 DRAWN = [
@@ -264,7 +264,7 @@ def test_gradients_against_draws_have_the_loss_for_a_curvature(
     head: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """The Fisher information: the mean of g g^T is, but for a factor, the Hessian of the loss where both are the same."""
-    loss = knowledge_loss(tiny("bert", head, **config), 2.0, "mean")
+    loss = knowledge_loss(shallow("bert", head, **config), 2.0, "mean")
     generator = torch.Generator().manual_seed(0)
     point = torch.cat(
         [torch.randn(math.prod(s), generator=generator, dtype=torch.float64) for s in shapes.values()]
@@ -322,7 +322,7 @@ def test_a_missing_problem_type_is_read_from_the_labels_and_said(
     label: Any, count: int, expected: str, warning: str
 ) -> None:
     data = [{**row, **({} if label is None else {"labels": label})} for row in rows(30)]
-    model = tiny(num_labels=count)
+    model = shallow(num_labels=count)
     with pytest.warns(UserWarning, match=warning) as caught:
         report = KPrunePruner(model, KPruneArguments(**QUICK), data, collate_without_labels).prune()
     assert "model.config.problem_type" in str(caught[0].message)
@@ -335,7 +335,7 @@ def test_a_missing_problem_type_is_read_from_the_labels_and_said(
 def test_what_is_known_of_labels_needs_no_warning(label: Any, config: dict[str, Any]) -> None:
     """A class for each row, or a config that says it, or two labels."""
     data = [{**row, **({} if label is None else {"labels": label})} for row in rows(30)]
-    model = tiny(num_labels=2 if label is None else 3, **config)
+    model = shallow(num_labels=2 if label is None else 3, **config)
     report = KPrunePruner(model, KPruneArguments(**QUICK), data, collate_without_labels).prune()
     assert report.knowledge == ("regression" if config else "classification")
     assert report.compared == ["logits"]
@@ -361,7 +361,7 @@ def test_what_is_known_of_labels_needs_no_warning(label: Any, config: dict[str, 
 def test_heads_with_nothing_to_preserve_are_refused_before_any_work(
     head: str, config: dict[str, Any], message: str
 ) -> None:
-    model = tiny("bert", head, num_labels=config["num_labels"])
+    model = shallow("bert", head, num_labels=config["num_labels"])
     model.config.problem_type = config.get("problem_type")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ArgumentError, match=message):
@@ -398,7 +398,7 @@ LOSSES = [
 def test_a_loss_of_the_callers_that_cannot_be_used_is_refused_before_any_work(
     compute_loss: Any, message: str
 ) -> None:
-    model = tiny()
+    model = shallow()
     pruner = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate, compute_loss=compute_loss)
     with pytest.raises(ArgumentError, match=message):
         pruner.prune()
@@ -423,7 +423,7 @@ class TwoHeads(BertPreTrainedModel):
 def test_a_second_head_that_the_loss_does_not_read_is_named() -> None:
     """In a warning and in the report; a loss that reads both is silent."""
     torch.manual_seed(0)
-    model = TwoHeads(tiny().config)
+    model = TwoHeads(shallow().config)
 
     def both(student: Any, teacher: Any, valid: Tensor) -> Tensor:
         moods: Tensor = (student.mood_logits - teacher.mood_logits).square().sum(1)
@@ -444,7 +444,7 @@ def test_a_second_head_that_the_loss_does_not_read_is_named() -> None:
 
 
 def test_hidden_states_that_were_asked_for_are_named() -> None:
-    model = tiny()
+    model = shallow()
     model.config.output_hidden_states = True
     with pytest.warns(UserWarning, match="ignores hidden_states"):
         report = KPrunePruner(model, KPruneArguments(**QUICK), rows(30), collate).plan()
@@ -461,5 +461,5 @@ def test_hidden_states_that_were_asked_for_are_named() -> None:
     ],
 )
 def test_what_the_loss_is_made_of_is_in_the_report(head: str, read: list[str], ignored: list[str]) -> None:
-    report = KPrunePruner(tiny("bert", head), KPruneArguments(**QUICK), rows(30), collate).plan()
+    report = KPrunePruner(shallow("bert", head), KPruneArguments(**QUICK), rows(30), collate).plan()
     assert (report.compared, report.ignored) == (read, ignored)

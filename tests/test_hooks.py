@@ -73,9 +73,9 @@ def check_walk(model: PreTrainedModel, head: str) -> None:
         stream = State()
         for position in range(len(sublayers) + 1):
             with resumed(sublayers, position, stream):
-                made = floats(model(**inputs))
-            assert len(made) == len(expected)
-            for value, wanted in zip(made, expected, strict=True):
+                outputs = floats(model(**inputs))
+            assert len(outputs) == len(expected)
+            for value, wanted in zip(outputs, expected, strict=True):
                 torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
             if position < len(sublayers):
                 stream = run_sublayer(model, inputs, sublayers, position, stream).above
@@ -104,11 +104,11 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
     """Features, output and residual input are those that hooks see in a whole forward pass."""
     model = pruned(tiny(model_type), empty)
     sublayers, inputs = find_sublayers(model), batch()
-    seen: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     streams: dict[int, Tensor] = {}
     with ExitStack() as stack, torch.no_grad():
         for i, s in enumerate(sublayers):
-            hook = s.output.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
+            hook = s.output.register_forward_pre_hook(lambda _, args, i=i: outputs.__setitem__(i, args[0]))
             stack.callback(hook.remove)
             assert s.block.stream is not None
             reader = s.layer.get_submodule(s.block.stream)
@@ -123,9 +123,9 @@ def test_a_tap_tells_what_the_sublayer_did(model_type: str, empty: int | None) -
     below = State()
     for i, sublayer in enumerate(sublayers):
         tap = run_sublayer(model, inputs, sublayers, i, below)
-        torch.testing.assert_close(tap.features, seen[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tap.features, outputs[i], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(tap.stream, streams[i], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(tap.output, sublayer.output(seen[i]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tap.output, sublayer.output(outputs[i]), rtol=1e-5, atol=1e-5)
         below = tap.above
 
 
@@ -172,9 +172,9 @@ def test_masks_of_ones_change_nothing_and_gradients_of_features_are_those_of_mas
     with masked(sublayers, masks):
         by_mask = torch.autograd.grad(model(**inputs).logits.square().sum(), masks)
     with probed(sublayers) as features:
-        made = model(**inputs).logits
-    torch.testing.assert_close(made, model(**inputs).logits)
-    by_feature = torch.autograd.grad(made.square().sum(), list(features.values()))
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits, model(**inputs).logits)
+    by_feature = torch.autograd.grad(logits.square().sum(), list(features.values()))
     assert list(features) == list(range(len(sublayers)))
     for mask, a, gradient in zip(by_mask, features.values(), by_feature, strict=True):
         torch.testing.assert_close(torch.einsum("btc,btc->c", a, gradient), mask, rtol=1e-4, atol=1e-4)

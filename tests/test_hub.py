@@ -15,7 +15,7 @@ from checks import assert_same, files, report
 from data import collate, rows, tokenizer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from models import pruned, tiny
+from models import pruned_layer, shallow
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner
@@ -142,7 +142,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 def make_pruner(output_dir: Path, **options: Any) -> KPrunePruner:
     arguments = KPruneArguments(output_dir=str(output_dir), disable_tqdm=True, **options)
-    pruner = KPrunePruner(pruned(), arguments, processing_class=tokenizer())
+    pruner = KPrunePruner(pruned_layer(), arguments, processing_class=tokenizer())
     pruner.report = report()
     return pruner
 
@@ -197,7 +197,7 @@ def test_push_to_hub_after_pruning_again_pushes_the_model_as_it_is_now(tmp_path:
         "disable_tqdm": True,
     }
     pruner = KPrunePruner(
-        tiny(), KPruneArguments(output_dir=str(tmp_path / "out"), **options), rows(), data_collator=collate
+        shallow(), KPruneArguments(output_dir=str(tmp_path / "out"), **options), rows(), data_collator=collate
     )
     pruner.save_model()
     pruner.prune()
@@ -221,7 +221,7 @@ def test_a_failed_push_leaves_the_checkpoint(tmp_path: Path, hub: FakeHub) -> No
 
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
 def test_the_model_itself_pushes_all_that_loading_needs(tmp_path: Path, hub: FakeHub, way: str) -> None:
-    model = pruned()
+    model = pruned_layer()
     if way == "push_to_hub":
         model.push_to_hub("me/small")
     else:
@@ -236,21 +236,21 @@ def test_the_model_itself_pushes_all_that_loading_needs(tmp_path: Path, hub: Fak
 
 
 def test_the_config_alone_is_pushed_with_its_notice(hub: FakeHub) -> None:
-    pruned().config.push_to_hub("me/small")
+    pruned_layer().config.push_to_hub("me/small")
     (commit,) = hub.commits
     assert commit["files"].keys() == {"README.md", "config.json", "modeling_kprune.py"}
     assert json.loads(commit["files"]["config.json"])["transformers_weights"] == NOTICE
 
 
 def test_a_dense_model_pushes_what_it_always_did(hub: FakeHub) -> None:
-    tiny().push_to_hub("me/dense")
+    shallow().push_to_hub("me/dense")
     (commit,) = hub.commits
     assert commit["files"].keys() == MODEL_FILES - {"modeling_kprune.py"}
     assert "transformers_weights" not in json.loads(commit["files"]["config.json"])
 
 
 def test_model_card(tmp_path: Path) -> None:
-    model = pruned()
+    model = pruned_layer()
     card = ModelCard(
         model_card(
             model,
@@ -286,12 +286,12 @@ def test_model_card(tmp_path: Path) -> None:
 
 
 def test_model_card_of_a_model_from_a_folder_and_of_a_dense_one(tmp_path: Path) -> None:
-    pruned().save_pretrained(tmp_path)
+    pruned_layer().save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert (
         "base_model" not in ModelCard(model_card(loaded, None)).data.to_dict()
     )  # a path of this machine is nobody's model
-    dense = model_card(tiny(), None)
+    dense = model_card(shallow(), None)
     assert HOW_TO_LOAD[1:] not in dense
     assert "How it was pruned" not in dense
 

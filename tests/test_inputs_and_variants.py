@@ -29,12 +29,12 @@ from hf_kprune.structure.surgery import cut, write_plan
 def text_rows(count: int = 40, **more: Any) -> list[dict[str, Any]]:
     """Rows of 5 to 9 tokens; `more` are columns, functions of the row's number and length."""
     generator = torch.Generator().manual_seed(0)
-    made = []
+    data = []
     for i in range(count):
         length = int(torch.randint(5, 10, (1,), generator=generator))
         ids = torch.randint(4, 60, (length,), generator=generator).tolist()
-        made.append({"input_ids": ids, **{key: function(i, length) for key, function in more.items()}})
-    return made
+        data.append({"input_ids": ids, **{key: function(i, length) for key, function in more.items()}})
+    return data
 
 
 def options(**more: Any) -> KPruneArguments:
@@ -110,14 +110,16 @@ def test_padding_of_the_decoder_never_counts(key: str, collated: bool) -> None:
     def collator(batch: list[Any]) -> dict[str, Tensor]:
         targets = [torch.tensor(row["labels"]) for row in batch]
         labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
-        made = Padding().pad([{"input_ids": row["input_ids"]} for row in batch])
-        return {**made, "labels": labels, "decoder_input_ids": shifted_right(model, labels)}
+        calibration = Padding().pad([{"input_ids": row["input_ids"]} for row in batch])
+        return {**calibration, "labels": labels, "decoder_input_ids": shifted_right(model, labels)}
 
     if collated and key != "labels":
         pytest.skip("this collator is for labels")
-    made = batches(model, rows, collator if collated else None)
-    assert sum(int(b.valid["decoder.layers"].sum()) for b in made) == sum(len(row[key]) for row in rows)
-    assert sum(int(b.counted.sum()) for b in made) == sum(len(row[key]) for row in rows)
+    calibration = batches(model, rows, collator if collated else None)
+    assert sum(int(b.valid["decoder.layers"].sum()) for b in calibration) == sum(
+        len(row[key]) for row in rows
+    )
+    assert sum(int(b.counted.sum()) for b in calibration) == sum(len(row[key]) for row in rows)
 
 
 def test_the_decoder_reads_targets_as_the_model_itself_shifts_them() -> None:
@@ -137,9 +139,9 @@ def test_a_head_that_reads_lower_layers_is_refused() -> None:
 
 def test_query_heads_of_every_group_can_be_pruned_again_and_not_by_groups() -> None:
     model = llama(8, 2, 16)
-    prune(model, text_rows(), head_unit="query")
+    prune(model, text_rows(), head_unit="query", method="flap")
     assert [s.unit.strided for s in find_sublayers(model) if s.kind == "attention"] == [True] * 3
-    prune(model, text_rows(), head_unit="query", sparsity=0.2)
+    prune(model, text_rows(), head_unit="query", method="flap", sparsity=0.2)
     with pytest.raises(UnsupportedModelError, match="head_unit is 'group'.* pruned by 'query'"):
         prune(model, text_rows(), head_unit="group")
     model = llama(9, 3, 36)  # as many columns either way
@@ -178,9 +180,11 @@ def test_padded_patches_never_count() -> None:
     model = make("siglip2")
     inputs = inputs_for(model, "patches")
     rows = [{key: value[i] for key, value in inputs.items()} for i in range(4)]
-    made = batches(model, rows, lambda rs: {key: torch.stack([row[key] for row in rs]) for key in rs[0]})
+    calibration = batches(
+        model, rows, lambda rs: {key: torch.stack([row[key] for row in rs]) for key in rs[0]}
+    )
     assert (
-        sum(b.valid["vision_model.encoder.layers"].sum() for b in made)
+        sum(b.valid["vision_model.encoder.layers"].sum() for b in calibration)
         == inputs["pixel_attention_mask"].sum()
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import EMBEDDING, KEY, NORM, edit_weights, logits
-from models import pruned
+from models import pruned_layer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -55,7 +55,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    pruned().save_pretrained(tmp_path)
+    pruned_layer().save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--verify"]) == 0
     tensors = len(load_file(tmp_path / "model.safetensors"))
     assert (
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("damage", ["NaN", "Inf", "integers"])
 def test_without_a_record_values_are_looked_at_all_the_same(tmp_path: Path, damage: str) -> None:
-    pruned().save_pretrained(tmp_path)
+    pruned_layer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["kprune_weights"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -82,7 +82,7 @@ def test_without_a_record_values_are_looked_at_all_the_same(tmp_path: Path, dama
 
 
 def test_what_was_saved_with_inf_is_no_damage(tmp_path: Path) -> None:
-    model = pruned()
+    model = pruned_layer()
     with torch.no_grad():
         model.get_parameter(NORM)[3] = float("inf")
     model.save_pretrained(tmp_path, max_shard_size="2KB")

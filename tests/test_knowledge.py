@@ -31,15 +31,15 @@ def test_kl_is_that_of_torch_from_teacher_to_student(temperature: float) -> None
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_bernoulli_kl_is_that_of_torch_and_that_of_two_explicit_classes(temperature: float) -> None:
     student, teacher = normal(4, 5), normal(4, 5, seed=1)
-    made = bernoulli_kl_divergence(student, teacher, temperature)
+    values = bernoulli_kl_divergence(student, teacher, temperature)
     expected = torch_kl(Bernoulli(logits=teacher / temperature), Bernoulli(logits=student / temperature))
-    torch.testing.assert_close(made, temperature**2 * expected.sum(-1))
+    torch.testing.assert_close(values, temperature**2 * expected.sum(-1))
 
     def classes(z: Tensor) -> Tensor:  # the probabilities of yes and no, as logits of two classes
         yes = torch.sigmoid(z / temperature)
         return temperature * torch.stack([yes, 1 - yes], -1).log()
 
-    torch.testing.assert_close(made, kl_divergence(classes(student), classes(teacher), temperature).sum(-1))
+    torch.testing.assert_close(values, kl_divergence(classes(student), classes(teacher), temperature).sum(-1))
 
 
 @pytest.mark.parametrize("loss", [kl_divergence, bernoulli_kl_divergence, squared_error])
@@ -93,9 +93,9 @@ def test_mean_over_tokens_is_the_mean_of_each_sequence_and_nothing_leaks_from_pa
     expected = torch.stack([v[m].mean(0) for v, m in zip(values, valid, strict=True)])
     for filler in (0.0, 1e30, float("nan"), float("inf")):
         padded = torch.where(valid.view(3, 5, *[1] * len(trailing)), values, filler).requires_grad_()
-        made = mean_over_tokens(padded, valid)
-        torch.testing.assert_close(made, expected)
-        (gradient,) = torch.autograd.grad(made.sum(), [padded])
+        means = mean_over_tokens(padded, valid)
+        torch.testing.assert_close(means, expected)
+        (gradient,) = torch.autograd.grad(means.sum(), [padded])
         assert torch.equal(gradient[~valid], torch.zeros_like(gradient[~valid]))
         assert bool((gradient[valid] > 0).all())
 
@@ -115,8 +115,8 @@ def test_mean_squared_gradient_is_the_programs_statistic_averaged_over_all_batch
         [gradients[list(order)].view(-1, batch, 7) for order in permutations(range(samples))]
     )
     program = batchings.mean(2).square().sum(1) / (2 * samples)  # squared gradients of batch means, over N
-    made = mean_squared_gradient(gradients.sum(0), gradients.square().sum(0), samples, batch)
-    torch.testing.assert_close(made, program.mean(0))
+    value = mean_squared_gradient(gradients.sum(0), gradients.square().sum(0), samples, batch)
+    torch.testing.assert_close(value, program.mean(0))
 
 
 def test_mean_squared_gradient_of_batches_of_one_is_that_of_samples() -> None:

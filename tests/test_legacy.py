@@ -93,12 +93,12 @@ def prune_file(
     for key, value in tensors.items():
         part = value
         for path, what in PATHS[name].items():
-            found = re.search(rf"(?:layer|h)\.(\d+)\.{path}\.(weight|bias)$", key)
-            if found is None or (
-                found[found.lastindex or 0] == "bias" and what.endswith("rows") is (name == "gpt2")
+            match = re.search(rf"(?:layer|h)\.(\d+)\.{path}\.(weight|bias)$", key)
+            if match is None or (
+                match[match.lastindex or 0] == "bias" and what.endswith("rows") is (name == "gpt2")
             ):
                 continue
-            index = int(found[1])
+            index = int(match[1])
             left = [head for head in range(4) if head not in heads.get(str(index), [])]
             features = [4 * head + d for head in left for d in range(4)]
             if what.startswith("neuron"):

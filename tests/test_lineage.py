@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from data import collate, rows
-from models import pruned, tiny
+from models import pruned, shallow
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
@@ -45,7 +45,7 @@ def check(report: PruningReport, once: PruningReport, dense: PreTrainedModel | N
 
 def test_a_second_cut_knows_the_first(tmp_path: Path) -> None:
     """Of the same pruner, of another one in memory, and of what was saved and loaded in between."""
-    dense = tiny()
+    dense = shallow()
     dense.save_pretrained(tmp_path / "dense")
     pruner = make(str(tmp_path / "dense"))
     once = pruner.prune()
@@ -72,7 +72,7 @@ def test_a_second_cut_knows_the_first(tmp_path: Path) -> None:
 
 
 def test_a_stock_checkpoint_is_known_by_the_report_beside_it(tmp_path: Path) -> None:
-    tiny().save_pretrained(tmp_path / "dense")
+    shallow().save_pretrained(tmp_path / "dense")
     pruner = make(str(tmp_path / "dense"), sparsity=0.2, prune_heads=False, uniform=True)
     once = pruner.prune()
     pruner.save_model(str(tmp_path / "once"))
@@ -81,7 +81,7 @@ def test_a_stock_checkpoint_is_known_by_the_report_beside_it(tmp_path: Path) -> 
     assert "- pruned" in card
     assert ", pruned" in card
     check(make(str(tmp_path / "once"), sparsity=0.3).prune(), once)
-    larger = tiny(intermediate_size=20)
+    larger = shallow(intermediate_size=20)
     larger.config.name_or_path = str(tmp_path / "once")
     assert earlier_cuts(larger) == []  # it is not the model of that report
     (tmp_path / "once" / "kprune_report.json").write_text('{"of": "somebody else"}')
@@ -99,7 +99,7 @@ def test_a_cut_without_a_record_is_said_to_be_one() -> None:
 
 def test_the_card_of_a_dense_model_does_not_call_it_pruned(tmp_path: Path) -> None:
     """Also where a run found nothing to cut."""
-    pruner = make(tiny())
+    pruner = make(shallow())
     pruner.save_model(str(tmp_path / "1"))
     pruner.args = replace(ARGUMENTS, sparsity=None, target_params=1e12)
     with pytest.warns(UserWarning, match="nothing"):
@@ -114,7 +114,7 @@ def test_the_card_of_a_dense_model_does_not_call_it_pruned(tmp_path: Path) -> No
 def test_there_is_nothing_to_convert_in_a_dense_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny().save_pretrained(tmp_path / "dense")
+    shallow().save_pretrained(tmp_path / "dense")
     assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "new")]) == 2
     output = capsys.readouterr()
     assert "has all heads and neurons that its config says: there is nothing in it to convert" in output.err

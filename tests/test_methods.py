@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data import ROOT, collate, rows
-from models import tiny
+from models import shallow, tiny
 from torch import Tensor
 
 import hf_kprune
@@ -40,7 +40,7 @@ def registered() -> Iterator[None]:
 
 
 def test_a_registered_method_prunes_by_its_own_scores(registered: None) -> None:
-    model = tiny()
+    model = shallow()
     report = KPrunePruner(
         model, KPruneArguments(method="largest", sparsity=0.4, disable_tqdm=True), rows(24), collate
     ).prune()
@@ -155,7 +155,7 @@ def test_the_old_names_of_options_of_a_method_are_taken_and_said_where_they_are(
 def test_options_in_method_kwargs_and_by_their_old_names_prune_alike_and_count() -> None:
     def units(**options: Any) -> list[list[int]]:
         args = KPruneArguments(method="kprune", sparsity=0.5, disable_tqdm=True, use_cpu=True, **options)
-        return [entry.kept for entry in KPrunePruner(tiny(), args, rows(24), collate).prune().sublayers]
+        return [entry.kept for entry in KPrunePruner(shallow(), args, rows(24), collate).prune().sublayers]
 
     with pytest.warns(FutureWarning):
         old = units(mu=1e-3)
@@ -221,7 +221,7 @@ class Both(Largest):
 def test_a_method_has_all_that_it_needs(registered: None) -> None:
     register_method("both", Both)
     args = KPruneArguments(method="both", sparsity=0.4, disable_tqdm=True)
-    assert KPrunePruner(tiny(), args, rows(24), collate).prune().sparsity >= 0.4
+    assert KPrunePruner(shallow(), args, rows(24), collate).prune().sparsity >= 0.4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from data import save_with_words, texts
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
@@ -45,52 +45,52 @@ def figures(model: Any, scores: Any, labels: Any) -> dict[str, float]:
 
 def test_two_classes() -> None:
     scores = [[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.0, 1.0]]  # 0 1 1 0 1
-    made = figures(tiny(), scores, [0, 1, 0, 1, 1])
-    assert made["accuracy"] == pytest.approx(3 / 5)
-    assert made["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert made["matthews"] == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    results = figures(shallow(), scores, [0, 1, 0, 1, 1])
+    assert results["accuracy"] == pytest.approx(3 / 5)
+    assert results["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert results["matthews"] == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
 
 
 def test_many_classes_and_tokens_that_do_not_count() -> None:
     eye = torch.eye(3)
-    made = figures(tiny(num_labels=3), eye[[0, 1, 2, 2]].tolist(), [0, 1, 2, 0])
-    assert made["accuracy"] == pytest.approx(3 / 4)
-    assert made["f1"] == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
-    tagger = tiny("bert", "TOKEN_CLASSIFICATION", num_labels=3)
+    results = figures(shallow(num_labels=3), eye[[0, 1, 2, 2]].tolist(), [0, 1, 2, 0])
+    assert results["accuracy"] == pytest.approx(3 / 4)
+    assert results["f1"] == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+    tagger = shallow("bert", "TOKEN_CLASSIFICATION", num_labels=3)
     scores = eye[torch.tensor([[0, 1, 2], [2, 2, 1]])].tolist()
     assert figures(tagger, scores, [[0, 1, -100], [2, 0, -100]])["accuracy"] == pytest.approx(3 / 4)
 
 
 def test_numbers() -> None:
-    model = tiny(num_labels=1)
+    model = shallow(num_labels=1)
     values, labels = [[1.0], [2.0], [3.0], [10.0], [2.0]], [0.5, 2.0, 2.5, 3.0, 2.5]
-    made = figures(model, values, labels)
+    results = figures(model, values, labels)
     flat = [value[0] for value in values]
-    assert made["pearson"] == pytest.approx(stats.pearsonr(flat, labels)[0])
-    assert made["spearman"] == pytest.approx(stats.spearmanr(flat, labels)[0])
+    assert results["pearson"] == pytest.approx(stats.pearsonr(flat, labels)[0])
+    assert results["spearman"] == pytest.approx(stats.spearmanr(flat, labels)[0])
     assert all(math.isnan(value) for value in figures(model, [[1.0], [1.0]], [0.0, 1.0]).values())
 
 
 def test_several_labels_at_once() -> None:
-    model = tiny(num_labels=3, problem_type="multi_label_classification")
-    made = figures(model, [[1.0, -1.0, 2.0], [-1.0, -1.0, 1.0]], [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
-    assert made == {"accuracy": 0.5, "f1": pytest.approx(2 * 3 / (2 * 3 + 1))}
+    model = shallow(num_labels=3, problem_type="multi_label_classification")
+    results = figures(model, [[1.0, -1.0, 2.0], [-1.0, -1.0, 1.0]], [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
+    assert results == {"accuracy": 0.5, "f1": pytest.approx(2 * 3 / (2 * 3 + 1))}
 
 
 def test_a_name_gives_one_figure_and_other_names_are_for_evaluate() -> None:
     prediction = EvalPrediction(predictions=torch.eye(2).numpy(), label_ids=torch.tensor([0, 1]).numpy())
     for name in ("accuracy", "f1", "matthews_correlation"):
-        compute = named_metric(name, tiny())
+        compute = named_metric(name, shallow())
         assert compute is not None
         assert compute(prediction) == {name: 1.0}
-    assert named_metric("rouge", tiny()) is None
-    assert named_metric("pearsonr", tiny()) is None
-    assert task_of(tiny("bert", "MASKED_LM")).figures == ()
+    assert named_metric("rouge", shallow()) is None
+    assert named_metric("pearsonr", shallow()) is None
+    assert task_of(shallow("bert", "MASKED_LM")).figures == ()
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_with_words(tiny("bert", "QUESTION_ANSWERING"), tmp_path_factory.mktemp("qa"))
+    return save_with_words(shallow("bert", "QUESTION_ANSWERING"), tmp_path_factory.mktemp("qa"))
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +141,11 @@ def test_long_contexts_are_read_in_windows_whose_best_answer_counts(reader: str)
         },
         {"question": "w1", "context": "w9 w50", "answers": {"text": ["w9 w50"], "answer_start": [0]}},
     ]
-    made = answer_figures(
+    results = answer_figures(
         model, rows, tokenizer, KPruneArguments(max_seq_length=16, per_device_eval_batch_size=2)
     )
-    assert made["exact_match"] == pytest.approx(100 * 2 / 3)
-    assert made["f1"] == pytest.approx(100 * (1 + 1 + 2 / 3) / 3)
+    assert results["exact_match"] == pytest.approx(100 * 2 / 3)
+    assert results["f1"] == pytest.approx(100 * (1 + 1 + 2 / 3) / 3)
     without = [*rows[:1], {"question": "w1", "context": "w9 w8", "answers": {"text": [], "answer_start": []}}]
     assert answer_figures(model, without, tokenizer, KPruneArguments())["exact_match"] == pytest.approx(50.0)
     with pytest.raises(ArgumentError, match="expected question, context and answers"):
@@ -165,8 +165,8 @@ def test_perplexity_is_of_all_tokens_in_windows(writer: str) -> None:
             window = ids[start : start + 11][None]
             logits = model(window[:, :-1]).logits.log_softmax(-1)
             total -= float(logits.gather(-1, window[:, 1:, None]).sum())
-        made = perplexity(model, lines, tokenizer, KPruneArguments(max_seq_length=10))
-    assert made == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-5)
+        results = perplexity(model, lines, tokenizer, KPruneArguments(max_seq_length=10))
+    assert results == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-5)
     with pytest.raises(ArgumentError, match="hold 1 tokens, expected at least 2"):
         perplexity(model, ["w1", ""], tokenizer, KPruneArguments())
 
@@ -178,9 +178,9 @@ def test_evaluate_takes_texts_or_rows(writer: str, reader: str) -> None:
         AutoTokenizer.from_pretrained(writer),
     )
     pruner = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True), processing_class=tokenizer)
-    made = pruner.evaluate(texts(9, 3))
-    assert made == pruner.evaluate([{"text": text, "label": 0} for text in texts(9, 3)])
-    assert list(made) == ["eval_perplexity"]
+    results = pruner.evaluate(texts(9, 3))
+    assert results == pruner.evaluate([{"text": text, "label": 0} for text in texts(9, 3)])
+    assert list(results) == ["eval_perplexity"]
     assert model.training
     ids = tokenizer("w1 w2 w3 w4")["input_ids"]
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}] * 4
@@ -188,11 +188,11 @@ def test_evaluate_takes_texts_or_rows(writer: str, reader: str) -> None:
     assert trained["eval_perplexity"] == pytest.approx(math.exp(trained["eval_loss"]))
     with pytest.raises(ArgumentError, match="set text_columns"):
         pruner.evaluate([{"a": "w1", "b": "w2"}])
-    assert evaluate_texts(tiny(), ["w1"], tokenizer, KPruneArguments()) is None
+    assert evaluate_texts(shallow(), ["w1"], tokenizer, KPruneArguments()) is None
 
 
 def test_a_classifier_gets_its_figures_by_default() -> None:
-    model = tiny()
+    model = shallow()
     rows = [{"input_ids": [2, 5, 7 + i % 3], "attention_mask": [1, 1, 1], "label": i % 2} for i in range(12)]
     pruner = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True), eval_dataset=rows)
     assert {"eval_accuracy", "eval_f1", "eval_matthews", "eval_loss"} <= pruner.evaluate().keys()
@@ -218,7 +218,9 @@ def test_the_command_line_reports_the_figures_of_the_task(
     """Dense and pruned, by default; without evaluation data one line says how."""
     models = {"reader": reader, "writer": writer}
     if kind not in models:
-        models[kind] = save_with_words(tiny(num_labels=2 if kind == "classifier" else 1), tmp_path / "dense")
+        models[kind] = save_with_words(
+            shallow(num_labels=2 if kind == "classifier" else 1), tmp_path / "dense"
+        )
     frame = pd.DataFrame({"text": texts(30, 0)})
     evaluation = pd.DataFrame(
         {"text": texts(12, 1), "label": [i % 2 + (0.25 * i if kind == "regressor" else 0) for i in range(12)]}
@@ -268,7 +270,7 @@ def test_the_command_line_reports_the_figures_of_the_task(
 def test_evaluation_rows_among_the_calibration_rows_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save_with_words(tiny(), tmp_path / "dense")
+    model = save_with_words(shallow(), tmp_path / "dense")
     pd.DataFrame({"text": texts(30, 0), "label": [0, 1] * 15}).to_csv(tmp_path / "all.csv", index=False)
     some = pd.DataFrame({"text": [*texts(30, 0)[:4], "w1 w1 w1", "w2 w2 w2"], "label": [0, 1] * 3})
     some.to_csv(tmp_path / "some.csv", index=False)
@@ -341,7 +343,7 @@ def test_the_figures_of_the_pack(pack: Path, name: str) -> None:
         ]
     length = 256 if name == "minilm-squad" else None
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, max_seq_length=length)
-    made = KPrunePruner(auto.from_pretrained(path), args, processing_class=tokenizer).evaluate(rows)
+    results = KPrunePruner(auto.from_pretrained(path), args, processing_class=tokenizer).evaluate(rows)
     digits = {"exact_match": 2, "perplexity": 2, "f1": 2 if name == "minilm-squad" else 4}
-    figures = {key: round(made[f"eval_{key}"], digits.get(key, 4)) for key in expected}
+    figures = {key: round(results[f"eval_{key}"], digits.get(key, 4)) for key in expected}
     assert figures == expected

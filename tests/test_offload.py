@@ -66,15 +66,15 @@ def test_pruned_on_disk_is_pruned_in_memory(
     model.save_pretrained(tmp_path / "dense")
     on_disk = spread(tmp_path, model, everything, dtype=dtype)
     assert any(tensor.device.type == "meta" for tensor in on_disk.parameters())
-    whole, expected = prune(type(model).from_pretrained(tmp_path / "dense", dtype=dtype), method=method)
+    in_memory, expected = prune(type(model).from_pretrained(tmp_path / "dense", dtype=dtype), method=method)
     pruner, report = prune(on_disk, method=method)
     assert kept(report) == kept(expected)
     assert report.trials == expected.trials
     inputs = {"input_ids": torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
     with torch.no_grad():
-        outputs = [each.model.eval()(**inputs).logits for each in (pruner, whole)]
+        outputs = [each.model.eval()(**inputs).logits for each in (pruner, in_memory)]
     assert torch.equal(*outputs)
-    for each, folder in ((pruner, "spread"), (whole, "whole")):
+    for each, folder in ((pruner, "spread"), (in_memory, "whole")):
         each.save_model(str(tmp_path / folder))
     kind = type(model)
     one, other = (kind.from_pretrained(tmp_path / folder, dtype=dtype) for folder in ("spread", "whole"))
@@ -86,22 +86,22 @@ def test_a_model_that_is_left_on_disk_is_planned_evaluated_pruned_twice_and_save
     make("bert").save_pretrained(tmp_path / "dense")
     data = [{**row, "labels": i % 2} for i, row in enumerate(rows(40, longest=9))]
     args = KPruneArguments(**OPTIONS, report_to=["none"])
-    on_disk, whole = (
+    on_disk, in_memory = (
         KPrunePruner(tmp_path / "dense", args, data, collate, data, offload=place) for place in ("disk", None)
     )
     assert {tensor.device.type for tensor in on_disk.model.parameters()} == {"cpu", "meta"}
-    assert kept(on_disk.plan()) == kept(whole.plan())
+    assert kept(on_disk.plan()) == kept(in_memory.plan())
     for _ in range(2):
-        assert kept(on_disk.prune()) == kept(whole.prune())
+        assert kept(on_disk.prune()) == kept(in_memory.prune())
         one, other = (
             {name: value for name, value in each.evaluate().items() if name in ("eval_loss", "eval_accuracy")}
-            for each in (on_disk, whole)
+            for each in (on_disk, in_memory)
         )
         assert one == other
     assert {tensor.device.type for tensor in on_disk.model.parameters()} == {"cpu", "meta"}
-    for each, folder in ((on_disk, "spread"), (whole, "whole")):
+    for each, folder in ((on_disk, "spread"), (in_memory, "whole")):
         each.save_model(str(tmp_path / folder))
-    one, other = (type(whole.model).from_pretrained(tmp_path / folder) for folder in ("spread", "whole"))
+    one, other = (type(in_memory.model).from_pretrained(tmp_path / folder) for folder in ("spread", "whole"))
     assert_same_state(one.state_dict(), other.state_dict())
     again = KPrunePruner(tmp_path / "spread", args, data, collate, offload="disk")
     assert again.prune().sparsity == pytest.approx(0.4, abs=0.1)
@@ -150,19 +150,19 @@ def test_hooks_that_are_not_of_a_device_map_are_refused(case: str) -> None:
 def test_states_in_files_are_states_in_memory_and_leave_nothing_behind(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = prune(make("bert"), method=method)
+    in_memory, _ = prune(make("bert"), method=method)
     monkeypatch.setattr("hf_kprune.structure.shelf.MEMORY", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     paths = list[Path]()
 
-    def noted(folder: Folder) -> Path:
+    def note(folder: Folder) -> Path:
         paths.append(place(folder))
         return paths[-1]
 
     place = Folder.place
-    monkeypatch.setattr(Folder, "place", noted)
+    monkeypatch.setattr(Folder, "place", note)
     in_files, _ = prune(make("bert"), method=method)
-    assert_same_state(in_files.model.state_dict(), whole.model.state_dict())
+    assert_same_state(in_files.model.state_dict(), in_memory.model.state_dict())
     del in_files
     gc.collect()
     assert paths

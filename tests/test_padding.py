@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import assert_same_plan_and_weights, plan_and_weights
 from data import collate, plain_tokenizer, rows, text
-from models import tiny
+from models import shallow
 from torch import Tensor
 from zoo import make
 
@@ -46,7 +46,7 @@ PADDED: dict[str, tuple[Callable[[list[dict[str, Any]]], list[dict[str, Any]]], 
 @pytest.mark.parametrize("case", PADDED)
 def test_tokens_have_the_positions_that_they_have_in_a_row_by_itself(name: str, case: str) -> None:
     change, collator = PADDED[case]
-    model, data = (tiny() if name == "bert" else make(name)).eval(), rows(6)
+    model, data = (shallow() if name == "bert" else make(name)).eval(), rows(6)
     inputs, _ = batch_of(change(data), collator, None, model)
     with torch.no_grad():
         together = model(**inputs)[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checks import unchanged
 from data import collate, rows
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from transformers import PreTrainedModel
 from zoo import make
 
@@ -69,7 +69,7 @@ def tokens_run(model: PreTrainedModel) -> Iterator[list[int]]:
 def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
     for amount in (400, 800):
-        model = tiny()
+        model = shallow()
         with tokens_run(model) as counts:
             report = make_pruner(model, rows(amount), method=method, sparsity=0.2).plan()
         totals.append(sum(counts))
@@ -78,7 +78,7 @@ def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: p
         assert report.calibration["tokens"] > PLAN_TOKENS
     assert max(totals) < 1.1 * min(totals)  # whatever there is to calibrate with, but for padding
     monkeypatch.setattr("hf_kprune.algorithm.tune", None)
-    make_pruner(tiny(), method=method, sparsity=0.2).plan()
+    make_pruner(shallow(), method=method, sparsity=0.2).plan()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_plan_costs_a_few_tokens_and_tunes_nothing(method: str, monkeypatch: p
 def test_sizes_of_a_plan_are_those_of_such_a_model(name: str, dtype: torch.dtype) -> None:
     """Parameters, bytes and cache, of the plan that was made, counted on a model that is cut so."""
     data = rows() if name not in ("t5", "bart") else [{**row, "labels": row["input_ids"]} for row in rows()]
-    model = (tiny() if name == "bert" else make(name)).to(dtype)
+    model = (shallow() if name == "bert" else make(name)).to(dtype)
     options = {"min_heads": 1, "min_neurons": 1, "sparsity": 0.3, "method": "magnitude"}
     with unchanged(model):
         planned = make_pruner(model, data, **options).plan()
@@ -107,7 +107,7 @@ def test_sizes_of_a_plan_are_those_of_such_a_model(name: str, dtype: torch.dtype
 
 @functools.cache
 def dense_size() -> Size:
-    return make_pruner(tiny(), sparsity=0).plan().before
+    return make_pruner(shallow(), sparsity=0).plan().before
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def dense_size() -> Size:
 def test_totals_of_a_plan_are_as_asked(method: str, name: str, share: float) -> None:
     totals = {"target_params": dense_size().parameters, "target_flops": dense_size().flops}
     asked = totals.get(name, 1.0) * share
-    report = make_pruner(tiny(), method=method, **{name: asked}).plan()
+    report = make_pruner(shallow(), method=method, **{name: asked}).plan()
     if name == "sparsity":
         assert asked <= report.sparsity < asked + 0.1
     else:
@@ -147,14 +147,14 @@ def test_a_plan_in_time_reads_the_table_and_times_no_cut_model(
     monkeypatch.setattr("hf_kprune.latency.table.cached_assets_path", lambda *_: tmp_path)
     monkeypatch.setattr("hf_kprune.budgets.times.compare", compare)
     monkeypatch.setattr("hf_kprune.latency.table.compare", compare)
-    report = make_pruner(tiny(), target_speedup=1.5).plan()
+    report = make_pruner(shallow(), target_speedup=1.5).plan()
     assert report.achieved == pytest.approx(1.5, rel=0.1)
     assert "Times are those of the look-up table" in str(report)
 
 
 def test_the_words_of_a_plan_say_would_be() -> None:
     for method, words in (("surgeon", "would be pruned by surgeon"), ("kprune", "would be K-pruned")):
-        text = str(make_pruner(tiny(), method=method, sparsity=0.9).plan())
+        text = str(make_pruner(shallow(), method=method, sparsity=0.9).plan())
         first = text.splitlines()[0]
         assert first.startswith("Plan: ")
         assert words in first
@@ -164,7 +164,7 @@ def test_the_words_of_a_plan_say_would_be() -> None:
         assert "prune() " in text
         assert " are removed" not in text
         assert " are left" not in text
-    pruned = str(make_pruner(tiny(), sparsity=0.9).prune())
+    pruned = str(make_pruner(shallow(), sparsity=0.9).prune())
     assert "would be" not in pruned
     assert "Plan" not in pruned
 
@@ -173,17 +173,17 @@ def test_the_words_of_a_plan_say_would_be() -> None:
 def test_a_plan_refuses_what_prune_refuses(tmp_path: Any) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ArgumentError, match="is not empty"):
-        make_pruner(tiny(), output_dir=str(tmp_path)).plan()
+        make_pruner(shallow(), output_dir=str(tmp_path)).plan()
     for data in ([], [*rows(), {"input_ids": [2, 60]}], rows(1)):
         with pytest.raises(CalibrationError):
-            make_pruner(tiny(), data).plan()
+            make_pruner(shallow(), data).plan()
     with pytest.raises(BudgetError):
-        make_pruner(tiny(), target_params=10).plan()
+        make_pruner(shallow(), target_params=10).plan()
     with pytest.raises(BudgetError, match="method 'kcm' removes neurons only"):
-        make_pruner(tiny(), method="kcm", sparsity=0.95).plan()
+        make_pruner(shallow(), method="kcm", sparsity=0.95).plan()
     with pytest.warns(UserWarning, match="3 calibration rows are measured on, too few"):
-        make_pruner(tiny(), rows(3)).plan()
-    model = tiny()
+        make_pruner(shallow(), rows(3)).plan()
+    model = shallow()
     model.base_model.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
     with pytest.raises(UnsupportedModelError, match=r"output\.dense\.weight"):
         make_pruner(model).plan()
@@ -193,7 +193,7 @@ def test_memory_is_said_before_pruning_and_too_little_of_it_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pruner = KPrunePruner(
-        tiny(),
+        shallow(),
         KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True, num_tokens=200),
         rows(40),
         collate,

@@ -51,8 +51,8 @@ def test_every_public_name_and_method_is_documented() -> None:
             continue
         for method, function in vars(value).items():
             if isinstance(function, (FunctionType, classmethod, property)) and not method.startswith("_"):
-                told = inspect.getdoc(getattr(value, method))
-                assert told or method in ("to_json", "from_json", "to_markdown"), f"{name}.{method}"
+                words = inspect.getdoc(getattr(value, method))
+                assert words or method in ("to_json", "from_json", "to_markdown"), f"{name}.{method}"
 
 
 def test_every_module_says_what_it_is() -> None:
@@ -78,9 +78,9 @@ def test_constructor_arguments_are_documented() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_option_has_help_and_is_in_the_docstring(name: str) -> None:
-    told = FIELDS[name].metadata["help"]
-    assert told[0].isupper()
-    assert told.endswith(".")
+    words = FIELDS[name].metadata["help"]
+    assert words[0].isupper()
+    assert words.endswith(".")
     assert f"`{name}`" in (KPruneArguments.__doc__ or "")
 
 
@@ -90,10 +90,10 @@ def test_the_docstring_names_no_option_that_is_not_there() -> None:
 
 
 def test_options_are_a_command_line() -> None:
-    (made,) = HfArgumentParser(KPruneArguments).parse_args_into_dataclasses(
+    (args,) = HfArgumentParser(KPruneArguments).parse_args_into_dataclasses(
         ["--sparsity", "0.25", "--prune_heads", "false", "--num_measure_tokens", "50", "--pooling", "cls"]
     )
-    assert made == KPruneArguments(sparsity=0.25, prune_heads=False, num_measure_tokens=50, pooling="cls")
+    assert args == KPruneArguments(sparsity=0.25, prune_heads=False, num_measure_tokens=50, pooling="cls")
     assert HfArgumentParser(KPruneArguments).parse_args_into_dataclasses([]) == (KPruneArguments(),)
 
 

@@ -157,9 +157,9 @@ def test_sums_are_what_they_are_called() -> None:
         reference.norm() ** 2,
         torch.tensor(120.0).double(),
     )
-    made = sums(a, y, reference, [40, 80]).tensors()
-    assert len(made) == len(expected)
-    for value, wanted in zip(made, expected, strict=True):
+    tensors = sums(a, y, reference, [40, 80]).tensors()
+    assert len(tensors) == len(expected)
+    for value, wanted in zip(tensors, expected, strict=True):
         torch.testing.assert_close(value, wanted)
 
 

@@ -88,7 +88,11 @@ def write_repository(folder: Path, module: str, name: str, own_config: bool) -> 
         AUTO: f"{module}.{name}",
         **({"AutoConfig": "configuration_own.OwnConfig"} if own_config else {}),
     }
-    config = {**BertConfig(**CONFIGS["bert"]).to_dict(), "auto_map": auto_map, "architectures": [name]}
+    config = {
+        **BertConfig(**{**CONFIGS["bert"], "num_hidden_layers": 2}).to_dict(),
+        "auto_map": auto_map,
+        "architectures": [name],
+    }
     config["model_type"] = "own_bert" if own_config else "bert"
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -158,10 +162,10 @@ def saved(
 def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: str, way: str) -> None:
     name, logits = saved["expected"][kind]
     for again in ("trusted", "again"):
-        found = saved["results"][way][kind][again]
-        assert not isinstance(found, str), found
-        assert found[0] == name
-        torch.testing.assert_close(found[1], logits, rtol=1e-5, atol=1e-6)
+        facts = saved["results"][way][kind][again]
+        assert not isinstance(facts, str), facts
+        assert facts[0] == name
+        torch.testing.assert_close(facts[1], logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -170,9 +174,9 @@ def test_the_code_travels_and_loads_the_checkpoint(saved: dict[str, Any], kind: 
 def test_without_trust_it_is_refused_and_not_computed_otherwise(
     saved: dict[str, Any], kind: str, way: str
 ) -> None:
-    found = saved["results"][way][kind]["untrusted"]
-    assert isinstance(found, str), found
-    assert "trust_remote_code" in found
+    facts = saved["results"][way][kind]["untrusted"]
+    assert isinstance(facts, str), facts
+    assert "trust_remote_code" in facts
 
 
 @pytest.mark.slow

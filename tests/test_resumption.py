@@ -437,14 +437,14 @@ def test_a_damaged_state_is_refused_by_name(
 def students(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The sparsities that models were made for. No model is timed."""
     monkeypatch.setattr("hf_kprune.sweeper.compare", lambda *_: [1.0, 1.0])
-    made, student = list[float](), Run.student
+    sparsities, student = list[float](), Run.student
 
     def noting(self: Run, args: KPruneArguments, *rest: Any) -> Any:
-        made.append(float(args.sparsity or 0))
+        sparsities.append(float(args.sparsity or 0))
         return student(self, args, *rest)
 
     monkeypatch.setattr(Run, "student", noting)
-    return made
+    return sparsities
 
 
 def sweep(pruner: KPrunePruner, resume: Any, **options: Any) -> list[tuple[Any, ...]]:

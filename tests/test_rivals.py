@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import logits
 from data import collate, normal, rows
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -50,11 +50,11 @@ def statistics(
     a, g = normal(TOKENS, units * width, seed=seed) + 0.3, normal(12, units, seed=seed + 1)
     weight = normal(WIDTH, units * width, seed=seed + 2)
     magnitude = weight.square().sum(0).view(units, width).sum(1)
-    made = Statistics(
+    result = Statistics(
         kind != "ffn", width, cost, weight, True, magnitude, a.square().sum(0), a.sum(0), TOKENS, len(g)
     )
-    made.fisher, made.absolute = g.T @ g, g.abs().sum(0)
-    return made
+    result.fisher, result.absolute = g.T @ g, g.abs().sum(0)
+    return result
 
 
 def encoder(seed: int = 0) -> list[Statistics]:
@@ -170,10 +170,10 @@ def test_kwon_finds_the_best_set_of_all(seed: int, budget: float) -> None:
     method = Kwon(KPruneArguments())
     scores = [method.score(s) for s in measured]
     masks = method.search(measured, scores, budget, [0] * 4, [1] * 4)
-    found = sum(
+    total = sum(
         s.cost * float(score[mask].sum()) for s, score, mask in zip(measured, scores, masks, strict=True)
     )
-    assert found == pytest.approx(best_by_enumeration(scores, [s.cost for s in measured], budget))
+    assert total == pytest.approx(best_by_enumeration(scores, [s.cost for s in measured], budget))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -183,11 +183,11 @@ def test_kwon_holds_more_than_any_threshold_where_costs_differ(seed: int) -> Non
     worth = [score * cost for score, cost in zip(scores, costs, strict=True)]
     budget = 0.4 * total_cost(measured)
     counts = count_search(scores, costs, budget, [0] * 5, [1] * 5, [not s.has_heads for s in measured])
-    found = sum(float(w.sort(descending=True).values[:n].sum()) for w, n in zip(worth, counts, strict=True))
+    total = sum(float(w.sort(descending=True).values[:n].sum()) for w, n in zip(worth, counts, strict=True))
     for threshold in torch.cat(scores):
         above = [score >= threshold for score in scores]
         if spent(above, measured) <= budget:
-            assert sum(float(w[mask].sum()) for w, mask in zip(worth, above, strict=True)) <= found * (
+            assert sum(float(w[mask].sum()) for w, mask in zip(worth, above, strict=True)) <= total * (
                 1 + 1e-12
             )
 
@@ -227,14 +227,14 @@ def test_rearrangement_is_that_of_vectors_and_never_raises_the_cost(seed: int) -
     fisher = gradients.T @ gradients
     mask = torch.ones(11, dtype=torch.bool)
     mask[fisher.diagonal().argsort()[: 2 + seed]] = False
-    found = rearrange(mask, fisher)
-    assert found.tolist() == rearrange_by_vectors(mask.tolist(), gradients)
-    assert int(found.sum()) == int(mask.sum())
+    result = rearrange(mask, fisher)
+    assert result.tolist() == rearrange_by_vectors(mask.tolist(), gradients)
+    assert int(result.sum()) == int(mask.sum())
 
     def cost(keep: Tensor) -> float:
         return float(gradients[:, ~keep].sum(1).square().sum())
 
-    assert cost(found) <= cost(mask) * (1 + 1e-12)
+    assert cost(result) <= cost(mask) * (1 + 1e-12)
 
 
 def test_rearrangement_lets_units_go_that_cancel() -> None:
@@ -334,8 +334,8 @@ def test_filters_that_others_resemble_represent_themselves_less() -> None:
 def test_filters_are_near_by_a_gaussian_of_their_distance(sigma: float) -> None:
     """One step from C = 1/2 on, for two filters at distance 1: C_ij = 1/2 sqrt(K_ij / mean_j K_ij)."""
     kernel = torch.tensor([[1.0, math.exp(-1 / sigma**2)], [math.exp(-1 / sigma**2), 1.0]])
-    made = representative(torch.tensor([[0.0], [1.0]]), sigma, alpha=1e9)
-    torch.testing.assert_close(made, (kernel / kernel.mean(1, keepdim=True)).sqrt() / 2)
+    result = representative(torch.tensor([[0.0], [1.0]]), sigma, alpha=1e9)
+    torch.testing.assert_close(result, (kernel / kernel.mean(1, keepdim=True)).sqrt() / 2)
 
 
 def test_kcm_keeps_all_heads_and_says_how_far_it_goes() -> None:
@@ -429,7 +429,7 @@ def test_wanda_sp_keeps_the_best_of_each_sublayer_in_equal_shares(share: float) 
     slow_unless_in([("kwon", False), ("flap", False)], itertools.product(RIVALS, (False, True))),
 )
 def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp_path: Path) -> None:
-    model = tiny(intermediate_size=64)
+    model = shallow(intermediate_size=64)
     options: dict[str, Any] = {
         "method": name,
         "sparsity": 0.4,

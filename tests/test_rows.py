@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from data import CHAT, PLAIN, TELLING, draw, word_tokenizer
-from models import CONFIGS_BY_CLASS, TEXT_SIZES, tiny, tiny_of_class
+from models import CONFIGS_BY_CLASS, TEXT_SIZES, shallow, tiny_of_class
 from transformers import (
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
@@ -439,7 +439,7 @@ def test_labels_of_causal_models_are_kept_for_the_positions_that_they_leave_out(
     assert one("GPT2LMHeadModel", [{**masked, "labels": 1}]).keys() == {
         "input_ids"
     }  # of a task, not of tokens
-    assert one(tiny(head="MASKED_LM"), [masked]).keys() == {"input_ids"}
+    assert one(shallow(head="MASKED_LM"), [masked]).keys() == {"input_ids"}
     with pytest.raises(CalibrationError, match="row 0 has 1 labels for 2 tokens; expected one each"):
         draw("GPT2LMHeadModel", [{**masked, "labels": [-100]}])
 
@@ -459,7 +459,7 @@ def test_chats(raw: Any) -> None:
     }
     cut = one("GPT2LMHeadModel", [raw], words, max_seq_length=4)
     assert (cut["input_ids"], cut["labels"]) == (ids[:4], labels[:4])
-    assert one(tiny(), [raw], words).keys() == {"input_ids", "attention_mask"}
+    assert one(shallow(), [raw], words).keys() == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -626,7 +626,7 @@ def test_what_cannot_be_packed_is_refused(
 
 
 def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny().save_pretrained(tmp_path / "model")
+    shallow().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     data, out = tmp_path / "lines.txt", tmp_path / "out"
     data.write_text("\n".join(TEXTS * 4))
@@ -641,7 +641,7 @@ def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert main([str(option) for option in ("prune", *options, "--output_dir", out, "--disable_tqdm")]) == 0
     calibration = PruningReport.from_json((out / "kprune_report.json").read_text()).calibration
-    expected = draw(tiny(), TEXTS * 4, word_tokenizer(), packing=True, max_seq_length=8)
+    expected = draw(shallow(), TEXTS * 4, word_tokenizer(), packing=True, max_seq_length=8)
     assert calibration["sha256"] == expected.fingerprint["sha256"]
     assert main([str(option) for option in ("plan", *options, "--text_columns", "text,other")]) == 2
     assert "joins the texts of one column, --text_columns names 2" in capsys.readouterr().err

@@ -27,7 +27,7 @@ import torch
 from checks import assert_same, files, report
 from data import ROOT, collate, rows, tokenizer
 from forks import printed_by
-from models import pruned, slow_unless_in, tiny
+from models import pruned_layer, shallow, slow_unless_in
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
@@ -41,7 +41,9 @@ from hf_kprune.sizes import expected_bytes
 
 
 def make_pruner(model: PreTrainedModel | None = None, **options: Any) -> KPrunePruner:
-    pruner = KPrunePruner(model or pruned(), KPruneArguments(disable_tqdm=True, use_cpu=True, **options))
+    pruner = KPrunePruner(
+        model or pruned_layer(), KPruneArguments(disable_tqdm=True, use_cpu=True, **options)
+    )
     pruner.processing_class = tokenizer()
     pruner.report = report()
     return pruner
@@ -49,7 +51,7 @@ def make_pruner(model: PreTrainedModel | None = None, **options: Any) -> KPruneP
 
 def old_checkpoint(folder: Path) -> None:
     """A dense model in many files."""
-    tiny(seed=1).save_pretrained(folder, max_shard_size="4KB")
+    shallow(seed=1).save_pretrained(folder, max_shard_size="4KB")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nA card.")
 
 
@@ -136,9 +138,11 @@ def test_a_directory_with_nothing_in_it_is_written_wherever_it_is(
     inode = os.stat(".").st_ino
     make_pruner().save_model(".")
     assert os.stat(places / "empty").st_ino == inode  # a shell that is there still is
-    assert_same(AutoModelForSequenceClassification.from_pretrained("."), pruned())
+    assert_same(AutoModelForSequenceClassification.from_pretrained("."), pruned_layer())
     make_pruner().save_model("x/../inside/")
-    assert_same(AutoModelForSequenceClassification.from_pretrained(places / "empty" / "inside"), pruned())
+    assert_same(
+        AutoModelForSequenceClassification.from_pretrained(places / "empty" / "inside"), pruned_layer()
+    )
 
 
 @pytest.mark.parametrize("command", ["prune", "convert", "sweep"])
@@ -146,7 +150,7 @@ def test_a_directory_with_nothing_in_it_is_written_wherever_it_is(
 def test_the_command_line_does_not_replace_the_current_directory(
     places: Path, capsys: pytest.CaptureFixture[str], command: str, path: str
 ) -> None:
-    tiny().save_pretrained(places / "dense")
+    shallow().save_pretrained(places / "dense")
     options = [
         "--model_name_or_path",
         str(places / "dense"),
@@ -238,7 +242,7 @@ def test_what_only_looks_like_a_checkpoint_is_not_replaced(tmp_path: Path, case:
     contents, beside_a_checkpoint, named = CLASHES[case]
     out = tmp_path / "out"
     if beside_a_checkpoint:
-        tiny(seed=1).save_pretrained(out)
+        shallow(seed=1).save_pretrained(out)
     for name, content in contents.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content)
@@ -261,7 +265,7 @@ def test_a_file_that_nobody_foresaw_is_not_replaced_either(tmp_path: Path) -> No
         unchanged(tmp_path),
         pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"),
     ):
-        save_atomically(pruned(), str(out), "5GB", add)  # type: ignore[arg-type]
+        save_atomically(pruned_layer(), str(out), "5GB", add)  # type: ignore[arg-type]
 
 
 def test_what_both_checkpoints_carry_is_replaced_by_itself(tmp_path: Path) -> None:
@@ -272,20 +276,20 @@ def test_what_both_checkpoints_carry_is_replaced_by_itself(tmp_path: Path) -> No
 
     text = "mean"
     for _ in range(3):
-        save_atomically(pruned(), str(tmp_path / "out"), "5GB", add)
+        save_atomically(pruned_layer(), str(tmp_path / "out"), "5GB", add)
     assert (tmp_path / "out" / "code.py").read_text() == "x = 1"
     text = "cls"
     with (
         unchanged(tmp_path),
         pytest.raises(ArgumentError, match=r"holds pooling\.txt, which the checkpoint would replace"),
     ):
-        save_atomically(pruned(), str(tmp_path / "out"), "5GB", add)
+        save_atomically(pruned_layer(), str(tmp_path / "out"), "5GB", add)
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer", "data"])
 def test_what_is_read_is_not_replaced(tmp_path: Path, what: str) -> None:
     out = tmp_path / "all" / what
-    tiny().save_pretrained(out)
+    shallow().save_pretrained(out)
     tokenizer().save_pretrained(out)
     data = [{"input_ids": [1, 2, 3]}] * 30
     if what == "data":
@@ -456,7 +460,7 @@ def test_where_folders_cannot_be_exchanged_files_are_moved(
     monkeypatch.setattr(os, "rename", refuse)
     monkeypatch.setattr(exchange, "rename_exchange", None)
     make_pruner(overwrite_output_dir=True).save_model(str(out))
-    assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
+    assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned_layer())
     assert len(list(out.glob("*.safetensors"))) == 1
     assert os.listdir(tmp_path) == ["out"]
 
@@ -466,7 +470,7 @@ def test_a_symbolic_link_to_a_directory_stays_one(tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to(Path("runs", "7"))
     make_pruner(overwrite_output_dir=True).save_model(str(tmp_path / "latest"))
     assert (tmp_path / "latest").is_symlink()
-    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "7"), pruned())
+    assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "7"), pruned_layer())
     assert os.listdir(tmp_path / "runs") == ["7"]
 
 
@@ -491,9 +495,9 @@ def test_a_mount_point_is_written_into(tmp_path: Path, kind: str) -> None:
     with mounted(out, *(["--bind", str(source)] if kind == "bind" else ["-t", "tmpfs", "none"])):
         (out / "lost+found").mkdir()
         make_pruner().save_model(str(out))
-        assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
+        assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned_layer())
         make_pruner(overwrite_output_dir=True).save_model(str(out))
-        assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned())
+        assert_same(AutoModelForSequenceClassification.from_pretrained(out), pruned_layer())
         assert not list(out.glob(".*"))
     assert sorted(os.listdir(tmp_path)) == ["model", "source"]
 
@@ -575,7 +579,7 @@ def test_room_is_made_sure_of_before_pruning(
     monkeypatch.setattr(
         "shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - free, free=free)
     )
-    pruner = make_pruner(tiny(), output_dir=str(tmp_path / "out"), **{budget: BUDGETS[budget]})
+    pruner = make_pruner(shallow(), output_dir=str(tmp_path / "out"), **{budget: BUDGETS[budget]})
     for attempt in (pruner.prune, pruner.save_model):
         with (
             unchanged(tmp_path),
@@ -588,7 +592,7 @@ def test_room_is_made_sure_of_before_pruning(
 
 def test_what_a_model_will_take_is_foreseen(tmp_path: Path) -> None:
     for options in ({"sparsity": 0.5}, {"target_params": 8_000}, {"target_bytes": 32_000}):
-        model = tiny()
+        model = shallow()
         args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200, method="magnitude", **options)
         foreseen = expected_bytes(model, args)
         pruner = KPrunePruner(model, args, rows(), data_collator=collate)
@@ -649,7 +653,7 @@ def test_a_place_that_is_taken_is_noticed_after_pruning_and_another_will_do(tmp_
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200)
-    pruner = KPrunePruner(tiny(), args, rows(), data_collator=collate)
+    pruner = KPrunePruner(shallow(), args, rows(), data_collator=collate)
     pruner.prune()
     state = {name: value.clone() for name, value in pruner.model.state_dict().items()}
     advice = r"; the pruned model is unharmed in memory, and save_model\('elsewhere'\) is all that is needed"
@@ -687,7 +691,7 @@ def test_a_disk_that_fills_leaves_what_was_there(
         if start == "a checkpoint":
             old_checkpoint(disk / "out")
         (disk / "other").write_bytes(bytes(disk_usage(disk).free - 30_000))
-        pruner = make_pruner(pruned(), output_dir=str(disk / "out"), overwrite_output_dir=True)
+        pruner = make_pruner(pruned_layer(), output_dir=str(disk / "out"), overwrite_output_dir=True)
         with (
             unchanged(disk),
             pytest.raises(CheckpointError, match=r"cannot write to .*\([\d,]+ are free|bytes.*elsewhere"),
@@ -700,7 +704,7 @@ def test_a_disk_that_fills_leaves_what_was_there(
 def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny().save_pretrained(tmp_path / "dense")
+    shallow().save_pretrained(tmp_path / "dense")
     (tmp_path / "rows.txt").write_text("w1")
     options = [
         "--model_name_or_path",
@@ -729,7 +733,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_sweep(
 def test_the_command_line_saves_elsewhere_what_it_cannot_save_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: str
 ) -> None:
-    tiny().save_pretrained(tmp_path / "dense")
+    shallow().save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "rows.txt").write_text("\n".join(f"w{i % 50} w{i % 7} w3" for i in range(60)))
     (tmp_path / "tmp").mkdir()
@@ -793,7 +797,7 @@ class Failing(KPruneCallback):
 def test_an_error_of_a_callback_after_the_change_says_so(tmp_path: Path, error: type[BaseException]) -> None:
     args = KPruneArguments(disable_tqdm=True, use_cpu=True, num_tokens=200)
     pruner = KPrunePruner(
-        tiny(), args, rows(), data_collator=collate, callbacks=[Failing("on_prune_end", error)]
+        shallow(), args, rows(), data_collator=collate, callbacks=[Failing("on_prune_end", error)]
     )
     with pytest.raises(error, match="the logger is gone") as raised:
         pruner.prune()
@@ -816,7 +820,7 @@ def test_the_command_line_saves_what_a_callback_complains_about(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the logger is gone")
 
-    tiny().save_pretrained(tmp_path / "dense")
+    shallow().save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "rows.txt").write_text("\n".join(f"w{i % 50} w{i % 7} w3" for i in range(60)))
     monkeypatch.setattr("hf_kprune.callbacks.PrinterCallback.on_prune_end", fail)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from data import CHAT, PLAIN, TELLING, draw, word_tokenizer
-from models import tiny, tiny_of_class
+from models import shallow, tiny_of_class
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, TensorDataset
 from transformers import BatchEncoding, DataCollatorWithPadding
@@ -165,7 +165,8 @@ def test_a_mask_that_comes_next_to_the_ids_is_one(dataset: Any) -> None:
 def test_a_pruner_takes_a_data_loader() -> None:
     generator = torch.Generator().manual_seed(0)
     data = loader(TensorDataset(torch.randint(2, 60, (24, 12), generator=generator)), batch_size=5)
-    report = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), data).prune()
+    args = KPruneArguments(method="magnitude", use_cpu=True, disable_tqdm=True)
+    report = KPrunePruner(shallow(), args, data).prune()
     assert report.calibration["tokens"] == 24 * 12
     assert report.sparsity >= 0.5
 
@@ -198,7 +199,7 @@ def test_columns_of_sources_and_targets_are_known(names: tuple[str, str]) -> Non
 def test_a_question_and_its_choices() -> None:
     question = {"question": "w5", "a": "w6", "b": "w7 w8"}
     (row,) = draw(
-        tiny(head="MULTIPLE_CHOICE"), [question], word_tokenizer(), text_columns=["question", "a", "b"]
+        shallow(head="MULTIPLE_CHOICE"), [question], word_tokenizer(), text_columns=["question", "a", "b"]
     ).rows
     assert row["input_ids"] == [[5, 4, 6], [5, 4, 7, 8]]
 
@@ -362,16 +363,16 @@ def test_what_holds_no_texts_or_ids_is_refused(dataset: Any, options: dict[str, 
 )
 def test_ids_and_masks_that_are_none_are_refused(row: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        draw(tiny(), [row], word_tokenizer())
+        draw(shallow(), [row], word_tokenizer())
 
 
 def test_a_missing_value_is_like_no_column() -> None:
     row = {"input_ids": [5, 6], "attention_mask": None, "token_type_ids": None, "label": None}
-    assert draw(tiny(), [row]).rows == [{"input_ids": [5, 6]}]
+    assert draw(shallow(), [row]).rows == [{"input_ids": [5, 6]}]
     with pytest.raises(
         CalibrationError, match="some calibration rows have the columns .*; give all rows the same columns"
     ):
-        draw(tiny(), [row, {"input_ids": [7], "attention_mask": [1]}])
+        draw(shallow(), [row, {"input_ids": [7], "attention_mask": [1]}])
 
 
 def test_a_single_text_is_no_choice() -> None:
@@ -379,7 +380,7 @@ def test_a_single_text_is_no_choice() -> None:
         with pytest.raises(
             CalibrationError, match="compares choices|expected a question and each of its choices"
         ):
-            draw(tiny(head="MULTIPLE_CHOICE"), [row], word_tokenizer())
+            draw(shallow(head="MULTIPLE_CHOICE"), [row], word_tokenizer())
 
 
 def test_names_that_are_no_inputs_are_not_listed_and_a_default_is_no_advice() -> None:
@@ -552,13 +553,13 @@ def test_a_long_text_gives_what_all_of_it_gives(kind: str, side: str) -> None:
     }
     text: Any = {"long": LONG, "spaces": SPACES, "word": WORD, "blank": BLANK, **pairs}[kind]
     pair = text if isinstance(text, tuple) else (text,)
-    whole = Counting(side).inner(*pair, truncation=True, max_length=9)["input_ids"]
+    expected = Counting(side).inner(*pair, truncation=True, max_length=9)["input_ids"]
     counting = Counting(side)
-    if not whole:
+    if not expected:
         with pytest.raises(CalibrationError, match="is empty"):
             draw(GPT, [text], counting, max_seq_length=9)
         return
-    assert draw(GPT, [text], counting, max_seq_length=9).rows[0]["input_ids"] == whole
+    assert draw(GPT, [text], counting, max_seq_length=9).rows[0]["input_ids"] == expected
     if LONG in pair:  # and not where spaces or a long word come first
         assert counting.characters <= 3 * len(pair) * CHARACTERS * 9
 
@@ -576,8 +577,8 @@ def test_long_words_chats_and_packed_streams_are_cut_first() -> None:
     assert read([{"words": LONG.split()}], max_seq_length=9) == [expected]
     counting = Counting()
     blocks = draw(GPT, iter([LONG]), counting, packing=True, max_seq_length=8, num_tokens=40)
-    whole = word_tokenizer()(LONG)["input_ids"]
-    assert [row["input_ids"] for row in blocks.rows] == [whole[i : i + 8] for i in range(0, 40, 8)]
+    everything = word_tokenizer()(LONG)["input_ids"]
+    assert [row["input_ids"] for row in blocks.rows] == [everything[i : i + 8] for i in range(0, 40, 8)]
     assert counting.characters <= 3 * CHARACTERS * 48
 
 
@@ -586,11 +587,11 @@ def test_a_long_chat_gives_what_all_of_it_gives(tells: bool) -> None:
     words = word_tokenizer()
     words.chat_template = TELLING if tells else PLAIN
     chat = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": LONG}]
-    whole = words.apply_chat_template(chat, return_dict=True, truncation=True, max_length=9)["input_ids"]
+    expected = words.apply_chat_template(chat, return_dict=True, truncation=True, max_length=9)["input_ids"]
     (row,) = draw(GPT, [chat], words, max_seq_length=9).rows
-    assert row["input_ids"] == whole
+    assert row["input_ids"] == expected
     if tells:
-        assert row["labels"] == [-100, -100, *whole[2:]]
+        assert row["labels"] == [-100, -100, *expected[2:]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -623,7 +624,7 @@ def test_what_a_collator_makes_is_checked(result: Any, message: str) -> None:
     arguments = KPruneArguments(use_cpu=True, disable_tqdm=True)
     rows = [{"input_ids": row} for row in IDS * 4]
     with pytest.raises(CalibrationError, match=message):
-        KPrunePruner(tiny(), arguments, rows, data_collator=lambda _: result).prune()
+        KPrunePruner(shallow(), arguments, rows, data_collator=lambda _: result).prune()
 
 
 def test_a_model_made_from_ids_of_every_container_is_the_same() -> None:
@@ -638,4 +639,4 @@ def test_rows_that_the_model_does_not_run_on_are_refused_with_the_cause() -> Non
     with pytest.raises(
         CalibrationError, match="does not run on the first calibration rows, .* the .*Error shown above"
     ):
-        KPrunePruner(tiny(), arguments, rows, processing_class=word_tokenizer()).prune()
+        KPrunePruner(shallow(), arguments, rows, processing_class=word_tokenizer()).prune()

@@ -11,7 +11,7 @@ from checks import calibration
 from data import collate, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in, tiny
 from torch import Tensor
 
 import hf_kprune.methods.surgeon
@@ -115,15 +115,15 @@ def test_a_threshold_on_split_scores_minimises_the_sum_of_powers(seed: int, expo
     def total(kept: tuple[int, ...]) -> float:
         return sum(float(curve[4 - k]) if k < 5 else 0.0 for curve, k in zip(curves, kept, strict=True))
 
-    found = tuple(int(mask.sum()) for mask in masks)
-    spent = sum(c * k for c, k in zip(costs, found, strict=True))
+    counts = tuple(int(mask.sum()) for mask in masks)
+    spent = sum(c * k for c, k in zip(costs, counts, strict=True))
     as_cheap = [
         k
         for k in itertools.product(range(6), repeat=3)
         if sum(c * n for c, n in zip(costs, k, strict=True)) <= spent
     ]
     # a greedy fill of the last unit aside, which may be too dear for what is left
-    assert total(found) <= min(map(total, as_cheap)) + max(float(step.max()) for step in steps) ** exponent
+    assert total(counts) <= min(map(total, as_cheap)) + max(float(step.max()) for step in steps) ** exponent
 
 
 def test_split_keeps_the_order_within_a_sublayer() -> None:
@@ -157,7 +157,7 @@ def test_drift_is_corrected_by_the_affine_map_that_undoes_it() -> None:
 
 def test_corrected_inputs_read_what_the_map_makes_of_theirs() -> None:
     """A projection of x is then what it was of  M x + c."""
-    (sublayer, *_) = find_sublayers(tiny().double())
+    (sublayer, *_) = find_sublayers(shallow().double())
     query = sublayer.layer.get_submodule("attention.self.query")
     generator = torch.Generator().manual_seed(0)
     x, matrix, shift = (torch.randn(*s, generator=generator).double() for s in ((5, 16), (16, 16), (16,)))
@@ -169,10 +169,10 @@ def test_corrected_inputs_read_what_the_map_makes_of_theirs() -> None:
 def dense_statistics(
     model: Any, data: list[dict[str, Any]], needs: set[str], **options: Any
 ) -> list[Statistics]:
-    made = calibration(model, data, **options)
-    walk, loss = made.walk(model), knowledge_loss(model, 2.0, "mean")
-    costs = [s.unit_flops(made.flops_lengths) for s in walk.sublayers]
-    return [s for _, s in sorted(measure_dense(made, walk, needs, loss, costs), key=lambda pair: pair[0])]
+    rows_ = calibration(model, data, **options)
+    walk, loss = rows_.walk(model), knowledge_loss(model, 2.0, "mean")
+    costs = [s.unit_flops(rows_.flops_lengths) for s in walk.sublayers]
+    return [s for _, s in sorted(measure_dense(rows_, walk, needs, loss, costs), key=lambda pair: pair[0])]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def dense_statistics(
 )
 def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, head: str) -> None:
     """Without padding, through the whole model, with real masks."""
-    model, data = tiny(model_type, head).requires_grad_(False), rows(6)
+    model, data = shallow(model_type, head).requires_grad_(False), rows(6)
     sublayers, loss = find_sublayers(model), knowledge_loss(model, 2.0, "mean")
     curved, fisher = (
         dense_statistics(model, data, {needs}, per_device_batch_size=4) for needs in ("curvature", "fisher")
@@ -231,7 +231,7 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
 def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned(*exponents: float) -> Any:
         monkeypatch.setattr("hf_kprune.methods.surgeon.Surgeon.exponents", exponents)
-        model = tiny()
+        model = shallow()
         args = KPruneArguments(sparsity=0.6, disable_tqdm=True, use_cpu=True)
         return KPrunePruner(model, args, rows(24), collate).prune(), model
 
@@ -249,7 +249,7 @@ def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: 
 def test_too_few_rows_to_hold_some_out_are_told() -> None:
     args = KPruneArguments(sparsity=0.5, disable_tqdm=True, use_cpu=True, tune=False)
     with pytest.warns(UserWarning, match="3 calibration rows are measured on, too few to hold some out"):
-        KPrunePruner(tiny(), args, rows(3), collate).prune()
+        KPrunePruner(shallow(), args, rows(3), collate).prune()
 
 
 def massive(model: Any) -> None:

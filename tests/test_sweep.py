@@ -13,7 +13,7 @@ import torch
 from data import collate, rows
 from hypothesis import given
 from hypothesis import strategies as st
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import ArgumentError, BudgetError, KPruneArguments, KPrunePruner
@@ -39,14 +39,14 @@ def with_labels(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", slow_unless_in(("surgeon",), ("surgeon", "kprune")))
 def test_a_sweep_makes_the_models_that_prune_makes(method: str, tmp_path: Path) -> None:
-    model = tiny()
+    model = shallow()
     before = {name: p.clone() for name, p in model.named_parameters()}
     pruner = make_pruner(model, method=method)
     swept = pruner.sweep([0.3, 0.6], metric="accuracy", output_dir=str(tmp_path))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert pruner.report is None
     for point, sparsity in zip(swept.points[1:], (0.3, 0.6), strict=True):
-        alone = tiny()
+        alone = shallow()
         report = make_pruner(alone, method=method, sparsity=sparsity).prune()
         loaded = AutoModelForSequenceClassification.from_pretrained(point.path)
         for a, b in zip(alone.parameters(), loaded.parameters(), strict=True):
@@ -57,13 +57,13 @@ def test_a_sweep_makes_the_models_that_prune_makes(method: str, tmp_path: Path) 
 
 
 def test_with_max_drop_the_model_becomes_the_smallest_good_enough() -> None:
-    pruner = make_pruner(tiny(), tune=False)
+    pruner = make_pruner(shallow(), method="magnitude")
     swept = pruner.sweep([0.2, 0.8], max_drop=1e9, refine=1)  # all are good enough
     assert swept.best == len(swept.points) - 1
     assert pruner.report is not None
     assert pruner.report.sparsity == swept.points[-1].sparsity >= 0.8
-    untouched = tiny()
-    pruner = make_pruner(untouched, tune=False)
+    untouched = shallow()
+    pruner = make_pruner(untouched, method="magnitude")
     before = copy.deepcopy(untouched.state_dict())
     swept = pruner.sweep([0.2, 0.8], max_drop=0.0, refine=2)  # none is
     assert swept.best == 0
@@ -105,7 +105,7 @@ def test_pareto_points_are_those_that_nothing_dominates() -> None:
 
 
 def test_what_cannot_be_swept_is_refused() -> None:
-    model = tiny()
+    model = shallow()
     without = KPrunePruner(model, KPruneArguments(disable_tqdm=True, use_cpu=True), rows(24), collate)
     for options, message in (
         ({"metric": "accuracy"}, "metric is 'accuracy', but there is no eval_dataset"),
@@ -117,26 +117,26 @@ def test_what_cannot_be_swept_is_refused() -> None:
         with pytest.raises(ArgumentError, match=message):
             without.sweep(**options)
     with pytest.raises(ArgumentError, match=r"metric is 'f1', expected a number among .*eval_accuracy"):
-        make_pruner(tiny()).sweep([0.5], metric="f1")
+        make_pruner(shallow()).sweep([0.5], metric="f1")
 
 
 def test_targets_are_kept_to() -> None:
     """In parameters, bytes or FLOPs: never over, and used up to less than one unit of any sublayer."""
-    dense = model_size(tiny())
-    for name, whole in (("target_params", dense.parameters), ("target_bytes", dense.bytes)):
-        target = 0.8 * whole
-        model = tiny()
-        report = make_pruner(model, **{name: target}).prune()
+    full = model_size(shallow())
+    for name, dense in (("target_params", full.parameters), ("target_bytes", full.bytes)):
+        target = 0.8 * dense
+        model = shallow()
+        report = make_pruner(model, tune=False, **{name: target}).prune()
         size = model_size(model)
-        found = {"target_params": size.parameters, "target_bytes": size.bytes}[name]
-        assert 0.9 * target < found <= target
+        reached = {"target_params": size.parameters, "target_bytes": size.bytes}[name]
+        assert 0.9 * target < reached <= target
         assert report.asked == {name: target}
-        assert found <= report.achieved <= target
+        assert reached <= report.achieved <= target
         assert f"{name} " in str(report)
         with pytest.raises(BudgetError, match=rf"{name} is 10, .* can reach [\d,]+ and more"):
-            make_pruner(tiny(), **{name: 10}).prune()
-    half = make_pruner(tiny(), sparsity=0.5).plan()
-    again = make_pruner(tiny(), target_flops=0.5 * half.before.flops).plan()
+            make_pruner(shallow(), **{name: 10}).prune()
+    half = make_pruner(shallow(), sparsity=0.5).plan()
+    again = make_pruner(shallow(), target_flops=0.5 * half.before.flops).plan()
     assert [s.kept for s in again.sublayers] == [s.kept for s in half.sublayers]
     with pytest.raises(ArgumentError, match="target_flops and target_bytes are given, expected one"):
         KPruneArguments(target_flops=1.0, target_bytes=1.0)
@@ -162,27 +162,27 @@ def clock_of_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("clock_of_units")
 def test_budgets_of_all_kinds_in_one_sweep_are_those_of_single_runs() -> None:
-    size = model_size(tiny())
+    size = model_size(shallow())
     asked = [
         {"sparsity": 0.5},
         {"target_params": 0.8 * size.parameters},
         {"target_bytes": 0.7 * size.bytes},
         {"target_speedup": 1.5},
-        {"target_latency": units(tiny()) / 2},
+        {"target_latency": units(shallow()) / 2},
     ]
-    swept = make_pruner(tiny(), tune=False, target_bytes=0.9 * size.bytes).sweep(
+    swept = make_pruner(shallow(), tune=False, target_bytes=0.9 * size.bytes).sweep(
         asked
     )  # which options of its own do not overrule
     assert [p.sparsity for p in swept.points] == sorted(p.sparsity for p in swept.points)
     for options in asked:
         (point,) = [p for p in swept.points if p.asked == options]
-        assert point.sparsity == make_pruner(tiny(), tune=False, **options).prune().sparsity > 0
+        assert point.sparsity == make_pruner(shallow(), tune=False, **options).prune().sparsity > 0
 
 
 @pytest.mark.usefixtures("clock_of_units")
 def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_kprune.budgets.times.compare", lambda models, *_: [1.0, 0.9])
-    model = tiny()
+    model = shallow()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         BudgetError, match=r"target_speedup is 1.5, of which the fastest .* takes 1\.35 times the time"
@@ -195,22 +195,22 @@ def test_a_time_that_no_cut_model_is_measured_to_reach_is_refused(monkeypatch: p
 @pytest.mark.parametrize("method", ["surgeon", "kprune"])
 def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path) -> None:
     """Without an evaluation dataset, what the held-out rows say changes the distance and, of K-prune, nothing else."""
-    found = []
+    results = []
     for other in (False, True):
         data = rows(24)
         if other:
             data[-6:] = rows(30, seed=5)[-6:]
         stream = datasets.Dataset.from_list(data).to_iterable_dataset()
         args = KPruneArguments(disable_tqdm=True, use_cpu=True, method=method)
-        pruner = KPrunePruner(tiny(), args, stream, collate)
+        pruner = KPrunePruner(shallow(), args, stream, collate)
         swept = pruner.sweep([0.5], output_dir=str(tmp_path / str(other)))
-        found.append(
+        results.append(
             (
                 swept.points[1],
                 AutoModelForSequenceClassification.from_pretrained(swept.points[1].path).state_dict(),
             )
         )
-    (first, weights), (second, same) = found
+    (first, weights), (second, same) = results
     assert first.distance != second.distance
     if method == "kprune":  # ours tries splits on them
         assert all(torch.equal(weights[name], same[name]) for name in weights)
@@ -220,7 +220,7 @@ def test_what_only_compares_models_does_not_fit_them(method: str, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_are_compared_in_evaluation_mode(dtype: torch.dtype) -> None:
     def dropping() -> PreTrainedModel:
-        model = tiny().to(dtype).train()
+        model = shallow().to(dtype).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.5
@@ -239,10 +239,10 @@ def test_models_are_compared_in_evaluation_mode(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("clock_of_units")
 def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
-    dense = units(tiny())
+    dense = units(shallow())
     for options in ({"target_speedup": 1.5}, {"target_latency": dense / 1.5}):
-        model = tiny()
-        report = make_pruner(model, **options).prune()
+        model = shallow()
+        report = make_pruner(model, tune=False, **options).prune()
         assert units(model) <= dense / 1.5 * 1.01
         assert units(model) > dense / 1.5 - 6  # less than a head is left over
         assert report.achieved == (dense / units(model) if "target_speedup" in options else units(model))
@@ -250,7 +250,7 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
         with pytest.raises(
             BudgetError, match=f"{name} is {value}, .* the model takes .* s as it is and 10 s with the least"
         ):
-            make_pruner(tiny(), **{name: value}).prune()
+            make_pruner(shallow(), **{name: value}).prune()
     with pytest.raises(
         ArgumentError, match="method is 'kprune', expected with target_speedup, one of surgeon, kwon"
     ):
@@ -259,21 +259,21 @@ def test_a_target_of_time_is_kept_to_by_what_is_measured() -> None:
 
 def test_each_method_has_options_worth_searching_or_says_that_it_has_none() -> None:
     pytest.importorskip("optuna")
-    best = make_pruner(tiny(), sparsity=0.6).hyperparameter_search(n_trials=1)
+    best = make_pruner(shallow(), sparsity=0.6).hyperparameter_search(n_trials=1)
     assert best.hyperparameters.keys() == {"ridge"}
-    pruner = make_pruner(tiny(), method="kprune", method_kwargs={"lambda_pred": 2.0}, sparsity=0.6)
+    pruner = make_pruner(shallow(), method="kprune", method_kwargs={"lambda_pred": 2.0}, sparsity=0.6)
     best = pruner.hyperparameter_search(n_trials=1)
     assert best.hyperparameters.keys() == {"method_kwargs"}
     assert best.hyperparameters["method_kwargs"].keys() == {"lambda_pred", "lambda_rep", "mu"}
     assert best.hyperparameters["method_kwargs"]["lambda_pred"] == 2.0
     assert replace(pruner.args, **best.hyperparameters).method_kwargs == best.hyperparameters["method_kwargs"]
     with pytest.raises(ArgumentError, match="no hp_space, and method 'flap' has none"):
-        make_pruner(tiny(), method="flap").hyperparameter_search(n_trials=1)
+        make_pruner(shallow(), method="flap").hyperparameter_search(n_trials=1)
 
 
 def test_search_over_options_finds_the_best_of_its_trials() -> None:
     pytest.importorskip("optuna")
-    pruner = make_pruner(tiny(), method="kprune", sparsity=0.6)
+    pruner = make_pruner(shallow(), method="kprune", sparsity=0.6)
     args = pruner.args
     tried = []
 

@@ -143,10 +143,10 @@ def test_the_uniform_plan_is_the_best_one(neuron: float, allowed: list[int] | No
         ]
         least, most = 14 + 2 * neuron, 56 + 24 * neuron
         budget = least + float(torch.rand(1, generator=generator)) * (most - least)
-        made = uniform_search(scores, costs, budget, [1] * 4, [1] * 4, alike, [allowed, None, allowed, None])
-        assert made == [made[0], made[1]] * 2
-        assert allowed is None or made[0] in allowed
-        assert 14 * made[0] + 2 * neuron * made[1] <= budget
+        plan = uniform_search(scores, costs, budget, [1] * 4, [1] * 4, alike, [allowed, None, allowed, None])
+        assert plan == [plan[0], plan[1]] * 2
+        assert allowed is None or plan[0] in allowed
+        assert 14 * plan[0] + 2 * neuron * plan[1] <= budget
         worth = {
             (heads, neurons): float(worths[0][:heads].sum() + worths[1][:neurons].sum())
             for heads, neurons in itertools.product(allowed or range(1, 5), range(1, 13))
@@ -156,9 +156,9 @@ def test_the_uniform_plan_is_the_best_one(neuron: float, allowed: list[int] | No
         does_not_fit = 0.0
         if allowed is None and neuron != 7:
             does_not_fit = max(
-                (float(w[n]) for w, n in zip(worths, made[:2], strict=True) if n < len(w)), default=0.0
+                (float(w[n]) for w, n in zip(worths, plan[:2], strict=True) if n < len(w)), default=0.0
             )
-        assert worth[made[0], made[1]] >= best - does_not_fit - 1e-9
+        assert worth[plan[0], plan[1]] >= best - does_not_fit - 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data import collate, rows
-from models import tiny
+from models import shallow
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 from hf_kprune import ArgumentError, KPruneArguments, KPruneCallback, KPrunePruner
@@ -147,7 +147,7 @@ def test_a_token_of_the_wrong_kind_is_not_shown() -> None:
 
 
 def test_an_option_that_is_misspelt_when_it_is_assigned_is_refused_when_the_pruner_starts() -> None:
-    pruner = KPrunePruner(tiny(), None, rows(), collate)
+    pruner = KPrunePruner(shallow(), None, rows(), collate)
     pruner.args.sparsty = 0.8  # type: ignore[attr-defined]
     for start in (pruner.prune, pruner.plan, pruner.sweep):
         with pytest.raises(ArgumentError, match="no option sparsty; did you mean sparsity"):
@@ -155,9 +155,9 @@ def test_an_option_that_is_misspelt_when_it_is_assigned_is_refused_when_the_prun
 
 
 def test_an_option_of_the_wrong_kind_is_refused_when_the_pruner_starts() -> None:
-    pruner = KPrunePruner(tiny(), None, rows(), collate)
+    pruner = KPrunePruner(shallow(), None, rows(), collate)
     pruner.args.sparsity = "0.8"  # type: ignore[assignment]
-    for start in (pruner.prune, pruner.plan, pruner.sweep, lambda: KPrunePruner(tiny(), pruner.args)):
+    for start in (pruner.prune, pruner.plan, pruner.sweep, lambda: KPrunePruner(shallow(), pruner.args)):
         with pytest.raises(ArgumentError, match="sparsity is '0.8', expected a number or None: 0.8"):
             start()
 
@@ -233,7 +233,7 @@ def test_arguments_of_the_pruner_are_refused_before_anything_else(case: str, tmp
     if options.get("args") == "training":
         options = {"args": TrainingArguments(output_dir=str(tmp_path))}
     with pytest.raises(ArgumentError, match=message) as error:
-        KPrunePruner(**{"model": tiny(), **options})
+        KPrunePruner(**{"model": shallow(), **options})
     assert "\n" not in str(error.value)
 
 
@@ -315,13 +315,14 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", METHODS)
 def test_arguments_of_methods_are_refused_alike(case: str) -> None:
     name, options, message = METHODS[case]
-    pruner = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
+    pruner = KPrunePruner(shallow(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
     with pytest.raises(ArgumentError, match=message):
         getattr(pruner, name)(**options)
 
 
 def test_budgets_of_numpy_are_budgets() -> None:
-    pruner = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
+    args = KPruneArguments(method="magnitude", use_cpu=True, disable_tqdm=True)
+    pruner = KPrunePruner(shallow(), args, rows(), collate)
     fractions: Any = np.array([0.5])
     assert [point.asked for point in pruner.sweep(fractions).points] == [{}, {"sparsity": 0.5}]
 
@@ -334,7 +335,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
 
     for module in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    pruner = KPrunePruner(tiny(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
+    pruner = KPrunePruner(shallow(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
     with pytest.raises(ArgumentError, match=r'pip install "hf_kprune\[sweep\]"'):
         pruner.hyperparameter_search() if call == "hyperparameter_search" else Sweep([]).plot(
             str(tmp_path / "plot.svg")

@@ -41,9 +41,9 @@ def masked_outputs(model: PreTrainedModel, masks: list[Tensor], kind: str, by: s
         return outputs_of(model, kind)
 
 
-def close(made: Tensor, expected: Tensor, why: str) -> None:
+def close(result: Tensor, expected: Tensor, why: str) -> None:
     scale = float(expected.abs().max().clamp(min=1))
-    torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5 * scale, msg=lambda m: f"{why}: {m}")
+    torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-5 * scale, msg=lambda m: f"{why}: {m}")
 
 
 def check_cut_equals_masked(model: PreTrainedModel, kind: str, wanted: Sequence[str]) -> None:
@@ -187,10 +187,10 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
         beside = sublayer.stack.parallel and any(s.layer is sublayer.layer for s in sublayers[position + 1 :])
         if sublayer.block.stream is not None and not beside:
             total = (tap.stream + tap.output) * sublayer.residual
-            seen: list[Tensor] = []
+            tensors: list[Tensor] = []
             hooks = [
                 m.register_forward_hook(
-                    lambda _, args, kwargs, out, seen=seen: seen.extend(
+                    lambda _, args, kwargs, out, tensors=tensors: tensors.extend(
                         t
                         for t in (*args, *kwargs.values(), *(out if isinstance(out, tuple) else (out,)))
                         if isinstance(t, Tensor)
@@ -204,7 +204,7 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
             for hook in hooks:
                 hook.remove()
             parts = [
-                t.reshape_as(total) for t in seen if t.numel() == total.numel() and t.is_floating_point()
+                t.reshape_as(total) for t in tensors if t.numel() == total.numel() and t.is_floating_point()
             ]
             assert any(torch.allclose(t, total, rtol=1e-4, atol=1e-4) for t in parts), (
                 f"{sublayer.name}: no such sum"

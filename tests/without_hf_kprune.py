@@ -32,7 +32,9 @@ def forget_hf_kprune() -> None:
     for owner in (PreTrainedModel, PreTrainedConfig):
         for name, value in list(vars(owner).items()):
             function = getattr(value, "__func__", value)
-            if isinstance(function, FunctionType) and function.__globals__["__name__"].startswith("hf_kprune"):
+            if isinstance(function, FunctionType) and function.__globals__["__name__"].startswith(
+                "hf_kprune"
+            ):
                 plain = function.__wrapped__  # type: ignore[attr-defined]
                 setattr(owner, name, classmethod(plain) if isinstance(value, classmethod) else plain)
     for name in [name for name in sys.modules if name.partition(".")[0] == "hf_kprune"]:
