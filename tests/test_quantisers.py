@@ -1,4 +1,4 @@
-"""Quantisers leave what has no inputs or outputs alone, while a checkpoint is loaded and afterwards."""
+"""Quantisers leave what has no inputs or outputs alone, while a checkpoint is loaded and afterwards. GGUF is read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checks import logits
+from checks import assert_same_state, logits
+from data import collate, rows
 from models import pruned, tiny
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from zoo import make
 
+from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.modeling_kprune import EmptyLinear
 
 
@@ -88,3 +91,37 @@ def test_nothing_is_spared_where_nothing_is_quantised(tmp_path: Path) -> None:
     empty = [module for module in loaded.modules() if isinstance(module, EmptyLinear)]
     assert len(empty) == 3  # the output of an emptied attention, and both projections of an emptied FFN
     assert not any(isinstance(module, EmptyLinear) for module in tiny().modules())
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """A Llama as llama.cpp keeps it, in 16 bits."""
+    gguf = pytest.importorskip("gguf")
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        dtype = torch.float16 if tensor.dim() > 1 else torch.float32
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.to(dtype).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_that_was_read_from_gguf_is_pruned_saved_and_loaded(tmp_path: Path) -> None:
+    write_gguf(make("llama"), tmp_path / "dense.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="dense.gguf")
+    args = KPruneArguments(sparsity=0.4, num_tokens=100, disable_tqdm=True)
+    pruner = KPrunePruner(model, args, rows(12), collate)
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "pruned"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert_same_state(loaded.state_dict(), pruner.model.state_dict())
+    assert not hasattr(loaded.config, "quantization_config")
