@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 import sys
 
+import pandas as pd
 import pytest
+import torch
+from checks import close
 from data import ROOT, text, word_tokenizer
-from models import tiny
+from models import cut_randomly, tiny
+from zoo import make
+
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from continuations import draw_prompts, repetition
 from perplexity import draw_blocks, first_tokens, perplexity
+from zero_shot import Question, accuracy, log_likelihoods, of_paragraphs
 
 
 WORDS = [f"w{4 + 7 * number % 50} " for number in range(2000)]
@@ -57,3 +64,39 @@ def test_prompts_begin_long_paragraphs_without_unknown_words() -> None:
     texts = [" = w5 = \n", "w6 " * 30, "w7 <unk> " * 30, "w8 " * 30, "w9 " * 7]
     prompts = draw_prompts(texts, word_tokenizer(), 2, 4, seed=0)
     assert sorted(prompts) == [[6] * 4, [8] * 4]
+
+
+@pytest.mark.parametrize("kept", [(4, 12), (0, 5)])
+def test_the_likelihood_of_an_option_is_that_of_its_tokens_after_the_prompt(kept: tuple[int, ...]) -> None:
+    model = make("llama")
+    model = cut_randomly(model, (*kept, *(s.num_units for s in find_sublayers(model)[2:])))
+    prompt, options = [5, 6, 7], [[8, 9], [10], [11, 12, 13]]
+    values = log_likelihoods(model, prompt, options)
+    for value, option in zip(values, options, strict=True):
+        chances = model(torch.tensor([prompt + option])).logits[0, 2:-1].log_softmax(-1)
+        close(value, chances.gather(1, torch.tensor(option).unsqueeze(1)).sum().detach())
+
+
+def test_the_likeliest_option_is_compared_with_the_right_one() -> None:
+    model, words = make("llama"), word_tokenizer()
+    logits = model(torch.tensor([[5, 6, 7]])).logits[0, -1, 10:]
+    options = [f" w{10 + int(logits.argmin())}", f" w{10 + int(logits.argmax())}"]
+    questions = [Question("w5 w6 w7", options, right) for right in (1, 1, 0, 1)]
+    assert accuracy(model, words, questions) == 0.75
+
+
+def test_options_are_answers_to_questions_about_one_paragraph_and_no_parts_of_each_other() -> None:
+    answers = ["Rome", "Rome in May", "Paris", "Oslo", "Bern"]
+    rows = pd.DataFrame(
+        {
+            "context": ["first"] * 5 + ["second"] * 2,
+            "question": [f"q{place} " for place in range(7)],
+            "answers": [{"text": [text]} for text in [*answers, "Bonn", "Wien"]],
+        }
+    )
+    (question,) = of_paragraphs(rows, 9, seed=1)  # the second paragraph has two answers
+    assert question.prompt[:15] == "first\nQuestion:"
+    asked = int(question.prompt.split("q")[-1][0])
+    assert question.options[question.right] == f" {answers[asked]}"
+    assert len({*question.options}) == 4
+    assert not {" Rome", " Rome in May"} <= {*question.options}
