@@ -1,4 +1,4 @@
-"""Tokens per second of generate(), dense and pruned in turns, the bytes of their KV caches, and samples of what they write.
+"""Tokens per second of generate(), dense and pruned in turns, and the bytes of their KV caches.
 
 python benchmarks/generation.py DENSE PRUNED [PRUNED ...] [--batch 1 8] [--prompt 64] [--new 128]
 """
@@ -10,7 +10,7 @@ import statistics
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_kprune.sizes import cache_bytes_per_token
 from hf_kprune.structure.sublayers import find_sublayers
@@ -39,12 +39,10 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--text", default="The film was released in")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = [args.dense, *args.pruned]
     models = [AutoModelForCausalLM.from_pretrained(name).eval() for name in names]
-    tokenizer = AutoTokenizer.from_pretrained(args.dense)
     print(
         "| model | batch | tokens/s | speed-up | KV-cache bytes per token |\n| --- | ---: | ---: | ---: | ---: |"
     )
@@ -63,13 +61,6 @@ def main() -> None:
                 f"| {name.rstrip('/').split('/')[-1]} | {batch} | {rate:.0f} | {speed_up:.2f}x | {cache} |",
                 flush=True,
             )
-    for name, model in zip(names, models, strict=True):
-        inputs = tokenizer(args.text, return_tensors="pt", return_token_type_ids=False)
-        torch.manual_seed(0)
-        written = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20)
-        print(
-            f"\n{name.rstrip('/').split('/')[-1]}: {tokenizer.decode(written[0], skip_special_tokens=True)!r}"
-        )
 
 
 if __name__ == "__main__":
