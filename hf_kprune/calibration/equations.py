@@ -17,6 +17,37 @@ SAMPLE = 1_000
 """About how many tokens the errors of a sublayer are told on, of all rows; all, where there are no more."""
 
 
+GATHERED = 1024
+"""Tokens that are added to sums together, if batches have fewer: adding to the sums takes as long for any
+number."""
+
+
+class Collector:
+    """Adds tokens to normal equations, those of several small batches together.
+
+    Args:
+        sums: What is added to.
+        dtype: Precision of the products.
+    """
+
+    def __init__(self, sums: NormalEquations, dtype: torch.dtype):
+        self.sums, self.dtype, self.waiting = sums, dtype, list[tuple[Tensor, Tensor, Tensor]]()
+
+    def add(self, features: Tensor, target: Tensor, reference: Tensor) -> None:
+        """Add tokens as `NormalEquations.add` does, at once or later."""
+        self.waiting.append((features, target, reference))
+        if sum(len(tokens) for tokens, _, _ in self.waiting) >= GATHERED:
+            self.total()
+
+    def total(self) -> NormalEquations:
+        """The sums over all tokens so far."""
+        if self.waiting:
+            features, target, reference = (torch.cat(each) for each in zip(*self.waiting, strict=True))
+            self.sums.add(features, target, reference, self.dtype)
+            self.waiting = []
+        return self.sums
+
+
 class Reference:
     """What students are fitted to: their teacher on the way over one sublayer, which each batch takes once.
 
@@ -118,7 +149,7 @@ def normal_equations(
     """
     sublayer = student.sublayer
     rows, columns = sublayer.weight.shape
-    parts = zeros(calibration, columns, rows, halved)
+    parts = [Collector(each, calibration.dtype) for each in zeros(calibration, columns, rows, halved)]
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
             if not batch.fitted:
@@ -129,10 +160,9 @@ def normal_equations(
                 sample.add(batch, valid, tap.features, tap.stream, stream)
             for part, tokens in zip(parts, halves(batch, valid, halved), strict=True):
                 features, target = tap.features[tokens][:, sublayer.order], stream[tokens]
-                part.add(features, target - tap.stream[tokens], target, calibration.dtype)
+                part.add(features, target - tap.stream[tokens], target)
             calibration.step(2)
-    calibration.reduce([tensor for part in parts for tensor in part.tensors()])
-    equations = joined(parts)
+    equations = total_of(calibration, parts)
     calibration.check_finite(sublayer, equations.tensors())
     return equations
 
@@ -153,7 +183,10 @@ def input_equations(
     """
     sublayer, groups = student.sublayer, calibration.readers[student.position]
     widths = [oriented(sublayer.layer.get_submodule(paths[0])).shape[1] for paths in groups]
-    sums = [zeros(calibration, width, width, halved) for width in widths]
+    sums = [
+        [Collector(each, calibration.dtype) for each in zeros(calibration, width, width, halved)]
+        for width in widths
+    ]
     first = [paths[0] for paths in groups]
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
@@ -166,10 +199,9 @@ def input_equations(
                 for part, tokens in zip(
                     parts, halves(batch, batch.tokens(sublayer, x, stack), halved), strict=True
                 ):
-                    part.add(x[tokens], y[tokens], y[tokens], calibration.dtype)
+                    part.add(x[tokens], y[tokens], y[tokens])
             calibration.step(2)
-    calibration.reduce([tensor for parts in sums for part in parts for tensor in part.tensors()])
-    fits = [joined(parts) for parts in sums]
+    fits = [total_of(calibration, parts) for parts in sums]
     for equations in fits:
         calibration.check_finite(sublayer, equations.tensors())
     return list(zip(groups, fits, strict=True))
@@ -189,3 +221,10 @@ def halves(batch: Batch, tokens: Tensor, halved: bool) -> list[Tensor]:
 def joined(parts: list[NormalEquations]) -> NormalEquations:
     """The sums over all rows, with those over each half of them if these were taken."""
     return parts[0] if len(parts) == 1 else NormalEquations.joined(*parts)
+
+
+def total_of(calibration: Calibration, parts: list[Collector]) -> NormalEquations:
+    """What was added to the sums by all processes."""
+    sums = [part.total() for part in parts]
+    calibration.reduce([tensor for each in sums for tensor in each.tensors()])
+    return joined(sums)
