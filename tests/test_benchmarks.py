@@ -18,6 +18,7 @@ from hf_kprune.structure.sublayers import find_sublayers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from continuations import draw_prompts, repetition
+from mutants import MUTANTS
 from perplexity import draw_blocks, first_tokens, perplexity
 from zero_shot import Question, accuracy, log_likelihoods, of_paragraphs
 
@@ -100,3 +101,10 @@ def test_options_are_answers_to_questions_about_one_paragraph_and_no_parts_of_ea
     assert question.options[question.right] == f" {answers[asked]}"
     assert len({*question.options}) == 4
     assert not {" Rome", " Rome in May"} <= {*question.options}
+
+
+def test_every_mutant_changes_one_place_of_the_package() -> None:
+    sources = [path.read_text() for path in (ROOT / "hf_kprune").rglob("*.py")]
+    for text_before, text_after, _ in MUTANTS:
+        assert sum(source.count(text_before) for source in sources) == 1, text_before
+        assert text_after != text_before
