@@ -18,7 +18,8 @@ LITTLE = 0.1
 
 NAME = "kprune_report"
 JSON_NAME, MARKDOWN_NAME = f"{NAME}.json", f"{NAME}.md"
-"""The files that a report is saved in: its data, and what is said of them in each of `reports.FORMATS`."""
+"""The files that a report is saved in: its data, and what is said of them in Markdown; other formats of
+`reports.FORMATS` lie beside them."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a model weighs and takes: parameters, bytes, FLOPs, cache, and the memory of a pruning run."""
+"""What a model weighs and takes: parameters, bytes, FLOPs, cache, and the peak of memory so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of the package and which may know which: every import is read, and an edge that is not here fails."""
+"""The rooms of the package and their floors: every import is read, and one that leads upwards or in a circle fails."""
 
 from __future__ import annotations
 

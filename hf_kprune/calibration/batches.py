@@ -62,9 +62,19 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
 
 @dataclass
 class Batch:
-    """Collated inputs on the device, the tokens (B, T) of each stack that are not padding, those whose
-    outputs count for knowledge, and which of all rows they are; whether they serve for measuring, also in a
-    plan, for trials, or are held out of those, and whether weights are tuned on them."""
+    """Some rows on the device, and what they serve for.
+
+    Args:
+        inputs: What the model is called with.
+        valid: The tokens of each stack that are not padding, (B, T).
+        counted: The tokens whose outputs count for knowledge, (B, T).
+        rows: Which of all rows they are.
+        measured: Whether the model is measured on them.
+        sampled: Whether a plan measures on them, too.
+        tried: Whether students of trials are tuned on them.
+        held_out: Whether students of trials are compared on them.
+        fitted: Whether weights are tuned on them.
+    """
 
     inputs: dict[str, Any]
     valid: dict[str, Tensor]

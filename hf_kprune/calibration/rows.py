@@ -61,7 +61,8 @@ class Rows:
 
     @property
     def held_out(self) -> int:
-        """So many of the last measured rows compare the students of trials, which have the first half."""
+        """On how many of the measured rows, the last ones, students of trials are compared. They are tuned on
+        the first half."""
         return self.measured // 4
 
     def first(self, tokens: int, tokens_per_row: TokensPerRow | None = None) -> int:

@@ -106,8 +106,8 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What is measured beyond features: `"knowledge"` (`gradient_sum`, `gradient_square`), `"curvature"`
-    (`gram`, `metric`), `"fisher"` (`fisher`, `absolute`)."""
+    """What is measured beyond features: `"knowledge"` (`gradient_sum`, `gradient_square`; not for
+    one-shot methods), `"curvature"` (`gram`, `metric`), `"fisher"` (`fisher`, `absolute`)."""
 
     options: ClassVar[frozenset[str]] = frozenset()
     """Names of the options of `KPruneArguments` that it reads and other methods do not."""

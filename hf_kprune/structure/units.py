@@ -2,9 +2,10 @@
 
 A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer,
 and it owns rows of the input projections. What depends on the kind of unit is in the class of that kind. A
-further kind whose units are columns of one output projection is a further subclass of `Unit` with its entry
-in `UNITS`. One whose weights lie otherwise (an expert, a channel of the hidden dimension) also takes a place
-in `sublayers.py` and `surgery.py`, and in the plan that travels with checkpoints (`modeling_kprune.py`).
+further kind whose units are columns of one output projection is a further subclass of `Unit` with its
+entries in `UNITS` and `KINDS`; CONTRIBUTING.md has the recipe. One whose weights lie otherwise (an expert,
+a channel of the hidden dimension) also takes a place in `sublayers.py` and `surgery.py`, and in the plan
+that travels with checkpoints (`modeling_kprune.py`).
 """
 
 from __future__ import annotations

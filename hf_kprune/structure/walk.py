@@ -1,10 +1,11 @@
 """`Walk`: a model on its way up, sublayer by sublayer, with every batch of the calibration data.
 
-It is the one place that runs single sublayers and layers for the algorithm. Layers that are not on the device
-come there when they run (workbench.py), and `states` wait on a shelf (shelf.py). A run that is resumed
-(resumption/) walks up again with the weights below, from which `states` follow. Whole models run in a few
-more places: for the knowledge of K-prune (`calibration.backward`), for outputs that are compared (`Walk.top`,
-`calibration.distance.predictor`), for FLOPs (`Calibration.all_flops`), and in the checks before any work.
+It is the one place from which single sublayers and layers are run for the algorithm, by runs.py. Layers
+that are not on the device come there when they run (workbench.py), and `states` wait on a shelf
+(shelf.py). A run that is resumed (resumption/) walks up again with the weights below, from which `states`
+follow. Whole models run in a few more places: for the knowledge of K-prune (`calibration.backward`), for
+outputs that are compared (`Walk.top`, `calibration.distance.predictor`), for FLOPs
+(`Calibration.all_flops`), and in the checks before any work.
 """
 
 from __future__ import annotations
