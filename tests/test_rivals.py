@@ -442,7 +442,7 @@ def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp
     report = pruner.prune()
     assert 0.4 * (1 - 1e-9) <= report.sparsity < (0.7 if uniform else 0.45)
     tuned = [s for s in report.sublayers if s.error_after is not None]
-    assert bool(tuned) == (name in ("kwon", "kcm", "flap"))
+    assert bool(tuned) == METHODS[name].tunes
     heads = [len(s.kept) for s in report.sublayers if s.kind == "attention"]
     assert heads == [4, 4, 4] or name != "kcm"
     if uniform:
