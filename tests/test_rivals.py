@@ -444,7 +444,7 @@ def test_prunes_to_the_budget_and_saves_what_loads(name: str, uniform: bool, tmp
     tuned = [s for s in report.sublayers if s.error_after is not None]
     assert bool(tuned) == METHODS[name].tunes
     heads = [len(s.kept) for s in report.sublayers if s.kind == "attention"]
-    assert heads == [4, 4, 4] or name != "kcm"
+    assert set(heads) == {4} or name != "kcm"
     if uniform:
         assert all(
             len({len(s.kept) for s in report.sublayers if s.kind == kind}) == 1

@@ -302,7 +302,7 @@ def test_features_that_are_constant_alike_or_of_all_sizes_are_pruned(case: str, 
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     for s in report.sublayers:
         if s.error_before is not None and s.error_after is not None:
-            assert s.error_after <= s.error_before + 1e-3
+            assert s.error_after <= 1.1 * s.error_before + 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
