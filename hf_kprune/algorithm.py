@@ -61,7 +61,7 @@ class Job:
         method: The pruning method.
         budget: What may be spent.
         tunes: Whether weights are tuned.
-        chooses_ridge: Whether a ridge is chosen for each sublayer if none is given; trials do without.
+        trial: Whether it is one: then no ridge is chosen and no errors are told.
         pending: What is decided already of the sublayers above the one that has been reached.
     """
 
@@ -71,7 +71,7 @@ class Job:
     method: Method
     budget: Budget
     tunes: bool
-    chooses_ridge: bool = True
+    trial: bool = False
     pending: list[Decision] = field(default_factory=list)
 
 
@@ -116,11 +116,16 @@ def decide(job: Job, student: Walk, teacher: Walk, tops: Sequence[State | None])
         with job.calibration.phase("search"):
             scores = job.calibration.agree([job.method.score(each) for each in statistics])
             masks = job.budget.search(job.method, statistics, scores, student.position)
-            count = job.method.measure_every or -(-len(student.sublayers) // MEASUREMENTS)
+            count = interval(job.method, len(student.sublayers))
             for mask in job.calibration.agree([mask.int() for mask in masks[:count]]):
                 place = len(job.pending)
                 job.pending.append(Decision(mask.bool().cpu(), scores[place], statistics[place].damping))
     return job.pending.pop(0)
+
+
+def interval(method: Method, sublayers: int) -> int:
+    """Of how many sublayers the decisions of one measurement are taken."""
+    return method.measure_every or -(-sublayers // MEASUREMENTS)
 
 
 def choose(
@@ -146,7 +151,7 @@ def choose(
     if len(plans) > 1:
         with few.phase("search"):
             judge = Judge(few, teacher, job.loss)
-        on_few = replace(job, calibration=few, chooses_ridge=False)
+        on_few = replace(job, calibration=few, trial=True)
         # each student has a layer in float32 on a workbench, so that there they go up one by one
         alone = workbench_of(dense.model) is not None
         for group in [[name] for name in plans] if alone else [list(plans)]:
@@ -188,19 +193,20 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
     (KPWT)."""
     sublayer, method, calibration = student.sublayer, job.method, job.calibration
     with calibration.phase("tune"):
-        halved = method.ridge is None and job.chooses_ridge
+        halved = method.ridge is None and not job.trial
         if method.tune_inputs and sublayer.num_units:
             for paths, equations in input_equations(calibration, student, reference, halved):
                 drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
                 shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
                 correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
-        sample = Sample(calibration, sublayer)
+        sample = None if job.trial else Sample(calibration, sublayer)
         equations = normal_equations(calibration, student, reference, halved, sample)
         weight, bias = in_unit_order(sublayer), sublayer.bias
         fit = method.tune(equations, weight, bias, sublayer.unit_width)
-        entry.error_before = sample.error(weight, bias)
         tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
-        entry.error_after = sample.error(tuned[0], tuned[1] if tuned[1:] else bias)
+        if sample is not None:
+            entry.error_before = sample.error(weight, bias)
+            entry.error_after = sample.error(tuned[0], tuned[1] if tuned[1:] else bias)
         set_output(sublayer, *tuned)
     entry.damping, entry.undetermined = fit.damping, fit.undetermined
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration.batches import Batch, Calibration
-from .calibration.equations import GATHERED, SAMPLE
+from .calibration.equations import BLOCK, SAMPLE
 from .calibration.knowledge import Knowledge
 from .calibration.outputs import LOGITS
 from .errors import CalibrationError
@@ -91,7 +91,7 @@ def memory_of(  # noqa: PLR0913
 
     tokens = max((sum(v.numel() for v in batch.valid.values()) for batch in batches), default=0)
     rows, narrow = max((b.samples for b in batches), default=0), 4 * tokens * (6 * width + 3 * columns)
-    waiting = 2 * 4 * GATHERED * (2 * width + columns)
+    waiting = 2 * 4 * BLOCK * (2 * width + columns)
     head = model.get_output_embeddings()
     words = len(head.weight) if head is not None and loss.per_token else 0
     logits = 10 * 4 * min(max(LOGITS, rows * words), tokens * words)
@@ -107,6 +107,6 @@ def memory_of(  # noqa: PLR0913
         phases["tune"] = 2 * min(MEMORY, every) + 2 * every + 2 * layer + changed + narrow + waiting + fit
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
-        each = min(MEMORY, few) + layer + 4 * max(layers)
-        phases["try splits"] = (students + 1) * each + 2 * few + max(narrow, logits) + 4 * square + 4 * flat
+        each, fit = min(MEMORY, few) + layer + 4 * max(layers), waiting + 4 * square + 4 * flat
+        phases["try splits"] = (students + 1) * each + 2 * few + max(narrow, logits) + fit
     return Memory({name: int(SLACK * (around + size)) for name, size in phases.items()})

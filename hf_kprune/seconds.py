@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .algorithm import MEASUREMENTS
+from .algorithm import interval
 from .calibration.batches import Batch, Calibration, untimed
 from .calibration.distance import Judge
 from .calibration.equations import joined, zeros
@@ -22,7 +22,7 @@ from .structure.sublayers import Sublayer, oriented
 from .structure.surgery import has_bias
 
 
-FIXED = 0.5
+OVERHEAD = 0.5
 """The part of a pass over a sublayer that does not shrink with its units."""
 
 CARRY = 0.5
@@ -62,7 +62,7 @@ def measuring_steps(method: Method, batches: float, sublayers: int, dry: bool) -
     """
     if method.one_shot or dry:
         return batches * sublayers * (4 if method.one_shot and method.needs else 1)
-    every = method.measure_every or -(-sublayers // MEASUREMENTS)
+    every = interval(method, sublayers)
     # the teacher, and the student as long as it does not differ, go up without a way back
     again = sum(sublayers - position for position in range(every, sublayers, every))
     return batches * (2 * sublayers + 3 * again)
@@ -253,7 +253,7 @@ def seconds_beyond(
     )
     more = {"measure": passes * (ratio - 1)}
     if pace is not None:
-        carrying = pace.forward * (FIXED + (1 - FIXED) * share)
+        carrying = pace.forward * (OVERHEAD + (1 - OVERHEAD) * share)
         fitting = (1 + CARRY) * carrying + pace.sums
         fitting += READ * pace.forward if method.tune_inputs else 0.0
         more["tune"] = every * (pace.forward + fitting) + pace.fits

@@ -528,9 +528,9 @@ def test_a_huge_token_does_not_hide_the_error_of_the_others(monkeypatch: pytest.
     streams = [r - 0.9 * (f @ weight.T.float() + bias) for f, r in zip(features, reference, strict=True)]
 
     def error(size: int) -> float:
-        made = calibration(model, data, per_device_batch_size=size)
-        sample = Sample(made, sublayer)
-        for batch in made.batches:
+        of_size = calibration(model, data, per_device_batch_size=size)
+        sample = Sample(of_size, sublayer)
+        for batch in of_size.batches:
             stacked = [
                 torch.nn.utils.rnn.pad_sequence([each[i] for i in batch.rows], True)
                 for each in (features, streams, reference)

@@ -270,13 +270,13 @@ def test_seconds_are_those_of_the_plan_in_proportion_to_what_there_is_to_do() ->
 def test_the_steps_that_are_foretold_are_those_that_are_taken(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken, told = [0.0], [0.0]
-    monkeypatch.setattr(Work, "step", lambda _, steps=1.0: taken.append(steps))
-    monkeypatch.setattr(Work, "begin", lambda _, steps, later: told.append(steps))
+    steps_of_work, forecasts = [0.0], [0.0]
+    monkeypatch.setattr(Work, "step", lambda _, steps=1.0: steps_of_work.append(steps))
+    monkeypatch.setattr(Work, "begin", lambda _, steps, later: forecasts.append(steps))
     monkeypatch.setattr(Work, "end_student", lambda _: None)
     reached = 0.2 if method == "kcm" else 0.5  # it removes neurons only
     pruner = make_pruner(shallow(), rows(80), method=method, sparsity=reached, per_device_batch_size=8)
     for work in (pruner.plan, pruner.prune):
-        taken.clear()
+        steps_of_work.clear()
         work()
-        assert sum(taken) == pytest.approx(told[-1], rel=0.25)
+        assert sum(steps_of_work) == pytest.approx(forecasts[-1], rel=0.25)

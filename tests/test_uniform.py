@@ -193,8 +193,8 @@ def pruner_of(model: PreTrainedModel, **options: Any) -> KPrunePruner:
 def test_numbers_of_heads_are_tried_and_the_nearest_student_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pruner_of(grouped())
-    report = whole.prune()
+    pruner = pruner_of(grouped())
+    report = pruner.prune()
     assert set(report.trials) == {"2 heads", "3 heads"}  # one leaves more than all neurons cost
     best = min(report.trials, key=report.trials.__getitem__)
     by_kind = [{len(s.kept) for s in report.sublayers if s.kind == kind} for kind in ("attention", "ffn")]
@@ -218,7 +218,7 @@ def test_numbers_of_heads_are_tried_and_the_nearest_student_wins(
     assert [(s.kept, s.error_after) for s in resumed.sublayers] == [
         (s.kept, s.error_after) for s in report.sublayers
     ]
-    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+    for a, b in zip(pruner.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

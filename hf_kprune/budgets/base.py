@@ -212,8 +212,8 @@ class Budget:
         fewer = ways_with({i: numbers[-2:][0] for i, numbers in below.items()})
         ways = [best, ways[-1], ways[(len(ways) - 1) // 2]]
         ways += [way for way in fewer if any(n > m for n, m in zip(way, best, strict=True))]  # neurons gain
-        named = {self._heads(way): way for way in ways}
-        return dict(list(named.items())[:most])
+        by_heads = {self._heads(way): way for way in ways}
+        return dict(list(by_heads.items())[:most])
 
     def _heads(self, counts: list[int]) -> str:
         """Its numbers of heads, such as `"3 heads"`, or `"3 + 2 heads"` of two stacks."""

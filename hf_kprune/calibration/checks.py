@@ -26,7 +26,7 @@ from .loss_check import check_loss
 from .outputs import chunk_of, in_float32, narrowed
 
 
-CHECKED = 2
+CHECK_ROWS = 2
 """Rows on which a model is checked."""
 
 
@@ -41,7 +41,7 @@ def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequ
     readers: list[list[list[str]]] = []
     with together(calibration.accelerator):
         for batch in calibration.batches[:1]:
-            rows = min(CHECKED, batch.samples)
+            rows = min(CHECK_ROWS, batch.samples)
             if rows == batch.counted.shape[1] > 1:  # so that rows are not taken for tokens below
                 rows -= 1
             batch = batch.part(0, rows)

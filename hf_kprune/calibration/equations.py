@@ -17,7 +17,7 @@ SAMPLE = 1_000
 """About how many tokens the errors of a sublayer are told on, of all rows; all, where there are no more."""
 
 
-GATHERED = 1024
+BLOCK = 1024
 """Tokens that are added to sums together, if batches have fewer: adding to the sums takes as long for any
 number."""
 
@@ -36,7 +36,7 @@ class Collector:
     def add(self, features: Tensor, target: Tensor, reference: Tensor) -> None:
         """Add tokens as `NormalEquations.add` does, at once or later."""
         self.waiting.append((features, target, reference))
-        if sum(len(tokens) for tokens, _, _ in self.waiting) >= GATHERED:
+        if sum(len(tokens) for tokens, _, _ in self.waiting) >= BLOCK:
             self.total()
 
     def total(self) -> NormalEquations:
