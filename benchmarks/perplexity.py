@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from tasks import append_line, facts, key_of, prune, read_lines
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -131,7 +132,7 @@ def main() -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = first_tokens(held_out, tokenizer, args.tokens + 1)
-    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(Accelerator().device)
     of_dense: float | None = None
     done = {key_of(line, KEY) for line in read_lines(args.output)}
     for seed, method, sparsity in itertools.product(args.seeds, args.method, args.sparsity):

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from .calibration.batches import Batch, Calibration
 from .calibration.equations import BLOCK, SAMPLE
 from .calibration.knowledge import Knowledge
-from .calibration.outputs import LOGITS
+from .calibration.outputs import logits_at_once
 from .errors import CalibrationError
 from .methods import Method
 from .structure.offload import is_dispatched
-from .structure.shelf import MEMORY
+from .structure.shelf import room_on
 from .structure.sublayers import Sublayer
 from .structure.walk import ENTRIES
 from .structure.workbench import layers_of, needs_workbench, slots
@@ -76,7 +76,7 @@ def memory_of(  # noqa: PLR0913
         tunes: Whether weights are tuned.
     """
     device = calibration.accelerator.device
-    lifts, batches = needs_workbench(model, device), calibration.batches
+    lifts, batches, room = needs_workbench(model, device), calibration.batches, room_on(device)
     layers = [sum(t.numel() for _, _, _, t in slots(layer)) for layer in layers_of(sublayers)]
     width, columns = (max(s.weight.shape[axis] for s in sublayers) for axis in (0, 1))
     layer = 4 * max(layers) if lifts else 0
@@ -94,19 +94,23 @@ def memory_of(  # noqa: PLR0913
     waiting = 2 * 4 * BLOCK * (2 * width + columns)
     head = model.get_output_embeddings()
     words = len(head.weight) if head is not None and loss.per_token else 0
-    logits = 10 * 4 * min(max(LOGITS, rows * words), tokens * words)
+    logits = 10 * 4 * min(max(logits_at_once(device), rows * words), tokens * words)
     curved = "curvature" in method.needs
     graph = 2 * narrow if method.needs else narrow
-    states = min(MEMORY, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
+    states = min(room, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
     square, flat = 8 * columns * columns, 8 * columns * width
     phases = {"measure": states + layer + max(logits, graph) + (6 * square + 3 * flat if curved else 0)}
     if tunes:
         every = stream(lambda _: True)
-        fit = (5 if method.ridge is None else 4) * square + 4 * flat + min(ENTRIES, every // width * columns)
+        fit = (
+            (5 if method.ridge is None else 4) * square
+            + 4 * flat
+            + min(ENTRIES * room, every // width * columns)
+        )
         fit += 4 * SAMPLE * (columns + 2 * width)
-        phases["tune"] = 2 * min(MEMORY, every) + 2 * every + 2 * layer + changed + narrow + waiting + fit
+        phases["tune"] = 2 * min(room, every) + 2 * every + 2 * layer + changed + narrow + waiting + fit
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
-        each, fit = min(MEMORY, few) + layer + 4 * max(layers), waiting + 4 * square + 4 * flat
+        each, fit = min(room, few) + layer + 4 * max(layers), waiting + 4 * square + 4 * flat
         phases["try splits"] = (students + 1) * each + 2 * few + max(narrow, logits) + fit
     return Memory({name: int(SLACK * (around + size)) for name, size in phases.items()})

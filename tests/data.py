@@ -12,6 +12,7 @@ from models import VOCABULARY, tiny_of_class
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from zoo import inputs_for
 
 from hf_kprune import KPruneArguments
 from hf_kprune.calibration.draw import draw_rows
@@ -32,6 +33,23 @@ def rows(count: int = 24, seed: int = 0, choices: int = 0, longest: int = 12) ->
         ids = torch.randint(2, 60, shape, generator=generator)
         rows_.append({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     return rows_
+
+
+def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list[dict[str, Any]]:
+    """Rows as a dataset has them: one at a time, of different lengths where there is padding."""
+    if kind in ("text", "unpadded") and type(model).__name__ != "LongformerForSequenceClassification":
+        return rows(count, longest=9)
+    data = []
+    for seed in range(count // 4):
+        inputs = inputs_for(model, kind, seed=seed)
+        for i in range(4):
+            row: dict[str, Any] = {key: value[i] for key, value in inputs.items()}
+            for prefix in ("", "decoder_"):
+                mask = row.pop(f"{prefix}attention_mask", None)
+                if mask is not None:
+                    row[f"{prefix}input_ids"] = row[f"{prefix}input_ids"][mask.bool()].tolist()
+            data.append(row)
+    return data
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from data import Padding, rows
+from data import Padding, calibration_rows
 from models import slow_unless_in
-from transformers import PreTrainedModel
-from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
+from zoo import DISTINCT, ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.backward import backward, descend
@@ -24,23 +23,6 @@ from hf_kprune.structure.walk import Walk
 
 WALKED = ["bert", "t5", "llama", "mixtral", "whisper", "vit", "clip"]
 """Measured by default in both ways: one for each kind of inputs."""
-
-
-def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list[dict[str, Any]]:
-    """Rows as a dataset has them: one at a time, of different lengths where there is padding."""
-    if kind in ("text", "unpadded") and type(model).__name__ != "LongformerForSequenceClassification":
-        return rows(count, longest=9)
-    data = []
-    for seed in range(count // 4):
-        inputs = inputs_for(model, kind, seed=seed)
-        for i in range(4):
-            row: dict[str, Any] = {key: value[i] for key, value in inputs.items()}
-            for prefix in ("", "decoder_"):
-                mask = row.pop(f"{prefix}attention_mask", None)
-                if mask is not None:
-                    row[f"{prefix}input_ids"] = row[f"{prefix}input_ids"][mask.bool()].tolist()
-            data.append(row)
-    return data
 
 
 def boxes_and_classes(student: Any, teacher: Any, _: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from hf_kprune.methods.least_squares import (
     RIDGES,
     NormalEquations,
     choose_ridge,
+    damped_cholesky,
     relative_error,
     tune_weight,
 )
@@ -300,3 +301,25 @@ def test_float32_products_fit_what_varies_about_a_large_mean() -> None:
     )
     torch.testing.assert_close(close.weight, exact.weight, rtol=1e-3, atol=1e-4)
     assert close.error_after == pytest.approx(exact.error_after, rel=1e-2)
+
+
+def test_a_factor_of_nan_is_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU has given one of a singular matrix, without a word."""
+    x = normal(4, COLUMNS)
+    gram, cholesky_ex = x.T @ x, torch.linalg.cholesky_ex
+
+    def silent(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        factor, failed = cholesky_ex(matrix)
+        weak = float(torch.linalg.eigvalsh(matrix)[0]) < 1e-7
+        return (factor * torch.nan, torch.zeros_like(failed)) if weak else (factor, failed)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+    factor, floor = damped_cholesky(gram, 1.0, 0.0)
+    assert floor >= 1e-7 / 10
+    torch.testing.assert_close(factor @ factor.T, gram + floor * torch.eye(COLUMNS, dtype=gram.dtype))
+
+
+@pytest.mark.parametrize("matrix", [-torch.eye(3), torch.full((3, 3), torch.nan)])
+def test_what_no_damping_mends_is_said(matrix: Tensor) -> None:
+    with pytest.raises(ValueError, match="not positive semidefinite, or holds NaN or Inf"):
+        damped_cholesky(10 * matrix.double(), 1.0, 0.0)

@@ -22,6 +22,14 @@ LOGITS = 2**22
 """Logits of a language model that exist at once while measuring; with more, its head runs on some tokens at a
 time."""
 
+ON_GPU = 8
+"""So many times more exist at once on a GPU."""
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Logits that may exist at once on a device."""
+    return LOGITS * ON_GPU if device.type == "cuda" else LOGITS
+
 
 def in_float32(outputs: Any) -> Any:
     """Model outputs with their half-precision tensors in float32."""
@@ -33,10 +41,10 @@ def in_float32(outputs: Any) -> Any:
 
 def chunk_of(model: PreTrainedModel, batch: Batch) -> int:
     """Tokens of a batch whose logits over the vocabulary may exist at once; 0 if those of all may."""
-    vocabulary = model.get_output_embeddings()
-    if vocabulary is None or batch.counted.numel() * len(vocabulary.weight) <= LOGITS:
+    vocabulary, most = model.get_output_embeddings(), logits_at_once(batch.counted.device)
+    if vocabulary is None or batch.counted.numel() * len(vocabulary.weight) <= most:
         return 0
-    return max(1, LOGITS // (len(batch.counted) * len(vocabulary.weight)))
+    return max(1, most // (len(batch.counted) * len(vocabulary.weight)))
 
 
 def narrowed(model: PreTrainedModel, chunk: int, start: int = 0) -> AbstractContextManager[None]:

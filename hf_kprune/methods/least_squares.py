@@ -380,12 +380,16 @@ def damped_cholesky(gram: Tensor, scale: float, pull: Tensor | float) -> tuple[T
         gram: G, (C, C), float64, positive semidefinite up to rounding.
         scale: What the floor is relative to, over 0.
         pull: The part of the damping that is wanted, (C,) or one number.
+
+    Raises:
+        ValueError: If G is far from that, or holds NaN or Inf.
     """
     floor = DAMPING
-    while True:
+    while floor < 1:
         damped = gram.clone()
         damped.diagonal().add_(pull + floor * scale)
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        if not failed and bool(factor.isfinite().all()):  # on a GPU NaN has been seen with no failure
             return factor, floor
         floor *= 10
+    raise ValueError("a matrix of second moments is not positive semidefinite, or holds NaN or Inf")

@@ -109,8 +109,7 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Te
         metric: F, (D, D), positive semidefinite.
         width: w.
     """
-    values, vectors = torch.linalg.eigh(metric)
-    left = weight.to(moments.dtype).T @ vectors * values.clamp(min=0).sqrt()  # W^T F^(1/2), (C, D)
+    left = weight.to(moments.dtype).T @ root_of(metric)  # (C, D)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     losses, order_gone = [moments.new_zeros(1)], []
     units = torch.arange(len(moments) // width, device=moments.device)
@@ -141,3 +140,9 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Te
             units, stays = units[stays], stays[stays]
     slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(moments.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes
+
+
+def root_of(metric: Tensor) -> Tensor:
+    """L with  L L^T = F  of a positive semidefinite F (D, D), up to rounding."""
+    scale = float(metric.diagonal().mean()) if len(metric) else 0.0
+    return damped_cholesky(metric, scale, 0.0)[0] if scale > 0 else torch.zeros_like(metric)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -48,6 +49,12 @@ class State:
     def nbytes(self) -> int:
         """What it takes in memory."""
         return sum(tensor.nbytes for tensor in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is; nowhere yet is in the machine's memory."""
+        tensors = [*self.inputs.values(), *self.outputs.values()]
+        return tensors[0].device if tensors else torch.device("cpu")
 
     def part(self, start: int, stop: int, samples: int) -> State:
         """That of the samples from `start` to `stop` out of `samples`, which may be several sequences

@@ -81,7 +81,7 @@ def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
     """Let `module`, which takes (B, T, D), see the tokens from `start` to `stop` only."""
 
     def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, start:stop], *args[1:])
+        return (args[0][:, start:stop].contiguous(), *args[1:])  # one product, not one a row
 
     with hooked(module.register_forward_pre_hook(narrow)):
         yield

@@ -11,7 +11,15 @@ from .offload import Folder
 
 
 MEMORY = 2**27
-"""Bytes of states that a shelf keeps in memory; further ones wait in temporary files."""
+"""Bytes of states that a shelf keeps in the machine's memory; further ones wait in temporary files."""
+
+SHARE = 16
+"""Of a GPU, a shelf keeps so many times less than its memory there."""
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of states that a shelf keeps on a device."""
+    return torch.cuda.mem_get_info(device)[1] // SHARE if device.type == "cuda" else MEMORY
 
 
 class InFile:
@@ -41,7 +49,7 @@ class Shelf:
     def __setitem__(self, key: Hashable, state: State) -> None:
         self.drop(key)
         size = state.nbytes
-        if self.used + size <= MEMORY:
+        if self.used + size <= room_on(state.device):
             self.entries[key] = state
             self.used += size
         else:

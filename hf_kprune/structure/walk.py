@@ -21,15 +21,15 @@ from transformers import PreTrainedModel
 
 from .hooks import State, resumed
 from .runs import Tap, run_above, run_layer, run_sublayer, run_to_inputs, run_to_top
-from .shelf import Shelf
+from .shelf import Shelf, room_on
 from .sublayers import Sublayer
 from .surgery import cut, empty
 from .workbench import workbench_of
 
 
-ENTRIES = 2**28
-"""Bytes of features that a walk keeps from a tap to the step over the same sublayer. Those of further batches
-are computed again."""
+ENTRIES = 2
+"""A walk keeps features from a tap to the step over the same sublayer, so many times the bytes of states that
+a shelf keeps. Those of further batches are computed again."""
 
 
 class Walk:
@@ -74,7 +74,8 @@ class Walk:
         Its features are kept for `lift`, so until then nothing but the output projection may change.
         """
         tap = self._run(batch)
-        if sum(entry.nbytes for entry in self._entries.values()) + tap.entry.nbytes <= ENTRIES:
+        room = ENTRIES * room_on(tap.entry.device)
+        if sum(entry.nbytes for entry in self._entries.values()) + tap.entry.nbytes <= room:
             self._entries[batch] = tap.entry
         return tap
 
