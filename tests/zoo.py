@@ -132,6 +132,21 @@ AUDIO: dict[str, Any] = {
 }
 TEXT_TOWER = {**ENCODER, "bos_token_id": 2, "eos_token_id": 3}
 
+MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+DELTA: dict[str, Any] = {
+    **MIXED,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -255,6 +270,92 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "opt:post-norm": (
         "OPTForCausalLM",
         {**MHA, "ffn_dim": 12, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+        "text",
+    ),
+    "bamba": ("BambaForCausalLM", {**DECODER, **MAMBA, "attn_layer_indices": [1]}, "text"),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        {
+            **HEAD_DIM,
+            **MAMBA,
+            "mamba_d_ssm": 32,
+            "attention_out_multiplier": 0.7,
+            "mlp_multipliers": [0.8, 1.3],
+        },
+        "text",
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            **GRANITE_MOE,
+            **MAMBA,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "shared_intermediate_size": 12,
+            "position_embedding_type": "rope",
+        },
+        "text",
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        {
+            **DECODER,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 2,
+            "use_mamba_kernels": False,
+        },
+        "text",
+    ),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        {**DECODER, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        "text",
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM",
+        {**MOE, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+        "text",
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM",
+        {**DECODER, **MIXED, "head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "text",
+    ),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        {
+            **HEAD_DIM,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "moe_shared_expert_intermediate_size": 8,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "text",
+    ),
+    "olmo_hybrid": ("OlmoHybridForCausalLM", {**DECODER, **DELTA}, "text"),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", {**HEAD_DIM, **DELTA}, "text"),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
+        "text",
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM",
+        {**HEAD_DIM, "lru_width": 16, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
         "text",
     ),
     "persimmon": ("PersimmonForCausalLM", MHA, "text"),

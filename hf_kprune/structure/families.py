@@ -14,6 +14,7 @@ What the strings of a description mean:
 
     field             value               meaning
     inputs            "q"                 rows of query heads
+                      "2q"                rows of query heads, those of each followed by those of its gate
                       "kv"                rows of key heads, or of value heads
                       "qkv"               all three fused, one after the other
                       "qkv:perhead"       all three fused, group by group
@@ -45,7 +46,7 @@ from typing import Any, Literal
 
 
 Kind = Literal["attention", "cross_attention", "ffn"]
-Layout = Literal["q", "kv", "qkv", "qkv:perhead", "f", "2f"]
+Layout = Literal["q", "2q", "kv", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
 Size = Literal["heads", "kv_heads", "groups", "width"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
@@ -349,6 +350,107 @@ _GRANITE_MOE = replace(
     residual="residual_multiplier",
     untouched=("block_sparse_moe",),
     uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size"},
+)
+# hybrids: what mixes tokens otherwise in some layers (a convolution, Mamba, linear attention) stays as it is
+_LLAMA_GATED = replace(
+    _LLAMA_ATTENTION,
+    inputs={"self_attn.q_proj": "2q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+)
+_BAMBA_FFN = _ffn("feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj", "pre_ff_layernorm")
+_BAMBA = replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _BAMBA_FFN), untouched=("mamba",))
+_LFM2 = replace(
+    _LLAMA,
+    blocks=(
+        _attention(
+            "self_attn",
+            "self_attn.out_proj",
+            sizes={"self_attn.num_key_value_groups": "groups"},
+        ),
+        _ffn("feed_forward.w1 feed_forward.w3", "feed_forward.w2", "ffn_norm"),
+    ),
+    untouched=("conv",),
+    uniform=_HEAD_SIZES,
+)
+_RECURRENT_GEMMA = replace(
+    _LLAMA,
+    blocks=(
+        _attention(
+            "temporal_block",
+            "temporal_block.o_proj",
+            sizes={
+                "temporal_block.num_attention_heads": "heads",
+                "temporal_block.num_key_value_heads": "kv_heads",
+                "temporal_block.num_key_value_groups": "groups",
+            },
+        ),
+        _ffn("mlp_block.gate_proj mlp_block.up_proj", "mlp_block.down_proj", "channel_pre_norm"),
+    ),
+    untouched=tuple(
+        f"temporal_block.{name}" for name in ("linear_y", "linear_x", "linear_out", "conv_1d", "rg_lru")
+    ),
+    uniform={},
+)
+_NEMOTRON_H = replace(
+    _LLAMA,
+    blocks=(
+        _attention(
+            "mixer",
+            "mixer.o_proj",
+            sizes={"mixer.num_key_value_groups": "groups"},
+        ),
+        _ffn("mixer.up_proj", "mixer.down_proj", ""),
+        _ffn("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj", None),
+    ),
+    untouched=tuple(
+        f"mixer.{name}"
+        for name in (
+            "in_proj",
+            "conv1d",
+            "norm",
+            "out_proj",
+            "experts",
+            "gate",
+            "fc1_latent_proj",
+            "fc2_latent_proj",
+        )
+    ),
+    uniform=_HEAD_SIZES,
+)
+_CONFORMER = Stack(
+    "encoder.layers",
+    (
+        _ffn("ffn1.intermediate_dense", "ffn1.output_dense", None),  # half of its output joins the stream
+        _attention(
+            "self_attn",
+            "self_attn.linear_out",
+            "linear_q linear_k linear_v",
+            sizes={"self_attn.num_heads": "heads"},
+            slices={"self_attn.pos_bias_u": 0, "self_attn.pos_bias_v": 0},
+            stream="self_attn_layer_norm",
+        ),
+        _ffn("ffn2.intermediate_dense", "ffn2.output_dense", None),
+    ),
+    untouched=("conv_module",),
+    uniform=_FFN_SIZE,
+)
+_PARAKEET_ATTENTION = _attention(
+    "self_attn",
+    "self_attn.o_proj",
+    sizes={"self_attn.num_key_value_groups": "groups"},
+    slices={"self_attn.bias_u": 0, "self_attn.bias_v": 0},
+    stream="norm_self_att",
+)
+_PARAKEET = Stack(
+    "layers",
+    (
+        _ffn("feed_forward1.linear1", "feed_forward1.linear2", None),
+        replace(
+            _PARAKEET_ATTENTION, inputs={**_PARAKEET_ATTENTION.inputs, "self_attn.relative_k_proj": "kv"}
+        ),
+        _ffn("feed_forward2.linear1", "feed_forward2.linear2", None),
+    ),
+    untouched=("conv",),
+    uniform=_FFN_SIZE,
 )
 _NEOX_FFN = _ffn("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "post_attention_layernorm")
 _OPT = Stack(
@@ -865,6 +967,40 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="pre_feedforward_layernorm"))),
     ),
     "xglm": (replace(_OPT, layers="layers"),),
+    # hybrids
+    "bamba": (_BAMBA,),
+    "falcon_h1": (
+        replace(
+            _BAMBA,
+            blocks=(replace(_LLAMA_ATTENTION, stream=None), replace(_BAMBA_FFN, stream=None)),
+        ),
+    ),
+    "granitemoehybrid": (replace(_GRANITE_MOE, untouched=("block_sparse_moe", "mamba")),),
+    "jamba": (replace(_BAMBA, untouched=("mamba", "feed_forward.router", "feed_forward.experts")),),
+    "lfm2": (_LFM2,),
+    "lfm2_moe": (replace(_LFM2, untouched=("conv", "feed_forward.gate", "feed_forward.experts")),),
+    "minimax": (
+        replace(
+            _LLAMA,
+            blocks=(replace(_LLAMA_ATTENTION, stream=None),),
+            untouched=(
+                *(f"self_attn.{name}" for name in ("norm", "qkv_proj", "out_proj", "output_gate")),
+                "mlp.gate",
+                "mlp.experts",
+            ),
+            uniform=_HEAD_SIZES,
+        ),
+    ),
+    "nemotron_h": (_NEMOTRON_H,),
+    "olmo_hybrid": (replace(_OLMO2, untouched=("linear_attn",)),),
+    "qwen3_5_text": (replace(_LLAMA, blocks=(_LLAMA_GATED, _LLAMA_FFN), untouched=("linear_attn",)),),
+    "qwen3_next": (
+        replace(_MOE, blocks=(_LLAMA_GATED, *_MOE.blocks[1:]), untouched=(*_MOE.untouched, "linear_attn")),
+    ),
+    "recurrent_gemma": (_RECURRENT_GEMMA,),
+    # conformers
+    "parakeet_encoder": (_PARAKEET,),
+    "wav2vec2-bert": (_CONFORMER,),
 }
 
 

@@ -360,7 +360,8 @@ def _check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -
     missing = {
         block.output for block in stack.blocks if block.kind == "attention" and not has(layer, block.output)
     }
-    if projections - listed or (missing and not any(has(layer, block.output) for block in stack.blocks)):
+    described = (*(block.output for block in stack.blocks), *stack.untouched)
+    if projections - listed or (missing and not any(has(layer, path) for path in described)):
         raise UnsupportedArchitectureError(
             f"a layer of {type(model).__name__} has the projections {sorted(projections)}; its family "
             f"{model.config.model_type!r} describes {sorted(listed)}. Describe this variant with "

@@ -176,7 +176,7 @@ class Head(Unit):
 
     def parts(self, layout: str) -> list[int]:
         q, kv = self.width, self.kv_heads * self.head_dim
-        return {"q": [q], "kv": [kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}[layout]
+        return {"q": [q], "2q": [2 * q], "kv": [kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}[layout]
 
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
         names = stack.uniform
@@ -208,7 +208,8 @@ class QueryHead(Head):
     def rows(self, layout: str, count: int) -> Tensor:
         if layout == "kv":
             return torch.zeros(count, 0, dtype=torch.long)
-        return self.columns(count, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
+        width = 2 * self.width if layout == "2q" else None
+        return self.columns(count, width, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
 
     def cached(self, count: int) -> int:
         return min(count, 1) * self.width
