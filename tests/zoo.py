@@ -323,7 +323,12 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "minimax": (
         "MiniMaxForCausalLM",
-        {**DECODER, **MIXED, "head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            **HEAD_DIM,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
         "text",
     ),
     "nemotron_h": (

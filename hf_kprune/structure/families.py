@@ -357,7 +357,7 @@ _LLAMA_GATED = replace(
     inputs={"self_attn.q_proj": "2q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
 )
 _BAMBA_FFN = _ffn("feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj", "pre_ff_layernorm")
-_BAMBA = replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _BAMBA_FFN), untouched=("mamba",))
+_BAMBA = replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _BAMBA_FFN), untouched=("mamba",), returns=("y", None))
 _LFM2 = replace(
     _LLAMA,
     blocks=(
@@ -973,10 +973,13 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(
             _BAMBA,
             blocks=(replace(_LLAMA_ATTENTION, stream=None), replace(_BAMBA_FFN, stream=None)),
+            returns=("y",),
         ),
     ),
     "granitemoehybrid": (replace(_GRANITE_MOE, untouched=("block_sparse_moe", "mamba")),),
-    "jamba": (replace(_BAMBA, untouched=("mamba", "feed_forward.router", "feed_forward.experts")),),
+    "jamba": (
+        replace(_BAMBA, returns="y", untouched=("mamba", "feed_forward.router", "feed_forward.experts")),
+    ),
     "lfm2": (_LFM2,),
     "lfm2_moe": (replace(_LFM2, untouched=("conv", "feed_forward.gate", "feed_forward.experts")),),
     "minimax": (
