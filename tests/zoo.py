@@ -147,6 +147,15 @@ DELTA: dict[str, Any] = {
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
 }
+CONFORMER: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "feature_projection_input_dim": 8,
+    "conv_depthwise_kernel_size": 3,
+    "classifier_proj_size": 8,
+}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -364,6 +373,19 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         "text",
     ),
     "persimmon": ("PersimmonForCausalLM", MHA, "text"),
+    "parakeet_encoder": (
+        "ParakeetEncoder",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 12,
+            "num_mel_bins": 8,
+            "subsampling_conv_channels": 4,
+        },
+        "frames",
+    ),
     "phi": ("PhiForCausalLM", {**DECODER, "qk_layernorm": True}, "text"),
     "phi3": ("Phi3ForCausalLM", DECODER, "text"),
     "phimoe": ("PhimoeForCausalLM", {**DECODER, "num_local_experts": 4}, "text"),
@@ -572,6 +594,12 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "speech_features",
     ),
+    "wav2vec2-bert": ("Wav2Vec2BertForSequenceClassification", CONFORMER, "frames"),
+    "wav2vec2-bert:relative": (
+        "Wav2Vec2BertForSequenceClassification",
+        {**CONFORMER, "position_embeddings_type": "relative"},
+        "frames",
+    ),
     "whisper": (
         "WhisperForConditionalGeneration",
         {
@@ -751,7 +779,7 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
 def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4) -> dict[str, Tensor]:
     """Inputs of `batch` samples, of different lengths where there is padding.
 
-    Kinds: text, unpadded (text without padding), seq2seq, image, audio_values, audio_features, clip.
+    Kinds: text, unpadded (text without padding), seq2seq, image, audio_values, audio_features, frames, clip.
     """
     torch.default_generator.manual_seed(seed)
 
@@ -793,6 +821,9 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
             **text(9),
             "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),
         }
+    if kind == "frames":
+        size = getattr(config, "num_mel_bins", None) or config.feature_projection_input_dim
+        return {"input_features": torch.randn(batch, 24, size)}
     if kind == "audio_values":
         return {"input_values": torch.randn(batch, 800)}
     if kind == "audio_features":

@@ -128,7 +128,7 @@ class Stack:
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
             shifted.
         pads: Whether the model itself pads sequences further, at their end.
-        refuses: Config flags with which the description does not hold, and why.
+        refuses: Config flags with which the description does not hold, or `"attribute=value"`, and why.
         uniform: Config attributes that can say a uniform size: `"heads"`, `"kv_heads"`, `"ffn"` to attribute.
             A family that does not list `"heads"` derives the head size from their number, so stock
             transformers cannot hold fewer heads of the same size.
@@ -416,27 +416,34 @@ _NEMOTRON_H = replace(
     ),
     uniform=_HEAD_SIZES,
 )
+_CONFORMER_ATTENTION = _attention(
+    "self_attn",
+    "self_attn.linear_out",
+    "linear_q linear_k linear_v",
+    sizes={"self_attn.num_heads": "heads"},
+    slices={"self_attn.pos_bias_u": 0, "self_attn.pos_bias_v": 0},
+    stream="self_attn_layer_norm",
+)
 _CONFORMER = Stack(
     "encoder.layers",
     (
         _ffn("ffn1.intermediate_dense", "ffn1.output_dense", None),  # half of its output joins the stream
-        _attention(
-            "self_attn",
-            "self_attn.linear_out",
-            "linear_q linear_k linear_v",
-            sizes={"self_attn.num_heads": "heads"},
-            slices={"self_attn.pos_bias_u": 0, "self_attn.pos_bias_v": 0},
-            stream="self_attn_layer_norm",
-        ),
+        replace(_CONFORMER_ATTENTION, inputs={**_CONFORMER_ATTENTION.inputs, "self_attn.linear_pos": "kv"}),
         _ffn("ffn2.intermediate_dense", "ffn2.output_dense", None),
     ),
     untouched=("conv_module",),
     uniform=_FFN_SIZE,
+    refuses={
+        "position_embeddings_type=rotary": (
+            "what its queries and keys are made of is cut into as many parts as there are heads, before any "
+            "projection"
+        )
+    },
 )
 _PARAKEET_ATTENTION = _attention(
     "self_attn",
     "self_attn.o_proj",
-    sizes={"self_attn.num_key_value_groups": "groups"},
+    sizes={"self_attn.num_key_value_groups": "groups", "self_attn.config.num_attention_heads": "heads"},
     slices={"self_attn.bias_u": 0, "self_attn.bias_v": 0},
     stream="norm_self_att",
 )

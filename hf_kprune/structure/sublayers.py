@@ -217,9 +217,11 @@ def _sublayers_of(path: str, owner: PreTrainedModel, head_unit: str | None) -> l
     """The sublayers of one model, which lies at `path` inside another one, or at `""`."""
     stacks = family_of(owner) or ()
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
-        if read(owner.config, flag):
+        name, _, value = flag.partition("=")
+        there = read(owner.config, name)
+        if there == value if value else there:
             raise UnsupportedArchitectureError(
-                f"{type(owner).__name__} with {flag}=True cannot be pruned: {why}"
+                f"{type(owner).__name__} with {name}={there} cannot be pruned: {why}"
             )
     # an encoder may come without its decoder
     lists = [(stack, layers) for stack in stacks if (layers := find_layers(owner, stack.layers))]
