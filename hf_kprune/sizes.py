@@ -28,8 +28,8 @@ def cache_bytes_per_token(model: PreTrainedModel, sublayers: Sequence[Sublayer])
     total = 0
     for s in sublayers:
         if s.stack_name == sublayers[-1].stack_name and s.kind == "attention":
-            numbers = s.unit.cached(s.num_units) if s.num_units else 1
-            total += 2 * numbers * s.weight.element_size()
+            numbers = s.unit.cached(s.num_units) if s.num_units else 2
+            total += numbers * s.weight.element_size()
     return total
 
 

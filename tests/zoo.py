@@ -156,6 +156,25 @@ CONFORMER: dict[str, Any] = {
     "conv_depthwise_kernel_size": 3,
     "classifier_proj_size": 8,
 }
+LATENT: dict[str, Any] = {
+    **DECODER,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 5,
+}
+LATENT_MOE: dict[str, Any] = {
+    **LATENT,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -386,6 +405,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "frames",
     ),
+    "axk1": ("AXK1ForCausalLM", LATENT_MOE, "text"),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**LATENT_MOE, "q_lora_rank": None}, "text"),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT_MOE, "text"),
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        {**LATENT_MOE, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 4},
+        "text",
+    ),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", LATENT_MOE, "text"),
+    "minicpm3": ("MiniCPM3ForCausalLM", LATENT, "text"),
+    "mistral4": ("Mistral4Model", LATENT_MOE, "text"),
+    "youtu": ("YoutuForCausalLM", LATENT, "text"),
     "phi": ("PhiForCausalLM", {**DECODER, "qk_layernorm": True}, "text"),
     "phi3": ("Phi3ForCausalLM", DECODER, "text"),
     "phimoe": ("PhimoeForCausalLM", {**DECODER, "num_local_experts": 4}, "text"),

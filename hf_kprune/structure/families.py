@@ -16,6 +16,7 @@ What the strings of a description mean:
     inputs            "q"                 rows of query heads
                       "2q"                rows of query heads, those of each followed by those of its gate
                       "kv"                rows of key heads, or of value heads
+                      "kv:latent"         of each head its part of keys, then its values
                       "qkv"               all three fused, one after the other
                       "qkv:perhead"       all three fused, group by group
                       "f"                 rows of neurons
@@ -46,7 +47,7 @@ from typing import Any, Literal
 
 
 Kind = Literal["attention", "cross_attention", "ffn"]
-Layout = Literal["q", "2q", "kv", "qkv", "qkv:perhead", "f", "2f"]
+Layout = Literal["q", "2q", "kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
 Size = Literal["heads", "kv_heads", "groups", "width"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
@@ -337,6 +338,23 @@ _MOE = replace(
     ),
     untouched=("mlp.experts", "mlp.gate", "mlp.router", "mlp.shared_expert_gate"),
     uniform=_HEAD_SIZES,
+)
+# heads of latent attention are rows of the projections from the latent vectors, which all heads share
+_LATENT = replace(
+    _MOE,
+    blocks=(
+        Block(
+            "attention",
+            inputs={"self_attn.q_proj": "q", "self_attn.q_b_proj": "q", "self_attn.kv_b_proj": "kv:latent"},
+            output="self_attn.o_proj",
+            core="self_attn",
+            sizes={"self_attn.num_heads": "heads"},
+        ),
+        *_MOE.blocks[1:],
+    ),
+    untouched=(*_MOE.untouched, "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    head_dim="v_head_dim",
+    uniform={},
 )
 _MOE_WHOLE = replace(_MOE, blocks=(_LLAMA_WHOLE,), uniform={})
 _GRANITE_MOE = replace(
@@ -974,6 +992,15 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="pre_feedforward_layernorm"))),
     ),
     "xglm": (replace(_OPT, layers="layers"),),
+    # latent attention
+    "axk1": (_LATENT,),
+    "deepseek_v2": (_LATENT,),
+    "deepseek_v3": (_LATENT,),
+    "deepseek_v32": (replace(_LATENT, untouched=(*_LATENT.untouched, "self_attn.indexer")),),
+    "glm4_moe_lite": (_LATENT,),
+    "minicpm3": (replace(_LATENT, blocks=tuple(replace(block, stream=None) for block in _LATENT.blocks)),),
+    "mistral4": (_LATENT,),
+    "youtu": (_LATENT,),
     # hybrids
     "bamba": (_BAMBA,),
     "falcon_h1": (
@@ -1023,8 +1050,6 @@ REFUSED: dict[str, str] = {
         "its fused projection holds four parts of queries, values and keys, which must stay of one size"
     ),
     "convbert": "half of its attention is a convolution whose kernels are made from all heads",
-    "deepseek_v2": "the queries and the values of its heads differ in size",
-    "deepseek_v3": "the queries and the values of its heads differ in size",
     "diffllama": "its heads work in pairs, across the two halves of the heads",
     "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "fnet": "it mixes tokens by a Fourier transform: there are no heads",
@@ -1032,7 +1057,6 @@ REFUSED: dict[str, str] = {
     "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
     "gpt_neox_japanese": "the bias of its last attention is not one of a projection",
     "ibert": "its projections are integer ones, not nn.Linear",
-    "minicpm3": "the queries and the values of its heads differ in size",
     "mobilebert": "a layer has four FFNs between bottlenecks of another width",
     "openai-gpt": "its layers hand on lists",
     "reformer": "its layers are reversible and hash the queries",

@@ -114,8 +114,8 @@ class Unit(ABC):
         return 4 * tokens * keys * self.width if self.has_heads else 0
 
     def cached(self, count: int) -> int:
-        """Numbers of keys, and as many of values, that `count` units cache for each token."""
-        return count * self.kv_heads * self.head_dim if self.has_heads else 0
+        """Numbers, of keys and of values, that `count` units cache for each token."""
+        return 2 * count * self.kv_heads * self.head_dim if self.has_heads else 0
 
     @abstractmethod
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
@@ -168,6 +168,8 @@ class Head(Unit):
                 "docs/add_a_family.md"
             )
         kv_heads = int(ask(config, stack.kv_heads) or heads)  # True is one for all
+        if LATENT in block.inputs.values():
+            return LatentHead.in_latent_attention(config, d)
         if block.obstacle and getattr(config, block.obstacle, True):
             return Head(d, heads, kv_heads)
         if kv_heads < heads and (head_unit == "query" or kv_heads == 1):
@@ -212,7 +214,46 @@ class QueryHead(Head):
         return self.columns(count, width, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
 
     def cached(self, count: int) -> int:
-        return min(count, 1) * self.width
+        return 2 * min(count, 1) * self.width
+
+
+LATENT = "kv:latent"
+"""Layout of a projection from a latent vector to keys and values, in multi-head latent attention."""
+
+
+@dataclass(frozen=True)
+class LatentHead(Head):
+    """A head of multi-head latent attention (DeepSeek-V2): queries and keys are of another size than
+    values, whose size `head_dim` is.
+
+    Keys and values come from a latent vector that all heads share. It is what the cache holds, so that the
+    cache grows as before as long as there is a head.
+
+    Args:
+        positional: The part of a query that carries positions; the keys' is in the latent vector.
+        plain: The other part.
+        latent: Numbers of the latent vector, the part of keys that carries positions included.
+    """
+
+    positional: int = 0
+    plain: int = 0
+    latent: int = 0
+
+    @classmethod
+    def in_latent_attention(cls, config: object, head_dim: int) -> LatentHead:
+        """The head that a config describes, by the names that all such configs have."""
+        names = ("qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank")
+        positional, plain, rank = (int(read(config, name)) for name in names)
+        return cls(head_dim, positional=positional, plain=plain, latent=rank + positional)
+
+    def parts(self, layout: str) -> list[int]:
+        return {"q": [self.plain + self.positional], LATENT: [self.plain + self.head_dim]}[layout]
+
+    def token_flops(self, tokens: float, keys: float) -> float:
+        return 2 * tokens * keys * (self.plain + self.positional + self.head_dim)
+
+    def cached(self, count: int) -> int:
+        return self.latent if count else 0
 
 
 UNITS: dict[str, type[Unit]] = {"attention": Head, "cross_attention": Head, "ffn": Neuron}
