@@ -13,7 +13,7 @@ import transformers
 from checks import by_column, logits, masked
 from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, shallow, slow_unless_in, tiny
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
 from hf_kprune.structure.families import FAMILIES, Kind
@@ -217,11 +217,27 @@ def test_what_units_cost_and_are_called() -> None:
     head, query, neuron = Head(4, 3), QueryHead(4, 3, 0), Neuron()
     assert [unit.width for unit in (head, query, neuron)] == [12, 12, 1]
     assert [unit.token_flops(10, 7) for unit in (head, query, neuron)] == [4 * 10 * 7 * 12] * 2 + [0]
-    assert [unit.cached(5) for unit in (head, query, neuron)] == [5 * 4, 12, 0]
+    assert [unit.cached(5) for unit in (head, query, neuron)] == [2 * 5 * 4, 2 * 12, 0]
     assert [unit.cached(0) for unit in (head, query, neuron)] == [0, 0, 0]
     assert head.columns(2, 6).tolist() == [[*range(6)], [*range(6, 12)]]
     assert query.columns(2, 6).tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    assert head.rows("2q", 2).tolist() == [[*range(24)], [*range(24, 48)]]
+    assert query.rows("2q", 2)[0].tolist() == [*range(8), *range(16, 24), *range(32, 40)]
     assert set(get_args(Kind)) == UNITS.keys() == KINDS.keys()
+
+
+def test_a_head_of_latent_attention() -> None:
+    """Queries and keys are of one size, values of another, and the cache is of the latent vector."""
+    config = PreTrainedConfig(
+        num_attention_heads=4, v_head_dim=5, qk_rope_head_dim=2, qk_nope_head_dim=3, kv_lora_rank=8
+    )
+    (stack,) = FAMILIES["deepseek_v3"]
+    unit = Head.of(config, stack, stack.blocks[0], "group")
+    assert unit.width == 5
+    assert unit.rows("q", 2).tolist() == [[*range(5)], [*range(5, 10)]]
+    assert unit.rows("kv:latent", 2).tolist() == [[*range(8)], [*range(8, 16)]]
+    assert unit.token_flops(10, 7) == 2 * 10 * 7 * (5 + 5)
+    assert [unit.cached(count) for count in (0, 1, 4)] == [0, 10, 10]
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,9 @@ def test_options_that_a_family_does_not_describe_are_refused() -> None:
         UnsupportedModelError, match="apply_residual_connection_post_layernorm=True cannot be pruned"
     ):
         find_sublayers(transformers.BloomForCausalLM(AutoConfig.for_model("bloom", **config)))
+    config = {**ZOO["wav2vec2-bert"][1], "position_embeddings_type": "rotary"}
+    with pytest.raises(UnsupportedModelError, match="with position_embeddings_type=rotary cannot be pruned"):
+        find_sublayers(transformers.Wav2Vec2BertModel(AutoConfig.for_model("wav2vec2-bert", **config)))
 
 
 def test_nothing_pruned_is_reported_as_the_model_that_is() -> None:

@@ -381,6 +381,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "olmo_hybrid": ("OlmoHybridForCausalLM", {**DECODER, **DELTA}, "text"),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", {**HEAD_DIM, **DELTA}, "text"),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeForCausalLM",
+        {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8},
+        "text",
+    ),
     "qwen3_next": (
         "Qwen3NextForCausalLM",
         {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},

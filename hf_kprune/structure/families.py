@@ -1031,6 +1031,9 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "nemotron_h": (_NEMOTRON_H,),
     "olmo_hybrid": (replace(_OLMO2, untouched=("linear_attn",)),),
     "qwen3_5_text": (replace(_LLAMA, blocks=(_LLAMA_GATED, _LLAMA_FFN), untouched=("linear_attn",)),),
+    "qwen3_5_moe_text": (
+        replace(_MOE, blocks=(_LLAMA_GATED, *_MOE.blocks[1:]), untouched=(*_MOE.untouched, "linear_attn")),
+    ),
     "qwen3_next": (
         replace(_MOE, blocks=(_LLAMA_GATED, *_MOE.blocks[1:]), untouched=(*_MOE.untouched, "linear_attn")),
     ),
