@@ -353,11 +353,11 @@ def test_a_kill_or_an_error_at_any_moment_leaves_the_old_checkpoint_or_the_new(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_sixty_kills_lose_nothing(tmp_path: Path) -> None:
-    counted = kill(tmp_path, "60", "0", timeout=1700)
-    assert counted["kills"] == 60
+def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
+    counted = kill(tmp_path, "30", "0", timeout=1700)
+    assert counted["kills"] == 30
     assert min(counted["pruning"], counted["saving"]) > 15
-    assert counted["old"] + counted["new"] + counted["completed"] == 60
+    assert counted["old"] + counted["new"] + counted["completed"] == 30
     assert counted["old"] > 15
 
 
