@@ -11,7 +11,7 @@ import torch
 import transformers
 from models import slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import DECODER, ENCODER, IMAGE, make
+from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, make
 
 from hf_kprune import (
     BudgetError,
@@ -181,3 +181,123 @@ def test_an_encoder_and_a_decoder_of_other_models_are_refused_when_the_pruner_is
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*bert)
     with pytest.raises(UnsupportedModelError, match="crossattention"):
         pruner(transformers.EncoderDecoderModel(config), rows(images=False))
+
+
+PACKING: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {},
+    "glm4v": {},
+    "qwen3_5": DELTA,
+    "qwen3_vl_moe": {**MOE, "head_dim": 4},
+    "qwen3_5_moe": {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8},
+}
+"""Text configs beside models whose tower of images reads the patches of all of them as one sequence."""
+
+
+def packing(model_type: str) -> PreTrainedModel:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0}
+    vision: dict[str, Any] = {
+        **{
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 16,
+            "out_hidden_size": 16,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+        },
+        **{
+            "intermediate_size": 12,
+            "patch_size": 4,
+            "in_channels": 3,
+            "in_chans": 3,
+            "spatial_merge_size": 2,
+        },
+        **{"temporal_patch_size": 2, "fullatt_block_indexes": [1], "window_size": 16},
+        **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    }
+    tokens = {"image_token_id": IMAGE_TOKEN, "video_token_id": 71, "vision_start_token_id": 72}
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={**HEAD_DIM, **PACKING[model_type], "vocab_size": 80, "rope_parameters": rope},
+        vision_config=vision,
+        vision_end_token_id=73,
+        **tokens,
+    )
+    torch.manual_seed(0)
+    model: PreTrainedModel = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def packed_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Texts around an image each, of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for i in range(count):
+        height, width = [(4, 4), (2, 4), (4, 2), (2, 2)][i % 4]
+        ids = torch.randint(4, 60, (9,), generator=generator).tolist()
+        image = [72, *[IMAGE_TOKEN] * (height * width // 4), 73]
+        patches = torch.randn(height * width, 96, generator=generator)
+        data.append(
+            {
+                "input_ids": [*ids[:3], *image, *ids[3:]],
+                "pixel_values": patches,
+                "image_grid_thw": [1, height, width],
+            }
+        )
+    return data
+
+
+def pack(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """As the processors of these models do; patches come first, so that no order of inputs is taken for granted."""
+    longest = max(len(row["input_ids"]) for row in batch)
+    ids, mask = (
+        torch.ones(len(batch), longest, dtype=torch.long),
+        torch.zeros(len(batch), longest, dtype=torch.long),
+    )
+    for i, row in enumerate(batch):
+        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        mask[i, : len(row["input_ids"])] = 1
+    return {
+        "pixel_values": torch.cat([torch.as_tensor(row["pixel_values"]) for row in batch]),
+        "image_grid_thw": torch.tensor([row["image_grid_thw"] for row in batch]),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "images"),
+    slow_unless_in([("qwen3_vl", True)], [*((name, True) for name in PACKING), ("qwen2_vl", False)]),
+)
+def test_the_language_tower_is_pruned_beside_one_of_packed_images(
+    model_type: str, images: bool, tmp_path: Path
+) -> None:
+    results, data = [], packed_rows()
+    if not images:
+        data = [{"input_ids": [token for token in row["input_ids"] if token < IMAGE_TOKEN]} for row in data]
+    for size in (1, 6):
+        model = packing(model_type)
+        args = KPruneArguments(
+            sparsity=0.3, num_tokens=300, per_device_batch_size=size, disable_tqdm=True, use_cpu=True
+        )
+        with pytest.warns(UserWarning, match="model.visual is left alone, as its layers read the patches"):
+            report = KPrunePruner(model, args, data, pack if images else None).prune()
+        assert set(report.left_alone) == {"model.visual"}
+        assert all(entry.name.startswith("model.language_model.") for entry in report.sublayers)
+        results.append((model, [entry.kept for entry in report.sublayers]))
+    (model, kept), (other, kept_too) = results
+    assert kept == kept_too
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    inputs = pack(packed_rows(4))
+    with torch.no_grad():
+        logits = [each(**inputs).logits for each in (model, again, other)]
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[2], rtol=1e-3, atol=1e-3)
+    tokens = [each.generate(**inputs, max_new_tokens=5, do_sample=False) for each in (model, again)]
+    assert torch.equal(*tokens)

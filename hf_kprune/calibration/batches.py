@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -89,7 +89,7 @@ class Batch:
     @property
     def samples(self) -> int:
         """Rows in the batch, which may be several sequences each (multiple choice)."""
-        return next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
+        return len(self.rows) or next(len(v) for v in self.inputs.values() if isinstance(v, Tensor))
 
     def tokens(self, sublayer: Sublayer, like: Tensor, stack: str | None = None) -> Tensor:
         """Which tokens of `like`, (B, T, ...), in the stack of `sublayer`, or the one named, are real.
@@ -132,6 +132,27 @@ def untimed(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+Inputs = tuple[dict[str, Tensor], Tensor | None]
+"""Of a batch: what the model is called with, and which tokens count if some do not."""
+
+
+def collated(
+    rows: Rows, numbers: Sequence[int], size: int, collate: Callable[[list[Any]], Inputs]
+) -> Iterator[tuple[list[int], Inputs]]:
+    """Batches of rows: the numbers of at most `size` rows, and the inputs that they make.
+
+    A row is a batch by itself where inputs of several do not lie row by row, as the patches of all images do
+    that some models take as one sequence: no part of such a batch could be told from the rest.
+    """
+    for first in range(0, len(numbers), size):
+        picked = list(numbers[first : first + size])
+        inputs = collate([rows.rows[i] for i in picked])
+        if all(len(tensor) == len(picked) for tensor in inputs[0].values()):
+            yield picked, inputs
+        else:
+            yield from (([i], collate([rows.rows[i]])) for i in picked)
+
+
 class Calibration:
     """The calibration data of one process, and what is summed over them.
 
@@ -152,7 +173,7 @@ class Calibration:
         self,
         accelerator: Accelerator,
         rows: Rows,
-        collate: Callable[[list[Any]], tuple[dict[str, Tensor], Tensor | None]],
+        collate: Callable[[list[Any]], Inputs],
         model: PreTrainedModel,
         args: KPruneArguments,
         tokens_per_row: TokensPerRow | None = None,
@@ -174,9 +195,7 @@ class Calibration:
                 range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i)
             )
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
-            for first in range(0, len(mine), args.per_device_batch_size):
-                picked = mine[first : first + args.per_device_batch_size]
-                inputs, counted = collate([rows.rows[i] for i in picked])
+            for picked, (inputs, counted) in collated(rows, mine, args.per_device_batch_size, collate):
                 batch = self._batch(model, inputs, counted)
                 batch.rows, batch.measured = picked, start < rows.measured
                 batch.sampled = start < self.sample

@@ -1001,6 +1001,12 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "minicpm3": (replace(_LATENT, blocks=tuple(replace(block, stream=None) for block in _LATENT.blocks)),),
     "mistral4": (_LATENT,),
     "youtu": (_LATENT,),
+    # language towers
+    "glm4v_text": (_NORM_AFTER,),
+    "qwen2_5_vl_text": (_LLAMA,),
+    "qwen2_vl_text": (_LLAMA,),
+    "qwen3_vl_moe_text": (_MOE,),
+    "qwen3_vl_text": (_LLAMA,),
     # hybrids
     "bamba": (_BAMBA,),
     "falcon_h1": (
@@ -1073,6 +1079,13 @@ REFUSED: dict[str, str] = {
     "xlnet": "its attention weights are no projections, and it has two streams",
 }
 """Model types that cannot be described, and why."""
+
+_PACKED = "its layers read the patches of all images as one sequence"
+UNTOUCHED: dict[str, str] = {
+    f"{name}_vision": _PACKED
+    for name in ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+}
+"""Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
 
 
 def register_family(model_type: str, *stacks: Stack) -> None:

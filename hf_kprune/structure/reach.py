@@ -18,7 +18,7 @@ from ..progress import unwarned
 from .facts import first_run, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
-from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
+from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers, untouched
 from .surgery import with_table_per_layer
 
 
@@ -51,10 +51,10 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head
     towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
     for sublayer in find_sublayers(model, head_unit):
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
+    reasons = untouched(model)
     if len(towers) == 1:
-        return {}
+        return reasons
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
-    reasons: dict[str, str] = {}
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
         counts = {runs[s.name] for s in sublayers}

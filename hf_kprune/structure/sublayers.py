@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import BlockPlan, find_layers, get_size, has, kind_of, stacks_of
 from .configs import read
-from .families import FAMILIES, REFUSED, Block, Stack
+from .families import FAMILIES, REFUSED, UNTOUCHED, Block, Stack
 from .units import UNITS, Unit
 
 
@@ -179,6 +179,18 @@ def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
         if isinstance(module, PreTrainedModel) and family_of(module) and not inside:
             towers.append((name + ".", module))
     return towers
+
+
+def untouched(model: PreTrainedModel) -> dict[str, str]:
+    """The towers of a model that stay as they are, by path, and why."""
+    towers = {
+        name + ".": UNTOUCHED[module.config.model_type]
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type in UNTOUCHED
+    }
+    return {
+        path: why for path, why in towers.items() if not any(path != o and path.startswith(o) for o in towers)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -373,7 +385,10 @@ def _check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -
 
 def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
     """A budget is meant for the whole model: refuse if there are layers that no stack names."""
+    apart = tuple(untouched(model))
     for name, layers in _lists_beside({id(s.layers) for s in sublayers}, model):
+        if name.startswith(apart):
+            continue
         holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in layers.modules())
         if holds_projections and not isinstance(layers[0], nn.Linear):
             raise UnsupportedArchitectureError(
