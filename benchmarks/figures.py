@@ -219,7 +219,10 @@ def perplexity(frame: pd.DataFrame, folder: Path) -> None:
             )
         if "cpu_seconds" in some:
             cache = some["cache_bytes_per_token_of_dense"].iloc[0]
-            print(f"CPU seconds of pruning, and bytes of cache per token (dense {cache:,}):\n\n{costs(some)}")
+            there = some[some["device"].str.startswith("cpu")]  # seconds of machines do not compare
+            print(
+                f"CPU seconds of pruning on a CPU, and bytes of cache per token (dense {cache:,}):\n\n{costs(there)}"
+            )
         curves(axes, some, "perplexity", f"{model}, perplexity of WikiText-2 {some['split'].iloc[0]}")
         dense = some["dense"].mean()
         axes.set(yscale="log", ylim=(0.93 * dense, USEFUL * dense))  # what is of no use any more is left out
