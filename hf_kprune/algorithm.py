@@ -114,7 +114,7 @@ def decide(job: Job, student: Walk, teacher: Walk, tops: Sequence[State | None])
                 job.calibration, student, teacher, tops, job.loss, job.budget.costs
             )
         with job.calibration.phase("search"):
-            scores = job.calibration.agree([job.method.score(each) for each in statistics])
+            scores = job.calibration.agree([job.method.worth(each) for each in statistics])
             masks = job.budget.search(job.method, statistics, scores, student.position)
             count = interval(job.method, len(student.sublayers))
             for mask in job.calibration.agree([mask.int() for mask in masks[:count]]):
@@ -200,9 +200,9 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
                 shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
                 correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
         sample = None if job.trial else Sample(calibration, sublayer)
-        equations = normal_equations(calibration, student, reference, halved, sample)
+        sums = normal_equations(calibration, student, reference, halved, sample)
         weight, bias = in_unit_order(sublayer), sublayer.bias
-        fit = method.tune(equations, weight, bias, sublayer.unit_width)
+        fit = method.fit(sums, weight, bias, sublayer.unit_width)
         tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
         if sample is not None:
             entry.error_before = sample.error(weight, bias)

@@ -62,8 +62,8 @@ class KPruneArguments:
     `latency_batch_size` and `latency_length` say what is timed, `flops_length` says for which length of
     sequence FLOPs count.
 
-    `prune_heads`, `prune_ffn`, `head_unit`, `uniform`, `min_heads`, `min_neurons`, `round_to` say what may
-    go.
+    `prune_heads`, `prune_ffn`, `prune_experts`, `head_unit`, `uniform`, `min_heads`, `min_neurons`,
+    `round_to` say what may go.
 
     > With what data
 
@@ -154,6 +154,9 @@ class KPruneArguments:
     )
     prune_heads: bool = option(True, "Prune attention heads.")
     prune_ffn: bool = option(True, "Prune FFN neurons.")
+    prune_experts: bool = option(
+        True, "Prune the neurons of the experts of a mixture of experts. All experts of a layer keep as many."
+    )
     head_unit: str = option(
         "group",
         "Prune grouped queries in this unit. A group is a key-value head with its query heads. A query is "
@@ -169,11 +172,13 @@ class KPruneArguments:
         0, "Keep at least this many heads in every attention sublayer. With 0 it may lose all."
     )
     min_neurons: Annotated[int, at_least(0)] = option(
-        0, "Keep at least this many neurons in every FFN sublayer. With 0 it may lose all."
+        0,
+        "Keep at least this many neurons in every FFN sublayer and every expert. With 0 it may lose all.",
     )
     round_to: Annotated[int, at_least(1)] = option(
         1,
-        "Keep a multiple of this number of neurons in every FFN, or all of them. 8 or 64 suit some hardware.",
+        "Keep a multiple of this number of neurons in every FFN and every expert, or all of them. 8 or 64 "
+        "suit some hardware.",
     )
 
     text_columns: list[str] | None = option(

@@ -32,6 +32,7 @@ class Options(Protocol):
     method_kwargs: dict[str, Any] | str | None
     prune_heads: bool
     prune_ffn: bool
+    prune_experts: bool
     uniform: bool
     text_columns: list[str] | None
     num_tokens: int
@@ -62,8 +63,8 @@ def check_combinations(args: Options) -> None:
         able = [name for name, method in METHODS.items() if method.in_time]
         check("method", args.method in able, f"with {budget}, one of {', '.join(able)}")
         check("uniform", not args.uniform, f"False with {budget}")
-    some = args.prune_heads or args.prune_ffn or (budget, value) == ("sparsity", 0)
-    check("prune_heads", some, "True, or prune_ffn=True, or sparsity=0")
+    some = args.prune_heads or args.prune_ffn or args.prune_experts or (budget, value) == ("sparsity", 0)
+    check("prune_heads", some, "True, or prune_ffn=True, or prune_experts=True, or sparsity=0")
     for name in ("tune_bias", "tune_inputs"):
         idle = not args.tune and getattr(args, name)
         check(name, not idle, "False or None with tune=False, which tunes nothing")
@@ -112,8 +113,9 @@ def without_effect(args: Options) -> dict[str, str]:
         reasons[name] = f"method {args.method!r} does not use it; {users} does"
     if not args.prune_heads:
         reasons["min_heads"] = "prune_heads is False, so every head stays"
-    if not args.prune_ffn:
-        reasons |= dict.fromkeys(("min_neurons", "round_to"), "prune_ffn is False, so every neuron stays")
+    if not (args.prune_ffn or args.prune_experts):
+        reason = "prune_ffn and prune_experts are False, so every neuron stays"
+        reasons |= dict.fromkeys(("min_neurons", "round_to"), reason)
     if not (args.tune and method.tunes):
         reasons["statistics_dtype"] = "nothing is tuned" + ("" if args.tune else ", as tune is False")
         if args.method == "kprune":

@@ -78,15 +78,15 @@ def memory_of(  # noqa: PLR0913
     device = calibration.accelerator.device
     lifts, batches, room = needs_workbench(model, device), calibration.batches, room_on(device)
     layers = [sum(t.numel() for _, _, _, t in slots(layer)) for layer in layers_of(sublayers)]
-    width, columns = (max(s.weight.shape[axis] for s in sublayers) for axis in (0, 1))
+    width, columns = (max(s.shape[axis] for s in sublayers) for axis in (0, 1))
     layer = 4 * max(layers) if lifts else 0
     around = 4 * (sum(p.numel() for p in model.parameters()) - sum(layers)) if lifts else 0
-    weights = sum(s.num_units * s.unit_parameters * s.weight.element_size() for s in sublayers)
+    weights = sum(s.num_units * s.unit_parameters * s.itemsize for s in sublayers)
     changed = 0 if is_dispatched(model) else weights
 
     def stream(chosen: Callable[[Batch], bool]) -> int:
         """Bytes of the states of the batches that are chosen, below one layer."""
-        widths = {s.stack_name: len(s.weight) for s in sublayers}
+        widths = {s.stack_name: s.shape[0] for s in sublayers}
         return sum(4 * b.valid[name].numel() * d for b in batches if chosen(b) for name, d in widths.items())
 
     tokens = max((sum(v.numel() for v in batch.valid.values()) for batch in batches), default=0)
@@ -98,7 +98,8 @@ def memory_of(  # noqa: PLR0913
     curved = "curvature" in method.needs
     graph = 2 * narrow if method.needs else narrow
     states = min(room, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
-    square, flat = 8 * columns * columns, 8 * columns * width
+    # of experts there is a square for each
+    square, flat = 8 * max(s.shape[1] ** 2 // s.experts for s in sublayers), 8 * columns * width
     phases = {"measure": states + layer + max(logits, graph) + (6 * square + 3 * flat if curved else 0)}
     if tunes:
         every = stream(lambda _: True)

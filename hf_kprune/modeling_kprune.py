@@ -53,6 +53,10 @@ LEGACY = (
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+ALIGNED = 8
+"""Experts of a width that is no multiple of it are computed one by one, as transformers does by itself: the
+kernels that compute all at once read rows of whole 16 bytes."""
+
 Returns = str | Sequence[str | None] | None
 """What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, None is None."""
 
@@ -61,13 +65,13 @@ class BlockPlan(TypedDict):
     """What is kept of one block of a layer, in all layers of a stack. All paths are seen from the layer."""
 
     kind: str
-    """`"attention"`, `"cross_attention"` or `"ffn"`."""
+    """`"attention"`, `"cross_attention"`, `"ffn"` or `"experts"`."""
     by: str
     """What its units are where queries are grouped, `"group"` or `"query"`."""
     of: int
     """Units of each layer before pruning."""
     kept: list[int | None]
-    """Units that each layer has; None in one that lacks the block."""
+    """Units that each layer has, or each expert of it; None in one that lacks the block."""
     heads: int
     """Query heads in a unit."""
     rows: dict[str, list[int]]
@@ -79,7 +83,7 @@ class BlockPlan(TypedDict):
     table: dict[str, int]
     """Columns of an embedding of positions for each kept unit."""
     slices: dict[str, list[int]]
-    """The dimension of a parameter that has one slice for each head, and its entries for each kept unit."""
+    """The dimension of a parameter that has slices for each unit, and its entries for each kept unit."""
     select: dict[str, list[Any]]
     """Where an argument of the core has slices, see `SelectHeads`, and the heads that each layer keeps."""
     core: str
@@ -386,7 +390,7 @@ def give_tables(layers: nn.ModuleList, block: BlockPlan) -> None:
                 holder.__dict__["has_relative_attention_bias"] = True
 
 
-def set_size(layer: nn.Module, path: str, value: int) -> None:
+def set_size(layer: nn.Module, path: str, value: int | str) -> None:
     """Set an attribute of a module in `layer`; of its config, for that module alone."""
     owner, _, attribute = path.rpartition(".")
     if owner.split(".")[-1] != "config":
@@ -434,6 +438,8 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
     for path, factor in block["sizes"].items():
         if get_size(layer, path) is not None:
             set_size(layer, path, kept * factor)
+    if block["kind"] == "experts" and (kept == 0 or kept % ALIGNED):
+        set_size(layer, f"{output_of(block)}.config._experts_implementation", "eager")
     if core is None:
         return
     if kept == 0:
@@ -443,6 +449,11 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
         layer.set_submodule(block["core"], empty_attention(replaced)(core, block, inside))
     else:
         select_heads(core, block, index)
+
+
+def output_of(block: BlockPlan) -> str:
+    """Path of the module that gives the output of a block: a projection, or all experts of a layer."""
+    return next(iter(block["columns"]), "") or next(iter(block["slices"])).rpartition(".")[0]
 
 
 def select_heads(core: nn.Module, block: BlockPlan, index: int) -> None:
@@ -493,7 +504,7 @@ def check_plan(stack: StackPlan, layers: nn.ModuleList) -> None:
         if len(kept) != len(layers):
             raise CheckpointError(f"{where} lists {len(kept)} layers for {kind}, the model has {len(layers)}")
         for index, (layer, units) in enumerate(zip(layers, kept, strict=True)):
-            if units is None and not has(layer, *block["columns"]):
+            if units is None and not has(layer, output_of(block)):
                 continue
             for path, size, width, fixed in dense_sizes(layer, block):
                 if size != of * width + fixed:

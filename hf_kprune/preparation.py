@@ -395,5 +395,5 @@ def warn_of(report: PruningReport) -> None:
     """Warn of a cut that empties sublayers, or that leaves little of a kind of unit."""
     if remarks := report.remarks():
         out = "ask for less, set min_heads or min_neurons, or spare a kind with prune_heads=False or "
-        out += "prune_ffn=False"
+        out += "prune_ffn=False or prune_experts=False"
         warnings.warn(f"{'; '.join(remarks)}. If that is too much: {out}", BudgetWarning, stacklevel=4)

@@ -228,7 +228,7 @@ class Pruning:
             start = now(device)
             for position, statistics in of_all:
                 begin = now(device)
-                scored[position] = statistics, job.method.score(statistics).cpu()
+                scored[position] = statistics, job.method.worth(statistics).cpu()
                 scoring += now(device) - begin
                 self.calibration.step(2 * measured if needs else 0)
                 statistics.gram = statistics.metric = None

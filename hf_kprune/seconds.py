@@ -18,7 +18,8 @@ from .calibration.equations import joined, zeros
 from .calibration.knowledge import Knowledge
 from .methods import Method
 from .methods.least_squares import Fit, NormalEquations, correct_drift
-from .structure.sublayers import Sublayer, oriented
+from .structure.projections import oriented
+from .structure.sublayers import Sublayer
 from .structure.surgery import has_bias
 
 
@@ -159,14 +160,15 @@ def pace_of(
     count = max(1, tokens // max(len(few.batches), 1))
     for sublayers in alike.values():
         s = sublayers[0]
-        units = round(sum(each.num_units for each in sublayers) / len(sublayers))
-        bias = None if s.bias is None else torch.zeros(len(s.weight), dtype=torch.float64, device=device)
+        units = round(sum(each.num_units for each in sublayers) / len(sublayers) / s.experts)
+        bias = None if s.bias is None else torch.zeros(s.shape[0], dtype=torch.float64, device=device)
 
         def fit(equations: NormalEquations, s: Sublayer = s, bias: Tensor | None = bias) -> Fit:
             return method.tune(equations, torch.zeros_like(equations.cross.T), bias, s.unit_width)
 
-        shape = count, max(units, 1) * s.unit_width, len(s.weight)
-        pace.add(time_fit(calibration, method, shape, fit), len(sublayers))
+        shape = count, max(units, 1) * s.unit_width, s.shape[0]
+        sums, slow, quick = time_fit(calibration, method, shape, fit)
+        pace.add((s.share * sums, slow, quick), len(sublayers) * s.experts)
     reads = defaultdict[tuple[int, bool], int](int)
     for sublayer, groups in zip(references, calibration.readers, strict=True):
         for paths in groups if method.tune_inputs else ():

@@ -29,7 +29,7 @@ def cache_bytes_per_token(model: PreTrainedModel, sublayers: Sequence[Sublayer])
     for s in sublayers:
         if s.stack_name == sublayers[-1].stack_name and s.kind == "attention":
             numbers = s.unit.cached(s.num_units) if s.num_units else 2
-            total += numbers * s.weight.element_size()
+            total += numbers * s.itemsize
     return total
 
 
@@ -57,7 +57,7 @@ def expected_bytes(model: PreTrainedModel, args: KPruneArguments) -> float:
     name, asked = args.budget
     if name in ("target_params", "target_bytes"):
         return min(size.bytes, asked * (size.bytes / size.parameters if name == "target_params" else 1))
-    prunable = sum(s.num_units * s.unit_parameters * s.weight.element_size() for s in sublayers)
+    prunable = sum(s.num_units * s.unit_parameters * s.itemsize for s in sublayers)
     return size.bytes - prunable * (asked if name == "sparsity" else 1)
 
 

@@ -42,7 +42,9 @@ def by_column(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> l
     columns = []
     for sublayer, mask in zip(sublayers, masks, strict=True):
         unit, d = sublayer.unit, sublayer.unit.head_dim
-        if unit.strided:  # unit j is query head j of every group
+        if unit.in_experts:
+            columns.append(mask.float())
+        elif unit.strided:  # unit j is query head j of every group
             columns.append(mask.view(1, -1, 1).expand(unit.heads, -1, d).flatten().float())
         else:
             columns.append(mask.repeat_interleave(unit.width).float())
@@ -54,6 +56,13 @@ def masked(sublayers: Sequence[Sublayer], masks: Sequence[torch.Tensor]) -> Iter
     """Multiply the features of each sublayer by its mask, broadcastable to (B, T, C): what cutting must be equal to."""
     with ExitStack() as stack:
         for sublayer, mask in zip(sublayers, masks, strict=True):
+            if sublayer.unit.in_experts:  # to multiply the columns that read them is the same
+                experts: Any = sublayer.output
+                each = mask.expand(sublayer.num_units).view(sublayer.experts, -1)
+                stack.callback(setattr, experts, "down_proj", experts.down_proj)
+                factor = each.unsqueeze(2 if experts.is_transposed else 1)
+                experts.down_proj = torch.nn.Parameter(experts.down_proj * factor)
+                continue
 
             def scale(
                 _: torch.nn.Module, args: tuple[Any, ...], mask: torch.Tensor = mask
@@ -170,25 +179,25 @@ def unchanged(model: torch.nn.Module) -> Iterator[None]:
     assert_unchanged(before, state(model))
 
 
-def plans(units: list[int]) -> dict[str, list[Tensor]]:
+def plans(sublayers: Sequence[Sublayer]) -> dict[str, list[Tensor]]:
     """Keep-masks: complementary ones, so that every unit is cut once and kept once; sublayers emptied: each, all, both ends."""
-    numbers = [torch.arange(n) for n in units]
+    numbers = [s.numbers for s in sublayers]
     masks = {
         "even": [n % 2 == 0 for n in numbers],
         "odd": [n % 2 == 1 for n in numbers],
         "nothing": [n < 0 for n in numbers],
     }
     for name, gone in [
-        ("without ends", {0, len(units) - 1}),
-        *((f"without {i}", {i}) for i in range(len(units))),
+        ("without ends", {0, len(numbers) - 1}),
+        *((f"without {i}", {i}) for i in range(len(numbers))),
     ]:
         masks[name] = [n < 0 if k in gone else n % 2 == k % 2 for k, n in enumerate(numbers)]
     return masks
 
 
 NEVER_CUT = (
-    "What stands under *never cut* lies in the layers and stays as it is, whatever the budget: of a mixture of experts only "
-    "attention, dense FFNs and shared experts are pruned, and the report says what share of the model that is."
+    "What stands under *never cut* lies in the layers and stays as it is, whatever the budget, such as the routers of "
+    "a mixture of experts; the report says what share of the model is prunable."
 )
 
 

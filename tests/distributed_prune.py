@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from accelerate.utils import gather_object
 from data import PACK, collate, rows
-from models import shallow
+from models import CONFIGS, shallow
+from zoo import make
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.algorithm import Job
@@ -89,7 +90,8 @@ def make_pruner(args: argparse.Namespace) -> KPrunePruner:
         options.num_tokens, options.num_measure_tokens, options.per_device_batch_size = 2000, 500, 32
         return KPrunePruner(str(PACK / "models/minilm-sst2"), options, texts)
     options.num_measure_tokens = 130
-    return KPrunePruner(shallow(args.model), options, rows(args.rows), data_collator=collate)
+    model = make(args.model) if args.model not in CONFIGS else shallow(args.model)
+    return KPrunePruner(model, options, rows(args.rows), data_collator=collate)
 
 
 def fail_at_call_20(model: torch.nn.Module, dies: bool) -> None:

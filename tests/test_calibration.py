@@ -475,7 +475,7 @@ def test_normal_equations_are_those_of_the_stacked_features(
     for _ in range(position):
         batches.advance(student_walk)
         batches.advance(teacher_walk)
-    equations = normal_equations(batches, student_walk, Reference(teacher_walk))
+    (equations,) = normal_equations(batches, student_walk, Reference(teacher_walk))
 
     def seen(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Residual input, features and output of the sublayer."""

@@ -117,6 +117,14 @@ def test_one_process_equals_two_and_three_with_uneven_shards(
     assert (out / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["surgeon", "kprune"])
+def test_processes_prune_experts_together(tmp_path: Path, method: str) -> None:
+    arguments = ("mixtral", "--method", method, "--ridge", "0.1")
+    one = result(run(1, tmp_path / "1", *arguments), tmp_path / "1")
+    check_same(one, result(run(2, tmp_path / "2", *arguments), tmp_path / "2"))
+
+
 def test_a_process_without_rows_takes_part(tmp_path: Path) -> None:
     arguments = (*BERT, "--rows", "2", "--ridge", "0.1")
     one = result(run(1, tmp_path / "1", *arguments), tmp_path / "1")

@@ -179,6 +179,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "method": st.sampled_from(list(METHODS)),
     "prune_heads": st.booleans(),
     "prune_ffn": st.booleans(),
+    "prune_experts": st.booleans(),
     "head_unit": st.sampled_from(["group", "query"]),
     "uniform": st.booleans(),
     "min_heads": st.integers(0, 5),

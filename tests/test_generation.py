@@ -46,7 +46,7 @@ ONE_BY_ONE = ("jamba",)
 def columns(model: PreTrainedModel, plan: str) -> tuple[list[Tensor], list[Tensor]]:
     """Keep-masks of units, and of the columns of the output projections."""
     sublayers = find_sublayers(model)
-    masks = plans([s.num_units for s in sublayers])[plan]
+    masks = plans(sublayers)[plan]
     return masks, by_column(sublayers, masks)
 
 

@@ -22,7 +22,7 @@ from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_drift
 from hf_kprune.methods.search import convex_slopes, split, threshold_search
-from hf_kprune.methods.surgeon import covariance, eliminate
+from hf_kprune.methods.surgeon import covariance, eliminate, root_of
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import correct_inputs
 
@@ -58,7 +58,7 @@ def test_eliminated_units_cost_what_explicit_least_squares_leaves(
     moments, weight, metric = problem(columns, residual, seed)
     for share in (0.03, 0.4):
         monkeypatch.setattr(hf_kprune.methods.surgeon, "SHARE", share)
-        losses = eliminate(moments, weight, metric, width)
+        losses = eliminate(moments, weight, root_of(metric), width)
         order = losses.argsort().tolist()
         gone = [[unit * width + c for unit in order[:n] for c in range(width)] for n in range(len(order) + 1)]
         explicit = torch.tensor([least_loss(moments, weight, metric, g) for g in gone], dtype=torch.float64)
@@ -78,7 +78,8 @@ def test_what_an_intercept_takes_over_costs_nothing() -> None:
     sums = features.T @ features, features.sum(0), 50
     weight, metric = torch.randn(3, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     with_bias, without = (
-        eliminate(covariance(*sums, centred, 0.0)[0], weight, metric, 1) for centred in (True, False)
+        eliminate(covariance(*sums, centred, 0.0)[0], weight, root_of(metric), 1)
+        for centred in (True, False)
     )
     assert int(with_bias.argmin()) == 2
     assert float(with_bias[2]) < 1e-6 < float(without[2])

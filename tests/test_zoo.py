@@ -47,7 +47,7 @@ def close(result: Tensor, expected: Tensor, why: str) -> None:
 
 
 def check_cut_equals_masked(model: PreTrainedModel, kind: str, wanted: Sequence[str]) -> None:
-    dense, every_plan = outputs_of(model, kind), plans([s.num_units for s in find_sublayers(model)])
+    dense, every_plan = outputs_of(model, kind), plans(find_sublayers(model))
     for plan in wanted:
         masks = every_plan[plan]
         student = cut_all(model, masks)
@@ -141,7 +141,7 @@ def test_a_query_head_of_every_group_is_a_unit_too(name: str, tmp_path: Path) ->
     sublayers = find_sublayers(model, "query")
     if not any(s.unit.strided for s in sublayers):
         pytest.skip("no grouped queries, or one key-value head, whose query heads are units anyway")
-    for plan, masks in plans([s.num_units for s in sublayers]).items():
+    for plan, masks in plans(sublayers).items():
         if plan in ("even", "odd", "without 0"):
             student = cut_all(model, masks, "query")
             close(outputs_of(student, kind), masked_outputs(model, masks, kind, "query"), plan)
@@ -155,8 +155,7 @@ def test_carried_equals_run(name: str, record_property: Record) -> None:
     """Also of a pruned model, whose positions with nothing left are carried too."""
     record_property("family", (name, "carried"))
     kind, dense = ZOO[name][2], with_table_per_layer(make(name))
-    units = [s.num_units for s in find_sublayers(dense)]
-    for model in (dense, cut_all(dense, plans(units)["without ends"])):
+    for model in (dense, cut_all(dense, plans(find_sublayers(dense))["without ends"])):
         sublayers, inputs = find_sublayers(model), inputs_for(model, kind)
         expected, state = outputs_of(model, kind), State()
         for position in range(len(sublayers) + 1):
@@ -176,7 +175,8 @@ def test_carried_equals_run(name: str, record_property: Record) -> None:
 @every
 def test_the_stream_is_what_the_output_joins(name: str, record_property: Record) -> None:
     """The stream of a tap plus its output is a sum that the model itself computes: some module takes or gives it, the next
-    sublayer in a pre-norm layer, the norm in a post-norm one. Of sublayers side by side only the sum of all is.
+    sublayer in a pre-norm layer, the norm in a post-norm one. Of sublayers side by side only the sum of all is, and of
+    experts not where shared ones lie beside them, whose output is scaled.
     """
     record_property("family", (name, "stream"))
     kind, model = ZOO[name][2], with_table_per_layer(make(name))
@@ -185,7 +185,10 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
     for position, sublayer in enumerate(sublayers):
         tap = run_sublayer(model, inputs, sublayers, position, state)
         beside = sublayer.stack.parallel and any(s.layer is sublayer.layer for s in sublayers[position + 1 :])
-        if sublayer.block.stream is not None and not beside:
+        shared = sublayer.unit.in_experts and any(
+            s.layer is sublayer.layer and s.kind == "ffn" for s in sublayers
+        )
+        if sublayer.block.stream is not None and not (beside or shared):
             total = (tap.stream + tap.output) * sublayer.residual
             tensors: list[Tensor] = []
             hooks = [
@@ -240,13 +243,13 @@ def test_saved_equals_loaded_and_pruned_twice_equals_pruned_once(
     record_property("family", (name, "saved == loaded"))
     record_property("family", (name, "re-prune"))
     model, kind = make(name), ZOO[name][2]
-    units = [s.num_units for s in find_sublayers(model)]
+    sublayers = find_sublayers(model)
     for plan in ("without ends", "nothing"):
-        saved_and_loaded(cut_all(model, plans(units)[plan]), kind, tmp_path / plan)
-    first = [torch.arange(n) % 4 != i % 4 if n > 1 else torch.ones(1).bool() for i, n in enumerate(units)]
-    second = [torch.arange(int(m.sum())) % 2 == 1 for m in first]
-    both = [m.clone().masked_scatter(m, s) for m, s in zip(first, second, strict=True)]
+        saved_and_loaded(cut_all(model, plans(sublayers)[plan]), kind, tmp_path / plan)
+    first = [(s.numbers % 4 != i % 4) | (s.num_units == 1) for i, s in enumerate(sublayers)]
     halfway = saved_and_loaded(cut_all(model, first), kind, tmp_path / "first")
+    second = [s.numbers % 2 == 1 for s in find_sublayers(halfway)]
+    both = [m.clone().masked_scatter(m, s) for m, s in zip(first, second, strict=True)]
     twice, once = cut_all(halfway, second), cut_all(model, both)
     close(outputs_of(twice, kind), outputs_of(once, kind), "twice")
     plan_twice, plan_once = (copy.deepcopy(getattr(m.config, "kprune", None)) for m in (twice, once))
@@ -264,7 +267,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     folder, tasks = tmp_path_factory.mktemp("elsewhere"), {}
     for name in wanted:
         model, kind = make(name), ZOO[name][2]
-        student = cut_all(model, plans([s.num_units for s in find_sublayers(model)])["without 0"])
+        student = cut_all(model, plans(find_sublayers(model))["without 0"])
         path = folder / name.replace(":", "_")
         student.save_pretrained(path)
         tasks[name] = {

@@ -13,10 +13,16 @@ from ..arguments import KPruneArguments
 from ..errors import BudgetError
 from ..methods.base import Method, Statistics
 from ..methods.search import TOLERANCE, group_sizes, uniform_search
+from ..modeling_kprune import ALIGNED
 from ..report import Size
 from ..structure.sublayers import Sublayer
 from ..structure.uniform import uniform_choices, uniform_names
 from ..structure.units import UNITS
+
+
+WIDE = 16 * ALIGNED
+"""Experts of this width and more keep a multiple of `ALIGNED` neurons, so that kernels for all experts at
+once take them."""
 
 
 class BudgetWarning(UserWarning):
@@ -61,7 +67,7 @@ class Budget:
         """Cost of what is not prunable."""
         self.limit = self.spendable()
         """What the units may cost together."""
-        self.multiple = [getattr(args, s.unit.multiple) if s.unit.multiple else 1 for s in sublayers]
+        self.multiple = [self.step(sublayer) for sublayer in sublayers]
         self.alike = uniform_names(sublayers, args) if args.uniform else []
         choices = {(id(s.owner), s.block.output): s for s in sublayers if args.uniform}
         accepted = {key: uniform_choices(s) for key, s in choices.items()}  # the same in all layers
@@ -101,10 +107,17 @@ class Budget:
 
     # ---- what all have in common --------------------------------------------------------------------------
 
+    def step(self, sublayer: Sublayer) -> int:
+        """The number of which a sublayer keeps a multiple: with experts, of each as many."""
+        each = getattr(self.args, sublayer.unit.multiple) if sublayer.unit.multiple else 1
+        if sublayer.unit.in_experts and sublayer.num_units >= WIDE * sublayer.experts:
+            each = math.lcm(each, ALIGNED)
+        return each * sublayer.experts
+
     def least(self, sublayer: Sublayer, allowed: list[int] | None) -> int:
         """The units that a sublayer keeps at least."""
         args, units = self.args, sublayer.num_units
-        least: int = getattr(args, sublayer.unit.minimum)
+        least: int = getattr(args, sublayer.unit.minimum) * sublayer.experts
         if not getattr(args, sublayer.unit.prunes):
             return units
         if args.uniform:  # none is left empty, and the config must accept the number
@@ -236,7 +249,7 @@ class Budget:
                 "as it is, so nothing is cut"
             )
         for kind in dict.fromkeys(UNITS.values()):
-            alike = [s.num_units for s in self.sublayers if isinstance(s.unit, kind)]
+            alike = [s.num_units // s.experts for s in self.sublayers if type(s.unit) is kind]
             largest, least = max(alike, default=0), getattr(args, kind.minimum)
             if getattr(args, kind.prunes) and 0 < largest <= least:
                 remarks.append(
@@ -246,8 +259,8 @@ class Budget:
         for s, multiple in zip(self.sublayers, self.multiple, strict=True):
             if 0 < s.num_units < multiple and getattr(args, s.unit.prunes):
                 remarks.append(
-                    f"{s.unit.multiple} is {multiple:,}, and {s.name} has {s.num_units:,} {s.unit.plural}: "
-                    "it is kept whole or goes whole"
+                    f"{s.unit.multiple} is {multiple // s.experts:,}, and {s.name} has "
+                    f"{s.num_units // s.experts:,} {s.unit.plural}: it is kept whole or goes whole"
                 )
                 break
         return remarks

@@ -299,7 +299,7 @@ class Calibration:
 
     def reduce(self, tensors: Sequence[Tensor]) -> None:
         """Add up tensors of float64 over all processes, in place, by one call."""
-        if self.accelerator.num_processes > 1:
+        if tensors and self.accelerator.num_processes > 1:
             flat = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), reduction="sum")
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -322,7 +322,7 @@ class Calibration:
         tunes = self.args.tune and METHODS[self.args.method].tunes
         for sublayer in self.sublayers if tunes else ():
             tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
-            columns = sublayer.weight.shape[1]
+            columns = sublayer.shape[1] // sublayer.experts
             if tokens < columns:
                 raise CalibrationError(
                     f"{tokens} calibration tokens (in {len(self.rows.rows)} rows) are fewer than the "

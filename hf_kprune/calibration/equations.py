@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..methods.least_squares import NormalEquations
 from ..processes import together
-from ..structure.sublayers import Sublayer, oriented
+from ..structure.experts import shares
+from ..structure.projections import oriented
+from ..structure.runs import Tap
+from ..structure.sublayers import Sublayer
 from ..structure.walk import Walk
 from .batches import Batch, Calibration
 
@@ -136,9 +141,9 @@ def normal_equations(
     reference: Reference,
     halved: bool = False,
     sample: Sample | None = None,
-) -> NormalEquations:
+) -> list[NormalEquations]:
     """The sums that fit the student's sublayer to the teacher's, for the columns that it still has, unit by
-    unit.
+    unit: of experts those of each.
 
     Args:
         calibration: The data.
@@ -148,8 +153,14 @@ def normal_equations(
         sample: Takes the tokens on which errors are told.
     """
     sublayer = student.sublayer
-    rows, columns = sublayer.weight.shape
-    parts = [Collector(each, calibration.dtype) for each in zeros(calibration, columns, rows, halved)]
+    width, columns = sublayer.shape
+    sums = [
+        [
+            Collector(each, calibration.dtype)
+            for each in zeros(calibration, columns // sublayer.experts, width, halved)
+        ]
+        for _ in range(sublayer.experts)
+    ]
     with together(calibration.accelerator):
         for i, batch in enumerate(calibration.batches):
             if not batch.fitted:
@@ -158,13 +169,41 @@ def normal_equations(
             valid = batch.tokens(sublayer, stream)
             if sample is not None:
                 sample.add(batch, valid, tap.features, tap.stream, stream)
-            for part, tokens in zip(parts, halves(batch, valid, halved), strict=True):
-                features, target = tap.features[tokens][:, sublayer.order], stream[tokens]
-                part.add(features, target - tap.stream[tokens], target)
+            masks = [mask.flatten() for mask in halves(batch, valid, halved)]
+            for parts, (features, target, rows) in zip(
+                sums, targets(sublayer, reference, tap, stream), strict=True
+            ):
+                for part, mask in zip(parts, masks, strict=True):
+                    tokens = mask[rows]
+                    part.add(features[tokens], target[tokens], stream.flatten(0, 1)[rows][tokens])
             calibration.step(2)
-    equations = total_of(calibration, parts)
-    calibration.check_finite(sublayer, equations.tensors())
-    return equations
+    fits = [total_of(calibration, parts) for parts in sums]
+    for equations in fits:
+        calibration.check_finite(sublayer, equations.tensors())
+    return fits
+
+
+def targets(
+    sublayer: Sublayer, reference: Reference, tap: Tap, stream: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor | slice]]:
+    """What a sublayer is fitted to on a batch, n of its tokens: features (n, C), X_T + Sub_T(X_T) - X_S (n,
+    D), and which tokens; of experts for each those that are sent to it, and its share of the target.
+
+    Args:
+        sublayer: It has run on the batch.
+        reference: The teacher at the same sublayer.
+        tap: What the sublayer did.
+        stream: X_T + Sub_T(X_T), (B, T, D).
+    """
+    features, target = tap.features.flatten(0, 1), (stream - tap.stream).flatten(0, 1)
+    if not sublayer.unit.in_experts:
+        yield features[:, sublayer.order], target, slice(None)
+        return
+    teacher = reference.teacher
+    teacher.bring(teacher.position)
+    parts = features.unflatten(1, (sublayer.experts, -1)).unbind(1)
+    for part, (rows, share) in zip(parts, shares(teacher.sublayer.output, tap.entry, target), strict=True):
+        yield part[rows], share, rows
 
 
 def input_equations(

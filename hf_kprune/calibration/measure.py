@@ -5,12 +5,13 @@ draws from what it predicts itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..methods.base import Statistics
+from ..methods.base import BY_TWO, Statistics
 from ..methods.least_squares import Centred, add_products, gram_of
 from ..processes import together
 from ..structure.hooks import State
@@ -55,7 +56,7 @@ def measure_knowledge(
         costs: Cost of one unit of each sublayer of the model.
     """
     targets, costs = student.rest, costs[student.position :]
-    columns = [target.weight.shape[1] for target in targets]
+    columns = [target.shape[1] for target in targets]
     energy, linear, total, square = ([calibration.zeros(c) for c in columns] for _ in range(4))
     samples, tokens = calibration.zeros(1), calibration.zeros(len(targets))
     predictive = loss if student.differs else None
@@ -142,13 +143,15 @@ def measure_dense(
 
 def sums_of(calibration: Calibration, sublayer: Sublayer, needs: Collection[str]) -> dict[str, Tensor]:
     """Zeros to add what a method needs to, see `Statistics`."""
-    (width, columns), units = sublayer.weight.shape, sublayer.num_units
+    (width, columns), units, count = sublayer.shape, sublayer.num_units, sublayer.experts
     sums = {name: calibration.zeros(columns) for name in ("energy", "feature_sum")}
     sums["tokens"] = calibration.zeros()
     if "curvature" in needs:
-        sums |= {"gram": calibration.zeros(columns, columns), "metric": calibration.zeros(width, width)}
+        each = columns // count
+        sums |= {"gram": calibration.zeros(count, each, each), "metric": calibration.zeros(width, width)}
     if "fisher" in needs:
-        sums |= {"fisher": calibration.zeros(units, units), "absolute": calibration.zeros(units)}
+        each = units // count
+        sums |= {"fisher": calibration.zeros(count, each, each), "absolute": calibration.zeros(units)}
     return sums
 
 
@@ -164,14 +167,17 @@ def add_pass(
     sums["feature_sum"] += a.sum(0, dtype=torch.float64)
     sums["tokens"] += len(a)
     if "gram" in sums:
-        centred = Centred.of(a.float(), calibration.dtype)
-        add_products(sums["gram"], centred, centred)
+        for gram, part in zip(sums["gram"], a.unflatten(1, (len(sums["gram"]), -1)).unbind(1), strict=True):
+            of_experts = part[part.any(1)] if sublayer.unit.in_experts else part
+            centred = Centred.of(of_experts.float(), calibration.dtype)
+            add_products(gram, centred, centred)
     if gradient is None:
         return
     g = gradient.float()
     if "fisher" in sums:
         by_sample = mask_gradients(sublayer, features.float(), g * valid.unsqueeze(-1), batch.samples)
-        sums["fisher"] += by_sample.T @ by_sample
+        parts = by_sample.unflatten(1, (sublayer.experts, -1))
+        sums["fisher"] += torch.einsum("beu,bev->euv", parts, parts)
         sums["absolute"] += by_sample.abs().sum(0)
     if "metric" in sums:
         sums["metric"] += gram_of(g[valid].to(calibration.dtype))
@@ -181,20 +187,43 @@ def statistics_of(
     sublayer: Sublayer, cost: float, tokens: float, samples: float, sums: dict[str, Tensor]
 ) -> Statistics:
     """The statistics of a sublayer, their columns in the order of the units."""
-    order = sublayer.order
-    by_column = {name: sums[name][order] for name in sums.keys() - {"metric", "fisher", "absolute", "gram"}}
-    by_two = {"gram": sums["gram"][order][:, order]} if "gram" in sums else {}
-    return Statistics(
+    order, first, weight, count = sublayer.order, sublayer.order, in_unit_order(sublayer), sublayer.experts
+    if sublayer.unit.in_experts:  # of which a bias is a column, but no unit
+        order = sublayer.columns.flatten().to(weight.device)
+        first, weight = slice(None, len(order) // count), weight[:, order]
+    by_column = {name: sums[name][order] for name in sums.keys() - {"metric", *BY_TWO, "absolute"}}
+    by_two = {name: sums[name] for name in BY_TWO if name in sums}
+    if "gram" in sums:
+        by_two["gram"] = sums["gram"][:, first][:, :, first]
+    if count == 1:
+        by_two = {name: each[0] for name, each in by_two.items()}
+    statistics = Statistics(
         sublayer.unit.has_heads,
         sublayer.unit_width,
         cost,
-        in_unit_order(sublayer),
+        weight,
         sublayer.bias is not None,
         sublayer.magnitude,
         tokens=round(tokens),
         samples=round(samples),
+        experts=count,
         **{**sums, **by_column, **by_two},
     )
+    warn_unreached(sublayer, statistics)
+    return statistics
+
+
+def warn_unreached(sublayer: Sublayer, statistics: Statistics) -> None:
+    """Warn of experts to which no token was sent."""
+    experts = enumerate(statistics.parts() if sublayer.unit.in_experts else [])
+    idle = [str(number) for number, part in experts if len(part.energy) and not part.energy.any()]
+    if idle:
+        warnings.warn(
+            f"no token that was measured is sent to expert {', '.join(idle)} of {sublayer.name}: the "
+            "neurons of largest weights stay there, as they are; give more rows, or others, like those that "
+            "the model is to see",
+            stacklevel=2,
+        )
 
 
 def tops_of(calibration: Calibration, teacher: Walk) -> list[State | None]:

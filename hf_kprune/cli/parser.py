@@ -31,6 +31,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "flops_length",
         "prune_heads",
         "prune_ffn",
+        "prune_experts",
         "min_heads",
         "min_neurons",
         "round_to",
@@ -118,6 +119,7 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
 OFF = {
     "prune_heads": "Keep all attention heads.",
     "prune_ffn": "Keep all FFN neurons.",
+    "prune_experts": "Keep all neurons of experts.",
     "tune": "Leave the weights of the units that stay as they are. Otherwise they are tuned.",
     "remove_unused_columns": "Refuse columns that the model does not take. Otherwise they are dropped.",
 }

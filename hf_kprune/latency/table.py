@@ -135,9 +135,11 @@ class LatencyTable:
             cut_to(model, [0] * len(units), head_unit),
             Counter(k for k, u in zip(kinds, units, strict=True) if u),
         )
+        largest = dict(sorted(zip(kinds, sublayers, strict=True), key=lambda pair: pair[1].num_units))
         numbers = {
-            kind: counts_to_measure(max(u for k, u in zip(kinds, units, strict=True) if k == kind))
-            for kind in live
+            kind: [s.experts * n for n in counts_to_measure(s.num_units // s.experts)]
+            for kind, s in largest.items()
+            if s.num_units
         }
         tasks = [(kind, n) for kind, counts in numbers.items() for n in (0, *counts[:-1])]
         ends, shares = [], {(kind, counts[-1]): 1.0 for kind, counts in numbers.items()}

@@ -82,9 +82,8 @@ def time_model(model: PreTrainedModel, inputs: Mapping[str, object], repeats: in
 
 
 def cut_to(model: PreTrainedModel, counts: Sequence[int], head_unit: str = "group") -> PreTrainedModel:
-    """A copy that keeps the first `counts` units of each sublayer, as fast as any that keeps as many. Others
-    are shared."""
+    """A copy that keeps `counts` units of each sublayer, as fast as any that keeps as many. Others are
+    shared."""
     sublayers = find_sublayers(model, head_unit)
-    return cut_twin(
-        model, [torch.arange(s.num_units) < n for s, n in zip(sublayers, counts, strict=True)], head_unit
-    )
+    masks = [s.numbers < n // s.experts for s, n in zip(sublayers, counts, strict=True)]
+    return cut_twin(model, masks, head_unit)

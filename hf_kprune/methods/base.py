@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from ..options import from_json
 from .least_squares import Fit, NormalEquations, fit_of
-from .search import threshold_search
+from .search import levelled, threshold_search
+
+
+BY_COLUMN = ("weight", "magnitude", "energy", "feature_sum", "gradient_sum", "gradient_square", "absolute")
+"""Statistics whose last dimension is that of columns or of units."""
+
+BY_TWO = ("gram", "fisher")
+"""Statistics of two columns or units each."""
 
 
 @dataclass
@@ -41,6 +49,9 @@ class Statistics:
         fisher: Fisher information of the units' masks, the sum over sequences of g g^T with g such a gradient
             to all masks of the sublayer, (U, U), float64.
         absolute: Sum over sequences of |g| of those, (U,), float64.
+        experts: Experts that share out the units among them evenly, one after the other, and of which each is
+            scored by itself (`parts`); else 1. Of several, `gram` and `fisher` are those of each, (E, U / E,
+            U / E).
         damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its
             ridge, relative to its mean, as they were singular up to rounding.
 
@@ -70,7 +81,25 @@ class Statistics:
     metric: Tensor | None = None
     fisher: Tensor | None = None
     absolute: Tensor | None = None
+    experts: int = 1
     damping: float = field(default=0.0, init=False)
+
+    def parts(self) -> list[Statistics]:
+        """The statistics of each expert, as of a sublayer by itself; its own if there are none."""
+        if self.experts == 1:
+            return [self]
+        sums = {name: getattr(self, name) for name in BY_COLUMN if getattr(self, name) is not None}
+        each = {name: value.unflatten(-1, (self.experts, -1)) for name, value in sums.items()}
+        each |= {name: value for name in BY_TWO if (value := getattr(self, name)) is not None}
+        return [
+            replace(
+                self,
+                experts=1,
+                weight=each["weight"][:, number],
+                **{name: value[number] for name, value in each.items() if name != "weight"},
+            )
+            for number in range(self.experts)
+        ]
 
 
 class Options(Protocol):
@@ -167,6 +196,17 @@ class Method:
         """Importance of each unit per cost, (U,)."""
         raise NotImplementedError
 
+    def worth(self, statistics: Statistics) -> Tensor:
+        """Importance of each unit per cost, (U,), by which units are searched: `score`; of experts that of
+        each by itself, see `levelled`. What no token has reached is ordered by the size of its weights."""
+        parts = statistics.parts()
+        if len(parts) == 1:
+            return self.score(statistics)
+        reached = [bool(part.energy.any()) for part in parts]
+        scores = [self.score(p) if known else p.magnitude for p, known in zip(parts, reached, strict=True)]
+        statistics.damping = max(part.damping for part in parts)
+        return levelled(scores, reached)
+
     def search(
         self,
         statistics: Sequence[Statistics],
@@ -190,3 +230,34 @@ class Method:
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         """New output weights (D, C) of the kept columns, unit by unit, and bias."""
         return fit_of(equations, weight, bias)
+
+    def fit(
+        self, equations: Sequence[NormalEquations], weight: Tensor, bias: Tensor | None, unit_width: int
+    ) -> Fit:
+        """New output weights (D, C) of the kept columns, unit by unit, and bias: `tune`; of experts that of
+        each by itself, unless no token has reached it."""
+        if len(equations) == 1:
+            return self.tune(equations[0], weight, bias, unit_width)
+        fits = []
+        for each, columns in zip(equations, weight.unflatten(1, (len(equations), -1)).unbind(1), strict=True):
+            reached = bool(each.tokens)
+            fits.append(
+                self.tune(each, columns, None, unit_width) if reached else fit_of(each, columns, None)
+            )
+        return beside(fits, equations)
+
+
+def beside(fits: Sequence[Fit], equations: Sequence[NormalEquations]) -> Fit:
+    """The fits of experts beside each other, (D, sum of C), with the root mean square of their errors."""
+    squares = torch.stack([each.reference_square for each in equations])
+    shares = squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
+    errors = torch.tensor([[fit.error_before, fit.error_after] for fit in fits]).to(shares)
+    before, after = (shares @ errors.square()).sqrt().tolist()
+    return Fit(
+        torch.cat([fit.weight for fit in fits], 1),
+        None,
+        before,
+        after,
+        max(fit.damping for fit in fits),
+        sum(fit.undetermined for fit in fits),
+    )

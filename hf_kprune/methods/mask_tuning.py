@@ -66,8 +66,13 @@ class Kwon(Method):
         return self.arrange(statistics, super().search(statistics, scores, budget, counts, multiple))
 
     def arrange(self, statistics: Sequence[Statistics], masks: list[Tensor]) -> list[Tensor]:
-        fishers = [s.fisher for s in statistics if s.fisher is not None]
-        return [rearrange(mask, fisher) for mask, fisher in zip(masks, fishers, strict=True)]
+        arranged = []
+        for s, mask in zip(statistics, masks, strict=True):
+            assert s.fisher is not None
+            fishers = s.fisher.view(s.experts, *s.fisher.shape[-2:])
+            parts = zip(mask.view(s.experts, -1), fishers, strict=True)
+            arranged.append(torch.cat([rearrange(part, fisher) for part, fisher in parts]))
+        return arranged
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         return scale_units(equations, weight, bias, unit_width, intercept=unit_width > 1)

@@ -13,6 +13,9 @@ from torch import Tensor
 TOLERANCE = 1e-9
 """Relative rounding error allowed when costs are added up."""
 
+FAINT = 1e-150
+"""What tells units of no worth from each other, where their order counts."""
+
 
 def threshold_search(
     scores: Sequence[Tensor],
@@ -181,6 +184,27 @@ def joint(
         ranked = (costs[i] * scores[i].cpu().double().sort(descending=True).values for i in group)
         joint_scores.append(torch.stack(list(ranked)).sum(0) / cost)
     return joint_scores, joint_costs
+
+
+def levelled(scores: Sequence[Tensor], known: Sequence[bool]) -> Tensor:
+    """One score for the n-th best units of all experts, which go or stay together, so that each keeps as
+    many: the mean of theirs. It falls with n, so that units of one n stand side by side when all are sorted.
+
+    Args:
+        scores: Those of the units of each expert, (F,).
+        known: Whether they compare with those of others; else they only order units.
+
+    Returns:
+        The scores of all units, expert by expert, (E F,), float64.
+    """
+    orders = [torch.sort(score, descending=True, stable=True).indices for score in scores]
+    ranked = [score.double()[order] for score, order in zip(scores, orders, strict=True)]
+    of_known = [each for each, one in zip(ranked, known, strict=True) if one]
+    level = torch.stack(of_known).mean(0) if of_known else torch.zeros_like(ranked[0])
+    steps = torch.arange(len(level), 0, -1, dtype=level.dtype, device=level.device) / max(len(level), 1)
+    level = level.cummin(0).values if len(level) else level
+    level = level + steps * (TOLERANCE * level.abs() + FAINT)
+    return torch.cat([torch.empty_like(level).index_copy_(0, order, level) for order in orders])
 
 
 def group_sizes(num_units: int, minimum: int, multiple: int) -> list[int]:

@@ -53,6 +53,7 @@ class Surgeon(Method):
         self.ridge = options.ridge
         self.tune_bias = options.tune_bias is not False
         self.tune_inputs = options.tune_inputs is not False
+        self.latest: tuple[Tensor, Tensor] | None = None
 
     def score(self, statistics: Statistics) -> Tensor:
         s = statistics
@@ -60,7 +61,14 @@ class Surgeon(Method):
         assert s.metric is not None
         centred = self.tune_bias and s.has_bias
         moments, s.damping = covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
-        return eliminate(moments, s.weight, s.metric / s.samples, s.unit_width) / s.cost
+        root = self.root(s.metric) / s.samples**0.5
+        return eliminate(moments, s.weight, root, s.unit_width) / s.cost
+
+    def root(self, metric: Tensor) -> Tensor:
+        """The square root of a metric, see `root_of`: experts have one in common."""
+        if self.latest is None or self.latest[0] is not metric:
+            self.latest = metric, root_of(metric)
+        return self.latest[1]
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)
@@ -86,11 +94,11 @@ def covariance(
     return moments, damping
 
 
-def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Tensor:
+def eliminate(moments: Tensor, weight: Tensor, root: Tensor, width: int) -> Tensor:
     """Loss that each unit adds when it goes, the cheapest first: (U,), float64, rising in the order in which
     they go.
 
-    With the features' moments S, the output weights W and the metric F of the output, the least of
+    With the features' moments S, the output weights W and the metric F = R R^T of the output, the least of
 
         1/2 tr(F dW S dW^T)
 
@@ -106,10 +114,10 @@ def eliminate(moments: Tensor, weight: Tensor, metric: Tensor, width: int) -> Te
     Args:
         moments: S, (C, C), positive definite, columns unit by unit.
         weight: W, (D, C).
-        metric: F, (D, D), positive semidefinite.
+        root: R, (D, D).
         width: w.
     """
-    left = weight.to(moments.dtype).T @ root_of(metric)  # (C, D)
+    left = weight.to(moments.dtype).T @ root  # (C, D)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     losses, order_gone = [moments.new_zeros(1)], []
     units = torch.arange(len(moments) // width, device=moments.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import lru_cache
 from typing import Any, cast
@@ -26,9 +26,11 @@ from transformers.utils import logging
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import EmptyLinear, has, inner_models, plan_of
 from ..progress import unwarned
+from .experts import are_experts
 from .facts import check_problem_type
 from .offload import is_dispatched, moves_weights, read_parameters, sources_of
-from .sublayers import described, find_sublayers, oriented
+from .projections import bias_of, features_of, oriented
+from .sublayers import described, find_sublayers
 from .workbench import in_half_precision
 
 
@@ -216,7 +218,8 @@ def _projections(model: PreTrainedModel, head_unit: str | None) -> Iterator[tupl
 
 
 def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) -> None:
-    weight: Any = projection._parameters.get("weight")
+    name_of_weight = "down_proj" if are_experts(projection) else "weight"
+    weight: Any = projection._parameters.get(name_of_weight)
     if weight is None or parametrize.is_parametrized(projection):
         raise UnsupportedModelError(
             f"the weight of {name} is computed from other tensors, so it cannot be cut; make it plain first: "
@@ -228,6 +231,8 @@ def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) 
             f"{name} is {weight.dtype} in a model of {model.dtype}; give all layers one dtype: "
             f"model.to({model.dtype})"
         )
+    if are_experts(projection):  # they are tried out on real inputs, see prove_projections
+        return
     if type(projection) not in LINEAR and weight.device.type == "meta":
         raise UnsupportedModelError(
             f"{_described(name, projection)} is no nn.Linear, and cannot be tried out while its weight is "
@@ -244,7 +249,7 @@ def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) 
                 f"{_described(name, projection)} is no plain linear layer: it does not take (batch, tokens, "
                 "width) alone, so it cannot be cut and fitted; replace it by nn.Linear"
             ) from error
-        _check_linear(_described(name, projection), projection, x, y)
+        _check_linear(_described(name, projection), projection, (x,), y)
 
 
 def _is_bare(projection: nn.Module) -> bool:
@@ -257,9 +262,11 @@ def _described(name: str, projection: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _check_linear(what: str, projection: Any, x: Tensor, y: Any) -> None:
-    """Raise `UnsupportedModelError` unless a module gives  y = x W^T + b  for the inputs x."""
-    expected = linear(x, oriented(projection), projection.bias)
+def _check_linear(what: str, projection: nn.Module, arguments: Sequence[Tensor], y: Any) -> None:
+    """Raise `UnsupportedModelError` unless a module gives  y = x W^T + b  for the features x of its
+    arguments."""
+    features = features_of(projection, arguments)
+    expected = linear(features, oriented(projection), bias_of(projection))
     like = isinstance(y, Tensor) and y.shape == expected.shape
     apart = (
         float((y - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
@@ -284,7 +291,7 @@ def prove_projections(model: PreTrainedModel, inputs: Mapping[str, Any], head_un
             def see(
                 module: nn.Module, args: Any, output: object, what: str = _described(name, projection)
             ) -> None:
-                _check_linear(what, module, args[0], output)
+                _check_linear(what, module, args, output)
 
             hooks.callback(projection.register_forward_hook(see).remove)
         if doubtful:

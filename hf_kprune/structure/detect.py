@@ -319,7 +319,7 @@ def _try(dense: PreTrainedModel, inputs: Mapping[str, object], name: str, block:
     """Prove that cutting one block of the layers at `name`, and nothing else, equals masking it."""
     sublayers, layers = find_sublayers(dense), dense.get_submodule(name)
     mine = [s.layers is layers and s.block.output == block.output for s in sublayers]
-    for what, masks in list(trial_masks([s.num_units for s in sublayers]).items())[:3]:
+    for what, masks in list(trial_masks([s.numbers for s in sublayers]).items())[:3]:
         masks = [mask if cut else torch.ones_like(mask) for mask, cut in zip(masks, mine, strict=True)]
         for attention in implementations(dense):
             prove_cuts(attention, inputs, {what: masks}, generate=False)

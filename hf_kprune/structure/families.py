@@ -36,7 +36,7 @@ What the strings of a description mean:
     select            0, 1                one slice for each head in this dimension
                       "0:batch"           the same in dimension 0, with the batch folded in before it
                       "none"              the argument is replaced by None
-    slices            0, 1                one slice for each head in this dimension
+    slices            0, 1, 2             one slice for each unit in this dimension, or several
     kv_heads          "name"              the config attribute
                       "flag ? a : b"      the attribute a where the attribute flag is true, else b
 """
@@ -46,12 +46,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
-Kind = Literal["attention", "cross_attention", "ffn"]
+Kind = Literal["attention", "cross_attention", "ffn", "experts"]
 Layout = Literal["q", "2q", "kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
 Size = Literal["heads", "kv_heads", "groups", "width"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
-Dimension = Literal[0, 1, "0", "1"]
+Dimension = Literal[0, 1, 2, "0", "1"]
 """Earlier versions took the numbers as strings, which are still taken."""
 
 
@@ -60,7 +60,7 @@ class Block:
     """One prunable sublayer of a layer. All paths are module paths relative to the layer.
 
     A *unit* is what is kept or pruned as one: an attention head (with grouped queries, a key-value head and
-    its query heads, or one query head of every group) or an FFN neuron.
+    its query heads, or one query head of every group), an FFN neuron, or a neuron of one expert.
 
     A layer that lacks the `output` lacks the block (experts may be in its place), and an input that a layer
     lacks is skipped, so one entry serves variants. What a layer has and the entry does not name is refused.
@@ -68,7 +68,8 @@ class Block:
     Args:
         kind: Which sublayer it is; its units are of the class in `units.UNITS`.
         inputs: Projections whose output rows belong to units, each with the layout of its rows.
-        output: Projection whose input columns belong to units. Its output is the sublayer's output.
+        output: Projection whose input columns belong to units, or the module of all experts of a layer (see
+            experts.py). Its output is the sublayer's output.
         stream: Module that reads the residual stream which the output joins: a norm in pre-norm models, the
             first projection of the FFN in post-norm ones. If it is None, weight tuning rebuilds the output
             alone.
@@ -78,7 +79,8 @@ class Block:
             path through a config (`"self_attn.config.num_attention_heads"`) gives the module a view of it
             with that value.
         select: Arguments of `core` that carry one slice for each head, and where.
-        slices: Parameters, none of a projection, that hold one slice for each head, and where.
+        slices: Parameters, none of a linear module, that hold one slice for each head, or several for each
+            neuron of an expert, and where.
         table: An embedding of relative positions with one column for each head, which the first layer of the
             stack holds for all (T5). In a pruned model every layer has its own.
         obstacle: Why its heads cannot be told apart (a norm across all of them), or the config attribute that
@@ -118,12 +120,13 @@ class Stack:
         parallel: Whether all blocks of a layer read the layer's input and their outputs are added up.
         residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""`
             for none.
-        untouched: Module paths in the layer whose projections are left as they are (experts, routers).
+        untouched: Module paths in the layer whose projections are left as they are (routers).
         heads: Config attribute with the number of query heads.
         kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for
             all.
         head_dim: Config attribute with the size of a head, where there is one. Else it is hidden size /
             heads.
+        routes: Config attribute with the number of experts that a token is sent to, where there are experts.
         mask: Model input that marks padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
@@ -151,6 +154,7 @@ class Stack:
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
     head_dim: str = "head_dim"
+    routes: str = "num_experts_per_tok"
     mask: str = "attention_mask"
     reads: str = ""
     shifts: bool = False
@@ -325,18 +329,29 @@ _OLMO2 = replace(
 _PARALLEL = replace(
     _LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="")), parallel=True, uniform=_FFN_SIZE
 )
-# experts stay as they are; the FFNs that every token passes lose neurons: dense layers and shared experts
+
+
+def _experts(module: str = "mlp.experts", stream: str | None = "post_attention_layernorm") -> Block:
+    """Experts whose tensors are (experts, rows, columns)."""
+    return Block(
+        "experts",
+        inputs={},
+        output=module,
+        stream=stream,
+        slices={f"{module}.gate_up_proj": 1, f"{module}.down_proj": 2},
+        sizes={f"{module}.intermediate_dim": "width"},
+    )
+
+
+_EXPERTS = _experts()
+_SHARED_EXPERT, _SHARED_EXPERTS = (
+    _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)
+    for shared in ("shared_expert", "shared_experts")
+)
 _MOE = replace(
     _LLAMA,
-    blocks=(
-        _LLAMA_ATTENTION,
-        _LLAMA_FFN,
-        *(
-            _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)
-            for shared in ("shared_expert", "shared_experts")
-        ),
-    ),
-    untouched=("mlp.experts", "mlp.gate", "mlp.router", "mlp.shared_expert_gate"),
+    blocks=(_LLAMA_ATTENTION, _LLAMA_FFN, _SHARED_EXPERT, _EXPERTS, _SHARED_EXPERTS),
+    untouched=("mlp.gate", "mlp.router", "mlp.shared_expert_gate"),
     uniform=_HEAD_SIZES,
 )
 # heads of latent attention are rows of the projections from the latent vectors, which all heads share
@@ -356,18 +371,36 @@ _LATENT = replace(
     head_dim="v_head_dim",
     uniform={},
 )
-_MOE_WHOLE = replace(_MOE, blocks=(_LLAMA_WHOLE,), uniform={})
+_MOE_LAST = replace(_MOE, blocks=(_LLAMA_ATTENTION, _LLAMA_FFN, _SHARED_EXPERTS, _EXPERTS))
+_MOE_ALONE = replace(_MOE, uniform={**_HEAD_SIZES, "experts": "intermediate_size"})
+_MOE_WHOLE = replace(_MOE, blocks=(_LLAMA_WHOLE, _EXPERTS), uniform={"experts": "intermediate_size"})
+_GPT_OSS = replace(
+    _MOE_ALONE,
+    blocks=(
+        _LLAMA_ATTENTION,
+        replace(
+            _EXPERTS,
+            slices={
+                "mlp.experts.gate_up_proj": 2,
+                "mlp.experts.gate_up_proj_bias": 1,
+                "mlp.experts.down_proj": 1,
+            },
+            sizes={"mlp.experts.intermediate_size": "width"},
+        ),
+    ),
+)
 _GRANITE_MOE = replace(
     _LLAMA,
     blocks=(
         _LLAMA_ATTENTION,
+        _experts("block_sparse_moe.experts"),
         Block(
             "ffn", inputs={"shared_mlp.input_linear": "2f"}, output="shared_mlp.output_linear", stream=None
         ),
     ),
     residual="residual_multiplier",
-    untouched=("block_sparse_moe",),
-    uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size"},
+    untouched=("block_sparse_moe.router",),
+    uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size", "experts": "intermediate_size"},
 )
 # hybrids: what mixes tokens otherwise in some layers (a convolution, Mamba, linear attention) stays as it is
 _LLAMA_GATED = replace(
@@ -798,7 +831,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "cwm": (_LLAMA,),
     "dots1": (_MOE,),
     "ernie4_5": (_LLAMA,),
-    "ernie4_5_moe": (_MOE,),
+    "ernie4_5_moe": (_MOE_LAST,),
     "exaone4": (_NORM_AFTER,),
     "exaone_moe": (_MOE,),
     "falcon": (
@@ -813,7 +846,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             uniform={"ffn": "ffn_hidden_size"},
         ),
     ),
-    "flex_olmo": (replace(_MOE_WHOLE, blocks=(_OLMO2.blocks[0],)),),
+    "flex_olmo": (replace(_MOE_WHOLE, blocks=(_OLMO2.blocks[0], replace(_EXPERTS, stream=None))),),
     "gemma": (_LLAMA,),
     "gemma2": (_NORM_AFTER,),
     "gemma3_text": (_NORM_AFTER,),
@@ -868,7 +901,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             uniform=_FFN_SIZE,
         ),
     ),
-    "gpt_oss": (_MOE,),
+    "gpt_oss": (_GPT_OSS,),
     "gptj": (
         Stack(
             "h",
@@ -896,7 +929,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "ministral": (_LLAMA,),
     "ministral3": (_LLAMA,),
     "mistral": (_LLAMA,),
-    "mixtral": (_MOE,),
+    "mixtral": (_MOE_ALONE,),
     "modernbert-decoder": (
         Stack(
             "layers",
@@ -970,7 +1003,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             ),
         ),
     ),
-    "phimoe": (_MOE,),
+    "phimoe": (_MOE_ALONE,),
     "qwen2": (_LLAMA,),
     "qwen2_moe": (_MOE,),
     "qwen3": (_LLAMA,),
@@ -1016,7 +1049,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             returns=("y",),
         ),
     ),
-    "granitemoehybrid": (replace(_GRANITE_MOE, untouched=("block_sparse_moe", "mamba")),),
+    "granitemoehybrid": (replace(_GRANITE_MOE, untouched=("block_sparse_moe.router", "mamba")),),
     "jamba": (
         replace(_BAMBA, returns="y", untouched=("mamba", "feed_forward.router", "feed_forward.experts")),
     ),

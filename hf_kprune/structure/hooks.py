@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..modeling_kprune import fill, parameter_names
-from .sublayers import Sublayer, oriented
+from .projections import features_of, oriented, output_of
+from .sublayers import Sublayer
 
 
 class Stop(Exception):  # noqa: N818
@@ -121,6 +122,27 @@ def forward_as(module: nn.Module, function: Callable[..., object]) -> Iterator[N
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+@contextmanager
+def featured(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `function` see what the output projection of a sublayer reads, (B, T, C) or (B * T, C), and give
+    what it is to read instead."""
+    output = sublayer.output
+    if sublayer.unit.in_experts:  # nothing in a forward pass of theirs reads the features of all of them
+
+        def forward(*arguments: Tensor) -> Tensor:
+            return output_of(output, function(features_of(output, arguments)))
+
+        with forward_as(output, forward):
+            yield
+        return
+
+    def replace(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (function(args[0]), *args[1:])
+
+    with hooked(output.register_forward_pre_hook(replace)):
+        yield
 
 
 def answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:

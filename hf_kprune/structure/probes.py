@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import kind_of
-from .hooks import hooked
+from .hooks import featured, hooked
 from .runs import run_to_top
 from .sublayers import Sublayer
 
@@ -99,16 +99,15 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):
 
-            def show(_: nn.Module, args: tuple[Tensor, ...], place: int = place) -> tuple[Tensor, ...]:
-                tensor = args[0]
+            def show(tensor: Tensor, place: int = place) -> Tensor:
                 if (
                     torch.is_grad_enabled() and not tensor.requires_grad
                 ):  # the lowest one, where the graph begins
                     tensor = tensor.detach().requires_grad_()
                 features[place] = tensor
-                return (tensor, *args[1:])
+                return tensor
 
-            stack.enter_context(hooked(sublayer.output.register_forward_pre_hook(show)))
+            stack.enter_context(featured(sublayer, show))
         yield features
 
 

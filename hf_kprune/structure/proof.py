@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..errors import KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
 from ..progress import unwarned
 from .facts import evaluation_copy, floats, to_model
-from .hooks import State, resumed
+from .hooks import State, featured, resumed
 from .probes import check_order
 from .runs import run_sublayer, run_to_top
 from .sublayers import Sublayer, find_sublayers
@@ -62,7 +62,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str =
             _check_same(*(_outputs(dense, inputs, sublayers) for _ in range(2)))
         with step("run in the order described"), _seeded():
             check_order(dense, inputs, sublayers)
-        masks = trial_masks([s.num_units for s in sublayers])
+        masks = trial_masks([s.numbers for s in sublayers])
         with step("run with each function of attention"):
             models = implementations(dense)
         for variant in models:
@@ -85,15 +85,15 @@ def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [model] if model.config._attn_implementation == "eager" else [model, plain]
 
 
-def trial_masks(units: Sequence[int], groups: int = 4) -> dict[str, list[Tensor]]:
-    """The masks of a proof for sublayers of so many units, by what they do. A lone unit is cut once, too."""
-    numbers = [torch.arange(n) for n in units]
+def trial_masks(numbers: Sequence[Tensor], groups: int = 4) -> dict[str, list[Tensor]]:
+    """The masks of a proof for sublayers whose units have these numbers, by what they do. A lone unit is cut
+    once, too."""
     masks = {
         "odd units cut": [n % 2 == 0 for n in numbers],
         "even units cut": [n % 2 == 1 for n in numbers],
         "all units cut": [n < 0 for n in numbers],
     }
-    for start in range(min(groups, len(units))):
+    for start in range(min(groups, len(numbers))):
         emptied = [n < 0 if i % groups == start else n % 2 == 0 for i, n in enumerate(numbers)]
         masks[f"every {groups}th sublayer from number {start} emptied"] = emptied
     return masks
@@ -209,15 +209,17 @@ def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, f
         for s, keep in zip(sublayers, masks, strict=True):
             if bool(keep.all()):
                 continue
-            columns = torch.zeros(s.weight.shape[1], device=s.weight.device)
-            columns[s.columns[keep].flatten()] = 1
+            weight = s.weight
+            columns = torch.ones(weight.shape[1], device=weight.device)
+            columns[s.columns[~keep].flatten()] = 0
 
-            def scale(_: nn.Module, args: Any, columns: Tensor = columns, s: Sublayer = s) -> tuple[Any, ...]:
-                gone, all_ = (linear(t, s.weight).abs().max() for t in (args[0] * (1 - columns), args[0]))
+            def scale(features: Tensor, columns: Tensor = columns, s: Sublayer = s) -> Tensor:
+                weight = s.weight
+                gone, all_ = (linear(t, weight).abs().max() for t in (features * (1 - columns), features))
                 lost[s.name] = float((gone / all_).nan_to_num(0))
-                return (args[0] * columns, *args[1:])
+                return features * columns
 
-            hooks.callback(s.output.register_forward_pre_hook(scale).remove)
+            hooks.enter_context(featured(s, scale))
         yield lost
 
 
@@ -248,8 +250,10 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
         names.setdefault(id(parameter), []).append(name)
     for s in sublayers:
         for path in (s.block.output, *s.block.inputs):
-            if has(s.layer, path) and len(shared := names[id(s.layer.get_submodule(path).weight)]) > 1:
-                raise UnsupportedArchitectureError(f"{' and '.join(shared)} are one and the same weight")
+            module = s.layer.get_submodule(path) if has(s.layer, path) else nn.Module()
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() > 1 and len(shared := names[id(parameter)]) > 1:
+                    raise UnsupportedArchitectureError(f"{' and '.join(shared)} are one and the same weight")
 
 
 def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> None:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..progress import unwarned
+from .coverage import untouched
 from .facts import first_run, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
-from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers, untouched
+from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
 from .surgery import with_table_per_layer
 
 

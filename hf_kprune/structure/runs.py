@@ -16,6 +16,7 @@ from .hooks import (
     Stop,
     answer,
     by_token,
+    featured,
     first,
     hidden_states,
     hooked,
@@ -23,6 +24,7 @@ from .hooks import (
     passing,
     resumed,
 )
+from .projections import features_of, output_of
 from .sublayers import Sublayer
 
 
@@ -37,7 +39,8 @@ class Tap:
         output: Output of the output projection with its bias, Sub(X), (B, T, D).
         above: The state above the sublayer.
         reads: What each of its input projections has read, each time it ran, by path, (B, T, ...).
-        entry: The features in the shape in which the output projection read them.
+        entry: What the output projection was called with: the features in the shape in which it read them, or
+            what experts were.
     """
 
     stream: Tensor
@@ -45,7 +48,7 @@ class Tap:
     output: Tensor
     above: State
     reads: dict[str, list[Tensor]]
-    entry: Tensor
+    entry: tuple[Tensor, ...]
 
 
 def run(model: nn.Module, inputs: Mapping[str, object]) -> None:
@@ -73,6 +76,7 @@ def run_sublayer(
     block = sublayer.block
     tensors: dict[str, Tensor] = {}
     reads: dict[str, list[Tensor]] = {}
+    entries: list[tuple[Tensor, ...]] = []
 
     def on_entry(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors["input"] = first(args, kwargs)
@@ -80,8 +84,13 @@ def run_sublayer(
     def on_stream(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors.setdefault("stream", first(args, kwargs))
 
+    def on_features(features: Tensor) -> Tensor:
+        tensors["features"] = features
+        return features
+
     def on_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        tensors["features"], tensors["output"] = args[0], output.clone()  # some models go on in place
+        entries.append(args)
+        tensors["output"] = output.clone()  # some models go on in place
         if following is not None and following.layer is sublayer.layer:
             raise Stop
 
@@ -94,6 +103,7 @@ def run_sublayer(
         for path in [] if block.stream is None else block.stream.split("|"):
             reader = sublayer.layer.get_submodule(path)
             hooks.enter_context(hooked(reader.register_forward_pre_hook(on_stream, with_kwargs=True)))
+        hooks.enter_context(featured(sublayer, on_features))
         hooks.enter_context(hooked(sublayer.output.register_forward_hook(on_output)))
         hooks.enter_context(_reading(sublayer, sublayer.input_projections, reads))
         hooks.enter_context(_stopping_above(sublayer, following, tensors))
@@ -103,7 +113,7 @@ def run_sublayer(
     output = by_token(tensors["output"], tensors["input"])
     stream = _stream_below(sublayers, position, state, tensors, output)
     features = by_token(tensors["features"], tensors["input"])
-    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads, tensors["features"])
+    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads, entries[0])
 
 
 def run_layer(
@@ -129,13 +139,14 @@ def run_above(
     sublayers: Sequence[Sublayer],
     position: int,
     state: State,
-    features: Tensor,
+    entry: tuple[Tensor, ...],
 ) -> State:
-    """The state above one sublayer of `model` from the state below it and what its output projection reads,
-    in the shape in which it does (`Tap.entry`). Only this projection runs, and what comes after it."""
+    """The state above one sublayer of `model` from the state below it and what its output projection is
+    called with (`Tap.entry`). Only this projection runs, and what comes after it."""
     sublayer = sublayers[position]
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
-    output, tensors = sublayer.output(features), dict[str, Tensor]()
+    features = features_of(sublayer.output, entry)
+    output, tensors = output_of(sublayer.output, features), dict[str, Tensor]()
 
     with ExitStack() as hooks, resumed(sublayers, position, state):
         hooks.enter_context(passing(sublayers, position, state))

@@ -11,15 +11,18 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import BlockPlan, find_layers, get_size, has, kind_of, stacks_of
+from ..modeling_kprune import BlockPlan, find_layers, get_size, has, stacks_of
+from . import experts
 from .configs import read
-from .families import FAMILIES, REFUSED, UNTOUCHED, Block, Stack
-from .units import UNITS, Unit
+from .coverage import check_nothing_left_out, check_projections
+from .families import FAMILIES, REFUSED, Block, Stack
+from .projections import bias_of, oriented, shape_of
+from .units import UNITS, ExpertNeuron, Unit
 
 
 LEFT_ALONE = "kprune_left_alone"
@@ -28,7 +31,7 @@ LEFT_ALONE = "kprune_left_alone"
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One attention or FFN of a live model.
+    """One attention or FFN of a live model, or the experts of a layer.
 
     Args:
         name: Path of its layer in the model that owns it, and its kind.
@@ -56,7 +59,7 @@ class Sublayer:
 
     @property
     def kind(self) -> str:
-        """`"attention"`, `"cross_attention"` or `"ffn"`."""
+        """`"attention"`, `"cross_attention"`, `"ffn"` or `"experts"`."""
         return self.block.kind
 
     @property
@@ -83,13 +86,41 @@ class Sublayer:
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the output projection, (D, C), a view."""
+        """Weight of the output projection, (D, C), a view; of experts a copy."""
         return oriented(self.output)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of this weight, D and C."""
+        return shape_of(self.output)
 
     @property
     def bias(self) -> Tensor | None:
         """Bias of the output projection, (D,)."""
-        return cast("Tensor | None", self.output.bias)
+        return bias_of(self.output)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of its weights."""
+        return next(self.output.parameters(recurse=False)).element_size()
+
+    @property
+    def experts(self) -> int:
+        """Experts that share out the units, and the columns, among them evenly, one after the other; else
+        1."""
+        return experts.size_of(self.output)[0] if self.unit.in_experts else 1
+
+    @property
+    def share(self) -> float:
+        """The share of all tokens that one of its units sees: of experts as if each were sent as many."""
+        return self.unit.routes / self.experts if isinstance(self.unit, ExpertNeuron) else 1.0
+
+    @property
+    def numbers(self) -> Tensor:
+        """The number of each unit, (U,): of experts in each of them from 0 on, in another order, so that the
+        units of some numbers are not in the same places of all experts."""
+        numbers = torch.arange(self.num_units // self.experts)
+        return torch.cat([numbers.roll(expert) for expert in range(self.experts)])
 
     @property
     def input_projections(self) -> list[str]:
@@ -99,6 +130,8 @@ class Sublayer:
     @property
     def columns(self) -> Tensor:
         """Columns of each unit in the output projection, (U, unit_width)."""
+        if self.unit.in_experts:
+            return experts.columns_of(self.output)
         return self.unit.columns(self.num_units)
 
     @property
@@ -109,7 +142,10 @@ class Sublayer:
     @property
     def magnitude(self) -> Tensor:
         """Sum of the squares of all weights of each unit, (U,), float64."""
-        total = self.weight.double().square().sum(0)[self.columns.to(self.weight.device)].sum(1)
+        weight = self.weight
+        total = weight.double().square().sum(0)[self.columns.to(weight.device)].sum(1)
+        if self.unit.in_experts:
+            return total + experts.magnitude_of(self.output)
         for path in self.input_projections:
             if path in self.plan["rows"]:
                 rows = self.unit.rows(self.block.inputs[path], self.num_units).to(total.device)
@@ -118,7 +154,10 @@ class Sublayer:
 
     @property
     def num_units(self) -> int:
-        return self.weight.shape[1] // self.unit_width
+        if self.unit.in_experts:
+            count, neurons, _ = experts.size_of(self.output)
+            return count * neurons
+        return self.shape[1] // self.unit_width
 
     @property
     def residual(self) -> float:
@@ -128,7 +167,9 @@ class Sublayer:
     @property
     def unit_parameters(self) -> int:
         """Parameters of one unit."""
-        count = self.unit_width * len(self.weight)
+        if self.unit.in_experts:
+            return experts.entries_of(self.output, biases=True)
+        count = self.unit_width * self.shape[0]
         for path in self.input_projections:
             width, _ = self.plan["rows"].get(path, (0, 0))
             projection = self.layer.get_submodule(path)
@@ -140,13 +181,16 @@ class Sublayer:
 
         F_head = 8 s d d_h + 4 s^2 d_h,  F_neuron = 4 s d  for plain attention and FFN; here from the shapes,
         so that gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other
-        stack's tokens, come out right.
+        stack's tokens, come out right. A neuron of an expert counts for the share of the tokens that pass one
+        of E experts if each passes k, which is k / E.
 
         Args:
             lengths: Tokens of a sequence, for each stack.
         """
         tokens, read = lengths[self.stack_name], lengths[self.reads]
-        entries = tokens * self.unit_width * self.weight.shape[0]
+        if self.unit.in_experts:
+            return 2 * tokens * experts.entries_of(self.output) * self.share
+        entries = tokens * self.unit_width * self.shape[0]
         for path in self.input_projections:
             width, _ = self.plan["rows"].get(path, (0, 0))
             length = read if self.block.inputs[path] == "kv" else tokens
@@ -156,12 +200,6 @@ class Sublayer:
     def unit_products(self, lengths: Mapping[str, float]) -> float:
         """FLOPs of one unit between tokens, where no weight takes part, see `Unit.token_flops`."""
         return self.unit.token_flops(lengths[self.stack_name], lengths[self.reads])
-
-
-def oriented(projection: nn.Module) -> Tensor:
-    """Weight of a linear module, (rows, columns); a `Conv1D` holds it the other way round."""
-    weight = cast(Tensor, projection.weight)
-    return weight if kind_of(projection) == "linear" else weight.T
 
 
 def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
@@ -179,18 +217,6 @@ def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
         if isinstance(module, PreTrainedModel) and family_of(module) and not inside:
             towers.append((name + ".", module))
     return towers
-
-
-def untouched(model: PreTrainedModel) -> dict[str, str]:
-    """The towers of a model that stay as they are, by path, and why."""
-    towers = {
-        name + ".": UNTOUCHED[module.config.model_type]
-        for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.config.model_type in UNTOUCHED
-    }
-    return {
-        path: why for path, why in towers.items() if not any(path != o and path.startswith(o) for o in towers)
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,7 +246,7 @@ def find_sublayers(model: PreTrainedModel, head_unit: str | None = None) -> list
             "one of its layers in ten lines with hf_kprune.register_family: docs/add_a_family.md"
         )
     sublayers = {path: _sublayers_of(path, owner, head_unit) for path, owner in owners}
-    _check_nothing_left_out(model, [s for tower in sublayers.values() for s in tower])
+    check_nothing_left_out(model, {id(s.layers) for tower in sublayers.values() for s in tower})
     left_alone = model.__dict__.get(LEFT_ALONE, ())
     return [s for path, tower in sublayers.items() for s in tower if path not in left_alone]
 
@@ -251,13 +277,14 @@ def _sublayers_in(
 ) -> Iterator[Sublayer]:
     """The sublayers of one list of layers."""
     for layer in layers:
-        _check_projections(owner, layer, stack)
+        check_projections(owner, layer, stack)
     saved = [
         b for entry in stacks_of(owner.config) if entry["layers"] == stack.layers for b in entry["blocks"]
     ]
     plans = []
     for block in stack.blocks:
-        before = next((plan for plan in saved if block.output in plan["columns"]), None)
+        alike = (p for p in saved if block.output in p["columns"] or p["kind"] == block.kind == "experts")
+        before = next(alike, None)
         chosen = head_unit or (before.get("by", "group") if before else "group")
         unit = UNITS[block.kind].of(owner.config, stack, block, chosen)
         plans.append((block, unit, _block_plan(layers, block, unit, chosen, before)))
@@ -294,10 +321,7 @@ def _block_plan(
         raise UnsupportedArchitectureError(
             f"head_unit is {head_unit!r}, but this model was pruned by {before['by']!r} before; keep to that"
         )
-    columns = [
-        oriented(layer.get_submodule(block.output)).shape[1] if has(layer, block.output) else None
-        for layer in layers
-    ]
+    columns = [_columns(layer, block, unit) for layer in layers]
     if odd := {count for count in columns if count and count % unit.width}:
         raise UnsupportedArchitectureError(
             f"{block.output} reads {min(odd)} features, which heads of {unit.width} do not make up; the "
@@ -311,7 +335,7 @@ def _block_plan(
         "of": max((units for _, units in live), default=0),
         "kept": kept,
         "rows": _rows(live, block, unit),
-        "columns": {block.output: unit.width},
+        "columns": {} if unit.in_experts else {block.output: unit.width},
         "heads": unit.heads,
         "sizes": {path: unit.sizes[size] for path, size in block.sizes.items() if unit.sizes[size]},
         "core": block.core,
@@ -334,6 +358,16 @@ def _block_plan(
         plan["of"], plan["select"] = before["of"], before["select"]
         plan["rows"], plan["slices"] = before["rows"], before["slices"]
     return plan
+
+
+def _columns(layer: nn.Module, block: Block, unit: Unit) -> int | None:
+    """Columns of the output projection of a block, of experts those of each; None if a layer lacks it."""
+    if not has(layer, block.output):
+        return None
+    output = layer.get_submodule(block.output)
+    if unit.in_experts:
+        return experts.size_of(output)[1] if experts.are_experts(output) else None
+    return shape_of(output)[1]
 
 
 def _rows(live: Sequence[tuple[nn.Module, int]], block: Block, unit: Unit) -> dict[str, list[int]]:
@@ -360,47 +394,3 @@ def _rows(live: Sequence[tuple[nn.Module, int]], block: Block, unit: Unit) -> di
         if width and fixed:
             rows[path] = [width, fixed.pop()]
     return rows
-
-
-def _check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -> None:
-    """Refuse a layer with projections that its family does not name, or without those that it does."""
-    apart = tuple(f"{path}." for path in stack.untouched)
-    projections = {
-        name
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not f"{name}.".startswith(apart)
-    }
-    listed = {path for block in stack.blocks for path in (*block.inputs, block.output)}
-    missing = {
-        block.output for block in stack.blocks if block.kind == "attention" and not has(layer, block.output)
-    }
-    described = (*(block.output for block in stack.blocks), *stack.untouched)
-    if projections - listed or (missing and not any(has(layer, path) for path in described)):
-        raise UnsupportedArchitectureError(
-            f"a layer of {type(model).__name__} has the projections {sorted(projections)}; its family "
-            f"{model.config.model_type!r} describes {sorted(listed)}. Describe this variant with "
-            "hf_kprune.register_family: docs/add_a_family.md"
-        )
-
-
-def _check_nothing_left_out(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
-    """A budget is meant for the whole model: refuse if there are layers that no stack names."""
-    apart = tuple(untouched(model))
-    for name, layers in _lists_beside({id(s.layers) for s in sublayers}, model):
-        if name.startswith(apart):
-            continue
-        holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in layers.modules())
-        if holds_projections and not isinstance(layers[0], nn.Linear):
-            raise UnsupportedArchitectureError(
-                f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} "
-                "does not describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
-            )
-
-
-def _lists_beside(stacks: set[int], module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of modules in a module, with their paths, beside those with these ids."""
-    for name, child in module.named_children():
-        if id(child) not in stacks:
-            if isinstance(child, nn.ModuleList) and len(child):
-                yield path + name, child
-            yield from _lists_beside(stacks, child, f"{path}{name}.")

@@ -29,8 +29,10 @@ from ..modeling_kprune import (
     shrink_layer,
 )
 from ..version import __version__
+from . import experts
 from .offload import plain_memo
-from .sublayers import Sublayer, find_sublayers, oriented
+from .projections import oriented
+from .sublayers import Sublayer, find_sublayers
 from .workbench import leave_workbench, off_workbench, workbench_of
 
 
@@ -40,7 +42,11 @@ from .workbench import leave_workbench, off_workbench, workbench_of
 
 
 def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear module another weight (rows, columns), of any size, and a bias; None keeps the old."""
+    """Give a linear module another weight (rows, columns), of any size, and a bias; None keeps the old. Of
+    experts, the weight keeps its size."""
+    if experts.are_experts(projection):
+        experts.set_weight(projection, weight)
+        return
     transposed = kind_of(projection) != "linear"
     for name, value in (("weight", weight.T if transposed else weight), ("bias", bias)):
         if value is not None:
@@ -57,6 +63,9 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     layer, plan, unit, num_units = sublayer.layer, sublayer.plan, sublayer.unit, sublayer.num_units
     kept = keep.nonzero().flatten().cpu()
     if len(kept) == num_units:
+        return
+    if unit.in_experts:
+        cut_experts(sublayer, keep)
         return
     for path, layout in sublayer.block.inputs.items():
         if path in plan["rows"] and has(layer, path):
@@ -75,6 +84,16 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     for _, indices in plan["select"].values():
         indices[sublayer.index] = [indices[sublayer.index][i] for i in heads.tolist()]
     shrink_layer(layer, plan, sublayer.index)
+
+
+def cut_experts(sublayer: Sublayer, keep: Tensor) -> None:
+    """Keep only the neurons in `keep`, boolean (U,), of the experts of a layer, in place: in each expert as
+    many."""
+    each = keep.cpu().view(sublayer.experts, -1)
+    (count,) = set(each.sum(1).tolist())
+    experts.keep_neurons(sublayer.output, each.nonzero()[:, 1].view(len(each), count))
+    sublayer.plan["kept"][sublayer.index] = count
+    shrink_layer(sublayer.layer, sublayer.plan, sublayer.index)
 
 
 def _keep_rows(projection: nn.Module, rows: Tensor, kept: Tensor) -> None:
@@ -100,10 +119,11 @@ def in_unit_order(sublayer: Sublayer) -> Tensor:
 @torch.no_grad()
 def set_output(sublayer: Sublayer, weight: Tensor, bias: Tensor | None = None) -> None:
     """Give the output projection a weight (D, C), unit by unit, and a bias (D,); None keeps the old one."""
-    old = sublayer.weight
-    order = sublayer.columns.flatten().argsort().to(old.device)
+    old = next(sublayer.output.parameters(recurse=False))
     new_bias = None if bias is None or sublayer.bias is None else bias.to(old)
-    set_projection(sublayer.output, weight.to(old)[:, order], new_bias)
+    if sublayer.unit.strided:
+        weight = weight[:, sublayer.columns.flatten().argsort().to(weight.device)]
+    set_projection(sublayer.output, weight.to(old), new_bias)
 
 
 def has_bias(sublayer: Sublayer, paths: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import plan_of
+from ..modeling_kprune import ALIGNED, plan_of
 from .sublayers import Sublayer
 
 
@@ -45,7 +45,8 @@ def uniform_choices(sublayer: Sublayer) -> list[int] | None:
     if sublayer.unit.any_number:
         return None
     accepted = []
-    for units in range(1, sublayer.num_units + 1):
+    step = ALIGNED * sublayer.experts if sublayer.unit.in_experts else 1
+    for units in range(step, sublayer.num_units + 1, step):
         config = copy.deepcopy(sublayer.owner.config)
         _set_stock_size(config, sublayer, units)
         try:
@@ -73,5 +74,5 @@ def _has_attribute(sublayer: Sublayer) -> bool:
 
 def _set_stock_size(config: object, sublayer: Sublayer, units: int) -> None:
     if _has_attribute(sublayer):
-        for name, value in sublayer.unit.stock_sizes(sublayer.stack, units).items():
+        for name, value in sublayer.unit.stock_sizes(sublayer.stack, units // sublayer.experts).items():
             setattr(config, name, value)

@@ -3,16 +3,16 @@
 A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer,
 and it owns rows of the input projections. What depends on the kind of unit is in the class of that kind. A
 further kind whose units are columns of one output projection is a further subclass of `Unit` with its
-entries in `UNITS` and `KINDS`; CONTRIBUTING.md has the recipe. One whose weights lie otherwise (an expert,
-a channel of the hidden dimension) also takes a place in `sublayers.py` and `surgery.py`, and in the plan
-that travels with checkpoints (`modeling_kprune.py`).
+entries in `UNITS` and `KINDS`; CONTRIBUTING.md has the recipe. One whose weights lie otherwise (a neuron of
+an expert, a channel of the hidden dimension) also takes a place in `sublayers.py` and `surgery.py`, and in
+the plan that travels with checkpoints (`modeling_kprune.py`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Unit(ABC):
     """Whether such a config accepts any number of them."""
     has_heads: ClassVar[bool] = False
     """Whether a unit is made of attention heads."""
+    in_experts: ClassVar[bool] = False
+    """Whether the units are shared out among experts, each of which keeps as many of its own."""
     strided: ClassVar[bool] = False
     """Whether the columns of a unit lie apart, those of others between them."""
 
@@ -135,7 +137,7 @@ class Neuron(Unit):
     uniform, uniform_change = "ffn", "another FFN width"
 
     @classmethod
-    def of(cls, *_: object, **__: object) -> Neuron:
+    def of(cls, *_: Any, **__: Any) -> Neuron:
         return cls()
 
     def parts(self, layout: str) -> list[int]:
@@ -143,6 +145,27 @@ class Neuron(Unit):
 
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
         return {stack.uniform["ffn"]: count}
+
+
+@dataclass(frozen=True)
+class ExpertNeuron(Neuron):
+    """A neuron of one expert. A token passes `routes` of the experts, so it is that share of a neuron that
+    every token passes."""
+
+    holder = "mixture of experts"
+    prunes = "prune_experts"
+    uniform, uniform_change = "experts", "another width of experts"
+    any_number = False  # programs that compute all experts at once want multiples
+    in_experts = True
+
+    routes: int = 1
+
+    @classmethod
+    def of(cls, config: object, stack: Stack, *_: Any, **__: Any) -> ExpertNeuron:
+        return cls(routes=read(config, stack.routes) or 1)
+
+    def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
+        return {stack.uniform["experts"]: count}
 
 
 class Head(Unit):
@@ -256,12 +279,18 @@ class LatentHead(Head):
         return self.latent if count else 0
 
 
-UNITS: dict[str, type[Unit]] = {"attention": Head, "cross_attention": Head, "ffn": Neuron}
+UNITS: dict[str, type[Unit]] = {
+    "attention": Head,
+    "cross_attention": Head,
+    "ffn": Neuron,
+    "experts": ExpertNeuron,
+}
 """What the units of a block are, by `Block.kind`."""
 
 KINDS = {
     "attention": ("heads", "attentions"),
     "cross_attention": ("heads of cross-attention", "cross-attentions"),
     "ffn": ("neurons", "FFNs"),
+    "experts": ("neurons of experts", "mixtures of experts"),
 }
 """What a report calls the units of a block, and such blocks, by `Block.kind`."""

@@ -54,7 +54,7 @@ class Walk:
         self.differs = False
         """Whether a unit has been cut, so that the model is no longer what it was."""
         self._ahead: set[int] = set()
-        self._entries: dict[int, Tensor] = {}
+        self._entries: dict[int, tuple[Tensor, ...]] = {}
         self.keeps_layers = True
         """Whether a layer keeps its weights when all batches are above it. Those of a trial do not."""
 
@@ -74,8 +74,9 @@ class Walk:
         Its features are kept for `lift`, so until then nothing but the output projection may change.
         """
         tap = self._run(batch)
-        room = ENTRIES * room_on(tap.entry.device)
-        if sum(entry.nbytes for entry in self._entries.values()) + tap.entry.nbytes <= room:
+        entries = [*self._entries.values(), tap.entry]
+        room = ENTRIES * room_on(tap.entry[0].device)
+        if sum(tensor.nbytes for entry in entries for tensor in entry) <= room:
             self._entries[batch] = tap.entry
         return tap
 

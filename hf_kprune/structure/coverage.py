@@ -1,0 +1,70 @@
+"""Whether a family describes all of a model: its projections, its lists of layers, and what stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import has
+from .families import UNTOUCHED, Stack
+
+
+def untouched(model: PreTrainedModel) -> dict[str, str]:
+    """The towers of a model that stay as they are, by path, and why."""
+    towers = {
+        name + ".": UNTOUCHED[module.config.model_type]
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type in UNTOUCHED
+    }
+    return {
+        path: why for path, why in towers.items() if not any(path != o and path.startswith(o) for o in towers)
+    }
+
+
+def check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -> None:
+    """Refuse a layer with projections that its family does not name, or without those that it does."""
+    apart = tuple(f"{path}." for path in stack.untouched)
+    projections = {
+        name
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not f"{name}.".startswith(apart)
+    }
+    listed = {path for block in stack.blocks for path in (*block.inputs, block.output)}
+    missing = {
+        block.output for block in stack.blocks if block.kind == "attention" and not has(layer, block.output)
+    }
+    described = (*(block.output for block in stack.blocks), *stack.untouched)
+    if projections - listed or (missing and not any(has(layer, path) for path in described)):
+        raise UnsupportedArchitectureError(
+            f"a layer of {type(model).__name__} has the projections {sorted(projections)}; its family "
+            f"{model.config.model_type!r} describes {sorted(listed)}. Describe this variant with "
+            "hf_kprune.register_family: docs/add_a_family.md"
+        )
+
+
+def check_nothing_left_out(model: PreTrainedModel, stacks: set[int]) -> None:
+    """A budget is meant for the whole model: refuse if there are layers that no stack names, which have these
+    ids."""
+    apart = tuple(untouched(model))
+    for name, layers in _lists_beside(stacks, model):
+        if name.startswith(apart):
+            continue
+        holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in layers.modules())
+        if holds_projections and not isinstance(layers[0], nn.Linear):
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} "
+                "does not describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"
+            )
+
+
+def _lists_beside(stacks: set[int], module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules in a module, with their paths, beside those with these ids."""
+    for name, child in module.named_children():
+        if id(child) not in stacks:
+            if isinstance(child, nn.ModuleList) and len(child):
+                yield path + name, child
+            yield from _lists_beside(stacks, child, f"{path}{name}.")
