@@ -21,7 +21,7 @@ from zoo import ZOO, make, outputs_of
 from hf_kprune import KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.calibration.equations import Reference, normal_equations
 from hf_kprune.methods import METHODS
-from hf_kprune.methods.search import levelled, split, threshold_search, uniform_search
+from hf_kprune.methods.search import common_scores, split, threshold_search, uniform_search
 from hf_kprune.modeling_kprune import ALIGNED
 from hf_kprune.structure.experts import (
     are_experts,
@@ -32,11 +32,16 @@ from hf_kprune.structure.experts import (
     shares,
     weight_of,
 )
+from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.probes import matrix_flops
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 
 
-MIXTURES = [name for name in ZOO if any(s.unit.in_experts for s in find_sublayers(make(name)))]
+MIXTURES = [
+    name
+    for name in ZOO
+    if any(block.kind == "experts" for stack in FAMILIES.get(name, ()) for block in stack.blocks)
+]
 IDS = {"input_ids": torch.randint(4, 60, (3, 11), generator=torch.Generator().manual_seed(0))}
 
 
@@ -44,9 +49,9 @@ def pruner(model: PreTrainedModel, data: Any = None, **options: Any) -> KPrunePr
     args = KPruneArguments(
         **{"sparsity": 0.5, "num_tokens": 2_000, "disable_tqdm": True, "use_cpu": True, **options}
     )
-    made = KPrunePruner(model, args, rows(40) if data is None else data, collate)
-    made.callback_handler.callbacks.clear()
-    return made
+    quiet = KPrunePruner(model, args, rows(40) if data is None else data, collate)
+    quiet.callback_handler.callbacks.clear()
+    return quiet
 
 
 def mixtures(model: PreTrainedModel) -> list[Sublayer]:
@@ -114,16 +119,16 @@ def test_the_shares_of_a_target_add_up_to_it() -> None:
     experts = mixtures(make("gpt_oss"))[0].output
     entry = routed(experts)
     target = normal(20, mixture_width(experts), seed=7).float()
-    total, sent = torch.zeros_like(target), 0
+    total, count = torch.zeros_like(target), 0
     for tokens, share in shares(experts, entry, target):
         total.index_add_(0, tokens, share)
-        sent += len(tokens)
+        count += len(tokens)
     torch.testing.assert_close(total, target, rtol=1e-4, atol=1e-5)
-    assert sent == 2 * len(target)
-    own = list(shares(experts, entry, eagerly(experts, *entry)))
-    part = features_of(experts, *entry).chunk(len(own), 1)[0]
-    tokens, share = own[0]  # where nothing lacks, each is to give what it gives
-    expected = linear(part[tokens], weight_of(experts).chunk(len(own), 1)[0])
+    assert count == 2 * len(target)
+    each = list(shares(experts, entry, eagerly(experts, *entry)))
+    part = features_of(experts, *entry).chunk(len(each), 1)[0]
+    tokens, share = each[0]  # where nothing lacks, each is to give what it gives
+    expected = linear(part[tokens], weight_of(experts).chunk(len(each), 1)[0])
     torch.testing.assert_close(share, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -175,16 +180,16 @@ def test_each_expert_keeps_its_best_and_as_many_as_the_others() -> None:
     scores = [torch.rand(10, generator=generator) for _ in range(3)]
     scores[1][2:7] = 0.0  # neurons of no worth, whose order decides
     scores[2] = torch.full((10,), 0.5)
-    level = levelled(scores, [True] * 3)
-    for score, part in zip(scores, level.view(3, -1), strict=True):
+    scores_of_all = common_scores(scores, [True] * 3)
+    for score, part in zip(scores, scores_of_all.view(3, -1), strict=True):
         ranked = part.argsort(descending=True)
         assert (score[ranked].diff() <= 0).all()
         assert len(part.unique()) == 10
     mean = torch.stack([score.double().sort(descending=True).values for score in scores]).mean(0)
-    torch.testing.assert_close(level[:10].sort(descending=True).values, mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scores_of_all[:10].sort(descending=True).values, mean, rtol=1e-6, atol=1e-6)
     other = torch.rand(8, generator=generator, dtype=torch.float64)
     for exponent in (0.5, 0.7, 1.0):
-        worth = split([level, other], [2.0, 5.0], exponent)
+        worth = split([scores_of_all, other], [2.0, 5.0], exponent)
         for budget in (20.0, 43.0, 71.0):
             mask, rest = threshold_search(worth, [2.0, 5.0], budget, [0, 0], [3, 1])
             counts = mask.view(3, -1).sum(1)
@@ -195,17 +200,19 @@ def test_each_expert_keeps_its_best_and_as_many_as_the_others() -> None:
 
 
 def test_nothing_but_zeros_is_ordered_too() -> None:
-    level = levelled([torch.zeros(6)] * 2, [True, True])
-    (mask,) = threshold_search(split([level], [1e9], 0.5), [1e9], 6.1e9, [0], [2])
+    scores_of_all = common_scores([torch.zeros(6)] * 2, [True, True])
+    (mask,) = threshold_search(split([scores_of_all], [1e9], 0.5), [1e9], 6.1e9, [0], [2])
     assert mask.view(2, -1).sum(1).tolist() == [3, 3]
-    kept_units = uniform_search([level, level], [1.0, 1.0], 12.0, [0, 0], [2, 2], ["a", "a"], [None, None])
-    assert kept_units == [6, 6]
+    counts = uniform_search(
+        [scores_of_all, scores_of_all], [1.0, 1.0], 12.0, [0, 0], [2, 2], ["a", "a"], [None, None]
+    )
+    assert counts == [6, 6]
 
 
 def test_an_expert_without_tokens_has_no_say() -> None:
     score, magnitude = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1e9, 3e9, 2e9])
-    level = levelled([score, magnitude], [True, False])
-    torch.testing.assert_close(level, torch.tensor([3.0, 1.0, 2.0, 1.0, 3.0, 2.0]).double())
+    scores_of_all = common_scores([score, magnitude], [True, False])
+    torch.testing.assert_close(scores_of_all, torch.tensor([3.0, 1.0, 2.0, 1.0, 3.0, 2.0]).double())
 
 
 # Pruning
@@ -233,10 +240,10 @@ def test_the_budget_counts_what_a_mixture_computes_for_a_token() -> None:
     """Each token passes two of the four experts."""
     model = make("mixtral")
     dense = matrix_flops(model, IDS)
-    made = pruner(model, sparsity=0.5, prune_heads=False, flops_length=11)
-    report = made.prune()
+    subject = pruner(model, sparsity=0.5, prune_heads=False, flops_length=11)
+    report = subject.prune()
     removed = len(IDS["input_ids"]) * (report.before.flops - report.after.flops)
-    assert removed == pytest.approx(dense - matrix_flops(made.model, IDS), rel=1e-9)
+    assert removed == pytest.approx(dense - matrix_flops(subject.model, IDS), rel=1e-9)
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
 
 
@@ -279,22 +286,22 @@ def test_experts_are_tuned_by_least_squares_on_their_tokens() -> None:
     data.advance(teacher)
     dense = teacher.sublayer.output
     student.cut(student.sublayer.numbers % 3 != 0)
-    wanted: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(student.sublayer.experts)]
+    by_hand: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(student.sublayer.experts)]
     for i, batch in enumerate(data.batches):
-        told, tap = teacher.tap(i), student.tap(i)
+        goal, tap = teacher.tap(i), student.tap(i)
         valid = batch.tokens(student.sublayer, tap.features).flatten()
-        target = (told.stream + told.output - tap.stream).flatten(0, 1)
+        target = (goal.stream + goal.output - tap.stream).flatten(0, 1)
         hidden, index, weights = tap.entry
         uncut = [linear(x, w) for x, w in zip(*parts(dense, tap.entry), strict=True)]
         rest = target - torch.stack(uncut).sum(0)
-        for expert, share in enumerate(wanted):
-            sent = index == expert
-            rate = (weights * sent).sum(1) / weights.sum(1)
-            at = valid & sent.any(1)
-            features = features_of(student.sublayer.output, *tap.entry).chunk(len(wanted), 1)[expert]
+        for expert, share in enumerate(by_hand):
+            routes = index == expert
+            rate = (weights * routes).sum(1) / weights.sum(1)
+            at = valid & routes.any(1)
+            features = features_of(student.sublayer.output, *tap.entry).chunk(len(by_hand), 1)[expert]
             share.append((features[at], (uncut[expert] + rate[:, None] * rest)[at]))
     equations = normal_equations(data, student, Reference(teacher))
-    for each, share in zip(equations, wanted, strict=True):
+    for each, share in zip(equations, by_hand, strict=True):
         a, y = (torch.cat(tensors).double() for tensors in zip(*share, strict=True))
         assert int(each.tokens) == len(a)
         torch.testing.assert_close(each.gram, a.T @ a, rtol=1e-4, atol=1e-5)
@@ -324,16 +331,16 @@ def test_experts_without_tokens_are_named_and_keep_their_largest_weights(method:
 
     first.output.register_forward_pre_hook(count)
     neurons, magnitude = first.num_units // 6, first.magnitude.view(6, -1)
-    made = pruner(model, method=method, sparsity=0.4)
+    subject = pruner(model, method=method, sparsity=0.4)
     with pytest.warns(UserWarning, match="no token that was measured is sent to expert"):
-        report = made.prune()
+        report = subject.prune()
     assert (hits == 0).any()
     idle = int((hits == 0).nonzero()[0])
     (entry,) = [e for e in report.sublayers if e.name == first.name]
     mine = torch.tensor([unit - idle * neurons for unit in entry.kept if unit // neurons == idle])
     assert 0 < len(mine) < neurons
     assert set(mine.tolist()) == set(magnitude[idle].topk(len(mine)).indices.tolist())
-    (student, *_) = modules(made.model)
+    (student, *_) = modules(subject.model)
     assert torch.equal(student.down_proj[idle], dense.down_proj[idle][:, mine])
 
 
@@ -347,15 +354,15 @@ def test_a_uniform_mixture_is_a_stock_model(tmp_path: Path) -> None:
     model = make("mixtral")
     config = type(model.config).from_dict({**model.config.to_dict(), "intermediate_size": 4 * ALIGNED})
     torch.manual_seed(0)
-    made = pruner(type(model)(config), uniform=True, prune_heads=False, sparsity=0.3)
-    made.prune()
-    width = made.model.config.intermediate_size
+    subject = pruner(type(model)(config), uniform=True, prune_heads=False, sparsity=0.3)
+    subject.prune()
+    width = subject.model.config.intermediate_size
     assert width in (ALIGNED, 2 * ALIGNED)
-    assert [s.num_units for s in mixtures(made.model)] == [4 * width] * 3
-    made.save_model(str(tmp_path))
-    assert not hasattr(made.model.config, "kprune")
+    assert [s.num_units for s in mixtures(subject.model)] == [4 * width] * 3
+    subject.save_model(str(tmp_path))
+    assert not hasattr(subject.model.config, "kprune")
     again = type(model).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(outputs_of(again, "text"), outputs_of(made.model, "text"))
+    torch.testing.assert_close(outputs_of(again, "text"), outputs_of(subject.model, "text"))
 
 
 class Interrupt(KPruneCallback):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..options import from_json
 from .least_squares import Fit, NormalEquations, fit_of
-from .search import levelled, threshold_search
+from .search import common_scores, threshold_search
 
 
 BY_COLUMN = ("weight", "magnitude", "energy", "feature_sum", "gradient_sum", "gradient_square", "absolute")
@@ -198,14 +198,14 @@ class Method:
 
     def worth(self, statistics: Statistics) -> Tensor:
         """Importance of each unit per cost, (U,), by which units are searched: `score`; of experts that of
-        each by itself, see `levelled`. What no token has reached is ordered by the size of its weights."""
+        each by itself, see `common_scores`. One without tokens is ordered by the size of weights."""
         parts = statistics.parts()
         if len(parts) == 1:
             return self.score(statistics)
         reached = [bool(part.energy.any()) for part in parts]
         scores = [self.score(p) if known else p.magnitude for p, known in zip(parts, reached, strict=True)]
         statistics.damping = max(part.damping for part in parts)
-        return levelled(scores, reached)
+        return common_scores(scores, reached)
 
     def search(
         self,
@@ -244,10 +244,10 @@ class Method:
             fits.append(
                 self.tune(each, columns, None, unit_width) if reached else fit_of(each, columns, None)
             )
-        return beside(fits, equations)
+        return joint_fit(fits, equations)
 
 
-def beside(fits: Sequence[Fit], equations: Sequence[NormalEquations]) -> Fit:
+def joint_fit(fits: Sequence[Fit], equations: Sequence[NormalEquations]) -> Fit:
     """The fits of experts beside each other, (D, sum of C), with the root mean square of their errors."""
     squares = torch.stack([each.reference_square for each in equations])
     shares = squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)

@@ -186,7 +186,7 @@ def joint(
     return joint_scores, joint_costs
 
 
-def levelled(scores: Sequence[Tensor], known: Sequence[bool]) -> Tensor:
+def common_scores(scores: Sequence[Tensor], known: Sequence[bool]) -> Tensor:
     """One score for the n-th best units of all experts, which go or stay together, so that each keeps as
     many: the mean of theirs. It falls with n, so that units of one n stand side by side when all are sorted.
 
