@@ -78,8 +78,7 @@ def test_what_an_intercept_takes_over_costs_nothing() -> None:
     sums = features.T @ features, features.sum(0), 50
     weight, metric = torch.randn(3, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     with_bias, without = (
-        eliminate(covariance(*sums, centred, 0.0)[0], weight, root_of(metric), 1)
-        for centred in (True, False)
+        eliminate(covariance(*sums, centred, 0.0)[0], weight, root_of(metric), 1) for centred in (True, False)
     )
     assert int(with_bias.argmin()) == 2
     assert float(with_bias[2]) < 1e-6 < float(without[2])
