@@ -202,7 +202,7 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
         sample = None if job.trial else Sample(calibration, sublayer)
         sums = normal_equations(calibration, student, reference, halved, sample)
         weight, bias = in_unit_order(sublayer), sublayer.bias
-        fit = method.fit(sums, weight, bias, sublayer.unit_width)
+        fit = method.fit(sums, weight, bias, sublayer.unit_width, sublayer.has_bias_columns)
         tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
         if sample is not None:
             entry.error_before = sample.error(weight, bias)

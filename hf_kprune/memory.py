@@ -91,7 +91,7 @@ def memory_of(  # noqa: PLR0913
 
     tokens = max((sum(v.numel() for v in batch.valid.values()) for batch in batches), default=0)
     rows, narrow = max((b.samples for b in batches), default=0), 4 * tokens * (6 * width + 3 * columns)
-    waiting = 2 * 4 * BLOCK * (2 * width + columns)
+    waiting = 2 * 4 * BLOCK * (2 * width * max(s.experts for s in sublayers) + columns)
     head = model.get_output_embeddings()
     words = len(head.weight) if head is not None and loss.per_token else 0
     logits = 10 * 4 * min(max(logits_at_once(device), rows * words), tokens * words)

@@ -318,14 +318,15 @@ class Calibration:
 
     def check_enough_tokens(self) -> None:
         """Raise `CalibrationError` if there are fewer tokens in a stack than weights that each must
-        determine."""
+        determine, of experts if each were sent as many."""
         tunes = self.args.tune and METHODS[self.args.method].tunes
         for sublayer in self.sublayers if tunes else ():
             tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
-            columns = sublayer.shape[1] // sublayer.experts
-            if tokens < columns:
+            reach, columns = round(tokens * sublayer.share), sublayer.shape[1] // sublayer.experts
+            if reach < columns:
+                part = f", of which {reach} reach an expert on average," if sublayer.unit.in_experts else ""
                 raise CalibrationError(
-                    f"{tokens} calibration tokens (in {len(self.rows.rows)} rows) are fewer than the "
+                    f"{tokens} calibration tokens (in {len(self.rows.rows)} rows){part} are fewer than the "
                     f"{columns} columns of {sublayer.name}, whose weights they must determine; raise "
                     f"num_tokens (now {self.args.num_tokens}) or give more rows"
                 )

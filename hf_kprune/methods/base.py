@@ -180,6 +180,9 @@ class Method:
     ridge: float | None = 0.0
     """Pull of what is tuned towards what it was, see `tune_weight`; None chooses it for each sublayer."""
 
+    tune_bias: bool = False
+    """Whether output biases are tuned."""
+
     tune_inputs: bool = False
     """Whether input projections are corrected for the drift of what they read, see `correct_drift`."""
 
@@ -232,19 +235,47 @@ class Method:
         return fit_of(equations, weight, bias)
 
     def fit(
-        self, equations: Sequence[NormalEquations], weight: Tensor, bias: Tensor | None, unit_width: int
+        self,
+        equations: Sequence[NormalEquations],
+        weight: Tensor,
+        bias: Tensor | None,
+        unit_width: int,
+        has_bias_columns: bool = False,
     ) -> Fit:
         """New output weights (D, C) of the kept columns, unit by unit, and bias: `tune`; of experts that of
-        each by itself, unless no token has reached it."""
-        if len(equations) == 1:
+        each by itself, unless no token has reached it. If the last column of each is its bias, it stays as it
+        is where biases do."""
+        if len(equations) == 1 and not has_bias_columns:
             return self.tune(equations[0], weight, bias, unit_width)
         fits = []
         for each, columns in zip(equations, weight.unflatten(1, (len(equations), -1)).unbind(1), strict=True):
-            reached = bool(each.tokens)
-            fits.append(
-                self.tune(each, columns, None, unit_width) if reached else fit_of(each, columns, None)
-            )
+            if not each.tokens:
+                fits.append(fit_of(each, columns, None))
+            elif has_bias_columns and not self.tune_bias:
+                last = columns[:, -1:].double()
+                fit = self.tune(without_bias(each, last[:, 0]), columns[:, :-1], None, unit_width)
+                fits.append(replace(fit, weight=torch.cat([fit.weight, last], 1)))
+            else:
+                fits.append(self.tune(each, columns, None, unit_width))
         return joint_fit(fits, equations)
+
+
+def without_bias(equations: NormalEquations, bias: Tensor) -> NormalEquations:
+    """The sums for the neurons of an expert, and for what is left to them of the target by its bias b (D,),
+    float64, whose feature is the last column:  Y - a_C b^T."""
+    e, feature = equations, equations.gram[:, -1]
+    rest = NormalEquations(
+        gram=e.gram[:-1, :-1],
+        cross=e.cross[:-1] - torch.outer(feature[:-1], bias),
+        feature_sum=e.feature_sum[:-1],
+        target_sum=e.target_sum - e.feature_sum[-1] * bias,
+        target_square=e.target_square - 2 * e.cross[-1] @ bias + feature[-1] * (bias @ bias),
+        reference_square=e.reference_square,
+        tokens=e.tokens,
+    )
+    if e.halves is not None:
+        rest.halves = without_bias(e.halves[0], bias), without_bias(e.halves[1], bias)
+    return rest
 
 
 def joint_fit(fits: Sequence[Fit], equations: Sequence[NormalEquations]) -> Fit:

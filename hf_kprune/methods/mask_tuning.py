@@ -201,7 +201,7 @@ def rearrange(mask: Tensor, fisher: Tensor) -> Tensor:
     """
     f = fisher.double().cpu()
     diagonal, gone = f.diagonal(), ~mask
-    if gone.all() or mask.all():
+    if gone.all() or mask.all() or not f.any():
         return mask
     pull = f[:, gone].sum(1)
     for unit in [u for u in diagonal.argsort(stable=True).tolist() if mask[u]]:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import has
+from .experts import are_experts
 from .families import UNTOUCHED, Stack
 
 
@@ -44,6 +45,24 @@ def check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) ->
             f"{model.config.model_type!r} describes {sorted(listed)}. Describe this variant with "
             "hf_kprune.register_family: docs/add_a_family.md"
         )
+
+
+def check_experts(layer: nn.Module, stack: Stack) -> None:
+    """Refuse experts whose weights are not where their description says, so that they could not be cut."""
+    for block in stack.blocks:
+        if block.kind != "experts" or not has(layer, block.output):
+            continue
+        if not block.slices:
+            raise UnsupportedArchitectureError(
+                f"the block of experts at {block.output!r} has no slices; name the parameters that hold "
+                "neurons there, and in which dimension: docs/add_a_family.md"
+            )
+        if not are_experts(module := layer.get_submodule(block.output)):
+            raise UnsupportedArchitectureError(
+                f"the experts at {block.output!r} are a {type(module).__name__}, which does not hold the "
+                "weights of all of them together in plain parameters, as the experts of transformers do; "
+                "replace it by what transformers loads, without quantisation or parametrisation"
+            )
 
 
 def check_nothing_left_out(model: PreTrainedModel, stacks: set[int]) -> None:

@@ -98,7 +98,8 @@ def output_of(experts: Any, features: Tensor) -> Tensor:
     """What the experts give together for features (N, E c): (N, D)."""
     count, _, width = size_of(experts)
     weight = weight_of(experts)
-    output = features.new_zeros(len(features), width)
+    nothing = features[:, :0].sum(1, keepdim=True)  # part of the graph, even where no expert has neurons
+    output = features.new_zeros(len(features), width) + nothing
     for part, columns in zip(features.chunk(count, 1), weight.chunk(count, 1), strict=True):
         tokens = part.any(1).nonzero().flatten()
         if len(tokens):
@@ -126,7 +127,8 @@ def shares(dense: Any, entry: Sequence[Tensor], target: Tensor) -> Iterator[tupl
     features, weight = features_of(dense, hidden, index, weights), weight_of(dense)
     rest = target - output_of(dense, features)
     routes = weights.new_zeros(len(hidden), count).scatter_add_(1, index, weights)
-    routes = (routes / routes.sum(1, keepdim=True)).to(rest.dtype)
+    total = routes.sum(1, keepdim=True)
+    routes = (routes / total.where(total != 0, 1)).to(rest.dtype)
     for expert, (part, columns) in enumerate(
         zip(features.chunk(count, 1), weight.chunk(count, 1), strict=True)
     ):

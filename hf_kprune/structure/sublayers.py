@@ -19,7 +19,7 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import BlockPlan, find_layers, get_size, has, stacks_of
 from . import experts
 from .configs import read
-from .coverage import check_nothing_left_out, check_projections
+from .coverage import check_experts, check_nothing_left_out, check_projections
 from .families import FAMILIES, REFUSED, Block, Stack
 from .projections import bias_of, oriented, shape_of
 from .units import UNITS, ExpertNeuron, Unit
@@ -98,6 +98,11 @@ class Sublayer:
     def bias(self) -> Tensor | None:
         """Bias of the output projection, (D,)."""
         return bias_of(self.output)
+
+    @property
+    def has_bias_columns(self) -> bool:
+        """Whether the last column of each expert is its bias."""
+        return self.shape[1] > self.num_units * self.unit_width
 
     @property
     def itemsize(self) -> int:
@@ -278,6 +283,7 @@ def _sublayers_in(
     """The sublayers of one list of layers."""
     for layer in layers:
         check_projections(owner, layer, stack)
+        check_experts(layer, stack)
     saved = [
         b for entry in stacks_of(owner.config) if entry["layers"] == stack.layers for b in entry["blocks"]
     ]
@@ -365,9 +371,7 @@ def _columns(layer: nn.Module, block: Block, unit: Unit) -> int | None:
     if not has(layer, block.output):
         return None
     output = layer.get_submodule(block.output)
-    if unit.in_experts:
-        return experts.size_of(output)[1] if experts.are_experts(output) else None
-    return shape_of(output)[1]
+    return experts.size_of(output)[1] if unit.in_experts else shape_of(output)[1]
 
 
 def _rows(live: Sequence[tuple[nn.Module, int]], block: Block, unit: Unit) -> dict[str, list[int]]:

@@ -46,7 +46,7 @@ def uniform_choices(sublayer: Sublayer) -> list[int] | None:
         return None
     accepted = []
     step = ALIGNED * sublayer.experts if sublayer.unit.in_experts else 1
-    for units in range(step, sublayer.num_units + 1, step):
+    for units in (*range(step, sublayer.num_units, step), sublayer.num_units):
         config = copy.deepcopy(sublayer.owner.config)
         _set_stock_size(config, sublayer, units)
         try:
