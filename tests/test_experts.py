@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from data import collate, normal, rows
 from models import cut_all, slow_unless_in
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import MixtralForCausalLM, PreTrainedModel
 from zoo import ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.calibration.equations import Reference, normal_equations
+from hf_kprune.errors import CalibrationError, UnsupportedArchitectureError
 from hf_kprune.methods import METHODS
+from hf_kprune.methods.base import without_bias
+from hf_kprune.methods.least_squares import NormalEquations
 from hf_kprune.methods.search import common_scores, split, threshold_search, uniform_search
 from hf_kprune.modeling_kprune import ALIGNED
 from hf_kprune.structure.experts import (
@@ -130,6 +135,28 @@ def test_the_shares_of_a_target_add_up_to_it() -> None:
     tokens, share = each[0]  # where nothing lacks, each is to give what it gives
     expected = linear(part[tokens], weight_of(experts).chunk(len(each), 1)[0])
     torch.testing.assert_close(share, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_whose_routes_weigh_nothing_has_a_share_of_nothing() -> None:
+    experts = mixtures(make("mixtral"))[0].output
+    hidden, index, weights = routed(experts)
+    weights[0] = 0
+    target = normal(20, mixture_width(experts), seed=7).float()
+    for tokens, share in shares(experts, (hidden, index, weights), target):
+        assert share.isfinite().all()
+        assert not share[tokens == 0].any()
+
+
+def test_experts_that_cannot_be_cut_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("mixtral")
+    register_parametrization(model.model.layers[1].mlp.experts, "down_proj", nn.Identity())
+    with pytest.raises(UnsupportedArchitectureError, match="'mlp.experts' are a ParametrizedMixtralExperts"):
+        find_sublayers(model)
+    (stack,) = FAMILIES["mixtral"]
+    blocks = tuple(replace(b, slices={}) if b.kind == "experts" else b for b in stack.blocks)
+    monkeypatch.setitem(FAMILIES, "mixtral", (replace(stack, blocks=blocks),))
+    with pytest.raises(UnsupportedArchitectureError, match="'mlp.experts' has no slices"):
+        find_sublayers(make("mixtral"))
 
 
 # Cuts
@@ -308,13 +335,61 @@ def test_experts_are_tuned_by_least_squares_on_their_tokens() -> None:
         torch.testing.assert_close(each.cross, a.T @ y, rtol=1e-4, atol=1e-5)
 
 
+def test_the_bias_of_an_expert_stays_where_biases_do() -> None:
+    """And its neurons are fitted to what it leaves of the target, with or without the halves of the rows."""
+    features, weight = normal(60, 5, seed=1), normal(3, 5, seed=2)
+    target = normal(60, 3, seed=3)
+    rest = target - features[:, -1:] * weight[:, -1]
+    sums, expected = [NormalEquations.zeros(c, 3, torch.device("cpu")) for c in (5, 5)], []
+    for each, rows_of in zip(sums, (slice(30), slice(30, 60)), strict=True):
+        each.add(features[rows_of], target[rows_of], target[rows_of])
+        left = NormalEquations.zeros(4, 3, torch.device("cpu"))
+        left.add(features[rows_of, :-1], rest[rows_of], target[rows_of])
+        expected.append(left)
+    reduced = without_bias(NormalEquations.joined(*sums), weight[:, -1])
+    assert reduced.halves is not None
+    for one, other in zip(
+        (reduced, *reduced.halves), (NormalEquations.joined(*expected), *expected), strict=True
+    ):
+        torch.testing.assert_close(one.tensors(), other.tensors())
+    for tune_bias in (False, True):
+        method = METHODS["kprune"](KPruneArguments(method="kprune", sparsity=0.5, tune_bias=tune_bias))
+        tuned = method.fit([NormalEquations.joined(*sums)], weight, None, 1, True).weight
+        assert torch.equal(tuned[:, -1], weight[:, -1]) == (not tune_bias)
+        columns, goal = (features, target) if tune_bias else (features[:, :-1], rest)
+        explicit = torch.linalg.lstsq(columns, goal).solution.T
+        torch.testing.assert_close(tuned[:, : explicit.shape[1]], explicit, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    slow_unless_in(
+        [{"method": "kprune"}],
+        [{"method": "kprune"}, {"tune_bias": False}, {"method": "kwon"}, {"method": "kcm"}],
+    ),
+    ids=str,
+)
+def test_biases_of_experts_stay_unless_they_are_tuned(options: dict[str, Any]) -> None:
+    subject = pruner(make("gpt_oss"), sparsity=0.3, **options)
+    subject.prune()
+    pairs = list(zip(modules(make("gpt_oss")), modules(subject.model), strict=True))
+    assert any(after.down_proj.shape != before.down_proj.shape for before, after in pairs)
+    assert all(torch.equal(after.down_proj_bias, before.down_proj_bias) for before, after in pairs)
+
+
+def test_tokens_are_those_that_reach_an_expert() -> None:
+    """Each token passes two of four experts."""
+    with pytest.raises(CalibrationError, match="21 calibration tokens.* 10 reach an expert.* the 12 columns"):
+        pruner(make("mixtral"), num_tokens=16).prune()
+
+
 def parts(experts: nn.Module, entry: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Features and columns of each expert."""
     count = len(experts.get_parameter("down_proj"))
     return features_of(experts, *entry).chunk(count, 1), weight_of(experts).chunk(count, 1)
 
 
-@pytest.mark.parametrize("method", ["surgeon", "kprune"])
+@pytest.mark.parametrize("method", slow_unless_in(["surgeon", "kwon"], ["surgeon", "kprune", "kwon", "kcm"]))
 def test_experts_without_tokens_are_named_and_keep_their_largest_weights(method: str) -> None:
     config = type(make("mixtral").config)(**{**ZOO["mixtral"][1], "num_local_experts": 6})
     torch.manual_seed(0)
@@ -365,6 +440,12 @@ def test_a_uniform_mixture_is_a_stock_model(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs_of(again, "text"), outputs_of(subject.model, "text"))
 
 
+def test_a_uniform_mixture_keeps_a_width_that_is_no_multiple() -> None:
+    subject = pruner(make("mixtral"), uniform=True, sparsity=0.0)
+    subject.prune()
+    assert subject.model.config.intermediate_size == 12 != ALIGNED
+
+
 class Interrupt(KPruneCallback):
     """Ctrl-C when a sublayer has been done."""
 
@@ -396,3 +477,13 @@ def test_what_was_pruned_is_pruned_again(tmp_path: Path) -> None:
     report = second.prune()
     assert report.sparsity >= 0.3
     assert [s.num_units for s in find_sublayers(second.model)] == [len(e.kept) for e in report.sublayers]
+
+
+def test_a_mixture_without_neurons_is_pruned_again(tmp_path: Path) -> None:
+    model = make("mixtral")
+    masks = [s.numbers < 0 if s.unit.in_experts else s.numbers >= 0 for s in find_sublayers(model)]
+    cut_all(model, masks).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    report = pruner(again, sparsity=0.3).prune()
+    assert [len(e.kept) for e in report.sublayers if e.kind == "experts"] == [0, 0, 0]
+    assert report.sparsity >= 0.3

@@ -54,6 +54,7 @@ CASES = [
     ("bert", "kprune", torch.float32, True),
     ("gpt2", "magnitude", torch.float16, True),
     ("mixtral", "surgeon", torch.float32, False),
+    ("gpt_oss", "kprune", torch.bfloat16, True),
     ("gemma2", "surgeon", torch.bfloat16, True),
 ]
 
