@@ -50,6 +50,7 @@ SUMS = (
     "measured or row_by_row or normal_equations or large_mean",
 )
 DISTANCE = ("test_calibration.py", "test_surgeon.py", "-k", "nearest_student or distance")
+EXPERTS = ("test_experts.py",)
 INPUTS = ("test_surgeon.py", "-k", "corrected")
 
 MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
@@ -101,7 +102,7 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("heads = columns[:: unit.head_dim] // unit.head_dim", "heads = columns[: len(kept)]", CUT),
     ("(bias + exact @ shift).to(bias.dtype)", "(bias - exact @ shift).to(bias.dtype)", INPUTS),
     ("rest = [p for p in parameters if id(p) not in tables]", "rest = [p for p in parameters]", SIZES),
-    ("total += 2 * numbers * s.weight.element_size()", "total += numbers * s.weight.element_size()", CACHE),
+    ("total += 2 * numbers * s.itemsize", "total += numbers * s.itemsize", CACHE),
     ("max(self.limit - spent, sum(self.forced[position:]))", "self.limit", BUDGET),
     (
         "self.c + self.a * (units.double() - self.theta).clamp(min=0)",
@@ -118,6 +119,18 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ('["absolute"] += by_sample.abs().sum(0)', '["absolute"] += by_sample.sum(0)', SUMS),
     ("square[place] += g.square().sum(0)", "square[place] += g.sum(0).square()", SUMS),
     ("return float(sums[0] / sums[1])", "return float(sums[0])", DISTANCE),
+    (
+        "columns = neurons_of(experts, expert, hidden[tokens]) * share",
+        "columns = neurons_of(experts, expert, hidden[tokens])",
+        EXPERTS,
+    ),
+    ("rest = target - output_of(dense, features)", "rest = target", EXPERTS),
+    ("total.where(total != 0, 1)", "total", EXPERTS),
+    ("level = torch.stack(of_known).mean(0)", "level = torch.stack(ranked).mean(0)", EXPERTS),
+    ("steps * (TOLERANCE * level.abs() + FAINT)", "0 * steps", EXPERTS),
+    ("torch.outer(feature[:-1], bias)", "torch.outer(feature[:-1], 0 * bias)", EXPERTS),
+    ("self.unit.routes / self.experts if", "1.0 if", EXPERTS),
+    ("or not f.any():", "or False:", EXPERTS),
 ]
 
 

@@ -157,6 +157,9 @@ def test_experts_that_cannot_be_cut_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(FAMILIES, "mixtral", (replace(stack, blocks=blocks),))
     with pytest.raises(UnsupportedArchitectureError, match="'mlp.experts' has no slices"):
         find_sublayers(make("mixtral"))
+    monkeypatch.setitem(FAMILIES, "mixtral", (replace(stack, routes="experts_of_a_token"),))
+    with pytest.raises(UnsupportedArchitectureError, match="MixtralConfig has no 'experts_of_a_token'"):
+        find_sublayers(make("mixtral"))
 
 
 # Cuts

@@ -162,7 +162,13 @@ class ExpertNeuron(Neuron):
 
     @classmethod
     def of(cls, config: object, stack: Stack, *_: Any, **__: Any) -> ExpertNeuron:
-        return cls(routes=read(config, stack.routes) or 1)
+        routes = read(config, stack.routes)
+        if routes is None:
+            raise UnsupportedArchitectureError(
+                f"{type(config).__name__} has no {stack.routes!r}, the number of experts that a token is sent "
+                "to, by which they cost; name the attribute that says it in Stack(routes=...)"
+            )
+        return cls(routes=max(routes, 1))
 
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
         return {stack.uniform["experts"]: count}
