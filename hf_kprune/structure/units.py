@@ -165,8 +165,8 @@ class ExpertNeuron(Neuron):
         routes = read(config, stack.routes)
         if routes is None:
             raise UnsupportedArchitectureError(
-                f"{type(config).__name__} has no {stack.routes!r}, the number of experts that a token is sent "
-                "to, by which they cost; name the attribute that says it in Stack(routes=...)"
+                f"{type(config).__name__} has no {stack.routes!r}, the number of experts that a token is "
+                "sent to, by which they cost; name the attribute that says it in Stack(routes=...)"
             )
         return cls(routes=max(routes, 1))
 
