@@ -51,6 +51,12 @@ def weight_of(experts: Any) -> Tensor:
     return weight
 
 
+def weight_of_one(experts: Any, expert: int) -> Tensor:
+    """The columns of one expert, (D, c), where it has no bias a view."""
+    down: Tensor = experts.down_proj[expert].T if experts.is_transposed else experts.down_proj[expert]
+    return torch.cat([down, experts.down_proj_bias[expert].unsqueeze(1)], 1) if experts.has_bias else down
+
+
 def set_weight(experts: Any, weight: Tensor) -> None:
     """Give the experts the columns of a weight (D, E c)."""
     count, neurons, _ = size_of(experts)
@@ -97,13 +103,13 @@ def features_of(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) ->
 def output_of(experts: Any, features: Tensor) -> Tensor:
     """What the experts give together for features (N, E c): (N, D)."""
     count, _, width = size_of(experts)
-    weight = weight_of(experts)
     nothing = features[:, :0].sum(1, keepdim=True)  # part of the graph, even where no expert has neurons
     output = features.new_zeros(len(features), width) + nothing
-    for part, columns in zip(features.chunk(count, 1), weight.chunk(count, 1), strict=True):
+    for expert, part in enumerate(features.chunk(count, 1)):
         tokens = part.any(1).nonzero().flatten()
         if len(tokens):
-            output.index_add_(0, tokens, linear(part[tokens], columns).to(output.dtype))
+            result = linear(part[tokens], weight_of_one(experts, expert))
+            output.index_add_(0, tokens, result.to(output.dtype))
     return output
 
 
@@ -124,16 +130,15 @@ def shares(dense: Any, entry: Sequence[Tensor], target: Tensor) -> Iterator[tupl
     """
     hidden, index, weights = entry
     count, _, _ = size_of(dense)
-    features, weight = features_of(dense, hidden, index, weights), weight_of(dense)
+    features = features_of(dense, hidden, index, weights)
     rest = target - output_of(dense, features)
     routes = weights.new_zeros(len(hidden), count).scatter_add_(1, index, weights)
     total = routes.sum(1, keepdim=True)
     routes = (routes / total.where(total != 0, 1)).to(rest.dtype)
-    for expert, (part, columns) in enumerate(
-        zip(features.chunk(count, 1), weight.chunk(count, 1), strict=True)
-    ):
+    for expert, part in enumerate(features.chunk(count, 1)):
         tokens = (index == expert).any(1).nonzero().flatten()
-        yield tokens, linear(part[tokens], columns) + routes[tokens, expert, None] * rest[tokens]
+        lack = routes[tokens, expert, None] * rest[tokens]
+        yield tokens, linear(part[tokens], weight_of_one(dense, expert)) + lack
 
 
 def magnitude_of(experts: Any) -> Tensor:
