@@ -105,11 +105,13 @@ def attentions_of(model: PreTrainedModel, kind: str) -> dict[str, list[Tensor | 
 )
 def test_an_emptied_attention_has_its_place_among_the_attention_weights(name: str, hooked: bool) -> None:
     """transformers hooks the modules that it collects weights from at the first time that it is asked for them."""
+    if name == "minimax":
+        pytest.skip("what it gives beside attention weights are states of linear attention")
     model, kind = make(name), ZOO[name][2]
     for attention in implementations(model):
         model.set_attn_implementation(attention)
         dense, model = attentions_of(model if hooked else copy.deepcopy(model), kind), copy.deepcopy(model)
-        attentions = [s for s in find_sublayers(model) if s.kind != "ffn"]
+        attentions = [s for s in find_sublayers(model) if s.unit.has_heads]
         emptied = {s.name for s in attentions if s.index == 0 or s is attentions[-1]}
         masks = [torch.full((s.num_units,), s.name not in emptied) for s in find_sublayers(model)]
         student = cut_all(model, masks)

@@ -1,4 +1,4 @@
-"""Whether a family describes all of a model: its projections, its lists of layers, and what stays as it is."""
+"""Whether a family describes all of a model: its projections, its lists of layers, what stays as it is."""
 
 from __future__ import annotations
 

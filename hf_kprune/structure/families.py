@@ -355,8 +355,8 @@ _MOE = replace(
     uniform=_HEAD_SIZES,
 )
 # heads of latent attention are rows of the projections from the latent vectors, which all heads share
-_LATENT = replace(
-    _MOE,
+_LATENT_DENSE = replace(
+    _LLAMA,
     blocks=(
         Block(
             "attention",
@@ -365,11 +365,16 @@ _LATENT = replace(
             core="self_attn",
             sizes={"self_attn.num_heads": "heads"},
         ),
-        *_MOE.blocks[1:],
+        _LLAMA_FFN,
     ),
-    untouched=(*_MOE.untouched, "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    untouched=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
     head_dim="v_head_dim",
     uniform={},
+)
+_LATENT = replace(
+    _LATENT_DENSE,
+    blocks=(_LATENT_DENSE.blocks[0], *_MOE.blocks[1:]),
+    untouched=(*_MOE.untouched, *_LATENT_DENSE.untouched),
 )
 _MOE_LAST = replace(_MOE, blocks=(_LLAMA_ATTENTION, _LLAMA_FFN, _SHARED_EXPERTS, _EXPERTS))
 _MOE_ALONE = replace(_MOE, uniform={**_HEAD_SIZES, "experts": "intermediate_size"})
@@ -1031,9 +1036,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "deepseek_v3": (_LATENT,),
     "deepseek_v32": (replace(_LATENT, untouched=(*_LATENT.untouched, "self_attn.indexer")),),
     "glm4_moe_lite": (_LATENT,),
-    "minicpm3": (replace(_LATENT, blocks=tuple(replace(block, stream=None) for block in _LATENT.blocks)),),
+    "minicpm3": (
+        replace(_LATENT_DENSE, blocks=tuple(replace(block, stream=None) for block in _LATENT_DENSE.blocks)),
+    ),
     "mistral4": (_LATENT,),
-    "youtu": (_LATENT,),
+    "youtu": (_LATENT_DENSE,),
     # language towers
     "glm4v_text": (_NORM_AFTER,),
     "qwen2_5_vl_text": (_LLAMA,),
