@@ -102,7 +102,7 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("heads = columns[:: unit.head_dim] // unit.head_dim", "heads = columns[: len(kept)]", CUT),
     ("(bias + exact @ shift).to(bias.dtype)", "(bias - exact @ shift).to(bias.dtype)", INPUTS),
     ("rest = [p for p in parameters if id(p) not in tables]", "rest = [p for p in parameters]", SIZES),
-    ("total += 2 * numbers * s.itemsize", "total += numbers * s.itemsize", CACHE),
+    ("total += numbers * s.itemsize", "total += 2 * numbers * s.itemsize", CACHE),
     ("max(self.limit - spent, sum(self.forced[position:]))", "self.limit", BUDGET),
     (
         "self.c + self.a * (units.double() - self.theta).clamp(min=0)",
