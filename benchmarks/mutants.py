@@ -51,6 +51,7 @@ SUMS = (
 )
 DISTANCE = ("test_calibration.py", "test_surgeon.py", "-k", "nearest_student or distance")
 EXPERTS = ("test_experts.py",)
+COMPOSITES = ("test_composites.py",)
 INPUTS = ("test_surgeon.py", "-k", "corrected")
 
 MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
@@ -130,6 +131,10 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("steps * (TOLERANCE * level.abs() + FAINT)", "0 * steps", EXPERTS),
     ("torch.outer(feature[:-1], bias)", "torch.outer(feature[:-1], 0 * bias)", EXPERTS),
     ("self.unit.routes / self.experts if", "1.0 if", EXPERTS),
+    ("LATENT: [self.plain + self.head_dim]", "LATENT: [self.positional + self.head_dim]", FAMILIES),
+    ("width = 2 * self.width if layout ==", "width = self.width if layout ==", FAMILIES),
+    ("all(len(tensor) == len(picked) for tensor in inputs[0].values())", "len(picked)", COMPOSITES),
+    ("if not failed and bool(factor.isfinite().all())", "if not failed", LEAST_SQUARES),
     ("or not f.any():", "or False:", EXPERTS),
 ]
 
