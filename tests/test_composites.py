@@ -188,7 +188,7 @@ PACKING: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {},
     "qwen3_vl": {},
     "glm4v": {},
-    "qwen3_5": DELTA,
+    "qwen3_5": {**HEAD_DIM, **DELTA},
     "qwen3_vl_moe": {**MOE, "head_dim": 4},
     "qwen3_5_moe": {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8},
 }
@@ -219,7 +219,13 @@ def packing(model_type: str) -> PreTrainedModel:
     tokens = {"image_token_id": IMAGE_TOKEN, "video_token_id": 71, "vision_start_token_id": 72}
     config = AutoConfig.for_model(
         model_type,
-        text_config={**HEAD_DIM, **PACKING[model_type], "vocab_size": 80, "rope_parameters": rope},
+        text_config={
+            **HEAD_DIM,
+            "num_hidden_layers": 2,
+            **PACKING[model_type],
+            "vocab_size": 80,
+            "rope_parameters": rope,
+        },
         vision_config=vision,
         vision_end_token_id=73,
         **tokens,
@@ -232,7 +238,7 @@ def packing(model_type: str) -> PreTrainedModel:
     return model
 
 
-def packed_rows(count: int = 40) -> list[dict[str, Any]]:
+def packed_rows(count: int) -> list[dict[str, Any]]:
     """Texts around an image each, of several sizes."""
     generator = torch.Generator().manual_seed(0)
     data = []
@@ -277,13 +283,13 @@ def pack(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def test_the_language_tower_is_pruned_beside_one_of_packed_images(
     model_type: str, images: bool, tmp_path: Path
 ) -> None:
-    results, data = [], packed_rows()
+    results, data = [], packed_rows(20)
     if not images:
         data = [{"input_ids": [token for token in row["input_ids"] if token < IMAGE_TOKEN]} for row in data]
     for size in (1, 6):
         model = packing(model_type)
         args = KPruneArguments(
-            sparsity=0.3, num_tokens=300, per_device_batch_size=size, disable_tqdm=True, use_cpu=True
+            sparsity=0.3, num_tokens=150, per_device_batch_size=size, disable_tqdm=True, use_cpu=True
         )
         with pytest.warns(UserWarning, match="model.visual is left alone, as its layers read the patches"):
             report = KPrunePruner(model, args, data, pack if images else None).prune()

@@ -175,6 +175,10 @@ LATENT_MOE: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+ROTATING: dict[str, Any] = {
+    **HEAD_DIM,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0},
+}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -386,6 +390,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8},
         "text",
     ),
+    "qwen2_vl_text": ("Qwen2VLTextModel", ROTATING, "text"),
+    "qwen2_5_vl_text": ("Qwen2_5_VLTextModel", ROTATING, "text"),
+    "qwen3_vl_text": ("Qwen3VLTextModel", ROTATING, "text"),
+    "qwen3_vl_moe_text": ("Qwen3VLMoeTextModel", {**ROTATING, **MOE, "head_dim": 4}, "text"),
+    "glm4v_text": ("Glm4vTextModel", ROTATING, "text"),
     "qwen3_next": (
         "Qwen3NextForCausalLM",
         {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
