@@ -133,7 +133,7 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("self.unit.routes / self.experts if", "1.0 if", EXPERTS),
     ("LATENT: [self.plain + self.head_dim]", "LATENT: [self.positional + self.head_dim]", FAMILIES),
     ("width = 2 * self.width if layout ==", "width = self.width if layout ==", FAMILIES),
-    ("all(len(tensor) == len(picked) for tensor in inputs[0].values())", "len(picked)", COMPOSITES),
+    ("all(tensor.shape[:1] == (len(picked),) for tensor in inputs[0].values())", "len(picked)", COMPOSITES),
     ("if not failed and bool(factor.isfinite().all())", "if not failed", LEAST_SQUARES),
     ("or not f.any():", "or False:", EXPERTS),
 ]

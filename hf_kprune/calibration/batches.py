@@ -147,7 +147,7 @@ def collated(
     for first in range(0, len(numbers), size):
         picked = list(numbers[first : first + size])
         inputs = collate([rows.rows[i] for i in picked])
-        if all(len(tensor) == len(picked) for tensor in inputs[0].values()):
+        if all(tensor.shape[:1] == (len(picked),) for tensor in inputs[0].values()):
             yield picked, inputs
         else:
             yield from (([i], collate([rows.rows[i]])) for i in picked)
