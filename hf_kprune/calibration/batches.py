@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,7 +39,7 @@ from ..structure.probes import matrix_flops
 from ..structure.runs import run_to_bottom
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
-from .collate import Collator, collate
+from .collate import Collator, Inputs, batches_of, collate
 from .nested import Row
 from .rows import Rows, TokensPerRow, row_length
 
@@ -132,27 +132,6 @@ def untimed(_: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-Inputs = tuple[dict[str, Tensor], Tensor | None]
-"""Of a batch: what the model is called with, and which tokens count if some do not."""
-
-
-def collated(
-    rows: Rows, numbers: Sequence[int], size: int, collate: Callable[[list[Any]], Inputs]
-) -> Iterator[tuple[list[int], Inputs]]:
-    """Batches of rows: the numbers of at most `size` rows, and the inputs that they make.
-
-    A row is a batch by itself where inputs of several do not lie row by row, as the patches of all images do
-    that some models take as one sequence: no part of such a batch could be told from the rest.
-    """
-    for first in range(0, len(numbers), size):
-        picked = list(numbers[first : first + size])
-        inputs = collate([rows.rows[i] for i in picked])
-        if all(tensor.shape[:1] == (len(picked),) for tensor in inputs[0].values()):
-            yield picked, inputs
-        else:
-            yield from (([i], collate([rows.rows[i]])) for i in picked)
-
-
 class Calibration:
     """The calibration data of one process, and what is summed over them.
 
@@ -195,7 +174,7 @@ class Calibration:
                 range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i)
             )
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
-            for picked, (inputs, counted) in collated(rows, mine, args.per_device_batch_size, collate):
+            for picked, (inputs, counted) in batches_of(rows, mine, args.per_device_batch_size, collate):
                 batch = self._batch(model, inputs, counted)
                 batch.rows, batch.measured = picked, start < rows.measured
                 batch.sampled = start < self.sample

@@ -26,16 +26,8 @@ from .states import ENDING, States, load
 
 OF_BUDGETS = (
     *("sparsity", *TARGETS, "latency_batch_size", "latency_length", "uniform"),
-    *(
-        "prune_heads",
-        "prune_ffn",
-        "prune_experts",
-        "min_heads",
-        "min_neurons",
-        "round_to",
-        "tune",
-        "tune_inputs",
-    ),
+    *("prune_heads", "prune_ffn", "prune_experts", "min_heads", "min_neurons", "round_to"),
+    *("tune", "tune_inputs"),
     *("flops_length", "metric", "number of evaluation rows"),
 )
 """Facts that measurements do not depend on."""

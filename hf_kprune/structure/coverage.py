@@ -16,13 +16,10 @@ from .families import UNTOUCHED, Stack
 
 def untouched(model: PreTrainedModel) -> dict[str, str]:
     """The towers of a model that stay as they are, by path, and why."""
-    towers = {
+    return {
         name + ".": UNTOUCHED[module.config.model_type]
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.config.model_type in UNTOUCHED
-    }
-    return {
-        path: why for path, why in towers.items() if not any(path != o and path.startswith(o) for o in towers)
     }
 
 
@@ -68,12 +65,11 @@ def check_experts(layer: nn.Module, stack: Stack) -> None:
 def check_nothing_left_out(model: PreTrainedModel, stacks: set[int]) -> None:
     """A budget is meant for the whole model: refuse if there are layers that no stack names, which have these
     ids."""
-    apart = tuple(untouched(model))
     for name, layers in _lists_beside(stacks, model):
-        if name.startswith(apart):
-            continue
         holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in layers.modules())
-        if holds_projections and not isinstance(layers[0], nn.Linear):
+        if not holds_projections or isinstance(layers[0], nn.Linear):
+            continue
+        if not name.startswith(tuple(untouched(model))):
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} "
                 "does not describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"

@@ -412,16 +412,15 @@ _LLAMA_GATED = replace(
     _LLAMA_ATTENTION,
     inputs={"self_attn.q_proj": "2q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
 )
+_QWEN3_NEXT = replace(
+    _MOE, blocks=(_LLAMA_GATED, *_MOE.blocks[1:]), untouched=(*_MOE.untouched, "linear_attn")
+)
 _BAMBA_FFN = _ffn("feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj", "pre_ff_layernorm")
 _BAMBA = replace(_LLAMA, blocks=(_LLAMA_ATTENTION, _BAMBA_FFN), untouched=("mamba",), returns=("y", None))
 _LFM2 = replace(
     _LLAMA,
     blocks=(
-        _attention(
-            "self_attn",
-            "self_attn.out_proj",
-            sizes={"self_attn.num_key_value_groups": "groups"},
-        ),
+        _attention("self_attn", "self_attn.out_proj", sizes={"self_attn.num_key_value_groups": "groups"}),
         _ffn("feed_forward.w1 feed_forward.w3", "feed_forward.w2", "ffn_norm"),
     ),
     untouched=("conv",),
@@ -449,11 +448,7 @@ _RECURRENT_GEMMA = replace(
 _NEMOTRON_H = replace(
     _LLAMA,
     blocks=(
-        _attention(
-            "mixer",
-            "mixer.o_proj",
-            sizes={"mixer.num_key_value_groups": "groups"},
-        ),
+        _attention("mixer", "mixer.o_proj", sizes={"mixer.num_key_value_groups": "groups"}),
         _ffn("mixer.up_proj", "mixer.down_proj", ""),
         _ffn("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj", None),
     ),
@@ -1077,12 +1072,8 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "nemotron_h": (_NEMOTRON_H,),
     "olmo_hybrid": (replace(_OLMO2, untouched=("linear_attn",)),),
     "qwen3_5_text": (replace(_LLAMA, blocks=(_LLAMA_GATED, _LLAMA_FFN), untouched=("linear_attn",)),),
-    "qwen3_5_moe_text": (
-        replace(_MOE, blocks=(_LLAMA_GATED, *_MOE.blocks[1:]), untouched=(*_MOE.untouched, "linear_attn")),
-    ),
-    "qwen3_next": (
-        replace(_MOE, blocks=(_LLAMA_GATED, *_MOE.blocks[1:]), untouched=(*_MOE.untouched, "linear_attn")),
-    ),
+    "qwen3_5_moe_text": (_QWEN3_NEXT,),
+    "qwen3_next": (_QWEN3_NEXT,),
     "recurrent_gemma": (_RECURRENT_GEMMA,),
     # conformers
     "parakeet_encoder": (_PARAKEET,),

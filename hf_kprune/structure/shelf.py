@@ -19,7 +19,9 @@ SHARE = 16
 
 def room_on(device: torch.device) -> int:
     """Bytes of states that a shelf keeps on a device."""
-    return torch.cuda.mem_get_info(device)[1] // SHARE if device.type == "cuda" else MEMORY
+    if device.type != "cuda":
+        return MEMORY
+    return torch.cuda.get_device_properties(device).total_memory // SHARE
 
 
 class InFile:
