@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,35 @@ def test_states_in_files_are_states_in_memory_and_leave_nothing_behind(
     gc.collect()
     assert paths
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be killed so there")
+def test_the_files_of_a_killed_process_are_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("hf_kprune.files.scratch.FRESH", 0.0)
+    not_ours = tmp_path / "hf_kprune-of-somebody"
+    not_ours.mkdir()
+    alive = Folder()
+    alive.write({"x": torch.ones(3)})
+    child = os.fork()
+    if child == 0:
+        lost = Folder()
+        lost.write({"y": torch.ones(3)})
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.glob("hf_kprune-*/*/*.safetensors"))) == 2
+    child = os.fork()
+    if (
+        child == 0
+    ):  # what ends in a proper way takes away its files, and none of the process that it is a fork of
+        other = Folder()
+        other.write({"z": torch.ones(3)})
+        del other
+        os._exit(len(list(tmp_path.iterdir())))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert len(list(tmp_path.glob("hf_kprune-*/*/*.safetensors"))) == 1
+    del alive
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [not_ours]

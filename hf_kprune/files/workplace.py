@@ -87,9 +87,9 @@ def take(folder: Path, target: Path) -> int:
             os.close(lock)
 
 
-def flock(lock: int) -> None:
+def flock(lock: int) -> bool:
     """Lock an open file until it is closed, by the end of the process if need be. `BlockingIOError` if
-    another one has it.
+    another one has it. False, with a warning, where the file system has no locks.
     """
     try:
         if sys.platform == "win32":
@@ -106,6 +106,8 @@ def flock(lock: int) -> None:
         logger.warning(
             "this file system has no locks (%s): let no other process save to the same place", error.strerror
         )
+        return False
+    return True
 
 
 def leave(folder: Path, lock: int) -> None:

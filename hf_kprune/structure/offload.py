@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -15,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ..files.scratch import Scratch, remove, scratch
 
 
 MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
@@ -41,6 +42,7 @@ class Folder:
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.scratch: Scratch | None = None
         self.count = 0
 
     def __deepcopy__(self, memo: object) -> Folder:
@@ -49,8 +51,9 @@ class Folder:
     def place(self) -> Path:
         """The path of the folder, which is there from now on."""
         if self.path is None:
-            self.path = Path(tempfile.mkdtemp(prefix="hf_kprune-"))
-            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+            self.scratch = scratch()
+            self.path = self.scratch.folder()
+            weakref.finalize(self, remove, self.path, os.getpid())
         return self.path
 
     def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
