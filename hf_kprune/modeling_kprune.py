@@ -504,7 +504,9 @@ def check_plan(stack: StackPlan, layers: nn.ModuleList) -> None:
         if len(kept) != len(layers):
             raise CheckpointError(f"{where} lists {len(kept)} layers for {kind}, the model has {len(layers)}")
         for index, (layer, units) in enumerate(zip(layers, kept, strict=True)):
-            if units is None and not has(layer, output_of(block)):
+            others = (b for b in stack["blocks"] if b is not block and output_of(b) == output_of(block))
+            apart = any(other["kept"][index : index + 1] not in ([], [None]) for other in others)
+            if units is None and (apart or not has(layer, output_of(block))):
                 continue
             for path, size, width, fixed in dense_sizes(layer, block):
                 if size != of * width + fixed:

@@ -14,8 +14,10 @@ from checks import by_column, logits, masked
 from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, shallow, slow_unless_in, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from zoo import GEMMA4
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
+from hf_kprune.structure.configs import at_layer
 from hf_kprune.structure.families import FAMILIES, Kind
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut
@@ -71,6 +73,35 @@ def test_cut_equals_masked_in_sdpa_and_in_eager(model_type: str) -> None:
         model.set_attn_implementation(attention)
         assert model.config._attn_implementation == attention
         check_cut_equals_masked(model, "SEQUENCE_CLASSIFICATION")
+
+
+def test_layers_of_other_sizes_have_units_of_their_own() -> None:
+    """Heads as the config of each layer says, and FFNs as wide as they are in it: each has its own entry in the plan."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma4_text", **{**GEMMA4, "intermediate_size": 8})
+    model: Any = transformers.Gemma4ForCausalLM(config).eval()
+    wide = transformers.Gemma4ForCausalLM(
+        AutoConfig.for_model("gemma4_text", **{**GEMMA4, "intermediate_size": 16})
+    )
+    model.model.layers[2].mlp = wide.model.layers[2].mlp
+    sublayers = find_sublayers(model)
+    sizes = [(s.unit.heads, s.unit.head_dim, s.num_units, s.plan["of"]) for s in sublayers]
+    assert sizes == [(2, 4, 2, 2), (1, 1, 8, 8), (1, 8, 4, 4), (1, 1, 8, 8), (1, 8, 4, 4), (1, 1, 16, 16)]
+    assert not hasattr(cut_all(model, [torch.ones(s.num_units).bool() for s in sublayers]).config, "kprune")
+    masks = [torch.arange(s.num_units) % 2 == 0 for s in sublayers]
+    student = cut_all(model, masks)
+    kept = [block["kept"] for block in student.config.kprune["stacks"][0]["blocks"]]
+    assert kept == [[1, None, None], [4, 4, None], [None, 2, 2], [None, None, 8]]
+    with masked(sublayers, by_column(sublayers, masks)):
+        expected = model(torch.arange(4, 12)[None]).logits
+    torch.testing.assert_close(student(torch.arange(4, 12)[None]).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_may_list_the_heads_of_each_layer() -> None:
+    config: Any = PreTrainedConfig(num_attention_heads=[4, 8], hidden_size=16, head_dim=2)
+    layers = [at_layer(config, index, ("num_attention_heads", "head_dim", "missing")) for index in (0, 1)]
+    assert [(layer.num_attention_heads, layer.head_dim) for layer in layers] == [(4, 2), (8, 2)]
+    assert at_layer(config, 0, ("head_dim",)) is config
 
 
 @pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)

@@ -37,6 +37,17 @@ FALCON: dict[str, Any] = {
     "num_attention_heads": 4,
     "ffn_hidden_size": 12,
 }
+GEMMA4: dict[str, Any] = {
+    **DECODER,
+    "head_dim": 4,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "vocab_size_per_layer_input": 60,
+    "hidden_size_per_layer_input": 4,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
 MOE: dict[str, Any] = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 SHARED_MOE: dict[str, Any] = {
     **MOE,
@@ -224,6 +235,20 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("GemmaForCausalLM", HEAD_DIM, "text"),
     "gemma2": ("Gemma2ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "gemma3_text": ("Gemma3ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
+    "gemma4_text": ("Gemma4ForCausalLM", GEMMA4, "text"),
+    "gemma4_text:experts": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": False,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 8,
+        },
+        "text",
+    ),
     "glm": ("GlmForCausalLM", {**HEAD_DIM, "attention_bias": True}, "text"),
     "glm4": ("Glm4ForCausalLM", HEAD_DIM, "text"),
     "glm4_moe": ("Glm4MoeForCausalLM", {**SHARED_MOE, "use_qk_norm": True}, "text"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import ConfigView
 
 
 def read(config: object, name: str) -> Any:
@@ -19,6 +21,21 @@ def read(config: object, name: str) -> Any:
         raise UnsupportedArchitectureError(
             f"the layers differ in {name}, for which {type(config).__name__} has no one value"
         ) from error
+
+
+def at_layer(config: Any, index: int, names: Sequence[str]) -> Any:
+    """What a config says of one layer.
+
+    Args:
+        config: That of the model.
+        index: The number of the layer.
+        names: Attributes that may be lists with a value for each layer.
+    """
+    if getattr(config, "is_heterogeneous", False):  # then Transformers keeps a config for each layer
+        return config.per_layer_config[index]
+    values = {name: read(config, name) for name in names}
+    lists = {name: value[index] for name, value in values.items() if isinstance(value, (list, tuple))}
+    return ConfigView(config, lists) if lists else config
 
 
 def ask(config: object, name: str) -> Any:

@@ -344,6 +344,14 @@ def _experts(module: str = "mlp.experts", stream: str | None = "post_attention_l
 
 
 _EXPERTS = _experts()
+_GEMMA4 = replace(
+    _NORM_AFTER,
+    blocks=(*_NORM_AFTER.blocks, _experts("experts", None)),
+    untouched=("router", "per_layer_input_gate", "per_layer_projection"),
+    routes="top_k_experts",
+    refuses={"num_kv_shared_layers": "later layers read keys and values that earlier ones have made"},
+    uniform={},
+)
 _SHARED_EXPERT, _SHARED_EXPERTS = (
     _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)
     for shared in ("shared_expert", "shared_experts")
@@ -850,6 +858,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "gemma": (_LLAMA,),
     "gemma2": (_NORM_AFTER,),
     "gemma3_text": (_NORM_AFTER,),
+    "gemma4_text": (_GEMMA4,),
     "glm": (_LLAMA,),
     "glm4": (_NORM_AFTER,),
     "glm4_moe": (_MOE,),

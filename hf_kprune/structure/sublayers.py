@@ -6,7 +6,7 @@ Shapes: U units of a sublayer, C = U * unit_width columns, D the width of the re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import cast
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import BlockPlan, find_layers, get_size, has, stacks_of
+from ..modeling_kprune import BlockPlan, find_layers, has
 from . import experts
 from .configs import read
 from .coverage import check_experts, check_nothing_left_out, check_projections
 from .families import FAMILIES, REFUSED, Block, Stack
+from .plans import plans_of
 from .projections import bias_of, oriented, shape_of
-from .units import UNITS, ExpertNeuron, Unit
+from .units import ExpertNeuron, Unit
 
 
 LEFT_ALONE = "kprune_left_alone"
@@ -39,7 +40,7 @@ class Sublayer:
         layers: The list that its layer is in.
         stack: How its family describes that list.
         block: How its family describes it.
-        plan: The entry of this block in `config.kprune`, which all layers of the stack share.
+        plan: The entry of this block in `config.kprune`, which all layers share whose units are alike.
         index: The place of its layer in the list, and in the plan.
         unit: What one of its units is.
     """
@@ -284,16 +285,9 @@ def _sublayers_in(
     for layer in layers:
         check_projections(owner, layer, stack)
         check_experts(layer, stack)
-    saved = [
-        b for entry in stacks_of(owner.config) if entry["layers"] == stack.layers for b in entry["blocks"]
+    plans = [
+        entry for block in stack.blocks for entry in plans_of(owner.config, stack, layers, block, head_unit)
     ]
-    plans = []
-    for block in stack.blocks:
-        alike = (p for p in saved if block.output in p["columns"] or p["kind"] == block.kind == "experts")
-        before = next(alike, None)
-        chosen = head_unit or (before.get("by", "group") if before else "group")
-        unit = UNITS[block.kind].of(owner.config, stack, block, chosen)
-        plans.append((block, unit, _block_plan(layers, block, unit, chosen, before)))
     reads_nothing = find_layers(owner, stack.reads) is None
     if reads_nothing and path and any(block.kind == "cross_attention" for block in stack.blocks):
         raise UnsupportedArchitectureError(
@@ -309,92 +303,3 @@ def _sublayers_in(
             suffix = f"_{numbers[block.kind]}" if numbers[block.kind] > 1 else ""
             name = f"{path}{stack.layers}.{index}.{block.kind}{suffix}"
             yield Sublayer(name, owner, layers, stack, block, plan, index, unit)
-
-
-def _block_plan(
-    layers: nn.ModuleList, block: Block, unit: Unit, head_unit: str, before: BlockPlan | None
-) -> BlockPlan:
-    """The entry of `config.kprune` for a block, with the sizes that the layers have now.
-
-    Args:
-        layers: All layers of the stack.
-        block: One of its blocks.
-        unit: What a unit of it is.
-        head_unit: The option that says so.
-        before: The entry that the config has already; None for a dense model.
-    """
-    if before is not None and unit.heads > 1 and before["by"] != head_unit:
-        raise UnsupportedArchitectureError(
-            f"head_unit is {head_unit!r}, but this model was pruned by {before['by']!r} before; keep to that"
-        )
-    columns = [_columns(layer, block, unit) for layer in layers]
-    if odd := {count for count in columns if count and count % unit.width}:
-        raise UnsupportedArchitectureError(
-            f"{block.output} reads {min(odd)} features, which heads of {unit.width} do not make up; the "
-            "config tells another size of heads than the layers have"
-        )
-    kept = [None if count is None else count // unit.width for count in columns]
-    live = [(layer, units) for layer, units in zip(layers, kept, strict=True) if units is not None]
-    plan: BlockPlan = {
-        "kind": block.kind,
-        "by": head_unit,
-        "of": max((units for _, units in live), default=0),
-        "kept": kept,
-        "rows": _rows(live, block, unit),
-        "columns": {} if unit.in_experts else {block.output: unit.width},
-        "heads": unit.heads,
-        "sizes": {path: unit.sizes[size] for path, size in block.sizes.items() if unit.sizes[size]},
-        "core": block.core,
-        "returns": list(block.returns) if isinstance(block.returns, tuple) else block.returns,
-        "table": {block.table: unit.heads} if block.table else {},
-        "slices": {
-            path: [int(dim), value.shape[int(dim)] // units]
-            for path, dim in block.slices.items()
-            for layer, units in live
-            if units and (value := get_size(layer, path)) is not None
-        },
-        "select": {
-            argument: [str(where), [list(range((units or 0) * unit.heads)) for units in kept]]
-            for argument, where in block.select.items()
-        },
-    }
-    if not block.weights:
-        plan["weights"] = False
-    if before is not None:
-        plan["of"], plan["select"] = before["of"], before["select"]
-        plan["rows"], plan["slices"] = before["rows"], before["slices"]
-    return plan
-
-
-def _columns(layer: nn.Module, block: Block, unit: Unit) -> int | None:
-    """Columns of the output projection of a block, of experts those of each; None if a layer lacks it."""
-    if not has(layer, block.output):
-        return None
-    output = layer.get_submodule(block.output)
-    return experts.size_of(output)[1] if unit.in_experts else shape_of(output)[1]
-
-
-def _rows(live: Sequence[tuple[nn.Module, int]], block: Block, unit: Unit) -> dict[str, list[int]]:
-    """For each input projection of a block, its rows for each unit, and those that are there for none.
-
-    Args:
-        live: The layers that have the block, each with the units that it has now.
-        block: Its `inputs` name the projections.
-        unit: What a unit is.
-    """
-    rows = {}
-    for path, layout in block.inputs.items():
-        width = unit.rows(layout, 1).shape[1]
-        fixed = {
-            oriented(layer.get_submodule(path)).shape[0] - units * width
-            for layer, units in live
-            if has(layer, path)
-        }
-        if width and len(fixed) > 1:
-            raise UnsupportedArchitectureError(
-                f"the layers differ in the size of {path} beyond what their heads or neurons account for, "
-                "which no description covers: docs/add_a_family.md"
-            )
-        if width and fixed:
-            rows[path] = [width, fixed.pop()]
-    return rows
