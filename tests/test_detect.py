@@ -438,7 +438,8 @@ def test_what_a_user_registers_is_proved_too(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_size_that_differs_from_layer_to_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 4's config raises on a plain read of it: what it raises is chained, and never the reason given."""
-    monkeypatch.delitem(hf_kprune.structure.families.FAMILIES, "gemma4_text")  # as a type would be that is not listed
+    families = hf_kprune.structure.families.FAMILIES
+    monkeypatch.delitem(families, "gemma4_text")  # as a type would be that is not listed
     layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
     config = {**DECODER, **layers, "head_dim": 4, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
     model = Gemma4ForCausalLM(Gemma4TextConfig(**config, vocab_size_per_layer_input=60))
