@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from hf_kprune import KPruneArguments
 from hf_kprune.calibration.draw import draw_rows
+from hf_kprune.entries import SublayerReport
 from hf_kprune.modeling_kprune import shrink_layer
-from hf_kprune.report import PruningReport, SublayerReport
+from hf_kprune.report import PruningReport
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.version import versions
 

@@ -9,6 +9,7 @@ from .budgets import BudgetWarning
 from .callbacks import KPruneCallback
 from .checkpoint.legacy import from_legacy
 from .checkpoint.patches import install
+from .entries import SublayerReport
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -20,7 +21,7 @@ from .errors import (
 )
 from .methods import Method, Statistics, register_method
 from .pruner import KPrunePruner
-from .report import PruningReport, SublayerReport
+from .report import PruningReport
 from .structure.detect import describe
 from .structure.families import Block, Stack, register_family
 from .version import __version__

@@ -24,10 +24,10 @@ from .calibration.distance import Judge
 from .calibration.equations import Reference, Sample, input_equations, normal_equations
 from .calibration.knowledge import Knowledge
 from .calibration.measure import measure_knowledge, tops_of
+from .entries import SublayerReport
 from .methods import Method, Statistics
 from .methods.least_squares import correct_drift
 from .methods.search import split
-from .report import SublayerReport
 from .structure.hooks import State
 from .structure.sublayers import Sublayer
 from .structure.surgery import correct_inputs, frozen, has_bias, in_unit_order, set_output

@@ -82,8 +82,8 @@ class KPruneArguments:
     > Where to, and what is shown
 
     `output_dir`, `overwrite_output_dir`, `max_shard_size`, `disable_tqdm`, `verbose`, `report_to`,
-    `run_name`, `per_device_eval_batch_size`, `push_to_hub`, `hub_model_id`, `hub_token`, `hub_private_repo`,
-    `hub_revision`, `use_cpu`.
+    `run_name`, `html_report`, `card_metadata`, `per_device_eval_batch_size`, `push_to_hub`, `hub_model_id`,
+    `hub_token`, `hub_private_repo`, `hub_revision`, `use_cpu`.
 
     Raises:
         ArgumentError: If a value cannot be.
@@ -266,7 +266,17 @@ class KPruneArguments:
         "Send figures to these trackers, as in TrainingArguments: tensorboard, wandb, ... or none.",
     )
     run_name: str | None = option(None, "Give the run this name in report_to.")
+    html_report: bool = option(
+        False,
+        "Write a page beside the checkpoint, kprune_report.html, that shows what was done. Its pictures take "
+        "matplotlib.",
+    )
     use_cpu: bool = option(False, "Prune on the CPU even if there is an accelerator.")
+    card_metadata: dict[str, Any] | str | None = option(
+        None,
+        "Write these fields into the head of the model card, such as license, language, tags or datasets. "
+        "They are a dict, or JSON on the command line. By default they are those of the dense model's card.",
+    )
 
     push_to_hub: bool = option(False, "Push the checkpoint to the Hub when it is saved.")
     hub_model_id: str | None = option(

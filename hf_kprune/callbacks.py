@@ -15,8 +15,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .arguments import KPruneArguments
+from .entries import SublayerReport
 from .errors import ArgumentError
-from .report import PruningReport, SublayerReport
+from .report import PruningReport
 
 
 class KPruneCallback:

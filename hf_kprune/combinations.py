@@ -30,6 +30,7 @@ class Options(Protocol):
 
     method: str
     method_kwargs: dict[str, Any] | str | None
+    card_metadata: dict[str, Any] | str | None
     prune_heads: bool
     prune_ffn: bool
     prune_experts: bool
@@ -52,6 +53,7 @@ def check_combinations(args: Options) -> None:
     near = suggestion(args.method, METHODS)
     check("method", args.method in METHODS, f"one of {', '.join(METHODS)}{near}")
     check_method_kwargs(args)
+    args.card_metadata = from_json("card_metadata", args.card_metadata, '{"license": "mit"}') or None
     tokens = args.num_measure_tokens
     check("num_measure_tokens", tokens is None or 1 <= tokens <= args.num_tokens, "from 1 to num_tokens")
     names = args.text_columns is None or bool(args.text_columns and all(args.text_columns))

@@ -34,6 +34,24 @@ def evaluate(pruner: Pruner, dataset: Any, ignore_keys: list[str] | None, prefix
     return metrics
 
 
+def keep_figures(pruner: Pruner, metrics: dict[str, float], prefix: str) -> None:
+    """Keep the figures of the model as it is now for its report and its card."""
+    figures = {
+        name.removeprefix(f"{prefix}_"): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, float) and not name.endswith(("runtime", "_per_second", "time"))
+    }
+    if pruner.report is None:
+        pruner.metrics = figures
+    else:
+        pruner.report.metrics["after"] = figures
+
+
+def figures_of(pruner: Pruner) -> dict[str, float]:
+    """The figures of the model as it is now; none if they were not measured."""
+    return pruner.metrics if pruner.report is None else pruner.report.metrics.get("after", {})
+
+
 @contextmanager
 def trainer_of(pruner: Pruner) -> Iterator[Trainer]:
     """Within this context, a `Trainer` of the model of a pruner, which is as before when it ends."""

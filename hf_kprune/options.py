@@ -96,7 +96,9 @@ def check_values(options: object) -> None:
             expect(options, name, value in (*others, last), f"{', '.join(others)} or {last}")
 
 
-def from_json(name: str, value: dict[str, object] | str | None) -> dict[str, Any]:
+def from_json(
+    name: str, value: dict[str, object] | str | None, example: str = '{"mu": 64}'
+) -> dict[str, Any]:
     """The options in a dict, or in one that is JSON, as a command line has it. None is no options.
 
     Raises:
@@ -109,7 +111,5 @@ def from_json(name: str, value: dict[str, object] | str | None) -> dict[str, Any
     except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
-        raise ArgumentError(
-            f"{name} is {show(value)}, expected a dict, or one as JSON, such as '{{\"mu\": 64}}'"
-        )
+        raise ArgumentError(f"{name} is {show(value)}, expected a dict, or one as JSON, such as '{example}'")
     return options

@@ -34,6 +34,7 @@ from .calibration.tasks import knowledge_loss, text_inputs
 from .checkpoint.lineage import earlier_cuts, write_cuts
 from .combinations import TIMES
 from .errors import ArgumentError
+from .evaluation import figures_of
 from .latency.table import LatencyTable
 from .memory import Memory, memory_of
 from .methods import METHODS
@@ -60,7 +61,15 @@ logger = logging.get_logger(__name__)
 PLAN_TOKENS = 2_000
 """Tokens that a plan measures at most."""
 
-MAY_DIFFER = ("output_dir", "overwrite_output_dir", "disable_tqdm", "report_to", "run_name")
+MAY_DIFFER = (
+    "output_dir",
+    "overwrite_output_dir",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "html_report",
+    "card_metadata",
+)
 """Options that change nothing of the result, and that some scripts set on the main process only."""
 
 MAY_CHANGE = (
@@ -331,6 +340,7 @@ class Run:
         model, pruning, calibration = self.model, self.pruning, self.pruning.calibration
         sublayers, lengths = find_sublayers(model, args.head_unit), calibration.flops_lengths
         place = None if args.output_dir is None else public_name(args.output_dir)
+        figures = figures_of(self.pruner)
         report = PruningReport(
             model=f"{public_name(model.config.name_or_path or 'a model')} ({type(model).__name__})",
             method=args.method,
@@ -345,6 +355,7 @@ class Run:
             versions=versions(),
             device=f"{self.pruner.accelerator.device}, {self.pruner.accelerator.num_processes} process(es)",
             lineage=earlier_cuts(model, self.pruner.report),
+            metrics={"before": figures} if figures else {},
         )
         if self.dry:
             report.estimate, counts = self.estimate(METHODS[args.method])

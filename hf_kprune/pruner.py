@@ -16,7 +16,7 @@ from .calibration.knowledge import KnowledgeLoss
 from .calibration.sources import check_processing_class, check_rows
 from .callbacks import CallbackHandler, KPruneCallback, default_callbacks
 from .checkpoint.loading import Offload, check_is_model, check_offload, load_model, load_tokenizer
-from .evaluation import evaluate, trainer_of
+from .evaluation import evaluate, keep_figures, trainer_of
 from .hyperparameters import Search
 from .preparation import Run, warn_of
 from .publication import push, save, tell_of_the_save, write_card
@@ -115,6 +115,7 @@ class KPrunePruner:
         self.eval_dataset, self.compute_metrics = eval_dataset, compute_metrics
         self.compute_loss = compute_loss
         self.report: PruningReport | None = None
+        self.metrics: dict[str, float] = {}  # before pruning
         self.states: States | None = None  # of the run that made the model what it is, until it is saved
         self.checkpoint: str | None = None  # where the model was saved as it is now
         self.callback_handler = CallbackHandler(default_callbacks(self.args))
@@ -316,7 +317,10 @@ class KPrunePruner:
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_rows("eval_dataset", dataset)
-        return evaluate(self, dataset, ignore_keys, metric_key_prefix)
+        metrics = evaluate(self, dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            keep_figures(self, metrics, metric_key_prefix)
+        return metrics
 
     @checked_arguments()
     def predict(

@@ -21,9 +21,10 @@ from .calibration.batches import Calibration
 from .calibration.checks import check_walk
 from .calibration.knowledge import Knowledge
 from .calibration.measure import measure_dense, measure_knowledge
+from .entries import Size, SublayerReport
 from .methods import METHODS, Method, Statistics
 from .progress import Work
-from .report import PruningReport, Size, SublayerReport
+from .report import PruningReport
 from .resumption import Record
 from .seconds import Seconds, now, pace_of, seconds_beyond, steps_of
 from .sizes import prunable_flops

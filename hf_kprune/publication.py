@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .checkpoint.hub import check_card_place, check_push, model_card, push_folder
+from .checkpoint.card import model_card, write_picture
+from .checkpoint.hub import check_card_place, check_push, push_folder
 from .checkpoint.remote_code import check_code_travels
 from .checkpoint.saving import save_atomically
 from .checkpoint.sentence_folder import card_of, carry
 from .errors import ArgumentError, CheckpointError, KPruneError
+from .options import from_json
 from .processes import together
 from .sizes import model_size
 from .state import Pruner, begin_phase, noting, one_run, origins_of, tell
@@ -70,10 +72,22 @@ def write_beside(pruner: Pruner, directory: str) -> None:
                 f"{type(error).__name__}; set pruner.processing_class to one that can be saved, or to None"
             ) from error
     if pruner.report is not None:
-        pruner.report.save(directory)
+        pruner.report.save(directory, endings(pruner))
     pruner.create_model_card(output_dir=directory)
     if pruner.sentence_folder is not None:
         carry(pruner.sentence_folder, directory)
+
+
+def endings(pruner: Pruner) -> tuple[str, ...]:
+    """Those of the formats that a report is to be written in."""
+    return (".md", ".html") if pruner.args.html_report else (".md",)
+
+
+def write_again(pruner: Pruner, path: str) -> None:
+    """Write report and card of a saved model anew, as figures were measured since."""
+    if pruner.accelerator.is_main_process and pruner.report is not None:
+        pruner.report.save(path, endings(pruner))
+        pruner.create_model_card(output_dir=path)
 
 
 def tell_of_the_save(pruner: Pruner, path: str) -> None:
@@ -99,9 +113,11 @@ def write_card(pruner: Pruner, output_dir: str | None, *about: Any) -> None:
         raise ArgumentError("no output_dir: pass it to create_model_card() or to KPruneArguments")
     if pruner.accelerator.is_main_process:
         place = check_card_place(directory, pruner.args.overwrite_output_dir)
-        card = model_card(pruner.model, pruner.report, *about)
+        metadata = from_json("card_metadata", pruner.args.card_metadata)
+        card = model_card(pruner.model, pruner.report, *about, metadata=metadata)
         card = card if pruner.sentence_folder is None else card_of(pruner.sentence_folder, card)
         place.write_text(card, encoding="utf-8")
+        write_picture(place.parent, pruner.report)
 
 
 def push(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .charts import losses_of_trials, reconstruction_errors, units_kept
+from .entries import Size, SublayerReport
 from .errors import ArgumentError
-from .reports import FORMATS, Document, Table, to_markdown
-from .structure.units import KINDS, UNITS
+from .reports import FORMATS, Chart, Document, Table, fragment, to_html, to_markdown
+from .structure.units import KINDS
 from .text import printable, public_name
 
 
@@ -17,84 +20,10 @@ LITTLE = 0.1
 """Share of the units of a kind under which what is left of them is remarked on."""
 
 NAME = "kprune_report"
-JSON_NAME, MARKDOWN_NAME = f"{NAME}.json", f"{NAME}.md"
-"""The files that a report is saved in: its data, and what is said of them in Markdown; other formats of
-`reports.FORMATS` lie beside them."""
-
-
-@dataclass
-class SublayerReport:
-    """One sublayer.
-
-    Args:
-        name: Such as `encoder.layer.3.ffn`.
-        kind: `"attention"` or `"cross_attention"` (units are heads), or `"ffn"` (neurons).
-        units: Units before.
-        kept: Indices of the kept units among those before.
-        scores: Importance per cost of each unit before; None if it needed no decision.
-        flops_left: Prunable FLOPs of the model if everything above stayed as it is.
-        error_before: Distance from the teacher after the cut, relative to the teacher token by token: the
-            root of the mean over about 1,000 tokens of the squared distance of what leaves the sublayer,
-            residual stream included, from what leaves the teacher's, divided by the square of that. None if
-            it was not measured because tuning is off or student and teacher are still the same.
-        error_after: The same after tuning.
-        damping: Damping of the solve, relative to the mean diagonal.
-        undetermined: Features that the data do not tell apart from others (`Fit.undetermined`).
-        score_damping: Damping of the features' second moments that units were scored by, beyond the ridge,
-            relative to their mean; more than 1e-10 where rounding left them singular.
-        seconds: Wall-clock time of the sublayer.
-
-    Example:
-
-        >>> from hf_kprune import SublayerReport
-        >>> print(SublayerReport("encoder.layer.0.ffn", "ffn", units=4, kept=[0, 2]))
-        encoder.layer.0.ffn: kept 2/4 neurons | 0 GFLOPs left | 0.0 s
-    """
-
-    name: str
-    kind: str
-    units: int
-    kept: list[int] = field(default_factory=list)
-    scores: list[float] | None = None
-    flops_left: float = 0.0
-    error_before: float | None = None
-    error_after: float | None = None
-    damping: float = 0.0
-    undetermined: int = 0
-    seconds: float = 0.0
-    score_damping: float = 0.0
-
-    def __str__(self) -> str:
-        error = ""
-        if self.error_before is not None and self.error_after is not None:
-            error = f" | error {self.error_before:.4f} -> {self.error_after:.4f}"
-        if self.undetermined:
-            error += f" | {self.undetermined} features undetermined"
-        if self.score_damping > 1e-9:
-            error += f" | scored with a damping of {self.score_damping:.0e}"
-        return (
-            f"{printable(self.name)}: kept {len(self.kept)}/{self.units} {UNITS[self.kind].plural} | "
-            f"{self.flops_left / 1e9:.4g} GFLOPs left{error} | {self.seconds:.1f} s"
-        )
-
-
-@dataclass
-class Size:
-    """Size of a model: parameters and bytes, also without embeddings, FLOPs of the prunable sublayers per
-    sequence, and, of a model that generates, the bytes that its cache of keys and values grows by per token.
-
-    `prunable_parameters` are those of heads and neurons, `all_flops` the FLOPs of the whole model, with
-    untouched experts and the head over the vocabulary; 0 where they were not counted.
-    """
-
-    parameters: int = 0
-    parameters_without_embeddings: int = 0
-    bytes: int = 0
-    bytes_without_embeddings: int = 0
-    flops: float = 0.0
-    cache_bytes_per_token: int = 0
-    prunable_parameters: int = 0
-    all_flops: float = 0.0
+JSON_NAME, MARKDOWN_NAME, HTML_NAME = f"{NAME}.json", f"{NAME}.md", f"{NAME}.html"
+"""The files that a report is saved in: its data, what is said of them in Markdown and, where that is asked
+for, as a page.
+"""
 
 
 @dataclass
@@ -131,6 +60,8 @@ class PruningReport:
         device: Where it ran, and in how many processes.
         left_alone: Towers of the model that were not pruned, by their paths, and why.
         lineage: The cuts that were made in the model before, the oldest first, as `cut` gives them.
+        metrics: Figures of `evaluate()` on the pruner's `eval_dataset`, of the model `"before"` and
+            `"after"`, whichever were measured.
 
     Example:
 
@@ -165,6 +96,7 @@ class PruningReport:
     expected_seconds: dict[str, float] = field(default_factory=dict)
 
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def cut_something(self) -> bool:
@@ -231,10 +163,16 @@ class PruningReport:
 
     def document(self) -> Document:
         """All that is said of a run: a title, notes, the sizes, every sublayer, and how it came about."""
-        return [[self.title()], self.notes(), self.sizes(), self.table(), [self.circumstances()]]
+        head: Document = [[self.title()], self.notes(), self.sizes()]
+        return [*head, *self.charts(), self.table(), [self.circumstances()]]
+
+    def charts(self) -> list[Chart]:
+        """What is left of each layer, how far each sublayer is from the dense model, and what trials gave."""
+        left, errors = units_kept(self.sublayers), reconstruction_errors(self.sublayers)
+        return [*left, *errors, *losses_of_trials(self.trials)]
 
     def sizes(self) -> Table:
-        """Each size before and after, and the share that is left."""
+        """Each size before and after, and the share that is left; then the figures that were measured."""
         before, after = self.before, self.after
         rows = [
             ("parameters", before.parameters, after.parameters, ",.0f"),
@@ -267,6 +205,10 @@ class PruningReport:
             (name, f"{old:{form}}", f"{new:{form}}", f"{new / old:.1%}" if old else "-")
             for name, old, new, form in rows
         ]
+        dense, pruned = (self.metrics.get(when, {}) for when in ("before", "after"))
+        for name in dense | pruned:
+            figures = [f"{those[name]:.4f}" if name in those else "-" for those in (dense, pruned)]
+            cells.append((name, *figures, ""))
         return Table(("", "before", "after", "left"), cells, "lrrr")
 
     def table(self) -> Table:
@@ -368,11 +310,23 @@ class PruningReport:
     def __str__(self) -> str:
         return self.to_markdown()
 
-    def save(self, directory: str | Path) -> None:
-        """Write the data, and what is said of them in every format, into `directory`."""
+    def to_html(self) -> str:
+        """A page that shows the run with pictures, which take matplotlib. It needs no network."""
+        return to_html(self.document())
+
+    def _repr_html_(self) -> str:
+        return fragment(self.document())
+
+    def save(self, directory: str | Path, endings: Collection[str] = (".md",)) -> None:
+        """Write the data, and what is said of them, into `directory`.
+
+        Args:
+            directory: It is there already.
+            endings: Those of the formats of `reports.FORMATS` that are written beside the data.
+        """
         Path(directory, JSON_NAME).write_text(self.to_json(), encoding="utf-8")
-        for ending, render in FORMATS.items():
-            Path(directory, NAME + ending).write_text(render(self.document()), encoding="utf-8")
+        for ending in endings:
+            Path(directory, NAME + ending).write_text(FORMATS[ending](self.document()), encoding="utf-8")
 
 
 def in_words(cuts: list[dict[str, Any]]) -> str:

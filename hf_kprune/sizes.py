@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
-from .report import Size
+from .entries import Size
 from .structure.sublayers import Sublayer, find_sublayers
 
 

@@ -37,6 +37,8 @@ class Pruner(Protocol):
     compute_loss: KnowledgeLoss | None
     sentence_folder: SentenceFolder | None
     report: PruningReport | None
+    metrics: dict[str, float]
+    """Figures of the model before it was pruned, if they were measured."""
     callback_handler: CallbackHandler
     checkpoint: str | None
     """Where the model was saved as it is now."""

@@ -4,15 +4,15 @@ only.
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .charts import front
 from .errors import ArgumentError
-from .reports import Table, to_markdown
+from .reports import Chart, Document, Table, draw, fragment, to_html, to_markdown
 
 
 @dataclass
@@ -74,6 +74,10 @@ class Sweep:
         ]
 
     def to_markdown(self) -> str:
+        return to_markdown([self.table()])
+
+    def table(self) -> Table:
+        """A row for each point, the best one marked."""
         rows = []
         for point, optimal in zip(self.points, self.pareto(), strict=True):
             quality = point.distance if self.metric is None else point.metrics[self.metric]
@@ -89,7 +93,29 @@ class Sweep:
             "saved",
         )
         marks = {} if self.best is None else {(self.best, 1): "best"}
-        return to_markdown([Table(columns, rows, "rrrrrcl", marks)])
+        return Table(columns, rows, "rrrrrcl", marks)
+
+    def charts(self) -> list[Chart]:
+        """Quality against FLOPs and against speed."""
+        name, best = self.metric or "distance", self.pareto()
+        values = [p.distance if self.metric is None else p.metrics[self.metric] for p in self.points]
+        sizes, speeds = [p.flops / 1e9 for p in self.points], [p.speedup for p in self.points]
+        axes = ("size", "prunable GFLOPs of a sequence", sizes), ("speed", "speed-up", speeds)
+        return [
+            front(f"{name} against {what}", label, name, list(zip(numbers, values, strict=True)), best)
+            for what, label, numbers in axes
+        ]
+
+    def document(self) -> Document:
+        """A title, the table and the charts."""
+        return [[f"{len(self.points)} models, the dense one first"], self.table(), *self.charts()]
+
+    def to_html(self) -> str:
+        """A page that shows the sweep with pictures, which take matplotlib. It needs no network."""
+        return to_html(self.document())
+
+    def _repr_html_(self) -> str:
+        return fragment(self.document())
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -97,30 +123,13 @@ class Sweep:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
-    def plot(self, path: str, file: io.BytesIO | None = None) -> None:
-        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install
-        "hf_kprune[sweep]"`).
+    def plot(self, path: str) -> None:
+        """Quality against FLOPs and against speed, as a picture. Needs matplotlib (`pip install matplotlib`).
 
         Args:
             path: File to write, in the format of its ending.
-            file: Instead, to hold the picture in memory.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ArgumentError('a plot takes matplotlib: pip install "hf_kprune[sweep]"') from error
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        values = [p.distance if self.metric is None else p.metrics[self.metric] for p in self.points]
-        for axes, numbers, label in (
-            (left, [p.flops / 1e9 for p in self.points], "prunable GFLOPs of a sequence"),
-            (right, [p.speedup for p in self.points], "speed-up"),
-        ):
-            axes.plot(numbers, values, "o-")
-            axes.set_xlabel(label)
-            axes.grid(alpha=0.3)
-        left.set_ylabel(self.metric or "distance")
-        figure.savefig(path if file is None else file, format=Path(path).suffix[1:] or None)
+        Path(path).write_bytes(draw(self.charts(), Path(path).suffix[1:] or None))
 
 
 def check_plot(path: str) -> None:
@@ -128,7 +137,7 @@ def check_plot(path: str) -> None:
     draw.
     """
     try:
-        Sweep([]).plot(path, io.BytesIO())
+        draw(Sweep([]).charts(), Path(path).suffix[1:] or None)
         with tempfile.TemporaryFile(dir=Path(path).parent):
             pass
         wrong = "there is a directory of that name" if Path(path).is_dir() else ""

@@ -19,6 +19,7 @@ from .arguments import TARGETS, KPruneArguments
 from .budgets import BudgetWarning
 from .calibration.distance import distance
 from .checkpoint.hub import check_push
+from .entries import Size
 from .errors import ArgumentError
 from .files.contents import is_empty
 from .files.destination import as_text
@@ -28,7 +29,7 @@ from .options import Unasked
 from .preparation import Run, warn_of
 from .processes import together
 from .publication import tell_of_the_save, write
-from .report import PruningReport, Size
+from .report import PruningReport
 from .resumption import Record, States
 from .sizes import expected_bytes, model_size, prunable_flops
 from .state import Pruner, adopt, in_place, origins_of

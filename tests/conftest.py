@@ -91,6 +91,15 @@ def nothing_drawn_on_meta() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save models without the picture beside their card, which takes longer to draw than a tiny model to save; where a
+    test is marked `pictures`, there is one, as there is for users who have matplotlib.
+    """
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("hf_kprune.checkpoint.card.can_draw", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def one_split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the default method try one split of the budget, as trying several takes most of its time on a tiny model; where
     a test is marked `several_splits`, it tries several, as it does for users.

@@ -24,7 +24,7 @@ from zoo import make
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.algorithm import Job
-from hf_kprune.report import SublayerReport
+from hf_kprune.entries import SublayerReport
 from hf_kprune.resumption import Record
 from hf_kprune.structure.sublayers import Sublayer
 

@@ -15,9 +15,10 @@ from models import shallow, slow_unless_in
 from transformers import BertTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
-from hf_kprune.checkpoint.hub import model_card
+from hf_kprune.checkpoint.card import model_card
 from hf_kprune.cli.terminal import main
-from hf_kprune.report import JSON_NAME, SublayerReport
+from hf_kprune.entries import SublayerReport
+from hf_kprune.report import JSON_NAME
 from hf_kprune.sweep import Sweep, SweepPoint
 from hf_kprune.text import in_markdown, public_name
 

@@ -19,7 +19,7 @@ from models import pruned_layer, shallow
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner
-from hf_kprune.checkpoint.hub import model_card
+from hf_kprune.checkpoint.card import model_card
 from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
 
 
@@ -270,6 +270,7 @@ def test_model_card(tmp_path: Path) -> None:
         "library_name": "transformers",
         "tags": ["hf_kprune", "pruned", "mine"],
         "base_model": "team/large",
+        "base_model_relation": "finetune",
         "pipeline_tag": "text-classification",
         "datasets": ["sst2"],
     }

@@ -14,7 +14,7 @@ from models import pruned, shallow
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
-from hf_kprune.checkpoint.hub import model_card
+from hf_kprune.checkpoint.card import model_card
 from hf_kprune.checkpoint.lineage import earlier_cuts
 from hf_kprune.cli.terminal import main
 

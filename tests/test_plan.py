@@ -26,10 +26,10 @@ from hf_kprune import (
     UnsupportedModelError,
 )
 from hf_kprune.calibration.batches import Batch
+from hf_kprune.entries import Size
 from hf_kprune.methods import METHODS
 from hf_kprune.preparation import PLAN_TOKENS
 from hf_kprune.progress import Work
-from hf_kprune.report import Size
 from hf_kprune.seconds import Pace, seconds_beyond
 from hf_kprune.sizes import model_size
 from hf_kprune.structure.sublayers import find_sublayers

@@ -47,8 +47,8 @@ from hf_kprune import (
 )
 from hf_kprune.budgets import budget_of
 from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
+from hf_kprune.entries import Size
 from hf_kprune.methods.search import threshold_search
-from hf_kprune.report import Size
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut
 

@@ -20,8 +20,8 @@ from zoo import ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPruneCallback, KPrunePruner, UnsupportedArchitectureError
 from hf_kprune.budgets import budget_of
+from hf_kprune.entries import Size
 from hf_kprune.methods.search import uniform_search
-from hf_kprune.report import Size
 from hf_kprune.structure.sublayers import find_sublayers
 
 

@@ -327,16 +327,22 @@ def test_budgets_of_numpy_are_budgets() -> None:
     assert [point.asked for point in pruner.sweep(fractions).points] == [{}, {"sparsity": 0.5}]
 
 
-@pytest.mark.parametrize(("package", "call"), [("optuna", "hyperparameter_search"), ("matplotlib", "plot")])
+@pytest.mark.parametrize(
+    ("package", "call", "command"),
+    [
+        ("optuna", "hyperparameter_search", r'pip install "hf_kprune\[sweep\]"'),
+        ("matplotlib", "plot", "pip install matplotlib"),
+    ],
+)
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, call: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, call: str, command: str
 ) -> None:
     from hf_kprune.sweep import Sweep
 
     for module in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
     pruner = KPrunePruner(shallow(), KPruneArguments(use_cpu=True, disable_tqdm=True), rows(), collate)
-    with pytest.raises(ArgumentError, match=r'pip install "hf_kprune\[sweep\]"'):
+    with pytest.raises(ArgumentError, match=command):
         pruner.hyperparameter_search() if call == "hyperparameter_search" else Sweep([]).plot(
             str(tmp_path / "plot.svg")
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..arguments import KPruneArguments
-from ..report import Size
+from ..entries import Size
 from ..structure.sublayers import Sublayer
 from .base import Budget, BudgetWarning
 from .sizes import Sparsity, TargetBytes, TargetFlops, TargetParams

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
+from ..entries import Size
 from ..errors import BudgetError
 from ..methods.base import Method, Statistics
 from ..methods.search import TOLERANCE, group_sizes, uniform_search
 from ..modeling_kprune import ALIGNED
-from ..report import Size
 from ..structure.sublayers import Sublayer
 from ..structure.uniform import uniform_choices, uniform_names
 from ..structure.units import UNITS

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
+from ..entries import Size
 from ..errors import BudgetError
 from ..latency.search import search_latency
 from ..latency.table import LatencyTable
 from ..latency.timing import compare, cut_to
 from ..methods.base import Method, Statistics
-from ..report import Size
 from ..structure.sublayers import Sublayer
 from .base import Budget
 

@@ -1,78 +1,18 @@
-"""Model cards and uploads, by `huggingface_hub`."""
+"""Uploads, by `huggingface_hub`, and where a model card may be written."""
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError
 from ..files.contents import is_card
 from ..files.destination import as_text
-from ..modeling_kprune import HOW_TO_LOAD, is_pruned
-from ..report import PruningReport, in_words
-from ..text import in_markdown, printable, public_name
-from .lineage import earlier_cuts
-
-
-def model_card(  # noqa: PLR0913, as Trainer.create_model_card
-    model: PreTrainedModel,
-    report: PruningReport | None,
-    language: str | None = None,
-    license: str | None = None,
-    tags: str | list[str] | None = None,
-    model_name: str | None = None,
-    finetuned_from: str | None = None,
-    tasks: str | list[str] | None = None,
-    dataset_tags: str | list[str] | None = None,
-    dataset: str | list[str] | None = None,
-    dataset_args: str | list[str] | None = None,
-) -> str:
-    """Text of a model card: how to load the model, and the report of how it was pruned."""
-    pruned = is_pruned(model.config) or (report is not None and report.cut_something)
-    base = finetuned_from or model.config.name_or_path or ""
-    on_hub = public_name(base) if not os.path.isdir(base) or "models--" in base else ""
-    data = ModelCardData(
-        language=language,
-        license=license,
-        library_name="transformers",
-        tags=["hf_kprune", *(["pruned"] if pruned else []), *as_list(tags)],
-        base_model=on_hub
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", on_hub) and (on_hub == base or "/" in on_hub)
-        else None,
-        pipeline_tag=next(iter(as_list(tasks)), None),
-        datasets=as_list(dataset_tags) or as_list(dataset) or None,
-    )
-    title = printable(model_name or type(model).__name__ + (", pruned" if pruned else ""))
-    architecture = type(model).__name__
-    loading = ""
-    if is_pruned(model.config):
-        loading = (
-            f"{HOW_TO_LOAD[0].upper()}{HOW_TO_LOAD[1:]}.\n\n"
-            f"```python\nimport hf_kprune\nfrom transformers import {architecture}\n\n"
-            f"model = {architecture}.from_pretrained(path)\n```\n\n"
-        )
-    trained = ", ".join(map(in_markdown, as_list(dataset) + as_list(dataset_args)))
-    loading += f"The dense model was trained on {trained}.\n\n" if trained else ""
-    body = ""
-    if pruned:
-        cuts = earlier_cuts(model)
-        history = (
-            report.to_markdown() if report is not None else f"{in_markdown(in_words(cuts))}\n" if cuts else ""
-        )
-        body = f"## How it was pruned\n\n{history}" if history else ""
-    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{loading}{body}"
-
-
-def as_list(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def check_card_place(directory: object, overwrite: bool) -> Path:

@@ -1,5 +1,5 @@
-"""What the commands do: `hf-kprune prune`, `plan`, `sweep`, `inspect` and `convert`. docs/cli.md has
-examples.
+"""What the commands do: `hf-kprune prune`, `plan`, `sweep`, `inspect`, `report` and `convert`. docs/cli.md
+has examples.
 
 How they are read is in parser.py, how they end in terminal.py.
 """
@@ -26,13 +26,14 @@ from ..errors import ArgumentError, KPruneError
 from ..modeling_kprune import is_pruned
 from ..progress import quiet
 from ..pruner import KPrunePruner
+from ..publication import write_again
 from ..report import JSON_NAME, MARKDOWN_NAME
 from ..reports import Table, to_markdown
 from ..sizes import expected_bytes, model_size
 from ..state import one_run
 from ..sweep import check_plot
 from .inputs import make_pruner, trying
-from .inspection import inspect
+from .inspection import inspect, write_page
 from .options import DataArguments, ResumeArguments, SweepArguments
 from .output import say
 
@@ -62,6 +63,7 @@ def prune(data: DataArguments, args: KPruneArguments, resume: ResumeArguments) -
     )
     if dense:
         pruned = evaluate_quietly(pruner)
+        write_again(pruner, str(pruner.checkpoint))
         rows = [
             (name, f"{value:.4f}", f"{pruned[name]:.4f}")
             for name, value in dense.items()
@@ -191,6 +193,7 @@ def run(command: str, options: Sequence[object]) -> None:
         "plan": plan,
         "sweep": sweep,
         "inspect": inspect,
+        "report": write_page,
         "convert": convert,
     }
     verbose = any(getattr(option, "verbose", False) for option in options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from transformers.utils import cached_file
 from ..calibration.embeddings import read_folder
 from ..checkpoint.integrity import verify_weights
 from ..checkpoint.loading import check_place, model_class, reading
-from ..errors import UnsupportedArchitectureError
+from ..errors import ArgumentError, UnsupportedArchitectureError
 from ..modeling_kprune import HOW_TO_LOAD, has, is_pruned
-from ..report import JSON_NAME, PruningReport
-from ..reports import Table, to_markdown
+from ..report import HTML_NAME, JSON_NAME, PruningReport
+from ..reports import HINT, Table, can_draw, to_markdown
 from ..sizes import model_size
 from ..structure.detect import describe
 from ..structure.families import FAMILIES, REFUSED
@@ -42,7 +43,7 @@ def inspect(name: str, verify: bool = False) -> None:
         with torch.device("meta"):  # shapes, no memory
             model = ((folder and folder.transformer_class(config)) or model_class(config))(config)
         model.to(config.dtype or torch.float32)
-        report = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
+        report = saved_report(name)
     pruned, size, dtype = is_pruned(config), model_size(model), str(model.dtype).removeprefix("torch.")
     kind = printable(config.model_type)
     say(f"{printable(name)}: {type(model).__name__} ({kind}), {'pruned' if pruned else 'dense'}")
@@ -61,13 +62,44 @@ def inspect(name: str, verify: bool = False) -> None:
     if pruned:
         say(f"\n{HOW_TO_LOAD}")
     if report is not None:
-        title = (
-            PruningReport.from_json(Path(report).read_text(encoding="utf-8")).to_markdown().splitlines()[0]
-        )
-        say(f"\n{title}")
+        say(f"\n{report.to_markdown().splitlines()[0]}")
     if verify:
         with trying(f"read the weights of {name!r}"):
             say("\n" + "\n".join(verify_weights(name)))
+
+
+def saved_report(name: str) -> PruningReport | None:
+    """The report that lies beside a model, a directory or a name on the Hub; None if there is none."""
+    path = cached_file(name, JSON_NAME, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else PruningReport.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def write_page(name: str, file: str | None = None) -> None:
+    """Write the report of a pruned model as a page.
+
+    Args:
+        name: A directory or a name on the Hub.
+        file: Where to write it. None: beside the report, in the directory.
+
+    Raises:
+        ArgumentError: If there is no report, or if the page cannot be written.
+    """
+    with reading(name):
+        report = saved_report(name)
+    if report is None:
+        raise ArgumentError(
+            f"there is no {JSON_NAME} in {name!r}, expected a model that hf_kprune has pruned and saved"
+        )
+    if file is None and not os.path.isdir(name):
+        raise ArgumentError(
+            f"{name!r} is on the Hub; name a file to write: hf-kprune report {name} report.html"
+        )
+    place = Path(name, HTML_NAME) if file is None else Path(file)
+    with trying(f"write the page {str(place)!r}"):
+        place.write_text(report.to_html(), encoding="utf-8")
+    say(f"The report is in {place}.")
+    if not can_draw():
+        say(f"It has no pictures: {HINT}")
 
 
 def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:

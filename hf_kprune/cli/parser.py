@@ -71,6 +71,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "hub_model_id",
         "hub_token",
         "hub_private_repo",
+        "card_metadata",
         "hub_revision",
     ),
     "how": (
@@ -84,7 +85,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "use_cpu",
     ),
     "how, with --method surgeon or kprune": ("ridge", "tune_bias", "tune_inputs"),
-    "what is printed": ("verbose", "disable_tqdm", "report_to", "run_name"),
+    "what is printed": ("verbose", "disable_tqdm", "html_report", "report_to", "run_name"),
     "old names": ("lambda_pred", "lambda_rep", "mu"),
 }
 """The options by the question that they answer, in the order of the help. Those in no group come last."""
@@ -108,6 +109,10 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
         "Print the sizes of a model, layer by layer, and whether it can be pruned. Its weights are not "
         "loaded.",
     ),
+    "report": (
+        (),
+        "Write a page that shows what was done to a pruned model, with pictures. It needs no network.",
+    ),
     "convert": (
         (),
         "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can "
@@ -127,7 +132,14 @@ OFF = {
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
-ENDINGS = {"dir": "DIR", "checkpoint": "DIR", "file": "FILE", "kwargs": "JSON", "plot": "FILE"}
+ENDINGS = {
+    "dir": "DIR",
+    "checkpoint": "DIR",
+    "file": "FILE",
+    "kwargs": "JSON",
+    "metadata": "JSON",
+    "plot": "FILE",
+}
 
 
 def options_of(command: str) -> dict[str, Field[Any]]:
@@ -298,6 +310,12 @@ def make_parser() -> argparse.ArgumentParser:
         "Read the weight files too. They must be those that were saved, byte by byte, and hold no NaN or Inf."
     )
     commands.choices["inspect"].add_argument("--verify", action="store_true", help=verify)
+    commands.choices["report"].add_argument(
+        "directory", help="The pruned model: its directory, or its name on the Hub."
+    )
+    commands.choices["report"].add_argument(
+        "file", nargs="?", help="The page to write. By default it is kprune_report.html in that directory."
+    )
     commands.choices["convert"].add_argument(
         "old", help="The old checkpoint: a directory or a name on the Hub."
     )

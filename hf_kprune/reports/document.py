@@ -1,9 +1,10 @@
-"""What is to be shown, apart from how: lines of plain text, and tables."""
+"""What is to be shown, apart from how: lines of plain text, tables, and charts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -23,5 +24,25 @@ class Table:
     marks: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
-Document = Sequence[Sequence[str] | Table]
-"""Paragraphs, each a list of lines, and tables."""
+@dataclass(frozen=True)
+class Chart:
+    """Numbers that are drawn.
+
+    Args:
+        title: What it shows, in a sentence.
+        x: What lies along the horizontal axis.
+        y: What lies along the vertical axis.
+        series: Numbers along both axes, by what they are numbers of. A horizontal position may be a word.
+        form: Whether they are drawn as bars side by side, as lines, or, of a front, the first as a line and
+            others as points.
+    """
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, tuple[Sequence[float | str], Sequence[float]]]
+    form: Literal["bars", "line", "front"] = "line"
+
+
+Document = Sequence[Sequence[str] | Table | Chart]
+"""Paragraphs, each a list of lines, tables, and charts. The first paragraph is the title."""

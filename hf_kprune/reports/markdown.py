@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..text import in_markdown
-from .document import Document, Table
+from .document import Chart, Document, Table
 
 
 RULES = {"l": "---", "c": ":---:", "r": "---:"}
 
 
 def to_markdown(document: Document) -> str:
-    """A document in Markdown, its blocks apart by an empty line. Blocks without lines are left out."""
+    """A document in Markdown, its blocks apart by an empty line. Charts, and blocks without lines, are left
+    out.
+    """
     blocks = (
-        lines_of(block) if isinstance(block, Table) else list(map(in_markdown, block)) for block in document
+        lines_of(block) if isinstance(block, Table) else list(map(in_markdown, block))
+        for block in document
+        if not isinstance(block, Chart)
     )
     return "\n\n".join("\n".join(lines) for lines in blocks if lines) + "\n"
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..algorithm import Decision, Job, follow
 from ..arguments import TARGETS
+from ..entries import SublayerReport
 from ..errors import ArgumentError
 from ..methods import Statistics
 from ..processes import together
-from ..report import SublayerReport
 from ..structure.sublayers import Sublayer
 from ..structure.surgery import set_weights, weights_of
 from ..structure.walk import Walk
