@@ -207,8 +207,8 @@ class PruningReport:
         ]
         dense, pruned = (self.metrics.get(when, {}) for when in ("before", "after"))
         for name in dense | pruned:
-            figures = [f"{those[name]:.4f}" if name in those else "-" for those in (dense, pruned)]
-            cells.append((name, *figures, ""))
+            old, new = (f"{those[name]:.4f}" if name in those else "-" for those in (dense, pruned))
+            cells.append((name, old, new, ""))
         return Table(("", "before", "after", "left"), cells, "lrrr")
 
     def table(self) -> Table:

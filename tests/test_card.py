@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checks import assert_same, report
 from data import rows, tokenizer
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from models import pruned_layer, shallow
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, SublayerReport
@@ -58,6 +58,7 @@ def test_figures_are_in_the_index_of_models_and_in_the_table() -> None:
     done = report()
     done.metrics = {"before": {"accuracy": 0.9}, "after": {"accuracy": 0.875}}
     card = ModelCard(model_card(pruned_layer(), done))
+    assert isinstance(card.data, ModelCardData)
     results = [
         (r.metric_type, r.metric_name, r.metric_value, r.task_type) for r in card.data.eval_results or []
     ]
@@ -108,6 +109,7 @@ def test_what_was_evaluated_is_in_report_and_card(tmp_path: Path) -> None:
     assert (done.metrics["before"]["accuracy"], done.metrics["after"]["accuracy"]) == (before, after)
     assert not any("second" in name or "time" in name for name in done.metrics["after"])
     card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert isinstance(card.data, ModelCardData)
     assert card.data.license == "mit"
     assert after in [r.metric_value for r in card.data.eval_results or []]
     assert not (tmp_path / "out" / PICTURE).exists()

@@ -27,9 +27,11 @@ def layers(stack: str, heads: list[int], neurons: list[int]) -> list[SublayerRep
     """Sublayers of four heads and of eight neurons each, of which so many are left."""
     entries = []
     for i, (head, neuron) in enumerate(zip(heads, neurons, strict=True)):
-        errors = {"error_before": 0.2, "error_after": 0.1} if i else {}
-        entries.append(SublayerReport(f"{stack}.{i}.attention", "attention", 4, list(range(head)), **errors))
-        entries.append(SublayerReport(f"{stack}.{i}.ffn", "ffn", 8, list(range(neuron)), **errors))
+        errors = (0.2, 0.1) if i else (None, None)
+        for kind, units, left in (("attention", 4, head), ("ffn", 8, neuron)):
+            entry = SublayerReport(f"{stack}.{i}.{kind}", kind, units, list(range(left)))
+            entry.error_before, entry.error_after = errors
+            entries.append(entry)
     return entries
 
 

@@ -54,6 +54,7 @@ CITATIONS = {
 def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     model: PreTrainedModel,
     report: PruningReport | None,
+    metadata: Mapping[str, Any] | None = None,
     language: str | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
@@ -63,7 +64,6 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     dataset_tags: str | list[str] | None = None,
     dataset: str | list[str] | None = None,
     dataset_args: str | list[str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
 ) -> str:
     """Text of a model card: how to load the model, and the report of how it was pruned.
 
