@@ -19,6 +19,7 @@ from .errors import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
+from .history import Recovery
 from .methods import Method, Statistics, register_method
 from .pruner import KPrunePruner
 from .report import PruningReport
@@ -40,6 +41,7 @@ __all__ = [
     "KPrunePruner",
     "Method",
     "PruningReport",
+    "Recovery",
     "Stack",
     "Statistics",
     "SublayerReport",

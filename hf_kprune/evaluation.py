@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import PrinterCallback, Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from .calibration.metrics import evaluate_texts, metrics_of
+from .calibration.sources import check_rows
 from .state import Pruner, begin_phase
 from .structure.facts import is_causal
 from .structure.surroundings import undisturbed
+from .validation import checked_arguments
 
 
 def evaluate(pruner: Pruner, dataset: Any, ignore_keys: list[str] | None, prefix: str) -> dict[str, float]:
@@ -44,12 +47,12 @@ def keep_figures(pruner: Pruner, metrics: dict[str, float], prefix: str) -> None
     if pruner.report is None:
         pruner.metrics = figures
     else:
-        pruner.report.metrics["after"] = figures
+        pruner.report.metrics[pruner.report.stage] = figures
 
 
 def figures_of(pruner: Pruner) -> dict[str, float]:
     """The figures of the model as it is now; none if they were not measured."""
-    return pruner.metrics if pruner.report is None else pruner.report.metrics.get("after", {})
+    return pruner.metrics if pruner.report is None else pruner.report.metrics.get(pruner.report.stage, {})
 
 
 @contextmanager
@@ -68,3 +71,37 @@ def trainer_of(pruner: Pruner) -> Iterator[Trainer]:
         )
         trainer.remove_callback(PrinterCallback)  # what it prints is what is returned
         yield trainer
+
+
+class Evaluator:
+    """What a pruner has of `Trainer` to evaluate its model."""
+
+    @checked_arguments()
+    def evaluate(
+        self: Pruner,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """`Trainer.evaluate` of the model as it is now.
+
+        Without `compute_metrics`, by the task: accuracy, F1 and Matthews' correlation of classes, Pearson's
+        and Spearman's of numbers, perplexity of a causal language model. SQuAD's exact match and F1 come from
+        rows with `question`, `context` and `answers`, perplexity also from texts, or rows with a column of
+        them, which need no labels.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_rows("eval_dataset", dataset)
+        metrics = evaluate(self, dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            keep_figures(self, metrics, metric_key_prefix)
+        return metrics
+
+    @checked_arguments()
+    def predict(
+        self: Pruner, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """`Trainer.predict` of the model as it is now."""
+        check_rows("test_dataset", test_dataset)
+        with trainer_of(self) as trainer:
+            return trainer.predict(test_dataset, ignore_keys, metric_key_prefix)

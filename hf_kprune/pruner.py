@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
-from transformers.trainer_utils import BestRun, PredictionOutput
+from transformers.trainer_utils import BestRun
 
 from .arguments import KPruneArguments
 from .calibration.embeddings import folder_of, refuse_wrapper
@@ -16,13 +16,14 @@ from .calibration.knowledge import KnowledgeLoss
 from .calibration.sources import check_processing_class, check_rows
 from .callbacks import CallbackHandler, KPruneCallback, default_callbacks
 from .checkpoint.loading import Offload, check_is_model, check_offload, load_model, load_tokenizer
-from .evaluation import evaluate, keep_figures, trainer_of
+from .evaluation import Evaluator
 from .hyperparameters import Search
 from .preparation import Run, warn_of
 from .publication import push, save, tell_of_the_save, write_card
+from .recovery import Learner
 from .report import PruningReport
 from .resumption import States, states_of
-from .state import adopt, check_place
+from .state import adopt, check_inplace, check_place
 from .structure.offload import is_dispatched
 from .structure.readiness import bare_model, describe_units
 from .structure.surroundings import plain_modes
@@ -34,7 +35,7 @@ from .validation import checked_arguments
 RESUMES = "True for the state that belongs to output_dir, or the directory that states are kept in"
 
 
-class KPrunePruner:
+class KPrunePruner(Evaluator, Learner):
     """Makes a Transformers model smaller and faster without retraining. It is modelled on `Trainer`.
 
     Args:
@@ -101,6 +102,7 @@ class KPrunePruner:
         check_processing_class(processing_class)
         if eval_dataset is not None:
             check_rows("eval_dataset", eval_dataset)
+        self.source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         if isinstance(model, (str, os.PathLike)):
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model), Offload(offload, self.accelerator.device))
@@ -110,6 +112,7 @@ class KPrunePruner:
             self.sentence_folder.check(self.args, compute_loss is not None)
         describe_units(model, self.args.head_unit)
         self.model = model if is_dispatched(model) else model.to(self.accelerator.device)
+        self.dense_model: PreTrainedModel | None = None  # once it is kept, by `prune(inplace=False)`
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class
         self.eval_dataset, self.compute_metrics = eval_dataset, compute_metrics
@@ -133,7 +136,10 @@ class KPrunePruner:
     @checked_arguments(resume_from_checkpoint=RESUMES)
     @plain_modes()
     def prune(
-        self, calibration_dataset: Any = None, resume_from_checkpoint: bool | str | None = None
+        self,
+        calibration_dataset: Any = None,
+        resume_from_checkpoint: bool | str | None = None,
+        inplace: bool = True,
     ) -> PruningReport:
         """Prune the model in place and return what was done.
 
@@ -148,6 +154,8 @@ class KPrunePruner:
                 stay, so that another budget for the same model and data costs no measuring. By default a
                 state is kept once a run with an `output_dir` has lasted a minute, and nothing is gone on
                 from. False keeps none.
+            inplace: If False, the model that the pruner was given stays dense, and is `dense_model` of the
+                pruner from then on; `model` is another one, which shares no memory with it.
 
         Raises:
             BudgetError: If `sparsity` is out of reach, before anything runs.
@@ -168,13 +176,14 @@ class KPrunePruner:
             ...     pruner.save_model(tempfile.mkdtemp())
         """
         check_place(self, calibration_dataset)
+        check_inplace(self.model, inplace)
         with self._states(resume_from_checkpoint, self.args.output_dir) as states:
             with Run(self, calibration_dataset, [self.args], states=states).open() as run:
                 past = run.record(self.args)
                 states.say(past.origin)
                 student, report = run.student(self.args, past)
             warn_of(report)
-            adopt(self, student, report)
+            adopt(self, student, report, inplace)
             past.finish()
             self.states = states
         return report
@@ -303,33 +312,6 @@ class KPrunePruner:
         """Remove a callback, or all callbacks of a class."""
         keep = [c for c in self.callback_handler.callbacks if c is not callback and type(c) is not callback]
         self.callback_handler.callbacks = keep
-
-    @checked_arguments()
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """`Trainer.evaluate` of the model as it is now.
-
-        Without `compute_metrics`, by the task: accuracy, F1 and Matthews' correlation of classes, Pearson's
-        and Spearman's of numbers, perplexity of a causal language model. SQuAD's exact match and F1 come from
-        rows with `question`, `context` and `answers`, perplexity also from texts, or rows with a column of
-        them, which need no labels.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_rows("eval_dataset", dataset)
-        metrics = evaluate(self, dataset, ignore_keys, metric_key_prefix)
-        if eval_dataset is None:
-            keep_figures(self, metrics, metric_key_prefix)
-        return metrics
-
-    @checked_arguments()
-    def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
-    ) -> PredictionOutput:
-        """`Trainer.predict` of the model as it is now."""
-        check_rows("test_dataset", test_dataset)
-        with trainer_of(self) as trainer:
-            return trainer.predict(test_dataset, ignore_keys, metric_key_prefix)
 
     @checked_arguments()
     def save_model(self, output_dir: str | None = None) -> None:

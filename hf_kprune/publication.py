@@ -83,13 +83,6 @@ def endings(pruner: Pruner) -> tuple[str, ...]:
     return (".md", ".html") if pruner.args.html_report else (".md",)
 
 
-def write_again(pruner: Pruner, path: str) -> None:
-    """Write report and card of a saved model anew, as figures were measured since."""
-    if pruner.accelerator.is_main_process and pruner.report is not None:
-        pruner.report.save(path, endings(pruner))
-        pruner.create_model_card(output_dir=path)
-
-
 def tell_of_the_save(pruner: Pruner, path: str) -> None:
     """Tell listeners of a checkpoint in `path`. It is whole, whatever they do, and their errors say so."""
     note = f"The checkpoint in {pruner.checkpoint} is whole; on_save came after it was written."

@@ -11,6 +11,7 @@ from typing import Any
 from .charts import losses_of_trials, reconstruction_errors, units_kept
 from .entries import Size, SublayerReport
 from .errors import ArgumentError
+from .history import Recovery, in_words
 from .reports import FORMATS, Chart, Document, Table, fragment, to_html, to_markdown
 from .structure.units import KINDS
 from .text import printable, public_name
@@ -61,7 +62,8 @@ class PruningReport:
         left_alone: Towers of the model that were not pruned, by their paths, and why.
         lineage: The cuts that were made in the model before, the oldest first, as `cut` gives them.
         metrics: Figures of `evaluate()` on the pruner's `eval_dataset`, of the model `"before"` and
-            `"after"`, whichever were measured.
+            `"after"`, and `"recovered"`, whichever were measured.
+        recovery: What the model has learnt afterwards, if `recover()` was called. It is no part of the rest.
 
     Example:
 
@@ -94,25 +96,31 @@ class PruningReport:
     estimate: str = ""
     left_alone: dict[str, str] = field(default_factory=dict)
     expected_seconds: dict[str, float] = field(default_factory=dict)
-
     lineage: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    recovery: Recovery | None = None
 
     @property
     def cut_something(self) -> bool:
         """Whether any sublayer lost a unit."""
         return any(len(entry.kept) < entry.units for entry in self.sublayers)
 
+    @property
+    def stage(self) -> str:
+        """What `metrics` calls the model as it is now."""
+        return "after" if self.recovery is None else "recovered"
+
     def cut(self) -> dict[str, Any]:
         """What the reports of later runs say of this one."""
         name, space, kind = self.model.rpartition(" (")
-        return {
+        cut = {
             "model": public_name(name) + space + kind,
             "method": self.method,
             "asked": self.asked,
             "sparsity": self.sparsity,
             "parameters": [self.before.parameters, self.after.parameters],
         }
+        return cut if self.recovery is None else {**cut, "recovery": round(self.recovery.seconds, 1)}
 
     def shares(self) -> tuple[float, float]:
         """Share of all parameters, and of all FLOPs, of the dense model that is prunable; 0 where it was not
@@ -149,6 +157,8 @@ class PruningReport:
             data = json.loads(text)
             data["sublayers"] = [SublayerReport(**s) for s in data["sublayers"]]
             data["before"], data["after"] = Size(**data["before"]), Size(**data["after"])
+            if data.get("recovery") is not None:
+                data["recovery"] = Recovery(**data["recovery"])
             report = cls(**data)
             report.to_markdown()  # which fails where a field is of another kind
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -209,6 +219,8 @@ class PruningReport:
         for name in dense | pruned:
             old, new = (f"{those[name]:.4f}" if name in those else "-" for those in (dense, pruned))
             cells.append((name, old, new, ""))
+        recovered = self.metrics.get("recovered", {}).items()
+        cells += [(f"{name}, recovered", "", f"{value:.4f}", "") for name, value in recovered]
         return Table(("", "before", "after", "left"), cells, "lrrr")
 
     def table(self) -> Table:
@@ -276,6 +288,7 @@ class PruningReport:
         lines.append(f"calibration: {rows:,} rows, {tokens:,} tokens; knowledge: {self.knowledge}")
         phases = (f"{phase} {spent:.0f} s" for phase, spent in self.seconds.items() if phase != "total")
         lines.append(f"time: {', '.join(phases)}; peak memory {self.peak_memory / 2**30:.2f} GiB")
+        lines += [] if self.recovery is None else [str(self.recovery)]
         lines += self.remarks()[:2]
         return "\n".join(map(printable, [self.title(), *(f"  {line}" for line in lines)])) + "\n"
 
@@ -304,6 +317,7 @@ class PruningReport:
             shares = ", ".join(f"{share:.2%} at {length} tokens" for length, share in self.removed_at.items())
             verb = "would be" if self.estimate else "are"
             lines.append(f"Of the prunable FLOPs {verb} removed: {shares}.")
+        lines += [] if self.recovery is None else [str(self.recovery)]
         lines += [f"Left alone: {path}, as {reason}." for path, reason in self.left_alone.items()]
         return lines + [f"Note: {remark}." for remark in self.remarks()]
 
@@ -327,28 +341,3 @@ class PruningReport:
         Path(directory, JSON_NAME).write_text(self.to_json(), encoding="utf-8")
         for ending in endings:
             Path(directory, NAME + ending).write_text(FORMATS[ending](self.document()), encoding="utf-8")
-
-
-def in_words(cuts: list[dict[str, Any]]) -> str:
-    """The dense model, every cut in it, the oldest first, and what they come to."""
-    known = [cut for cut in cuts if cut]
-    steps = [
-        f"{cut['sparsity']:.2%} of the prunable FLOPs removed by {cut['method']} "
-        f"({cut['parameters'][0]:,} to {cut['parameters'][1]:,} parameters)"
-        if cut
-        else "a cut of which no record is left"
-        for cut in cuts
-    ]
-    if not known:
-        return "It was pruned before, by a run of which no record is left."
-    text = f"The dense model is {cuts[0]['model']}: " if cuts[0] else ""
-    text += f"{len(cuts)} cuts: " if len(cuts) > 1 else ""
-    text += "; then ".join(steps)
-    left = 1.0
-    for cut in known:
-        left *= 1 - cut["sparsity"]
-    first, last = known[0]["parameters"][0], known[-1]["parameters"][1]
-    if cuts[0] and len(cuts) > 1:
-        total = f"{1 - left:.2%} of the prunable FLOPs and {1 - last / max(first, 1):.2%} of the parameters"
-        text += f". In total {total} are removed"
-    return f"{text}."

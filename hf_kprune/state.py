@@ -4,6 +4,7 @@ saved.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,17 +18,21 @@ from .calibration.knowledge import KnowledgeLoss
 from .callbacks import CallbackHandler
 from .checkpoint.hub import check_push
 from .checkpoint.remote_code import check_code_travels
+from .errors import ArgumentError
 from .files.destination import origins
 from .processes import together
 from .report import PruningReport
 from .sizes import expected_bytes
-from .structure.offload import rebind
+from .structure.offload import is_dispatched, rebind
 
 
 class Pruner(Protocol):
     """What a pruner has for those who are handed one: `KPrunePruner`, which documents it, is the only one."""
 
     model: PreTrainedModel
+    dense_model: PreTrainedModel | None
+    source: str | None
+    """What the model was loaded from, if the pruner has loaded it."""
     args: KPruneArguments
     calibration_dataset: Any
     data_collator: Callable[[list[Any]], dict[str, Any]] | None
@@ -106,11 +111,21 @@ def in_place(pruner: Pruner, model: PreTrainedModel, report: PruningReport) -> I
         pruner.model, pruner.report, pruner.checkpoint = before
 
 
-def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport) -> None:
+def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport, inplace: bool = True) -> None:
     """Let the model of a pruner become the student, if anything was cut, and tell listeners that it is
     pruned.
+
+    Args:
+        pruner: It holds the model.
+        student: It shares tensors with the model.
+        report: How it was made.
+        inplace: Otherwise the model stays what it is, and the student takes its place in the pruner.
     """
-    if report.cut_something:
+    if not inplace:
+        student = copy.deepcopy(student if report.cut_something else pruner.model)  # to share nothing
+        pruner.dense_model = pruner.dense_model or pruner.model
+        pruner.model = student
+    elif report.cut_something:
         pruner.model.__dict__.update(student.__dict__)  # one step: nothing can come between
         rebind(pruner.model)
     pruner.report, pruner.checkpoint = report, None
@@ -130,6 +145,15 @@ def check_place(pruner: Pruner, dataset: object) -> None:
                 check_code_travels(pruner.model)
             if pruner.args.push_to_hub:
                 check_push(pruner.args, pruner.args.output_dir)
+
+
+def check_inplace(model: PreTrainedModel, inplace: bool) -> None:
+    """Raise `ArgumentError` if a model is to stay as it is that cannot be copied."""
+    if not inplace and is_dispatched(model):
+        raise ArgumentError(
+            f"inplace is False, but layers of {type(model).__name__} wait elsewhere, and are not copied; "
+            "leave inplace at True, or load the model without offload or device_map"
+        )
 
 
 def origins_of(pruner: Pruner, dataset: object = None) -> list[str]:

@@ -269,7 +269,7 @@ def checked_arguments(*but: str, **ways_out: str) -> Callable[[Function], Functi
             if not takes_any:
                 check_names(title, kwargs, named[1:])
             bound = signature.bind(*args, **kwargs)
-            for name in (bound.arguments.keys() & set(named) & kinds.keys()) - set(but):
+            for name in (bound.arguments.keys() & set(named) & kinds.keys()) - {"self", *but}:
                 way_out = f": {ways_out[name]}" if name in ways_out else ""
                 bound.arguments[name] = checked(name, bound.arguments[name], kinds[name], way_out)
             return function(*bound.args, **bound.kwargs)

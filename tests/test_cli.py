@@ -230,12 +230,14 @@ def test_evaluation_before_and_after(hf_kprune: Any, dense: str, data: Path, tmp
     assert "{'eval_loss'" not in stdout  # as Trainer prints it
     assert "| eval_runtime" not in stdout
 
-    evaluation["eval_file"] = data / "named.csv"
+    evaluation["eval_file"], recovery = data / "named.csv", {"recover_minutes": 1}
     code, stdout, _ = hf_kprune(
-        "prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "b", **evaluation)
+        "prune", *options(dense, data, sparsity=0, output_dir=tmp_path / "b", **evaluation, **recovery)
     )
     share = sum(a == bool(i % 3) for i, a in enumerate(answers)) / len(answers)
-    assert f"| eval_share | {share:.4f} | {share:.4f} |" in stdout
+    assert "| evaluation | dense | pruned | recovered |" in stdout
+    assert f"| eval_share | {share:.4f} | {share:.4f} | {share:.4f} |" in stdout
+    assert "Recovered afterwards: distance 0 -> 0 on" in stdout
 
 
 @pytest.mark.slow
@@ -478,7 +480,7 @@ def test_help_is_grouped_by_question_and_marks_what_single_methods_read(hf_kprun
 )
 def test_every_spelling_is_understood(words: str, name: str, value: Any) -> None:
     more = ["--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
-    _, (_, args, _) = parser.parse(["prune", *more, *words.split()])
+    _, (_, args, *_) = parser.parse(["prune", *more, *words.split()])
     assert getattr(args, name) == value
 
 

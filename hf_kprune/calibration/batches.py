@@ -159,6 +159,7 @@ class Calibration:
         few: int | None = None,
     ):
         self.accelerator, self.rows, self.args = accelerator, rows, args
+        self.collate = collate
         self.dtype = getattr(torch, args.statistics_dtype or "float64")
         self.step: Callable[[float], None] = lambda _: None
         self.phase: Callable[[str], AbstractContextManager[None]] = untimed
@@ -175,13 +176,14 @@ class Calibration:
             )
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
             for picked, (inputs, counted) in batches_of(rows, mine, args.per_device_batch_size, collate):
-                batch = self._batch(model, inputs, counted)
+                batch = self.batch(model, inputs, counted)
                 batch.rows, batch.measured = picked, start < rows.measured
                 batch.sampled = start < self.sample
                 batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]
                 self.batches.append(batch)
 
-    def _batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
+    def batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
+        """A batch of what `collate` has made, on the device."""
         inputs: dict[str, Any] = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False

@@ -14,8 +14,9 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.utils import cached_file
 
 from ..charts import units_kept
+from ..history import in_words
 from ..modeling_kprune import HOW_TO_LOAD, is_pruned
-from ..report import NAME, PruningReport, in_words
+from ..report import NAME, PruningReport
 from ..reports import can_draw, draw
 from ..text import in_markdown, printable, public_name
 from .lineage import earlier_cuts
@@ -138,12 +139,13 @@ def task_of(model: PreTrainedModel) -> str | None:
 
 
 def evaluation(report: PruningReport | None, fields: Mapping[str, Any]) -> list[EvalResult]:
-    """The figures of a report, those of the dense model under names that say so."""
+    """The figures of a report, those of a model that came before this one under names that say so."""
+    earlier = {"before": " before pruning", "after": " before recovery"}
     results, task = list[EvalResult](), fields.get("pipeline_tag") or "other"
     source = next(iter(as_list(fields.get("datasets"))), "unknown")
     for when, figures in (report.metrics if report is not None else {}).items():
         for name, value in figures.items():
-            label = name if when == "after" else f"{name} before pruning"
+            label = name if report is None or when == report.stage else name + earlier[when]
             results.append(EvalResult(task, source, source, name, value, metric_name=label))
     return results
 

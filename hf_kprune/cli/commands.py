@@ -26,7 +26,6 @@ from ..errors import ArgumentError, KPruneError
 from ..modeling_kprune import is_pruned
 from ..progress import quiet
 from ..pruner import KPrunePruner
-from ..publication import write_again
 from ..report import JSON_NAME, MARKDOWN_NAME
 from ..reports import Table, to_markdown
 from ..sizes import expected_bytes, model_size
@@ -34,24 +33,37 @@ from ..state import one_run
 from ..sweep import check_plot
 from .inputs import make_pruner, trying
 from .inspection import inspect, write_page
-from .options import DataArguments, ResumeArguments, SweepArguments
+from .options import DataArguments, RecoverArguments, ResumeArguments, SweepArguments
 from .output import say
 
 
-__all__ = ["DataArguments", "ResumeArguments", "SweepArguments", "run"]
+__all__ = ["DataArguments", "RecoverArguments", "ResumeArguments", "SweepArguments", "run"]
 
 
-def prune(data: DataArguments, args: KPruneArguments, resume: ResumeArguments) -> None:
-    """Prune a model, save it, and print what was done and how good dense and pruned model are."""
+def prune(
+    data: DataArguments, args: KPruneArguments, resume: ResumeArguments, recovery: RecoverArguments
+) -> None:
+    """Prune a model, let it recover if that was asked for, save it, and print what was done and how good the
+    dense model is, and what has become of it.
+    """
     path = args.check_output_dir(read_from=data.origins)
     if args.push_to_hub:
         check_push(args, path)
     pruner = make_pruner(data, args)
     args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
-    dense = evaluate_quietly(pruner) if pruner.eval_dataset is not None else {}
+    figures: dict[str, dict[str, float]] = {}
+    evaluates, minutes = pruner.eval_dataset is not None, recovery.recover_minutes
+    if evaluates:
+        figures["dense"] = evaluate_quietly(pruner)
     push = args.push_to_hub
     try:
-        report = pruner.prune(resume_from_checkpoint=resume.resume_from_checkpoint)
+        report = pruner.prune(resume_from_checkpoint=resume.resume_from_checkpoint, inplace=minutes is None)
+        if evaluates:
+            figures["pruned"] = evaluate_quietly(pruner)
+        if minutes is not None:
+            pruner.recover(minutes)
+            if evaluates:
+                figures["recovered"] = evaluate_quietly(pruner)
     finally:  # a callback may fail after the model is pruned
         if pruner.report is not None:
             args.push_to_hub = False
@@ -61,15 +73,8 @@ def prune(data: DataArguments, args: KPruneArguments, resume: ResumeArguments) -
         if args.verbose
         else f"{report.summary()}  every sublayer: {JSON_NAME} and {MARKDOWN_NAME} there\n"
     )
-    if dense:
-        pruned = evaluate_quietly(pruner)
-        write_again(pruner, str(pruner.checkpoint))
-        rows = [
-            (name, f"{value:.4f}", f"{pruned[name]:.4f}")
-            for name, value in dense.items()
-            if isinstance(value, float) and not name.endswith(("_per_second", "time"))
-        ]
-        say(to_markdown([Table(("evaluation", "dense", "pruned"), rows, "lrr")]))
+    if figures:
+        say(to_markdown([evaluations(figures)]))
     else:
         names = ", ".join(task_of(pruner.model).figures) or "the loss"
         say(f"No evaluation data: --eval_file FILE shows {names} of the dense and the pruned model.\n")
@@ -77,6 +82,18 @@ def prune(data: DataArguments, args: KPruneArguments, resume: ResumeArguments) -
     if push:
         with trying("push to the Hub"):
             pruner.push_to_hub()
+
+
+def evaluations(figures: dict[str, dict[str, float]]) -> Table:
+    """What `evaluate()` gave for some models, side by side, without the times that it took."""
+    first = next(iter(figures.values()))
+    names = [
+        name
+        for name, value in first.items()
+        if isinstance(value, float) and not name.endswith(("_per_second", "time"))
+    ]
+    rows = [(name, *(f"{each[name]:.4f}" for each in figures.values())) for name in names]
+    return Table(("evaluation", *figures), rows, "l" + "r" * len(figures))
 
 
 def evaluate_quietly(pruner: KPrunePruner) -> dict[str, float]:

@@ -73,6 +73,23 @@ class ResumeArguments:
 
 @known_keywords
 @dataclass
+class RecoverArguments:
+    """Whether the pruned model learns from the dense one."""
+
+    recover_minutes: float | None = option(
+        None,
+        "Let the pruned model learn from the dense one for this many minutes, without labels, on the "
+        "calibration data. By default it does not.",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.recover_minutes is not None and not self.recover_minutes > 0:
+            raise ArgumentError(f"recover_minutes is {self.recover_minutes}, expected a number over 0")
+
+
+@known_keywords
+@dataclass
 class DataArguments:
     """What is pruned, and with what data. Calibration takes texts only; labels are for evaluation."""
 

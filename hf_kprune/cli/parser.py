@@ -18,7 +18,7 @@ from ..arguments import TARGETS, KPruneArguments
 from ..errors import ArgumentError
 from ..validation import checked, suggestion
 from ..version import __version__
-from .options import DataArguments, ResumeArguments, SweepArguments
+from .options import DataArguments, RecoverArguments, ResumeArguments, SweepArguments
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -82,6 +82,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "statistics_dtype",
         "temperature",
         "pooling",
+        "recover_minutes",
         "use_cpu",
     ),
     "how, with --method surgeon or kprune": ("ridge", "tune_bias", "tune_inputs"),
@@ -92,7 +93,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prune": (
-        (DataArguments, KPruneArguments, ResumeArguments),
+        (DataArguments, KPruneArguments, ResumeArguments, RecoverArguments),
         "Prune a model, save it to --output_dir and print what was done.",
     ),
     "plan": (

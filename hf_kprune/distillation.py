@@ -1,0 +1,204 @@
+"""Distillation by `Trainer`: what a student learns from its teacher, who judges it, and when that ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .calibration.batches import Calibration
+from .calibration.distance import mean_loss, predictor
+from .calibration.knowledge import Knowledge
+from .calibration.outputs import in_float32, losses_of
+from .history import Recovery
+from .state import Pruner, tell
+from .structure.facts import in_eval_mode, same_modes, to_model
+from .structure.sublayers import Sublayer, find_sublayers
+
+
+LOOKS = 8
+"""How many times a model is judged on them at most."""
+
+PATIENCE = 3
+"""Training ends when so many looks have found nothing better."""
+
+WARM_UP = 20
+"""Steps in which the learning rate rises to its value. It falls from there to 0 at the end of the time."""
+
+COUNTED = "counted"
+"""Name, beside the inputs of a batch, of the tokens that count."""
+
+
+@dataclass
+class Lesson:
+    """What a student learns, and how far it is from that.
+
+    Args:
+        calibration: The rows.
+        loss: The distance of outputs.
+        student: In float32. The layers of its stacks are trained; embeddings and heads stay.
+        teacher: The dense model.
+    """
+
+    calibration: Calibration
+    loss: Knowledge
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+
+    def distance(self) -> float:
+        """The mean distance of the outputs on the rows that are held out."""
+        with in_eval_mode(self.student), in_eval_mode(self.teacher):
+            expected = predictor(self.teacher)
+            return mean_loss(self.calibration, self.student, predictor(self.student), expected, self.loss)
+
+    @contextmanager
+    def flags(self) -> Iterator[None]:
+        """Within this context the layers of the student have gradients, and nothing else has."""
+        layers = {id(s.layers): s.layers for s in find_sublayers(self.student)}.values()
+        trained = {id(p) for stack in layers for p in stack.parameters()}
+        before = [(p, p.requires_grad) for p in self.student.parameters()]
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in trained)
+        with same_modes(self.teacher):
+            self.teacher.eval()
+            yield
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+class Watch(TrainerCallback):
+    """Judges the student from time to time, remembers it at its best, and ends the training when the time is
+    up, or when `PATIENCE` looks have found nothing better.
+
+    Args:
+        pruner: Whose listeners are told how much is done.
+        lesson: It has the student.
+        recovery: Where the looks are written.
+        end: When the time is up, by `time.monotonic`.
+    """
+
+    def __init__(self, pruner: Pruner, lesson: Lesson, recovery: Recovery, end: float):
+        self.pruner, self.lesson, self.recovery = pruner, lesson, recovery
+        self.begin, self.end, self.next = time.monotonic(), end, 1 / LOOKS
+        self.best: dict[str, Tensor] = {}
+
+    def share(self, state: TrainerState, arguments: TrainingArguments) -> float:
+        """The share of the training that is done, by its time or by its steps, whichever is more."""
+        time_gone = (time.monotonic() - self.begin) / max(self.end - self.begin, 1e-9)
+        steps_gone = state.global_step / arguments.max_steps if arguments.max_steps > 0 else 0.0
+        return min(1.0, max(time_gone, steps_gone))
+
+    def look(self, step: int) -> None:
+        """Judge the student, and remember it if it is better than before."""
+        distance = self.lesson.distance()
+        self.recovery.looks.append([step, distance])
+        if distance < self.recovery.distance_after:
+            self.recovery.distance_after = distance
+            trained = ((n, p) for n, p in self.lesson.student.named_parameters() if p.requires_grad)
+            self.best = {name: parameter.detach().clone() for name, parameter in trained}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        share = self.share(state, args)
+        tell(self.pruner, "on_progress", share)
+        if share >= self.next and share < 1:
+            self.next = share + 1 / LOOKS
+            self.look(state.global_step)
+        late = [distance for _, distance in self.recovery.looks[-PATIENCE:]]
+        lost = len(late) == PATIENCE and min(late) > self.recovery.distance_after
+        control.should_training_stop |= share >= 1 or lost
+
+
+class Distillation(Trainer):
+    """`Trainer` whose loss is how far a student is from its teacher, relative to how far it is at first.
+
+    Args:
+        lesson: Student, teacher, and the distance of their outputs.
+        watch: It knows how much is done.
+        arguments: Options.
+        rows: Calibration rows.
+    """
+
+    def __init__(
+        self, lesson: Lesson, watch: Watch, arguments: TrainingArguments, rows: list[dict[str, Any]]
+    ):
+        self.lesson, self.watch = lesson, watch
+        self.scales: list[float] = []
+        self.tops = [
+            {s.stack_name: s for s in find_sublayers(model)} for model in (lesson.student, lesson.teacher)
+        ]
+        super().__init__(
+            model=lesson.student,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=self.collate,
+            callbacks=[watch],
+        )
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Inputs of the model, and which tokens count, if some do not."""
+        inputs, counted = self.lesson.calibration.collate(rows)
+        return inputs if counted is None else {**inputs, COUNTED: counted}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:  # noqa: ARG002
+        """A learning rate that rises at first and falls to 0 as the time runs out."""
+
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / WARM_UP) * (1 - self.watch.share(self.state, self.args))
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """The distances of the outputs and of what leaves the highest layers, as shares of the first ones."""
+        lesson, counted = self.lesson, inputs.pop(COUNTED, None)
+        batch = lesson.calibration.batch(lesson.student, inputs, counted)
+        with hidden_states(self.tops[0]) as ours, in_eval_mode(model):  # without dropout
+            outputs = in_float32(model(**batch.inputs, return_dict=True))
+        with torch.no_grad(), hidden_states(self.tops[1]) as theirs:
+            expected = in_float32(lesson.teacher(**to_model(batch.inputs, lesson.teacher), return_dict=True))
+        parts = [losses_of(lesson.loss, outputs, expected, batch).mean()]
+        for name, top in self.tops[0].items():
+            if name in ours:
+                valid = batch.tokens(top, ours[name])
+                parts.append(relative_distance(ours[name], theirs[name], valid))
+        self.scales = self.scales or [max(float(part.detach()), 1e-12) for part in parts]
+        loss = sum(part / scale for part, scale in zip(parts, self.scales, strict=True))
+        return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def hidden_states(tops: Mapping[str, Sublayer]) -> Iterator[dict[str, Tensor]]:
+    """What leaves the highest layer of each stack in the forward passes of this context, by its name."""
+    states: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, top in tops.items():
+
+            def keep(_module: object, _inputs: object, output: Any, name: str = name) -> None:
+                states[name] = output if isinstance(output, Tensor) else output[0]
+
+            stack.callback(top.layers[-1].register_forward_hook(keep).remove)
+        yield states
+
+
+def relative_distance(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the valid tokens (B, T) of the squared distance of states (B, T, D), relative to the
+    teacher's squared length."""
+    student, teacher = student.float(), teacher.float()
+    distances = (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
+    return distances[valid].mean()

@@ -1,0 +1,107 @@
+"""Recovery: what a pruned model learns from the dense one, and that it is never worse for it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data import rows
+from models import shallow
+
+from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
+
+
+def pruner_of(model: Any, sparsity: float = 0.6, count: int = 40, **options: Any) -> KPrunePruner:
+    settings = {"method": "magnitude", "num_tokens": 10_000, "tune": False, "disable_tqdm": True}
+    args = KPruneArguments(sparsity=sparsity, per_device_batch_size=8, **{**settings, **options})
+    pad = {"input_ids": 1, "attention_mask": 0}
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        columns = {key: [torch.tensor(row[key]) for row in batch] for key in pad}
+        return {
+            key: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=pad[key])
+            for key, column in columns.items()
+        }
+
+    return KPrunePruner(model, args, rows(count), collate)
+
+
+def test_a_pruned_model_learns_from_the_dense_one_and_only_its_layers_change() -> None:
+    dense = shallow()
+    before = copy.deepcopy(dense.state_dict())
+    pruner = pruner_of(dense)
+    report = pruner.prune(inplace=False)
+    assert pruner.dense_model is dense
+    pruned = copy.deepcopy(pruner.model.state_dict())
+    recovery = pruner.recover(minutes=5, max_steps=12, learning_rate=1e-2)
+    assert recovery.steps == 12
+    assert recovery.distance_after == min(distance for _, distance in recovery.looks)
+    assert recovery.distance_after < 0.7 * recovery.distance_before
+    assert report.recovery is recovery
+    after = pruner.model.state_dict()
+    changed = {name for name in pruned if not torch.equal(pruned[name], after[name])}
+    assert changed
+    assert all(name.startswith("bert.encoder.layer.") for name in changed)
+    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
+    assert not pruner.model.training
+    assert all(p.requires_grad for p in pruner.model.parameters())
+    assert PruningReport.from_json(report.to_json()) == report
+    assert str(recovery) in report.summary()
+    assert "Recovered afterwards" in str(report)
+
+
+def test_what_was_learnt_wrongly_is_left_out() -> None:
+    pruner = pruner_of(shallow(num_hidden_layers=1))
+    pruner.prune(inplace=False)
+    pruned = copy.deepcopy(pruner.model.state_dict())
+    recovery = pruner.recover(minutes=5, max_steps=2, learning_rate=100.0, per_device_train_batch_size=40)
+    assert min(distance for _, distance in recovery.looks) > recovery.distance_before
+    assert recovery.distance_after == recovery.distance_before
+    assert all(torch.equal(pruned[name], value) for name, value in pruner.model.state_dict().items())
+
+
+def test_the_dense_model_is_kept_loaded_again_or_asked_for(tmp_path: Path) -> None:
+    shallow(num_hidden_layers=1).save_pretrained(tmp_path)
+    pruner = pruner_of(str(tmp_path))
+    pruner.prune()
+    assert pruner.dense_model is None
+    assert pruner.recover(minutes=5, max_steps=1).steps == 1
+    pruner.source = None
+    with pytest.raises(ArgumentError, match=r"prune\(inplace=False\), .* or pass dense_model"):
+        pruner.recover()
+    with pytest.raises(ArgumentError, match="the pruned one itself"):
+        pruner.recover(dense_model=pruner.model)
+    with pytest.raises(ArgumentError, match="of other layers than the pruned"):
+        pruner.recover(dense_model=shallow())
+
+
+def test_options_that_cannot_be_are_refused_before_anything_runs() -> None:
+    pruner = pruner_of(shallow(num_hidden_layers=1))
+    with pytest.raises(ArgumentError, match="minutes is 0, expected a number over 0"):
+        pruner.recover(minutes=0)
+    with pytest.raises(ArgumentError, match="no options learning, expected options of transformers.Training"):
+        pruner.recover(learning=1.0)
+
+
+def test_half_precision_stays_what_it_is() -> None:
+    pruner = pruner_of(shallow(num_hidden_layers=1).to(torch.bfloat16))
+    pruner.prune(inplace=False)
+    recovery = pruner.recover(minutes=5, max_steps=6, learning_rate=1e-2)
+    assert recovery.distance_after < recovery.distance_before
+    assert {p.dtype for p in pruner.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_pruned_out_of_place_shares_nothing_with_the_dense_one() -> None:
+    dense = shallow(num_hidden_layers=1)
+    pruner = pruner_of(dense)
+    pruner.prune(inplace=False)
+    assert pruner.model is not dense
+    memory = {p.data_ptr() for p in dense.parameters()}
+    assert memory.isdisjoint(p.data_ptr() for p in pruner.model.parameters())
+    in_place = pruner_of(copy.deepcopy(dense))
+    in_place.prune()
+    theirs = in_place.model.state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in pruner.model.state_dict().items())
