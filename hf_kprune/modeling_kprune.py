@@ -506,7 +506,8 @@ def check_plan(stack: StackPlan, layers: nn.ModuleList) -> None:
         for index, (layer, units) in enumerate(zip(layers, kept, strict=True)):
             others = (b for b in stack["blocks"] if b is not block and output_of(b) == output_of(block))
             apart = any(other["kept"][index : index + 1] not in ([], [None]) for other in others)
-            if units is None and (apart or not has(layer, output_of(block))):
+            paths = (output_of(block), *block["rows"])
+            if units is None and (apart or not all(has(layer, path) for path in paths)):
                 continue
             for path, size, width, fixed in dense_sizes(layer, block):
                 if size != of * width + fixed:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import has
+from ..modeling_kprune import get_size, has
 from .experts import are_experts
-from .families import UNTOUCHED, Stack
+from .families import UNTOUCHED, Block, Stack
 
 
 def untouched(model: PreTrainedModel) -> dict[str, str]:
@@ -21,6 +21,13 @@ def untouched(model: PreTrainedModel) -> dict[str, str]:
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.config.model_type in UNTOUCHED
     }
+
+
+def has_block(layer: nn.Module, block: Block) -> bool:
+    """Whether a layer has a block: its output and, of an attention, what makes keys, unless it is emptied."""
+    keys = [path for path, layout in block.inputs.items() if "kv" in layout]
+    emptied = get_size(layer, f"{block.core}.is_kprune_stand_in")
+    return has(layer, block.output) and bool(not keys or emptied or any(has(layer, path) for path in keys))
 
 
 def check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -> None:

@@ -62,8 +62,9 @@ class Block:
     A *unit* is what is kept or pruned as one: an attention head (with grouped queries, a key-value head and
     its query heads, or one query head of every group), an FFN neuron, or a neuron of one expert.
 
-    A layer that lacks the `output` lacks the block (experts may be in its place), and an input that a layer
-    lacks is skipped, so one entry serves variants. What a layer has and the entry does not name is refused.
+    A layer that lacks the `output` lacks the block (experts may be in its place), and so does one without
+    what makes an attention's keys (linear attention may be). Another input that a layer lacks is skipped, so
+    one entry serves variants. What a layer has and the entry does not name is refused.
 
     Args:
         kind: Which sublayer it is; its units are of the class in `units.UNITS`.
@@ -338,7 +339,7 @@ def _experts(module: str = "mlp.experts", stream: str | None = "post_attention_l
         inputs={},
         output=module,
         stream=stream,
-        slices={f"{module}.gate_up_proj": 1, f"{module}.down_proj": 2},
+        slices={f"{module}.gate_up_proj": 1, f"{module}.up_proj": 1, f"{module}.down_proj": 2},
         sizes={f"{module}.intermediate_dim": "width"},
     )
 
@@ -383,6 +384,43 @@ _LATENT = replace(
     _LATENT_DENSE,
     blocks=(_LATENT_DENSE.blocks[0], *_MOE.blocks[1:]),
     untouched=(*_MOE.untouched, *_LATENT_DENSE.untouched),
+)
+# in some layers linear attention stands where attention does in others, with projections of the same names
+_KIMI_LINEAR = replace(
+    _LATENT,
+    untouched=(
+        *_LATENT.untouched,
+        *(f"self_attn.{name}" for name in ("k_proj", "v_proj", "b_proj", "g_a_proj", "g_b_proj")),
+        "self_attn.conv1d",
+        "self_attn.forget_gate",
+    ),
+)
+# two attentions and two FFNs in a layer; what the experts give joins together with the second FFN
+_LONGCAT = replace(
+    _LATENT_DENSE,
+    blocks=tuple(
+        block
+        for number in (0, 1)
+        for block in (
+            replace(
+                _LATENT_DENSE.blocks[0],
+                inputs={f"self_attn.{number}.q_b_proj": "q", f"self_attn.{number}.kv_b_proj": "kv:latent"},
+                output=f"self_attn.{number}.o_proj",
+                stream=f"input_layernorm.{number}",
+                core=f"self_attn.{number}",
+                sizes={f"self_attn.{number}.num_heads": "heads"},
+            ),
+            _ffn(
+                f"mlps.{number}.gate_proj mlps.{number}.up_proj",
+                f"mlps.{number}.down_proj",
+                None if number else "post_attention_layernorm.0",
+            ),
+        )
+    ),
+    untouched=(
+        "mlp",
+        *(f"self_attn.{number}.{name}" for number in (0, 1) for name in ("q_a_proj", "kv_a_proj_with_mqa")),
+    ),
 )
 _MOE_LAST = replace(_MOE, blocks=(_LLAMA_ATTENTION, _LLAMA_FFN, _SHARED_EXPERTS, _EXPERTS))
 _MOE_ALONE = replace(_MOE, uniform={**_HEAD_SIZES, "experts": "intermediate_size"})
@@ -458,7 +496,8 @@ _NEMOTRON_H = replace(
     blocks=(
         _attention("mixer", "mixer.o_proj", sizes={"mixer.num_key_value_groups": "groups"}),
         _ffn("mixer.up_proj", "mixer.down_proj", ""),
-        _ffn("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj", None),
+        _experts("mixer.experts", None),
+        _ffn("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj", ""),
     ),
     untouched=tuple(
         f"mixer.{name}"
@@ -467,7 +506,6 @@ _NEMOTRON_H = replace(
             "conv1d",
             "norm",
             "out_proj",
-            "experts",
             "gate",
             "fc1_latent_proj",
             "fc2_latent_proj",
@@ -1043,6 +1081,8 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "minicpm3": (
         replace(_LATENT_DENSE, blocks=tuple(replace(block, stream=None) for block in _LATENT_DENSE.blocks)),
     ),
+    "kimi_linear": (_KIMI_LINEAR,),
+    "longcat_flash": (_LONGCAT,),
     "mistral4": (_LATENT,),
     "youtu": (_LATENT_DENSE,),
     # language towers
@@ -1062,20 +1102,31 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     ),
     "granitemoehybrid": (replace(_GRANITE_MOE, untouched=("block_sparse_moe.router", "mamba")),),
     "jamba": (
-        replace(_BAMBA, returns="y", untouched=("mamba", "feed_forward.router", "feed_forward.experts")),
+        replace(
+            _BAMBA,
+            blocks=(*_BAMBA.blocks, _experts("feed_forward.experts", "pre_ff_layernorm")),
+            returns="y",
+            untouched=("mamba", "feed_forward.router"),
+            uniform=_HEAD_SIZES,
+        ),
     ),
     "lfm2": (_LFM2,),
-    "lfm2_moe": (replace(_LFM2, untouched=("conv", "feed_forward.gate", "feed_forward.experts")),),
+    "lfm2_moe": (
+        replace(
+            _LFM2,
+            blocks=(*_LFM2.blocks, _experts("feed_forward.experts", "ffn_norm")),
+            untouched=("conv", "feed_forward.gate"),
+        ),
+    ),
     "minimax": (
         replace(
             _LLAMA,
-            blocks=(replace(_LLAMA_ATTENTION, stream=None),),
+            blocks=(replace(_LLAMA_ATTENTION, stream=None), _experts(stream=None)),
             untouched=(
                 *(f"self_attn.{name}" for name in ("norm", "qkv_proj", "out_proj", "output_gate")),
                 "mlp.gate",
-                "mlp.experts",
             ),
-            uniform=_HEAD_SIZES,
+            uniform={**_HEAD_SIZES, "experts": "intermediate_size"},
         ),
     ),
     "nemotron_h": (_NEMOTRON_H,),

@@ -16,6 +16,7 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import BlockPlan, get_size, has, stacks_of
 from . import experts
 from .configs import at_layer
+from .coverage import has_block
 from .families import Block, Stack
 from .projections import oriented, shape_of
 from .units import UNITS, Unit
@@ -118,7 +119,7 @@ def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
 
 def _columns(layer: nn.Module, block: Block) -> int | None:
     """Columns of the output projection of a block, of experts those of each; None if a layer lacks it."""
-    if not has(layer, block.output):
+    if not has_block(layer, block):
         return None
     output = layer.get_submodule(block.output)
     return experts.size_of(output)[1] if UNITS[block.kind].in_experts else shape_of(output)[1]
