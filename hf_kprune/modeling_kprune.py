@@ -58,7 +58,8 @@ ALIGNED = 8
 kernels that compute all at once read rows of whole 16 bytes."""
 
 Returns = str | Sequence[str | None] | None
-"""What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, None is None."""
+"""What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, `"[y]"` a list of it,
+None is None."""
 
 
 class BlockPlan(TypedDict):
@@ -133,6 +134,8 @@ def fill(returns: Returns, y: Tensor, arguments: dict[str, Any]) -> Any:
         return None
     if not isinstance(returns, str):
         return tuple(fill(entry, y, arguments) for entry in returns)
+    if returns == "[y]":
+        return [y]
     name, _, added = returns.partition("+")
     assert name == "y"
     return y + arguments[added] if added else y
@@ -143,12 +146,12 @@ def with_weights(result: object, weights: Tensor | None, appended: bool) -> Any:
 
     If there is none, and the module was asked for weights (`appended`), they come after all else.
     """
-    if weights is None or not isinstance(result, tuple):
+    if weights is None or not isinstance(result, (tuple, list)):
         return result
     places = [place for place, entry in enumerate(result) if entry is None]
     if places:
         return (*result[: places[-1]], weights, *result[places[-1] + 1 :])
-    return (*result, weights) if appended else result
+    return type(result)((*result, weights)) if appended else result
 
 
 def parameter_names(module: nn.Module) -> list[str]:

@@ -14,11 +14,13 @@ from checks import by_column, logits, masked
 from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, shallow, slow_unless_in, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from zoo import GEMMA4
+from zoo import ENCODER, GEMMA4, make
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
-from hf_kprune.structure.configs import at_layer
+from hf_kprune.modeling_kprune import fill, with_weights
+from hf_kprune.structure.configs import ask, at_layer
 from hf_kprune.structure.families import FAMILIES, Kind
+from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut
 from hf_kprune.structure.units import KINDS, UNITS, Head, Neuron, QueryHead, Unit
@@ -102,6 +104,48 @@ def test_a_config_may_list_the_heads_of_each_layer() -> None:
     layers = [at_layer(config, index, ("num_attention_heads", "head_dim", "missing")) for index in (0, 1)]
     assert [(layer.num_attention_heads, layer.head_dim) for layer in layers] == [(4, 2), (8, 2)]
     assert at_layer(config, 0, ("head_dim",)) is config
+
+
+def test_a_size_may_be_a_quotient_of_two_attributes() -> None:
+    config = PreTrainedConfig(true_hidden_size=8, num_attention_heads=4, nothing=None)
+    assert ask(config, "true_hidden_size / num_attention_heads") == 2
+    assert ask(config, "nothing / num_attention_heads") is None
+
+
+def test_a_gate_with_one_row_for_each_head_is_cut_with_its_heads() -> None:
+    assert Head(4, heads=2).rows("h", 3).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert QueryHead(4, heads=2, kv_heads=0).rows("h", 3).tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_attentions_that_return_lists_are_stood_in_for_by_lists() -> None:
+    y, weights = torch.ones(1), torch.zeros(0)
+    assert fill("[y]", y, {}) == [y]
+    assert with_weights([y], weights, appended=True) == [y, weights]
+    assert with_weights([y], weights, appended=False) == [y]
+
+
+def test_what_stays_of_a_layer_is_named_with_its_reason() -> None:
+    """Only of those stages of Swin that the model has; and the list of stages is no list of layers beside them."""
+    model = make("swin")
+    names = [s.name for s in find_sublayers(model)]
+    assert names == [
+        "encoder.layers.0.blocks.0.ffn",
+        "encoder.layers.0.blocks.1.ffn",
+        "encoder.layers.1.blocks.0.ffn",
+    ]
+    reasons = parts_left_alone(model)
+    assert list(reasons) == [f"encoder.layers.{stage}.blocks.*.attention" for stage in (0, 1)]
+    assert "windows" in next(iter(reasons.values()))
+    assert parts_left_alone(make("mixtral")) == {}  # a router has no heads that could go
+
+
+def test_a_projection_of_another_kind_is_refused() -> None:
+    config = {**ENCODER, "embedding_size": 16, "conv_kernel_size": 3, "num_groups": 2}
+    model = transformers.ConvBertModel(AutoConfig.for_model("convbert", **config))
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"output.dense of ConvBertModel is a GroupedLinearLayer"
+    ):
+        find_sublayers(model)
 
 
 @pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD)

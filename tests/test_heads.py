@@ -216,6 +216,10 @@ def test_normalised_embeddings_have_no_scale_and_hidden_states_do() -> None:
     valid = torch.ones(2, 4).bool()
     one, three = (BaseModelOutput(last_hidden_state=hidden * factor) for factor in (1, 3))
     assert of_embeddings(2.0, three, one, valid, "mean").max() < 1e-10
+    pooled, other = ModelOutput(pooler_output=hidden[:, 0]), ModelOutput(pooler_output=hidden[:, 1])
+    for pooling in ("mean", "cls", "pooler", "none"):  # there is nothing else to compare
+        assert of_embeddings(2.0, pooled, pooled, valid, pooling).max() < 1e-10
+        assert of_embeddings(2.0, pooled, other, valid, pooling).min() > 1e-3
     torch.testing.assert_close(
         of_embeddings(2.0, three, one, valid, "none"), (4 * hidden.square()).mean((1, 2))
     )

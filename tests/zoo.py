@@ -190,6 +190,16 @@ ROTATING: dict[str, Any] = {
     **HEAD_DIM,
     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0},
 }
+SWIN: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "image_size": 16,
+    "patch_size": 2,
+    "num_channels": 3,
+    "mlp_ratio": 1.0,
+}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -835,6 +845,183 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {**AUDIO, "do_stable_layer_norm": True, "feat_extract_norm": "layer", "adapter_attn_dim": 4},
         "audio_values",
     ),
+    # more decoders
+    "afmoe": (
+        "AfmoeForCausalLM",
+        {**SHARED_MOE, **SLIDING, "num_dense_layers": 1, "num_shared_experts": 1},
+        "text",
+    ),
+    "aria_text": (
+        "AriaTextForCausalLM",
+        {**HEAD_DIM, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        "text",
+    ),
+    "bitnet": ("BitNetForCausalLM", DECODER, "text"),
+    "codegen": ("CodeGenForCausalLM", {**GPT, "n_embd": 32, "rotary_dim": 4}, "text"),
+    "cohere2_moe": (
+        "Cohere2MoeForCausalLM",
+        {**MOE, **SLIDING, "head_dim": 4, "num_shared_experts": 1, "first_k_dense_replace": 1},
+        "text",
+    ),
+    "csm_depth_decoder_model": ("CsmDepthDecoderForCausalLM", HEAD_DIM, "text"),
+    "diffllama": ("DiffLlamaForCausalLM", HEAD_DIM, "text"),
+    "doge": ("DogeForCausalLM", {**HEAD_DIM, "sliding_window": 4}, "text"),
+    "emu3_text_model": ("Emu3TextModel", DECODER, "text"),
+    "flint": ("FlintForCausalLM", {**SHARED_MOE, "shared_expert_intermediate_size": 8}, "text"),
+    "gpt_neox_japanese": (
+        "GPTNeoXJapaneseForCausalLM",
+        {
+            **SMALL,
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_multiple_size": 1,
+            "max_position_embeddings": 64,
+        },
+        "text",
+    ),
+    "granite4_vision_text": ("Granite4VisionTextModel", {**DECODER, "residual_multiplier": 0.3}, "text"),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1ForCausalLM",
+        {**HEAD_DIM, "num_experts": 4, "moe_topk": 2},
+        "text",
+    ),
+    "hy_v3": ("HYV3ForCausalLM", {**SHARED_MOE, "num_shared_experts": 1}, "text"),
+    "laguna": ("LagunaForCausalLM", {**SHARED_MOE, **SLIDING}, "text"),
+    "lfm3": ("Lfm3ForCausalLM", {**HEAD_DIM, "block_auto_adjust_ff_dim": False}, "text"),
+    "mellum": (
+        "MellumForCausalLM",
+        {**HEAD_DIM, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "text",
+    ),
+    "minimax_m3_vl_text": (
+        "MiniMaxM3VLForCausalLM",
+        {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "text",
+    ),
+    "molmo2_text": ("Molmo2TextModel", HEAD_DIM, "text"),
+    "muse_glimmer_text": ("MuseGlimmerTextModel", {**HEAD_DIM, **SLIDING}, "text"),
+    "openai-gpt": (
+        "OpenAIGPTLMHeadModel",
+        {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "pad_token_id": 1},
+        "text",
+    ),
+    "openai_privacy_filter": (
+        "OpenAIPrivacyFilterForTokenClassification",
+        {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+        "text",
+    ),
+    "solar_open": ("SolarOpenForCausalLM", SHARED_MOE, "text"),
+    "glm_image_text": ("GlmImageTextModel", ROTATING, "text"),
+    "glm_ocr_text": ("GlmOcrTextModel", ROTATING, "text"),
+    "hunyuan_vl_text": ("HunYuanVLTextModel", ROTATING, "text"),
+    "paddleocr_vl_text": ("PaddleOCRTextModel", ROTATING, "text"),
+    "qwen2_5_omni_text": ("Qwen2_5OmniThinkerTextModel", ROTATING, "text"),
+    "qwen3_omni_moe_text": ("Qwen3OmniMoeThinkerTextModel", {**ROTATING, **MOE, "head_dim": 4}, "text"),
+    # more encoders
+    "align_text_model": ("AlignTextModel", ENCODER, "text"),
+    "big_bird": ("BigBirdForSequenceClassification", {**ENCODER, "attention_type": "original_full"}, "text"),
+    "bigbird_pegasus": (
+        "BigBirdPegasusForConditionalGeneration",
+        {**SEQ2SEQ, "attention_type": "original_full"},
+        "seq2seq",
+    ),
+    "clap_text_model": ("ClapTextModel", ENCODER, "text"),
+    "clipseg": (
+        "CLIPSegModel",
+        {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
+    "convbert": (
+        "ConvBertForSequenceClassification",
+        {**ENCODER, "embedding_size": 16, "conv_kernel_size": 3},
+        "text",
+    ),
+    "dpr": ("DPRQuestionEncoder", ENCODER, "text"),
+    "fnet": ("FNetForSequenceClassification", {**ENCODER, "tpu_short_seq_length": 9}, "ids"),
+    "gte": ("GteModel", ENCODER, "text"),
+    "mobilebert": (
+        "MobileBertForSequenceClassification",
+        {
+            **ENCODER,
+            "embedding_size": 8,
+            "true_hidden_size": 8,
+            "intra_bottleneck_size": 8,
+            "num_feedforward_networks": 4,
+        },
+        "text",
+    ),
+    "owlv2": (
+        "Owlv2Model",
+        {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
+    "owlvit": (
+        "OwlViTModel",
+        {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
+    "tipsv2_text_model": ("Tipsv2TextModel", TEXT_TOWER, "text"),
+    "ultrabert": ("UltrabertModel", ENCODER, "text"),
+    "led": (
+        "LEDForConditionalGeneration",
+        {
+            **SEQ2SEQ,
+            "max_encoder_position_embeddings": 64,
+            "max_decoder_position_embeddings": 64,
+            "attention_window": 4,
+        },
+        "seq2seq",
+    ),
+    "pop2piano": ("Pop2PianoForConditionalGeneration", {**T5, "composer_vocab_size": 4}, "pairs"),
+    "aimv2": (
+        "Aimv2Model",
+        {"text_config": TEXT_TOWER, "vision_config": IMAGE, "projection_dim": 8},
+        "clip",
+    ),
+    "flava_text_model": ("FlavaTextModel", ENCODER, "text"),
+    "videoprism_text_model": ("VideoPrismTextModel", ENCODER, "text"),
+    "xclip_text_model": ("XCLIPTextModel", TEXT_TOWER, "text"),
+    # more models of images and sound
+    "flava_image_model": ("FlavaImageModel", IMAGE, "image"),
+    "git_vision_model": ("GitVisionModel", IMAGE, "image"),
+    "donut-swin": ("DonutSwinModel", SWIN, "image"),
+    "swin": ("SwinForImageClassification", SWIN, "image"),
+    "swinv2": ("Swinv2ForImageClassification", SWIN, "image"),
+    "pixio": ("PixioModel", IMAGE, "image"),
+    "radio": ("RadioModel", IMAGE, "image"),
+    "sapiens2": ("Sapiens2Model", IMAGE, "image"),
+    "timesformer": ("TimesformerForVideoClassification", {**IMAGE, "num_frames": 2}, "video"),
+    "tipsv2_vision_model": ("Tipsv2VisionModel", {**IMAGE, "mlp_ratio": 1}, "image"),
+    "glmasr_encoder": (
+        "GlmAsrEncoder",
+        {
+            **{
+                k: DECODER[k]
+                for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+            },
+            "num_mel_bins": 8,
+        },
+        "mel",
+    ),
+    "lasr_encoder": (
+        "LasrEncoder",
+        {
+            **{
+                k: CONFORMER[k]
+                for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+            },
+            "num_key_value_heads": 4,
+            "num_mel_bins": 8,
+            "subsampling_conv_channels": 4,
+        },
+        "frames",
+    ),
+    "wav2vec2-conformer": (
+        "Wav2Vec2ConformerForSequenceClassification",
+        {**AUDIO, "conv_depthwise_kernel_size": 3},
+        "audio_values",
+    ),
 }
 
 
@@ -893,7 +1080,8 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
 def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4) -> dict[str, Tensor]:
     """Inputs of `batch` samples, of different lengths where there is padding.
 
-    Kinds: text, unpadded (text without padding), seq2seq, image, audio_values, audio_features, frames, clip.
+    Kinds: text, unpadded (text without padding), ids (that without a mask), seq2seq,
+    pairs (that of a model which generates from something else), image, mel, audio_values, audio_features, frames, clip.
     """
     torch.default_generator.manual_seed(seed)
 
@@ -907,7 +1095,11 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
     config: Any = model.config
     if kind in ("text", "unpadded"):
         return text(9, kind == "text")
-    if kind == "seq2seq":
+    if kind == "ids":
+        return {"input_ids": text(9, padded=False)["input_ids"]}
+    if kind == "mel":
+        return {"input_features": torch.randn(batch, config.num_mel_bins, 24)}
+    if kind in ("seq2seq", "pairs"):
         return {**text(9), **text(6, prefix="decoder_")}
     if kind == "image":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]

@@ -127,7 +127,8 @@ def of_embeddings(
     Args:
         temperature: It has no meaning here.
         student: Outputs with `last_hidden_state` (B, T, D) and, for `"pooler"`, `pooler_output` (B, D); of
-            one tower with a projection `text_embeds` (B, E).
+            one tower with a projection `text_embeds` (B, E). Where there is a `pooler_output` alone (DPR), that is
+            the embedding, whatever the pooling.
         teacher: The same.
         valid: Tokens that are not padding, (B, T).
         pooling: `"mean"` over tokens, `"cls"` the first token, `"pooler"` the model's own pooler, each
@@ -135,6 +136,8 @@ def of_embeddings(
     """
     if "last_hidden_state" not in student and "text_embeds" in student:
         return of_towers(temperature, student, teacher, valid)
+    if "last_hidden_state" not in student and "pooler_output" in student:
+        pooling = "pooler"
     if pooling == "none":
         return mean_over_tokens(squared_error(student.last_hidden_state, teacher.last_hidden_state), valid)
     return (_embedding(student, valid, pooling) - _embedding(teacher, valid, pooling)).square().sum(-1)

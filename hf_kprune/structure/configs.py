@@ -39,7 +39,11 @@ def at_layer(config: Any, index: int, names: Sequence[str]) -> Any:
 
 
 def ask(config: object, name: str) -> Any:
-    """The value of what `Stack.kv_heads` names, or of the attribute that its flag chooses; None without."""
+    """The value of what `Stack.kv_heads` or `Stack.head_dim` names: an attribute, the one that a flag
+    chooses, or a quotient of two; None without."""
+    if " / " in name:
+        total, parts = (read(config, part) for part in name.split(" / "))
+        return total // parts if total and parts else None
     flag, _, names = name.partition(" ? ")
     return read(config, names.split(" : ")[not read(config, flag)] if names else name)
 

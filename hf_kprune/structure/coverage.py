@@ -43,6 +43,17 @@ def check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) ->
         block.output for block in stack.blocks if block.kind == "attention" and not has(layer, block.output)
     }
     described = (*(block.output for block in stack.blocks), *stack.untouched)
+    others = [
+        (block.output, type(layer.get_submodule(block.output)).__name__)
+        for block in stack.blocks
+        if block.kind != "experts" and block.output not in projections and has(layer, block.output)
+    ]
+    for path, name in others:
+        if not getattr(layer.get_submodule(path), "is_kprune_stand_in", False):
+            raise UnsupportedArchitectureError(
+                f"{path} of {type(model).__name__} is a {name}, where its family {model.config.model_type!r} "
+                "expects an nn.Linear; such a variant cannot be pruned"
+            )
     if projections - listed or (missing and not any(has(layer, path) for path in described)):
         raise UnsupportedArchitectureError(
             f"a layer of {type(model).__name__} has the projections {sorted(projections)}; its family "
@@ -87,6 +98,7 @@ def _lists_beside(stacks: set[int], module: nn.Module, path: str = "") -> Iterat
     """The lists of modules in a module, with their paths, beside those with these ids."""
     for name, child in module.named_children():
         if id(child) not in stacks:
-            if isinstance(child, nn.ModuleList) and len(child):
+            holds_stacks = any(id(module) in stacks for module in child.modules())
+            if isinstance(child, nn.ModuleList) and len(child) and not holds_stacks:
                 yield path + name, child
             yield from _lists_beside(stacks, child, f"{path}{name}.")

@@ -15,6 +15,7 @@ What the strings of a description mean:
     field             value               meaning
     inputs            "q"                 rows of query heads
                       "2q"                rows of query heads, those of each followed by those of its gate
+                      "h"                 one row of each query head
                       "kv"                rows of key heads, or of value heads
                       "kv:latent"         of each head its part of keys, then its values
                       "qkv"               all three fused, one after the other
@@ -25,6 +26,7 @@ What the strings of a description mean:
                       "y+x"               that, with the argument x of the attention added
                       None                None
                       ("y", None)         a tuple of such; a lone "y" that is in no tuple is written "y"
+                      "[y]"               a list of it
     stream            "path"              the module reads the residual stream that the output joins
                       "a|b"               the one of two modules that runs first, where an option decides
                       ""                  the stream is the input of the layer
@@ -39,6 +41,8 @@ What the strings of a description mean:
     slices            0, 1, 2             one slice for each unit in this dimension, or several
     kv_heads          "name"              the config attribute
                       "flag ? a : b"      the attribute a where the attribute flag is true, else b
+    head_dim          "name"              the config attribute
+                      "a / b"             the attribute a divided by the attribute b
 """
 
 from collections.abc import Mapping
@@ -47,7 +51,7 @@ from typing import Any, Literal
 
 
 Kind = Literal["attention", "cross_attention", "ffn", "experts"]
-Layout = Literal["q", "2q", "kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
+Layout = Literal["q", "2q", "h", "kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
 Size = Literal["heads", "kv_heads", "groups", "width"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
@@ -121,7 +125,8 @@ class Stack:
         parallel: Whether all blocks of a layer read the layer's input and their outputs are added up.
         residual: Config attribute that multiplies every sublayer's output before it joins the stream; `""`
             for none.
-        untouched: Module paths in the layer whose projections are left as they are (routers).
+        untouched: Module paths in the layer whose projections are left as they are (routers). A mapping
+            says of each why its heads or neurons stay, which users are told; `""` if it has none.
         heads: Config attribute with the number of query heads.
         kv_heads: Config attribute with the number of key-value heads, where there is one; True is one for
             all.
@@ -151,7 +156,7 @@ class Stack:
     returns: Returns = "y"
     parallel: bool = False
     residual: str = ""
-    untouched: tuple[str, ...] = ()
+    untouched: tuple[str, ...] | Mapping[str, str] = ()
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
     head_dim: str = "head_dim"
@@ -605,6 +610,58 @@ _BLOOM = Stack(
     },
 )
 
+# types of which parts stay: users are told why
+_NEURONS = replace(_BERT, blocks=_BERT.blocks[1:])
+_FUSED_IN_FOUR = (
+    "its fused projection holds four parts of queries, values and keys, which must stay of one size"
+)
+_WINDOWS = "its windows lie beside the images of a batch, which are not what calibration tells apart"
+
+
+def _swin(ffn: Block, returns: Returns = ("y",)) -> tuple[Stack, ...]:
+    """Swin's stages, each of which has its own width."""
+    return tuple(
+        Stack(
+            f"encoder.layers.{stage}.blocks",
+            (ffn,),
+            returns=returns,
+            mask="",
+            untouched={"attention": _WINDOWS},
+        )
+        for stage in range(4)
+    )
+
+
+_MOBILEBERT = replace(
+    _BERT,
+    blocks=(
+        replace(_BERT.blocks[0], stream=None),
+        *(
+            _ffn(f"ffn.{i}.intermediate.dense", f"ffn.{i}.output.dense", f"ffn.{i}.intermediate.dense")
+            for i in range(3)
+        ),
+        _BERT.blocks[1],
+    ),
+    untouched=("bottleneck", "output.bottleneck"),
+    head_dim="true_hidden_size / num_attention_heads",
+    uniform={},
+)
+_BIG_BIRD = {
+    "attention_type=block_sparse": (
+        "it then exchanges its attention modules while it runs, by the length of the input; load it with "
+        "attention_type='original_full'"
+    )
+}
+_AIMV2 = replace(
+    _CLIP,
+    blocks=(
+        _attention("attention", "attention.out_proj", sizes={"attention.num_heads": "heads"}),
+        _ffn("ffn.gate_proj ffn.up_proj", "ffn.down_proj", "rms_norm2"),
+    ),
+)
+_GATED = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "self_attn.gate_proj": "q"})
+_GATED_HEADS = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "self_attn.g_proj": "h"})
+
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     # BERT and its kin
     "bert": (_BERT,),
@@ -638,6 +695,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     ),
     "yoso": (_BERT_SINGLE,),
     # other encoders of text
+    "align_text_model": (_BERT,),
+    "clap_text_model": (_BERT,),
+    "dpr": (replace(_BERT, layers="bert_model.encoder.layer"),),
+    "gte": (_NORM_AFTER,),
+    "ultrabert": (_LLAMA,),
     "deberta": (
         replace(
             _BERT_PAIR,
@@ -752,6 +814,39 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "bart": _bart(pre_norm=False, shifts=True),
     "blenderbot": _bart(pre_norm=True),
     "blenderbot-small": _bart(pre_norm=False),
+    "led": (
+        replace(
+            _bart(pre_norm=False)[0],
+            blocks=(
+                replace(
+                    _attention(
+                        "self_attn.longformer_self_attn",
+                        "self_attn.output",
+                        "query key value",
+                    ),
+                    inputs={
+                        f"self_attn.longformer_self_attn.{name}": "q" if "query" in name else "kv"
+                        for name in ["query", "query_global", "key", "key_global", "value", "value_global"]
+                    },
+                    returns=("y",),
+                    obstacle="its heads are reshaped to the hidden size",
+                    weights=False,
+                ),
+                _ffn("fc1", "fc2", "fc1"),
+            ),
+            pads=True,
+            returns=("y",),
+        ),
+        replace(
+            _bart(
+                pre_norm=False,
+                shifts=True,
+                returns=("y", None, None),
+                obstacle="its heads are reshaped to the hidden size",
+            )[1],
+            returns=("y", None),
+        ),
+    ),
     "m2m_100": _bart(pre_norm=True),
     "marian": _bart(pre_norm=False),
     "mbart": _bart(pre_norm=True, shifts=True),
@@ -777,6 +872,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         replace(_t5()[1], returns=("y", None, None, None, None)),
     ),
     "mt5": _t5(),
+    "pop2piano": _t5(),
     "switch_transformers": _t5(
         ffn="mlp",
         untouched=("layer.1.mlp.router", "layer.1.mlp.experts", "layer.2.mlp.router", "layer.2.mlp.experts"),
@@ -784,6 +880,10 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "t5": _t5(),
     "umt5": _t5(core=("y", None), returns="y", uniform={"ffn": "d_ff"}),
     # images
+    "pixio": (replace(_DINO, layers="layers"),),
+    "radio": (_DINO,),
+    "sapiens2": (replace(_DINO, layers="layer"),),
+    "tipsv2_vision_model": (_DINO,),
     "beit": (
         replace(
             _VIT,
@@ -831,6 +931,20 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "vivit": (_VIT,),
     "yolos": (_VIT_NESTED,),
     # images and text, tower by tower
+    "clipseg_text_model": (_CLIP,),
+    "clipseg_vision_model": (_CLIP_VISION,),
+    "aimv2_vision_model": (replace(_AIMV2, mask=""),),
+    "aimv2_text_model": (_AIMV2,),
+    "flava_image_model": (replace(_VIT_NESTED, returns=("y",)),),
+    "flava_text_model": (replace(_VIT_NESTED, returns=("y",), mask="attention_mask"),),
+    "git_vision_model": (replace(_CLIP_VISION, layers="vision_model.encoder.layers"),),
+    "owlvit_text_model": (_CLIP,),
+    "owlvit_vision_model": (_CLIP_VISION,),
+    "owlv2_text_model": (_CLIP,),
+    "owlv2_vision_model": (_CLIP_VISION,),
+    "tipsv2_text_model": (_CLIP,),
+    "xclip_text_model": (_CLIP,),
+    "videoprism_text_model": (replace(_DINO, layers="layers", mask="attention_mask"),),
     "altclip_vision_model": (_CLIP_VISION,),
     "chinese_clip_vision_model": (_CLIP_VISION,),
     "clip_text_model": (_CLIP,),
@@ -844,6 +958,14 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "siglip_text_model": (_CLIP,),
     "siglip_vision_model": (replace(_CLIP_VISION, uniform={}),),
     # sound
+    "glmasr_encoder": (
+        replace(
+            _LLAMA,
+            blocks=(_LLAMA_ATTENTION, _ffn("mlp.fc1", "mlp.fc2", "post_attention_layernorm")),
+            mask="",
+            uniform={},
+        ),
+    ),
     "audio-spectrogram-transformer": (_VIT,),
     "data2vec-audio": (_WAV2VEC2,),
     "hubert": (_WAV2VEC2,),
@@ -851,6 +973,96 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "unispeech-sat": (_WAV2VEC2,),
     "wav2vec2": (_WAV2VEC2,),
     # decoders
+    "afmoe": (
+        replace(
+            _MOE,
+            blocks=(
+                replace(_GATED, stream=None),
+                replace(_LLAMA_FFN, stream=None),
+                _SHARED_EXPERTS,
+                replace(_EXPERTS, stream=None),
+            ),
+            uniform={},
+        ),
+    ),
+    "aria_text": (
+        replace(
+            _MOE,
+            blocks=(
+                _LLAMA_ATTENTION,
+                replace(_EXPERTS, slices={"mlp.experts.gate_up_proj": 2, "mlp.experts.down_proj": 1}),
+                _SHARED_EXPERTS,
+            ),
+            routes="moe_topk",
+            uniform={},
+        ),
+    ),
+    "cohere2_moe": (
+        replace(
+            _MOE,
+            parallel=True,
+            blocks=(
+                _LLAMA_ATTENTION,
+                replace(_LLAMA_FFN, stream=""),
+                replace(_EXPERTS, stream=""),
+                _SHARED_EXPERTS,
+            ),
+            uniform={},
+        ),
+    ),
+    "csm_depth_decoder_model": (_LLAMA,),
+    "emu3_text_model": (_LLAMA,),
+    "flint": (_MOE,),
+    "granite4_vision_text": (replace(_LLAMA, residual="residual_multiplier"),),
+    "hunyuan_v1_moe": (
+        replace(
+            _MOE,
+            blocks=(
+                _LLAMA_ATTENTION,
+                _ffn("mlp.shared_mlp.gate_proj mlp.shared_mlp.up_proj", "mlp.shared_mlp.down_proj", None),
+                _EXPERTS,
+            ),
+            routes="moe_topk",
+            uniform={},
+        ),
+    ),
+    "hy_v3": (_MOE,),
+    "laguna": (replace(_MOE, blocks=(_GATED_HEADS, *_MOE.blocks[1:]), uniform={}),),
+    "lfm3": (
+        replace(
+            _LFM2,
+            blocks=(
+                replace(_GATED_HEADS, stream=None),
+                replace(_LFM2.blocks[1], stream=None),
+            ),
+        ),
+    ),
+    "mellum": (_MOE,),
+    "minimax_m3_vl_text": (
+        replace(
+            _MOE,
+            blocks=(
+                _LLAMA_ATTENTION,
+                _LLAMA_FFN,
+                Block(
+                    "ffn",
+                    inputs={"mlp.shared_experts.gate_up_proj": "2f"},
+                    output="mlp.shared_experts.down_proj",
+                    stream=None,
+                ),
+                _EXPERTS,
+            ),
+            uniform={},
+        ),
+    ),
+    "molmo2_text": (_LLAMA,),
+    "muse_glimmer_text": (
+        replace(_NORM_AFTER, blocks=(replace(_GATED, stream=None), _NORM_AFTER.blocks[1])),
+    ),
+    "openai_privacy_filter": (
+        replace(_GPT_OSS, blocks=(_LLAMA_ATTENTION, replace(_GPT_OSS.blocks[1], stream=None)), uniform={}),
+    ),
+    "solar_open": (_MOE,),
     "apertus": (
         replace(_LLAMA, blocks=(_LLAMA_ATTENTION, replace(_LLAMA_FFN, stream="feedforward_layernorm"))),
     ),
@@ -1086,6 +1298,12 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "mistral4": (_LATENT,),
     "youtu": (_LATENT_DENSE,),
     # language towers
+    "glm_image_text": (_NORM_AFTER,),
+    "glm_ocr_text": (_NORM_AFTER,),
+    "hunyuan_vl_text": (_LLAMA,),
+    "paddleocr_vl_text": (_LLAMA,),
+    "qwen2_5_omni_text": (_LLAMA,),
+    "qwen3_omni_moe_text": (_MOE,),
     "glm4v_text": (_NORM_AFTER,),
     "qwen2_5_vl_text": (_LLAMA,),
     "qwen2_vl_text": (_LLAMA,),
@@ -1135,7 +1353,132 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen3_5_moe_text": (_QWEN3_NEXT,),
     "qwen3_next": (_QWEN3_NEXT,),
     "recurrent_gemma": (_RECURRENT_GEMMA,),
+    # types of which parts stay
+    "big_bird": (replace(_BERT, refuses=_BIG_BIRD),),
+    "bigbird_pegasus": (
+        replace(
+            _bart(pre_norm=True)[0],
+            blocks=(
+                _attention(
+                    "self_attn.self",
+                    "self_attn.output",
+                    "query key value",
+                    sizes={
+                        "self_attn.self.num_attention_heads": "heads",
+                        "self_attn.self.all_head_size": "width",
+                    },
+                ),
+                _ffn("fc1", "fc2", "final_layer_norm"),
+            ),
+            refuses=_BIG_BIRD,
+        ),
+        _bart(pre_norm=True, shifts=True)[1],
+    ),
+    "bitnet": (
+        replace(
+            _LLAMA,
+            blocks=(
+                replace(
+                    _LLAMA_ATTENTION, obstacle="its heads are normalised together before they are projected"
+                ),
+            ),
+            untouched={"mlp": "its neurons are normalised together before they are projected"},
+            uniform={},
+        ),
+    ),
+    "codegen": (
+        Stack(
+            "h",
+            (
+                Block(
+                    "attention",
+                    inputs={"attn.qkv_proj": "qkv"},
+                    output="attn.out_proj",
+                    core="attn",
+                    obstacle=_FUSED_IN_FOUR,
+                ),
+                _ffn("mlp.fc_in", "mlp.fc_out", ""),
+            ),
+            returns=("y", None),
+            parallel=True,
+            uniform={"ffn": "n_inner"},
+        ),
+    ),
+    "convbert": (
+        replace(
+            _NEURONS,
+            untouched={"attention": "half of it is a convolution whose kernels are made from all heads"},
+        ),
+    ),
+    "diffllama": (
+        replace(
+            _LLAMA,
+            blocks=(
+                replace(
+                    _LLAMA_ATTENTION, obstacle="its heads work in pairs, across the two halves of the heads"
+                ),
+                _LLAMA_FFN,
+            ),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "doge": (
+        replace(
+            _NORM_AFTER,
+            blocks=(
+                replace(
+                    _LLAMA_ATTENTION, stream=None, obstacle="its mask is made from the values of all heads"
+                ),
+                replace(_LLAMA_FFN, stream=None),
+            ),
+            untouched=("self_attn.dt_proj",),
+            uniform=_FFN_SIZE,
+        ),
+    ),
+    "donut-swin": _swin(_ffn("intermediate.dense", "output.dense", "layernorm_after")),
+    "fnet": (replace(_NEURONS, returns=("y",), mask=""),),
+    "gpt_neox_japanese": (
+        Stack(
+            "layers",
+            (_NEOX_FFN,),
+            returns=("y", None),
+            untouched={"attention": "the bias of its last attention is not one of a projection"},
+        ),
+    ),
+    "mobilebert": (_MOBILEBERT,),
+    "openai-gpt": (
+        replace(
+            _GPT2,
+            blocks=(
+                replace(
+                    _GPT2.blocks[0],
+                    sizes={"attn.n_head": "heads", "attn.split_size": "width"},
+                    returns="[y]",
+                ),
+                replace(_GPT2.blocks[1], stream="mlp.c_fc"),
+            ),
+            returns=("y",),
+            uniform={},
+        ),
+    ),
+    "swin": _swin(_ffn("mlp.fc1", "mlp.fc2", "layernorm_after"), ("y", None)),
+    "swinv2": _swin(_ffn("intermediate.dense", "output.dense", None)),
+    "timesformer": (
+        replace(
+            _NEURONS,
+            returns=("y",),
+            mask="",
+            blocks=(_ffn("intermediate.dense", "output.dense", "layernorm_after"),),
+            untouched={
+                "attention": "it takes the frames of a video apart",
+                "temporal_attention": "it takes the patches of a video apart",
+                "temporal_dense": "",
+            },
+        ),
+    ),
     # conformers
+    "lasr_encoder": (_PARAKEET,),
+    "wav2vec2-conformer": (_CONFORMER,),
     "parakeet_encoder": (_PARAKEET,),
     "wav2vec2-bert": (_CONFORMER,),
 }
@@ -1143,27 +1486,16 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
 
 REFUSED: dict[str, str] = {
     "albert": "its layers share one set of weights",
-    "big_bird": "it exchanges its attention modules while it runs, by the length of the input",
-    "bigbird_pegasus": "it exchanges its attention modules while it runs, by the length of the input",
-    "bitnet": "its outputs are normalised across all heads and across all neurons before the last projection",
-    "codegen": (
-        "its fused projection holds four parts of queries, values and keys, which must stay of one size"
-    ),
-    "convbert": "half of its attention is a convolution whose kernels are made from all heads",
-    "diffllama": "its heads work in pairs, across the two halves of the heads",
+    "cpmant": "it puts tokens of a prompt before those that it is given",
     "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
-    "fnet": "it mixes tokens by a Fourier transform: there are no heads",
     "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
     "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
-    "gpt_neox_japanese": "the bias of its last attention is not one of a projection",
     "ibert": "its projections are integer ones, not nn.Linear",
-    "mobilebert": "a layer has four FFNs between bottlenecks of another width",
-    "openai-gpt": "its layers hand on lists",
     "reformer": "its layers are reversible and hash the queries",
     "sew": "its layers run on fewer tokens than its heads read",
+    "sew-d": "its layers run on fewer tokens than its heads read",
     "squeezebert": "its projections are grouped convolutions",
-    "swin": "its stages have different widths and head counts",
-    "swinv2": "its stages have different widths and head counts",
+    "vilt": "it draws anew in every pass which patches of an image it sees, and in which order",
     "vit_mae": "it hides other patches in every pass; load its encoder as a ViTModel",
     "wavlm": "its attention is one torch function that takes no narrower projections",
     "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",

@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..modeling_kprune import find_layers
 from ..progress import unwarned
 from .coverage import untouched
 from .facts import first_run, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
-from .sublayers import LEFT_ALONE, Sublayer, described, find_sublayers
+from .sublayers import LEFT_ALONE, Sublayer, described, family_of, find_sublayers
 from .surgery import with_table_per_layer
 
 
@@ -37,7 +38,8 @@ def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
 
 
 def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> dict[str, str]:
-    """The towers of `model` that cannot be pruned on `inputs`, a few rows: path to reason.
+    """The towers of `model` that cannot be pruned on `inputs`, a few rows, and the parts of layers that never
+    are: path to reason.
 
     Args:
         model: In evaluation mode; not changed.
@@ -52,7 +54,7 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head
     towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
     for sublayer in find_sublayers(model, head_unit):
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
-    reasons = untouched(model)
+    reasons = {**untouched(model), **parts_left_alone(model)}
     if len(towers) == 1:
         return reasons
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
@@ -74,6 +76,19 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head
             f"{', '.join(inputs)} ({why}); give rows on which it runs as a whole, or prune a part by itself"
         )
     return reasons
+
+
+def parts_left_alone(model: PreTrainedModel) -> dict[str, str]:
+    """The parts of the layers of `model` that stay as they are though they have heads or neurons: path to
+    reason."""
+    return {
+        f"{path}{stack.layers}.*.{part}": why
+        for path, owner in described(model)
+        for stack in family_of(owner) or ()
+        if isinstance(stack.untouched, Mapping) and find_layers(owner, stack.layers) is not None
+        for part, why in stack.untouched.items()
+        if why
+    }
 
 
 def count_runs(

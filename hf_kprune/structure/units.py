@@ -189,7 +189,7 @@ class Head(Unit):
     @classmethod
     def of(cls, config: object, stack: Stack, block: Block, head_unit: str) -> Head:
         heads = read(config, stack.heads)
-        d = read(config, stack.head_dim) or (read(config, "hidden_size") or 0) // (heads or 1)
+        d = ask(config, stack.head_dim) or (read(config, "hidden_size") or 0) // (heads or 1)
         if not heads or not d:
             raise UnsupportedArchitectureError(
                 f"{type(config).__name__} has {stack.heads} of {heads} and a head size ({stack.head_dim}) of "
@@ -207,7 +207,8 @@ class Head(Unit):
 
     def parts(self, layout: str) -> list[int]:
         q, kv = self.width, self.kv_heads * self.head_dim
-        return {"q": [q], "2q": [2 * q], "kv": [kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}[layout]
+        fused = {"qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}
+        return {"q": [q], "2q": [2 * q], "h": [self.heads], "kv": [kv], **fused}[layout]
 
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
         names = stack.uniform
@@ -239,7 +240,7 @@ class QueryHead(Head):
     def rows(self, layout: str, count: int) -> Tensor:
         if layout == "kv":
             return torch.zeros(count, 0, dtype=torch.long)
-        width = 2 * self.width if layout == "2q" else None
+        width = {"2q": 2 * self.width, "h": self.heads}.get(layout)
         return self.columns(count, width, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
 
     def cached(self, count: int) -> int:
