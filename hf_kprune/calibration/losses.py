@@ -127,8 +127,8 @@ def of_embeddings(
     Args:
         temperature: It has no meaning here.
         student: Outputs with `last_hidden_state` (B, T, D) and, for `"pooler"`, `pooler_output` (B, D); of
-            one tower with a projection `text_embeds` (B, E). Where there is a `pooler_output` alone (DPR), that is
-            the embedding, whatever the pooling.
+            one tower with a projection `text_embeds` (B, E). A `pooler_output` alone (DPR) is the embedding,
+            whatever the pooling.
         teacher: The same.
         valid: Tokens that are not padding, (B, T).
         pooling: `"mean"` over tokens, `"cls"` the first token, `"pooler"` the model's own pooler, each
