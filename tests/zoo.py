@@ -200,6 +200,24 @@ SWIN: dict[str, Any] = {
     "num_channels": 3,
     "mlp_ratio": 1.0,
 }
+LASR: dict[str, Any] = {
+    **{
+        k: CONFORMER[k]
+        for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    },
+    "num_key_value_heads": 4,
+    "num_mel_bins": 8,
+    "subsampling_conv_channels": 4,
+}
+PARAKEET: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 12,
+    "num_mel_bins": 8,
+    "subsampling_conv_channels": 4,
+}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -460,19 +478,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         "text",
     ),
     "persimmon": ("PersimmonForCausalLM", MHA, "text"),
-    "parakeet_encoder": (
-        "ParakeetEncoder",
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "intermediate_size": 12,
-            "num_mel_bins": 8,
-            "subsampling_conv_channels": 4,
-        },
-        "frames",
-    ),
+    "parakeet_encoder": ("ParakeetEncoder", PARAKEET, "frames"),
     "axk1": ("AXK1ForCausalLM", LATENT_MOE, "text"),
     "deepseek_v2": ("DeepseekV2ForCausalLM", {**LATENT_MOE, "q_lora_rank": None}, "text"),
     "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT_MOE, "text"),
@@ -1004,19 +1010,38 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "mel",
     ),
-    "lasr_encoder": (
-        "LasrEncoder",
-        {
-            **{
-                k: CONFORMER[k]
-                for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-            },
-            "num_key_value_heads": 4,
-            "num_mel_bins": 8,
-            "subsampling_conv_channels": 4,
-        },
+    "lasr_ctc": ("LasrForCTC", {"encoder_config": LASR, "vocab_size": 60, "pad_token_id": 1}, "frames"),
+    "parakeet_ctc": (
+        "ParakeetForCTC",
+        {"encoder_config": PARAKEET, "vocab_size": 60, "pad_token_id": 1},
         "frames",
     ),
+    "qwen2_audio_encoder": (
+        "Qwen2AudioEncoder",
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 12},
+        "mel",
+    ),
+    "voxtral_encoder": (
+        "VoxtralEncoder",
+        {
+            **{k: DECODER[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+            "intermediate_size": 12,
+            "num_mel_bins": 8,
+            "max_source_positions": 12,
+        },
+        "mel",
+    ),
+    "voxtral_realtime_encoder": (
+        "VoxtralRealtimeEncoder",
+        {
+            **{k: v for k, v in HEAD_DIM.items() if k != "num_key_value_heads"},
+            "num_mel_bins": 8,
+            "sliding_window": 4,
+        },
+        "mel",
+    ),
+    "unlimited_ocr_text": ("UnlimitedOcrTextModel", {**SHARED_MOE, "num_key_value_heads": 4}, "text"),
+    "lasr_encoder": ("LasrEncoder", LASR, "frames"),
     "wav2vec2-conformer": (
         "Wav2Vec2ConformerForSequenceClassification",
         {**AUDIO, "conv_depthwise_kernel_size": 3},
@@ -1128,6 +1153,7 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
             "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),
         }
     if kind == "frames":
+        config = getattr(config, "encoder_config", config)
         size = getattr(config, "num_mel_bins", None) or config.feature_projection_input_dim
         return {"input_features": torch.randn(batch, 24, size)}
     if kind == "audio_values":

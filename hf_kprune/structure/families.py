@@ -969,8 +969,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "audio-spectrogram-transformer": (_VIT,),
     "data2vec-audio": (_WAV2VEC2,),
     "hubert": (_WAV2VEC2,),
+    "qwen2_audio_encoder": (replace(_bart(pre_norm=True)[0], layers="layers", mask=""),),
     "unispeech": (_WAV2VEC2,),
     "unispeech-sat": (_WAV2VEC2,),
+    "voxtral_encoder": (replace(_bart(pre_norm=True)[0], layers="layers", mask=""),),
+    "voxtral_realtime_encoder": (replace(_NORM_AFTER, mask="", uniform={}),),
     "wav2vec2": (_WAV2VEC2,),
     # decoders
     "afmoe": (
@@ -1269,6 +1272,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen3_moe": (_MOE,),
     "seed_oss": (_LLAMA,),
     "smollm3": (_LLAMA,),
+    "unlimited_ocr_text": (_MOE,),
     "stablelm": (
         replace(
             _PARALLEL,
