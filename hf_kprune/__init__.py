@@ -9,6 +9,7 @@ from .budgets import BudgetWarning
 from .callbacks import KPruneCallback
 from .checkpoint.legacy import from_legacy
 from .checkpoint.patches import install
+from .comparison import Comparison, compare
 from .entries import SublayerReport
 from .errors import (
     ArgumentError,
@@ -35,6 +36,7 @@ __all__ = [
     "BudgetWarning",
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
     "KPruneArguments",
     "KPruneCallback",
     "KPruneError",
@@ -48,6 +50,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
     "__version__",
+    "compare",
     "describe",
     "from_legacy",
     "register_family",

@@ -37,13 +37,18 @@ def evaluate(pruner: Pruner, dataset: Any, ignore_keys: list[str] | None, prefix
     return metrics
 
 
-def keep_figures(pruner: Pruner, metrics: dict[str, float], prefix: str) -> None:
-    """Keep the figures of the model as it is now for its report and its card."""
-    figures = {
+def plain_figures(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Figures without the prefix of their names, and without the times that they took."""
+    return {
         name.removeprefix(f"{prefix}_"): float(value)
         for name, value in metrics.items()
         if isinstance(value, float) and not name.endswith(("runtime", "_per_second", "time"))
     }
+
+
+def keep_figures(pruner: Pruner, metrics: dict[str, float], prefix: str) -> None:
+    """Keep the figures of the model as it is now for its report and its card."""
+    figures = plain_figures(metrics, prefix)
     if pruner.report is None:
         pruner.metrics = figures
     else:

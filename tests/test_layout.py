@@ -36,6 +36,7 @@ FLOORS = [
     ["preparation", "sweep"],
     ["sweeper", "hyperparameters", "recovery"],
     ["pruner"],
+    ["comparison"],
     ["cli"],
     ["__init__", "__main__"],
 ]

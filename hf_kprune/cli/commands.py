@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -22,7 +23,9 @@ from ..checkpoint.hub import check_push
 from ..checkpoint.legacy import from_legacy
 from ..checkpoint.loading import load_tokenizer
 from ..checkpoint.saving import save_atomically
+from ..comparison import compare as models_side_by_side
 from ..errors import ArgumentError, KPruneError
+from ..evaluation import plain_figures
 from ..modeling_kprune import is_pruned
 from ..progress import quiet
 from ..pruner import KPrunePruner
@@ -33,7 +36,14 @@ from ..state import one_run
 from ..sweep import check_plot
 from .inputs import make_pruner, trying
 from .inspection import inspect, write_page
-from .options import DataArguments, RecoverArguments, ResumeArguments, SweepArguments
+from .options import (
+    CompareArguments,
+    DataArguments,
+    EvaluateArguments,
+    RecoverArguments,
+    ResumeArguments,
+    SweepArguments,
+)
 from .output import say
 
 
@@ -86,12 +96,7 @@ def prune(
 
 def evaluations(figures: dict[str, dict[str, float]]) -> Table:
     """What `evaluate()` gave for some models, side by side, without the times that it took."""
-    first = next(iter(figures.values()))
-    names = [
-        name
-        for name, value in first.items()
-        if isinstance(value, float) and not name.endswith(("_per_second", "time"))
-    ]
+    names = plain_figures(next(iter(figures.values())), "")
     rows = [(name, *(f"{each[name]:.4f}" for each in figures.values())) for name in names]
     return Table(("evaluation", *figures), rows, "l" + "r" * len(figures))
 
@@ -177,6 +182,28 @@ def plan(data: DataArguments, args: KPruneArguments) -> None:
     say(f"\nA plan only: nothing was changed or written.\n\n{pruner.plan()}")
 
 
+def evaluate(data: EvaluateArguments) -> None:
+    """Print how good a model is."""
+    pruner = make_pruner(data.data(), data.args(), calibrates=False)
+    say(to_markdown([evaluations({data.model: evaluate_quietly(pruner)})]))
+
+
+def compare(options: CompareArguments) -> None:
+    """Print how large, how fast and how good two models are, side by side."""
+    evaluates = options.eval_file is not None or options.eval_dataset_name is not None
+    dense, pruned, more = options.model, options.pruned, dict[str, Any]()
+    if evaluates:
+        pruner = make_pruner(options.data(), options.args(), calibrates=False)
+        more = {
+            "eval_dataset": pruner.eval_dataset,
+            "processing_class": pruner.processing_class,
+            "data_collator": pruner.data_collator,
+            "compute_metrics": pruner.compute_metrics,
+        }
+    sizes = options.batch_sizes, options.lengths, options.rounds
+    say(models_side_by_side(dense, pruned, batch_sizes=sizes[0], lengths=sizes[1], rounds=sizes[2], **more))
+
+
 def convert(old: str, new: str) -> None:
     """Save a checkpoint whose heads an early version of transformers pruned so that today's can load it.
 
@@ -207,6 +234,8 @@ def run(command: str, options: Sequence[object]) -> None:
     """Run a command on what `parser.parse` gave for it."""
     commands: dict[str, Callable[..., None]] = {
         "prune": prune,
+        "evaluate": evaluate,
+        "compare": compare,
         "plan": plan,
         "sweep": sweep,
         "inspect": inspect,

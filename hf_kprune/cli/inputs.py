@@ -37,15 +37,21 @@ NO_PIPELINE = {
 """Tasks that transformers has models for, but not in every version a pipeline."""
 
 
-def make_pruner(data: DataArguments, args: KPruneArguments) -> KPrunePruner:
-    """The pruner that the options describe."""
+def make_pruner(data: DataArguments, args: KPruneArguments, calibrates: bool = True) -> KPrunePruner:
+    """The pruner that the options describe.
+
+    Args:
+        data: They name model and data.
+        args: Options of the pruner.
+        calibrates: Otherwise it evaluates alone, and its calibration rows are those that it evaluates.
+    """
     with together(Accelerator(cpu=args.use_cpu)):
         model, tokenizer = load(data, Offload(data.offload, Accelerator(cpu=args.use_cpu).device))
         texts = Texts(model, tokenizer, data, args)
         evaluation = texts.evaluation() if data.eval_dataset_name or data.eval_file else None
         metric = metric_function(data.metric, model) if data.metric and not texts.figures else None
         collator = texts.collate_choices if texts.task.choices else None
-    if texts.remark:
+    if texts.remark and calibrates:
         say(texts.remark)
     return KPrunePruner(model, args, texts.calibration(), collator, evaluation, tokenizer, metric)
 

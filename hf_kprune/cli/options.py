@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+from ..arguments import KPruneArguments
 from ..errors import ArgumentError
 from ..options import option
 from ..validation import check_fields, known_keywords
@@ -150,3 +151,73 @@ class DataArguments:
         """What is read in this run, if it is on this machine: nothing is written over it."""
         files = [self.dataset_file, self.eval_file, self.metric]
         return [self.model_name_or_path, self.dataset_name, self.eval_dataset_name, *files]
+
+
+@known_keywords
+@dataclass
+class EvaluateArguments:
+    """Which model is evaluated, and on what."""
+
+    model: str = field(metadata={"help": "A directory or a name on the Hub.", "positional": True})
+    task: str | None = option(
+        None, "Load the model for this task. By default its config names the class of the model."
+    )
+    eval_file: str | None = option(None, "Evaluate on this local file with labels.")
+    eval_dataset_name: str | None = option(None, "Evaluate on this dataset on the Hub, or on this directory.")
+    eval_dataset_config_name: str | None = option(None, "Take this configuration of the dataset.")
+    eval_dataset_split: str = option("validation", "Take this split of the dataset.")
+    text_columns: list[str] | None = option(None, "Read the texts from these columns, one or two.")
+    label_column: str = option("label", "Read the labels from this column.")
+    metric: str | None = option(None, "Show this figure alone. By default all figures of the task are shown.")
+    max_seq_length: int | None = option(None, "Truncate texts to this many tokens.")
+    per_device_eval_batch_size: int = option(32, "Evaluate this many sequences at a time.")
+    use_cpu: bool = option(False, "Evaluate on the CPU even if there is an accelerator.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.eval_dataset_name is not None and self.eval_file is not None:
+            raise ArgumentError("pass the evaluation data as either --eval_dataset_name or --eval_file")
+        if self.needs_data and not (self.eval_dataset_name or self.eval_file):
+            raise ArgumentError("pass the evaluation data as --eval_dataset_name or --eval_file")
+
+    needs_data = True
+
+    def data(self) -> DataArguments:
+        """The same for what prunes and evaluates: the texts are those of the evaluation data."""
+        return DataArguments(
+            model_name_or_path=self.model,
+            task=self.task,
+            dataset_name=self.eval_dataset_name,
+            dataset_config_name=self.eval_dataset_config_name,
+            dataset_split=self.eval_dataset_split,
+            dataset_file=self.eval_file,
+            eval_file=self.eval_file,
+            eval_dataset_name=self.eval_dataset_name,
+            eval_dataset_config_name=self.eval_dataset_config_name,
+            eval_dataset_split=self.eval_dataset_split,
+            label_column=self.label_column,
+            metric=self.metric,
+        )
+
+    def args(self) -> KPruneArguments:
+        """The same for `KPrunePruner`."""
+        return KPruneArguments(
+            text_columns=self.text_columns,
+            max_seq_length=self.max_seq_length,
+            per_device_eval_batch_size=self.per_device_eval_batch_size,
+            use_cpu=self.use_cpu,
+            disable_tqdm=True,
+        )
+
+
+@known_keywords
+@dataclass
+class CompareArguments(EvaluateArguments):
+    """Which models are compared, on what, and which batches are timed."""
+
+    pruned: str = field(default="", metadata={"help": "Another one.", "positional": True})
+    batch_sizes: list[int] = option([1, 32], "Time batches of these numbers of sequences.")
+    lengths: list[int] = option([16, 128], "Time sequences of these numbers of tokens.")
+    rounds: int = option(20, "Time so many passes of each model, in turns.")
+
+    needs_data = False

@@ -18,7 +18,14 @@ from ..arguments import TARGETS, KPruneArguments
 from ..errors import ArgumentError
 from ..validation import checked, suggestion
 from ..version import __version__
-from .options import DataArguments, RecoverArguments, ResumeArguments, SweepArguments
+from .options import (
+    CompareArguments,
+    DataArguments,
+    EvaluateArguments,
+    RecoverArguments,
+    ResumeArguments,
+    SweepArguments,
+)
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -104,6 +111,15 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
         (DataArguments, KPruneArguments, SweepArguments, ResumeArguments),
         "Prune for many budgets from one measurement and print a table. Save all models, or the smallest "
         "good enough.",
+    ),
+    "evaluate": (
+        (EvaluateArguments,),
+        "Print how good a model is, pruned or not, on data with labels.",
+    ),
+    "compare": (
+        (CompareArguments,),
+        "Print how large and how fast two models are, such as a dense and a pruned one, and, with data, how "
+        "good they are and how often they answer the same.",
     ),
     "inspect": (
         (),
@@ -227,6 +243,9 @@ def add_option(group: Any, option: Field[object], kind: Any) -> None:
             shared["help"] = OFF.get(option.name, f"Not so: {text}")
         group.add_argument(f"--no_{option.name}", action="store_false", **(shared if default else hidden))
         return
+    if "positional" in option.metadata:
+        group.add_argument(option.name, help=shared["help"], metavar=option.name.upper())
+        return
     if typing.get_origin(kind) is list:
         kind = typing.get_args(kind)[0]
         shared |= {"nargs": "+", "action": Listing, "item": reader(kind)}
@@ -296,13 +315,16 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=CommandParser)
     for name, (classes, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if classes:
+        if DataArguments in classes:
             command.usage = (
                 "%(prog)s --model_name_or_path MODEL (--dataset_name NAME | --dataset_file FILE) [options]"
             )
         options, kinds = options_of(name), kinds_of(name)
         grouped = {option for group in QUESTIONS.values() for option in group}
-        for title, members in {**QUESTIONS, "more": tuple(options.keys() - grouped)}.items():
+        for title, members in {
+            **QUESTIONS,
+            "more": tuple(name for name in options if name not in grouped),
+        }.items():
             group = command.add_argument_group(title)
             for option in (options[member] for member in members if member in options):
                 add_option(group, option, kinds[option.name])

@@ -26,7 +26,6 @@ SHORT = 0.1
 """Seconds under which a pass is timed again at once, as what is in the caches would count."""
 
 
-@torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
 def compare(
     models: Sequence[PreTrainedModel], inputs: Mapping[str, object], rounds: int | None = None
 ) -> list[float]:
@@ -42,6 +41,20 @@ def compare(
 
     Returns:
         The median of the first; of the others the median of their ratio to it, times that.
+    """
+    taken = take_turns(models, inputs, rounds)
+    first = statistics.median(seconds[0] for seconds in taken)
+    return [
+        first * statistics.median(seconds[i] / seconds[0] for seconds in taken) for i in range(len(models))
+    ]
+
+
+@torch.no_grad()  # inference mode would leave behind tables of positions that no gradient may pass
+def take_turns(
+    models: Sequence[PreTrainedModel], inputs: Mapping[str, object], rounds: int | None = None
+) -> list[list[float]]:
+    """Seconds of a forward pass of each model in each round, without the rounds that warm up, see
+    `compare`.
     """
     taken: list[list[float]] = []
     with ExitStack() as stack:
@@ -62,10 +75,7 @@ def compare(
             if rounds is None:
                 rounds = max(3, min(20, int(PATIENCE / max(sum(taken[0]), 1e-9))))
     del taken[:WARM_UP]
-    first = statistics.median(seconds[0] for seconds in taken)
-    return [
-        first * statistics.median(seconds[i] / seconds[0] for seconds in taken) for i in range(len(models))
-    ]
+    return taken
 
 
 def _now(device: torch.device) -> float:
