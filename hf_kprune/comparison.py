@@ -86,10 +86,10 @@ class Comparison:
     def document(self) -> Document:
         """All that was found: sizes and figures, times, and what is to be said of them."""
         first, second = self.sizes
-        sizes = (
+        sizes: tuple[tuple[str, float, float, str], ...] = (
             ("parameters", first.parameters, second.parameters, ",.0f"),
             ("megabytes", first.bytes / 1e6, second.bytes / 1e6, ",.1f"),
-            *((name, *values, ".4f") for name, values in self.metrics.items()),
+            *((name, old, new, ".4f") for name, (old, new) in self.metrics.items()),
         )
         rows = [(name, f"{old:{form}}", f"{new:{form}}") for name, old, new, form in sizes]
         if self.agreement is not None:
