@@ -24,6 +24,7 @@ from .history import Recovery
 from .methods import Method, Statistics, register_method
 from .pruner import KPrunePruner
 from .report import PruningReport
+from .runtimes import export
 from .structure.detect import describe
 from .structure.families import Block, Stack, register_family
 from .version import __version__
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "compare",
     "describe",
+    "export",
     "from_legacy",
     "register_family",
     "register_method",

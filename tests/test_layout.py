@@ -30,7 +30,7 @@ FLOORS = [
     ["checkpoint"],
     ["callbacks"],
     ["state", "algorithm"],
-    ["evaluation", "publication"],
+    ["evaluation", "publication", "runtimes"],
     ["resumption", "seconds"],
     ["pruning", "distillation"],
     ["preparation", "sweep"],

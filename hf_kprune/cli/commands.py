@@ -1,5 +1,5 @@
-"""What the commands do: `hf-kprune prune`, `plan`, `sweep`, `inspect`, `report` and `convert`. docs/cli.md
-has examples.
+"""What the commands do: `hf-kprune prune`, `plan`, `sweep`, `inspect`, `report`, `export` and `convert`.
+docs/cli.md has examples.
 
 How they are read is in parser.py, how they end in terminal.py.
 """
@@ -31,6 +31,7 @@ from ..progress import quiet
 from ..pruner import KPrunePruner
 from ..report import JSON_NAME, MARKDOWN_NAME
 from ..reports import Table, to_markdown
+from ..runtimes import export
 from ..sizes import expected_bytes, model_size
 from ..state import one_run
 from ..sweep import check_plot
@@ -230,6 +231,12 @@ def convert(old: str, new: str) -> None:
     say(how_to_load(path, model))
 
 
+def export_model(name: str, output_dir: str, format: str) -> None:
+    """Write a model for another runtime, see `runtimes.export`."""
+    path = export(name, output_dir, format)
+    say(f"The {format} model is in {path}: {', '.join(sorted(os.listdir(path)))}")
+
+
 def run(command: str, options: Sequence[object]) -> None:
     """Run a command on what `parser.parse` gave for it."""
     commands: dict[str, Callable[..., None]] = {
@@ -240,6 +247,7 @@ def run(command: str, options: Sequence[object]) -> None:
         "sweep": sweep,
         "inspect": inspect,
         "report": write_page,
+        "export": export_model,
         "convert": convert,
     }
     verbose = any(getattr(option, "verbose", False) for option in options)

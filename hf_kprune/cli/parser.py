@@ -130,6 +130,10 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
         (),
         "Write a page that shows what was done to a pruned model, with pictures. It needs no network.",
     ),
+    "export": (
+        (),
+        "Write a model, pruned or dense, for another runtime: ONNX Runtime, OpenVINO or llama.cpp.",
+    ),
     "convert": (
         (),
         "Save a checkpoint whose heads were pruned by transformers 2 to 4 (pruned_heads) so that today's can "
@@ -339,6 +343,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands.choices["report"].add_argument(
         "file", nargs="?", help="The page to write. By default it is kprune_report.html in that directory."
     )
+    export = commands.choices["export"]
+    export.add_argument("model_name_or_path", help="A directory or a name on the Hub.")
+    export.add_argument("output_dir", help="Directory to write to, which is empty or not there yet.")
+    export.add_argument("--format", default="onnx", help="onnx, openvino or gguf. By default it is onnx.")
     commands.choices["convert"].add_argument(
         "old", help="The old checkpoint: a directory or a name on the Hub."
     )

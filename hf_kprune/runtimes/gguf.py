@@ -1,0 +1,200 @@
+"""Language models as GGUF for llama.cpp, with heads and neurons per layer.
+
+llama.cpp has one architecture, `deci`, in which each layer may have its own number of heads and neurons and
+which otherwise computes what Llama does. A sublayer without units is written with zeros, which compute
+nothing, exactly: one head, or 32 neurons, a multiple of the blocks that quantised types are made of.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import ArgumentError, CheckpointError
+
+
+NAME = "model.gguf"
+ARCHITECTURE = "deci"
+TYPES = ("llama", "mistral", "qwen2")
+"""The model types that compute what llama.cpp computes for `deci`."""
+LEAST = 32
+"""Neurons of an FFN that has none left."""
+WHOLE = {
+    "model.embed_tokens.weight": "token_embd",
+    "model.norm.weight": "output_norm",
+    "lm_head.weight": "output",
+}
+"""Names of tensors in GGUF, without their endings."""
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""The same, of tensors of a layer."""
+
+
+def write_gguf(model: PreTrainedModel, folder: Path) -> None:
+    """Write a language model as GGUF, without a tokenizer, and compare its metadata with its tensors.
+
+    Raises:
+        ArgumentError: If the package gguf is not there, or if `deci` does not compute what the model does.
+        CheckpointError: If what was written contradicts itself.
+    """
+    if find_spec("gguf") is None:
+        raise ArgumentError("format 'gguf' takes another package: pip install gguf")
+    check_type(model)
+    from gguf import GGUFWriter
+
+    config: Any = model.config
+    tensors, heads, kv_heads, neurons = layout(model)
+    writer = GGUFWriter(folder / NAME, ARCHITECTURE)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(neurons)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(head_size(config))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    for name, tensor in tensors.items():
+        add_tensor(writer, name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    verify(folder / NAME, head_size(config))
+
+
+def check_type(model: PreTrainedModel) -> None:
+    """Raise `ArgumentError` if llama.cpp would compute something else."""
+    config: Any = model.config
+    reason = ""
+    if config.model_type not in TYPES or not model.can_generate():
+        reason = (
+            f"{type(model).__name__} is of type {config.model_type!r}, expected a language model of one of "
+        )
+        reason += ", ".join(TYPES)
+    elif config.rope_parameters.get("rope_type", "default") != "default":
+        reason = f"its rotations are of type {config.rope_parameters['rope_type']!r}, expected 'default'"
+    elif getattr(config, "use_sliding_window", getattr(config, "sliding_window", None)):
+        reason = f"its attention sees a window of {config.sliding_window} tokens, expected all of them"
+    if reason:
+        raise ArgumentError(
+            f"format 'gguf' cannot hold this model: {reason}; what is pruned with uniform=True can be "
+            "converted by llama.cpp itself"
+        )
+
+
+def head_size(config: Any) -> int:
+    """Columns of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layout(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int], list[int], list[int]]:
+    """The tensors of a model by their names in GGUF, and the query heads, key-value heads and neurons of each
+    layer.
+
+    Raises:
+        ArgumentError: If the model has a tensor that there is no name for.
+    """
+    state, size, width = model.state_dict(), head_size(model.config), model.config.hidden_size
+    tensors = {f"{new}.weight": state.pop(old) for old, new in WHOLE.items() if old in state}
+    if model.config.tie_word_embeddings:
+        tensors.pop("output.weight", None)
+    heads, kv_heads, neurons = list[int](), list[int](), list[int]()
+    for layer in range(model.config.num_hidden_layers):
+        found = tensors_of_layer(state, layer, size, width)
+        heads.append(len(found["attn_q.weight"]) // size)
+        kv_heads.append(len(found["attn_k.weight"]) // size)
+        neurons.append(len(found["ffn_up.weight"]))
+        for name, count in (("attn_q", heads[-1]), ("attn_k", kv_heads[-1])):
+            for part in (f"{name}.weight", f"{name}.bias"):
+                if part in found:
+                    found[part] = rotated(found[part], count)
+        tensors |= {f"blk.{layer}.{name}": tensor for name, tensor in found.items()}
+    unnamed = [name for name, tensor in state.items() if tensor.numel() and "rotary_emb" not in name]
+    if unnamed:
+        raise ArgumentError(f"format 'gguf' cannot hold this model: there is no place for {unnamed[0]}")
+    return tensors, heads, kv_heads, neurons
+
+
+def tensors_of_layer(state: dict[str, Tensor], layer: int, size: int, width: int) -> dict[str, Tensor]:
+    """Take the tensors of a layer out of a state; where a sublayer is empty, there are zeros.
+
+    Args:
+        state: Tensors by their names in the model.
+        layer: Its number.
+        size: Columns of a head.
+        width: Columns of the residual stream.
+    """
+    found = {}
+    for old, new in LAYER.items():
+        for part in ("weight", "bias"):
+            tensor = state.pop(f"model.layers.{layer}.{old}.{part}", None)
+            if tensor is not None and tensor.numel():
+                found[f"{new}.{part}"] = tensor
+    if "attn_q.weight" not in found:
+        rows = dict.fromkeys(("attn_q.weight", "attn_k.weight", "attn_v.weight"), torch.zeros(size, width))
+        found |= rows | {"attn_output.weight": torch.zeros(width, size)}
+    if "ffn_up.weight" not in found:
+        found |= dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), torch.zeros(LEAST, width))
+        found |= {"ffn_down.weight": torch.zeros(width, LEAST)}
+    return found
+
+
+def rotated(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys (heads w, ...) in the order of llama.cpp: the two that are rotated together are
+    neighbours there, and half a head apart in Transformers.
+    """
+    halves = tensor.reshape(heads, 2, len(tensor) // heads // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def add_tensor(writer: Any, name: str, tensor: Tensor) -> None:
+    """Add a tensor in its own precision; vectors are in float32, as llama.cpp has them."""
+    from gguf import GGMLQuantizationType, quantize
+
+    values: np.ndarray[Any, Any] = tensor.detach().cpu().float().numpy()
+    if tensor.dim() == 1 or tensor.dtype == torch.float32:
+        writer.add_tensor(name, values)
+    elif tensor.dtype == torch.float16:
+        writer.add_tensor(name, values.astype(np.float16))
+    else:
+        form = GGMLQuantizationType.BF16
+        writer.add_tensor(name, quantize(values, form), raw_dtype=form)
+
+
+def verify(path: Path, size: int) -> None:
+    """Raise `CheckpointError` unless the heads and neurons of each layer in a GGUF are those of its tensors.
+
+    Args:
+        path: Of the file.
+        size: Columns of a head.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    shapes = {tensor.name: [int(length) for length in tensor.shape] for tensor in reader.tensors}
+    units = {"attn_q": ("attention.head_count", size), "attn_k": ("attention.head_count_kv", size)}
+    for name, (key, width) in (units | {"ffn_up": ("feed_forward_length", 1)}).items():
+        counts = reader.fields[f"{ARCHITECTURE}.{key}"].contents()
+        for layer, count in enumerate(counts):
+            rows = shapes[f"blk.{layer}.{name}.weight"][1]  # a GGUF names the columns first
+            if rows != count * width:
+                raise CheckpointError(f"{key} of layer {layer} is {count}, but its {name} has {rows} rows")

@@ -1,0 +1,167 @@
+"""Models that were written for other runtimes compute the same there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data import collate, rows
+from models import pruned_layer, shallow
+from zoo import make
+
+import hf_kprune
+from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
+from hf_kprune.cli.terminal import main
+from hf_kprune.runtimes.gguf import NAME, head_size, layout, rotated, verify
+from hf_kprune.runtimes.graphs import compare
+
+
+def uneven(model_type: str) -> Any:
+    """A tiny language model that lost all heads of its first layer, all neurons of its second, and some elsewhere."""
+    model = make(model_type)
+    for module in (model.model.layers[0].self_attn, model.model.layers[1].mlp):  # so that they are the least
+        for parameter in module.parameters():
+            parameter.data *= 1e-6
+    options: dict[str, Any] = {"method": "magnitude", "tune": False, "use_cpu": True, "disable_tqdm": True}
+    pruner = KPrunePruner(model, KPruneArguments(sparsity=0.7, **options), rows(), collate)
+    pruner.prune()
+    return pruner.model.eval()
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for arguments, message in (
+        (
+            (shallow(), str(tmp_path / "out"), "tflite"),
+            "format is 'tflite', expected one of onnx, openvino, gguf",
+        ),
+        ((shallow(), str(tmp_path / "full"), "onnx"), "is not empty"),
+        (
+            (shallow(), str(tmp_path / "out"), "gguf"),
+            "is of type 'bert', expected a language model of one of llama",
+        ),
+    ):
+        pytest.importorskip("gguf") if arguments[2] == "gguf" else None
+        with pytest.raises(ArgumentError, match=message):
+            hf_kprune.export(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("hf_kprune.runtimes.graphs.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_kprune.runtimes.gguf.find_spec", lambda name: None)
+    for format, command in (
+        ("onnx", "pip install onnx onnxscript onnxruntime"),
+        ("openvino", "pip install openvino"),
+        ("gguf", "pip install gguf"),
+    ):
+        with pytest.raises(ArgumentError, match=command):
+            hf_kprune.export(shallow(), str(tmp_path / "out"), format)
+    shallow().save_pretrained(tmp_path / "dense")
+    assert main(["export", str(tmp_path / "dense"), str(tmp_path / "out")]) == 2
+    assert "pip install onnx" in capsys.readouterr().err
+
+
+def test_other_outputs_are_found() -> None:
+    wanted = {"logits": torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])}
+    compare({"logits": np.array([[[1.0, 2.0], [3.0, 4.0001]]])}, wanted)
+    compare({"logits": np.array([[[3.0, 4.0]]])}, wanted)  # the last token alone
+    for wrong in ([[[1.0, 2.0], [3.0, 4.1]]], [[[1.0, 2.0]]], [[[1.0, float("nan")], [3.0, 4.0]]]):
+        with pytest.raises(CheckpointError, match="gives other logits"):
+            compare({"logits": np.array(wrong)}, wanted)
+
+
+def test_rows_that_are_rotated_together_become_neighbours() -> None:
+    """Two heads of four rows: rows 0 and 2 of a head are a pair, as are 1 and 3."""
+    assert rotated(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_the_layout_of_a_gguf_names_every_tensor_and_fills_what_is_empty() -> None:
+    model = uneven("llama")
+    tensors, heads, kv_heads, neurons = layout(model)
+    size = head_size(model.config)
+    for layer, counts in enumerate(zip(heads, kv_heads, neurons, strict=True)):
+        for name, rows_ in zip(("attn_q", "attn_k", "ffn_up"), counts, strict=True):
+            assert len(tensors[f"blk.{layer}.{name}.weight"]) == rows_ * (size if "attn" in name else 1)
+        assert tensors[f"blk.{layer}.attn_output.weight"].shape[1] == counts[0] * size
+    assert not any(
+        tensors[f"blk.{name}.weight"].any() for name in ("0.attn_q", "0.attn_output", "1.ffn_down")
+    )
+    assert (heads[0], kv_heads[0], neurons[1]) == (1, 1, 32)
+    total = sum(tensor.numel() for tensor in tensors.values() if tensor.any())
+    assert total == sum(p.numel() for p in model.parameters())
+    model.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ArgumentError, match=r"no place for model\.extra\.weight"):
+        layout(model)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_gguf_holds_the_model(tmp_path: Path, model_type: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = uneven(model_type)
+    hf_kprune.export(model, str(tmp_path / "out"), "gguf")
+    reader = gguf.GGUFReader(tmp_path / "out" / NAME)
+    tensors, heads, kv_heads, neurons = layout(model)
+    fields = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
+    assert fields["attention.head_count"] == heads
+    assert fields["attention.head_count_kv"] == kv_heads
+    assert fields["feed_forward_length"] == neurons
+    assert {tensor.name for tensor in reader.tensors} == set(tensors)
+    for tensor in reader.tensors:
+        assert np.array_equal(tensor.data, tensors[tensor.name].detach().float().numpy()), tensor.name
+    with pytest.raises(CheckpointError, match="attention.head_count of layer 0"):
+        verify(tmp_path / "out" / NAME, 2 * head_size(model.config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.filterwarnings("ignore")  # of the exporters
+def test_graphs_give_what_the_model_gives(tmp_path: Path, format: str, package: str, kind: str) -> None:
+    """`export` itself compares; here it is compared once more for an encoder, for rows of other lengths."""
+    pytest.importorskip(package)
+    pytest.importorskip("onnxscript")
+    model = pruned_layer().eval() if kind == "bert" else uneven("llama")
+    model.save_pretrained(tmp_path / "pruned")
+    assert main(["export", str(tmp_path / "pruned"), str(tmp_path / "out"), "--format", format]) == 0
+    from transformers.exporters.base import ExportedModel
+
+    exported = ExportedModel.from_pretrained(tmp_path / "out")
+    assert set(exported.components) == ({"model"} if kind == "bert" else {"prefill", "decode"})
+    if kind == "bert":
+        for shape in ((1, 4), (5, 17)):
+            ids = torch.randint(5, 50, shape)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids * 0}
+            torch.testing.assert_close(
+                exported(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_llama_cpp_gives_the_same_greedy_tokens(tmp_path: Path, model_type: str) -> None:
+    """A model that lost all heads of its first layer, too, where llama.cpp reads the size of a head from."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    model = uneven(model_type)
+    hf_kprune.export(model, str(tmp_path / "out"), "gguf")
+    prompt = [7, 11, 13, 17]
+    tokens = torch.tensor([prompt])
+    for _ in range(12):  # without a word that ends it
+        logits = model(input_ids=tokens).logits[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    runtime = llama_cpp.Llama(str(tmp_path / "out" / NAME), n_ctx=32, verbose=True)
+    given = list(prompt)
+    while len(given) < tokens.shape[1]:
+        runtime.reset()
+        runtime.eval(given)
+        scores = np.ctypeslib.as_array(runtime._ctx.get_logits(), shape=(model.config.vocab_size,))
+        given.append(int(scores.argmax()))
+    assert given == tokens[0].tolist()
+    np.testing.assert_allclose(
+        scores, model(input_ids=tokens[:, :-1]).logits[0, -1].detach(), rtol=1e-2, atol=1e-2
+    )
