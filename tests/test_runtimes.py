@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from data import collate, rows
-from models import pruned_layer, shallow
+from models import pruned_layer, shallow, slow_unless_in
 from zoo import make
 
 import hf_kprune
@@ -99,7 +99,7 @@ def test_the_layout_of_a_gguf_names_every_tensor_and_fills_what_is_empty() -> No
         layout(model)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", slow_unless_in(("llama",), ("llama", "qwen2")))
 def test_a_gguf_holds_the_model(tmp_path: Path, model_type: str) -> None:
     gguf = pytest.importorskip("gguf")
     model = uneven(model_type)

@@ -103,7 +103,7 @@ def check_type(model: PreTrainedModel) -> None:
 
 def head_size(config: Any) -> int:
     """Columns of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def layout(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int], list[int], list[int]]:
