@@ -189,6 +189,7 @@ def test_the_stream_is_what_the_output_joins(name: str, record_property: Record)
         tap = run_sublayer(model, inputs, sublayers, position, state)
         beside = sublayer.stack.parallel and any(s.layer is sublayer.layer for s in sublayers[position + 1 :])
         shared = {"experts", "ffn"} <= {s.kind for s in sublayers if s.layer is sublayer.layer}
+        shared = shared or "shared_expert" in sublayer.block.output
         if sublayer.block.stream is not None and not (beside or shared):
             total = (tap.stream + tap.output) * sublayer.residual
             tensors: list[Tensor] = []

@@ -499,6 +499,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "text",
     ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {
+            **HEAD_DIM,
+            "intermediate_size_mlp": 12,
+            "num_local_experts": 3,
+            "moe_layers": [1],
+            "attention_chunk_size": 4,
+            "no_rope_layers": [1, 0, 1],
+        },
+        "text",
+    ),
     "longcat_flash": (
         "LongcatFlashForCausalLM",
         {

@@ -458,6 +458,19 @@ _GRANITE_MOE = replace(
     untouched=("block_sparse_moe.router",),
     uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size", "experts": "intermediate_size"},
 )
+# its experts read what was multiplied by the router's weights before, and give one output each
+_LLAMA4 = replace(
+    _LLAMA,
+    blocks=(
+        _LLAMA_ATTENTION,
+        *(
+            _ffn(f"{path}.gate_proj {path}.up_proj", f"{path}.down_proj", "post_attention_layernorm")
+            for path in ("feed_forward", "feed_forward.shared_expert")
+        ),
+    ),
+    untouched=("feed_forward.router", "feed_forward.experts"),
+    uniform=_HEAD_SIZES,
+)
 # hybrids: what mixes tokens otherwise in some layers (a convolution, Mamba, linear attention) stays as it is
 _LLAMA_GATED = replace(
     _LLAMA_ATTENTION,
@@ -1187,6 +1200,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "iquestcoder": (_LLAMA,),
     "jais2": (_LLAMA,),
     "llama": (_LLAMA,),
+    "llama4_text": (_LLAMA4,),
     "minimax_m2": (_MOE_WHOLE,),
     "ministral": (_LLAMA,),
     "ministral3": (_LLAMA,),
