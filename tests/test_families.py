@@ -139,6 +139,32 @@ def test_what_stays_of_a_layer_is_named_with_its_reason() -> None:
     assert parts_left_alone(make("mixtral")) == {}  # a router has no heads that could go
 
 
+def test_linear_attention_with_projections_of_the_same_names_is_no_attention() -> None:
+    """It makes no keys from a latent vector; an attention that is empty does not, either, but is one."""
+    model = make("kimi_linear")
+    sublayers = find_sublayers(model)
+    attentions = ["layers.0.attention", "layers.2.attention"]
+    assert [s.name for s in sublayers if s.unit.has_heads] == attentions
+    student = cut_all(model, [torch.full((s.num_units,), not s.unit.has_heads) for s in sublayers])
+    assert {s.name: s.num_units for s in find_sublayers(student) if s.unit.has_heads} == dict.fromkeys(
+        attentions, 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [("jamba", 1), ("lfm2_moe", 2), ("minimax", 3), ("nemotron_h", 1), ("nemotron_h:latent", 1)],
+)
+def test_experts_of_hybrids_are_sublayers(name: str, experts: int) -> None:
+    assert sum(s.unit.in_experts for s in find_sublayers(make(name))) == experts
+
+
+def test_experts_of_another_form_stay_with_a_reason() -> None:
+    for name in ("llama4_text", "longcat_flash", "switch_transformers"):
+        reasons = parts_left_alone(make(name))
+        assert any("its experts" in why for why in reasons.values()), name
+
+
 def test_a_projection_of_another_kind_is_refused() -> None:
     config = {**ENCODER, "embedding_size": 16, "conv_kernel_size": 3, "num_groups": 2}
     model = transformers.ConvBertModel(AutoConfig.for_model("convbert", **config))

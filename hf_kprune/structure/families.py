@@ -422,10 +422,17 @@ _LONGCAT = replace(
             ),
         )
     ),
-    untouched=(
-        "mlp",
-        *(f"self_attn.{number}.{name}" for number in (0, 1) for name in ("q_a_proj", "kv_a_proj_with_mqa")),
-    ),
+    untouched={
+        "mlp": "some of its experts pass tokens on as they are, and its parameters differ in their number",
+        **dict.fromkeys(
+            (
+                f"self_attn.{number}.{name}"
+                for number in (0, 1)
+                for name in ("q_a_proj", "kv_a_proj_with_mqa")
+            ),
+            "",
+        ),
+    },
 )
 _MOE_LAST = replace(_MOE, blocks=(_LLAMA_ATTENTION, _LLAMA_FFN, _SHARED_EXPERTS, _EXPERTS))
 _MOE_ALONE = replace(_MOE, uniform={**_HEAD_SIZES, "experts": "intermediate_size"})
@@ -458,7 +465,6 @@ _GRANITE_MOE = replace(
     untouched=("block_sparse_moe.router",),
     uniform={**_HEAD_SIZES, "ffn": "shared_intermediate_size", "experts": "intermediate_size"},
 )
-# its experts read what was multiplied by the router's weights before, and give one output each
 _LLAMA4 = replace(
     _LLAMA,
     blocks=(
@@ -468,7 +474,12 @@ _LLAMA4 = replace(
             for path in ("feed_forward", "feed_forward.shared_expert")
         ),
     ),
-    untouched=("feed_forward.router", "feed_forward.experts"),
+    untouched={
+        "feed_forward.router": "",
+        "feed_forward.experts": (
+            "its experts read what was multiplied by the router's weights before, and give one output each"
+        ),
+    },
     uniform=_HEAD_SIZES,
 )
 # hybrids: what mixes tokens otherwise in some layers (a convolution, Mamba, linear attention) stays as it is
@@ -888,7 +899,13 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "pop2piano": _t5(),
     "switch_transformers": _t5(
         ffn="mlp",
-        untouched=("layer.1.mlp.router", "layer.1.mlp.experts", "layer.2.mlp.router", "layer.2.mlp.experts"),
+        untouched={
+            **dict.fromkeys(("layer.1.mlp.router", "layer.2.mlp.router"), ""),
+            **dict.fromkeys(
+                ("layer.1.mlp.experts", "layer.2.mlp.experts"),
+                "each of its experts is a module by itself, and takes no more tokens than it has room for",
+            ),
+        },
     ),
     "t5": _t5(),
     "umt5": _t5(core=("y", None), returns="y", uniform={"ffn": "d_ff"}),
