@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers import (
 from .calibration.batches import Calibration
 from .calibration.distance import mean_loss, predictor
 from .calibration.knowledge import Knowledge
-from .calibration.outputs import in_float32, losses_of
+from .calibration.outputs import losses_of, outputs_for
 from .history import Recovery
 from .state import Pruner, tell
 from .structure.facts import in_eval_mode, same_modes, to_model
@@ -62,8 +62,8 @@ class Lesson:
     def distance(self) -> float:
         """The mean distance of the outputs on the rows that are held out."""
         with in_eval_mode(self.student), in_eval_mode(self.teacher):
-            expected = predictor(self.teacher)
-            return mean_loss(self.calibration, self.student, predictor(self.student), expected, self.loss)
+            student, expected = (predictor(model, self.loss) for model in (self.student, self.teacher))
+            return mean_loss(self.calibration, self.student, student, expected, self.loss)
 
     @contextmanager
     def flags(self) -> Iterator[None]:
@@ -169,9 +169,10 @@ class Distillation(Trainer):
         lesson, counted = self.lesson, inputs.pop(COUNTED, None)
         batch = lesson.calibration.batch(lesson.student, inputs, counted)
         with hidden_states(self.tops[0]) as ours, in_eval_mode(model):  # without dropout
-            outputs = in_float32(model(**batch.inputs, return_dict=True))
+            outputs = outputs_for(lesson.loss, model, [*self.tops[0].values()], batch)
         with torch.no_grad(), hidden_states(self.tops[1]) as theirs:
-            expected = in_float32(lesson.teacher(**to_model(batch.inputs, lesson.teacher), return_dict=True))
+            same = replace(batch, inputs=to_model(batch.inputs, lesson.teacher))
+            expected = outputs_for(lesson.loss, lesson.teacher, [*self.tops[1].values()], same)
         parts = [losses_of(lesson.loss, outputs, expected, batch).mean()]
         for name, top in self.tops[0].items():
             if name in ours:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ from .structure.facts import in_eval_mode
 from .structure.offload import is_dispatched, read_state
 from .structure.reach import leaving, towers_left_alone
 from .structure.readiness import bare_model, describe_units
-from .structure.sublayers import LEFT_ALONE, find_sublayers
+from .structure.sublayers import LEFT_ALONE, Sublayer, find_sublayers
 from .structure.surgery import restore, with_table_per_layer
 from .text import public_name
 from .version import versions
@@ -168,7 +169,7 @@ class Run:
             )
         for remark in dict.fromkeys(remarks):
             warnings.warn(remark, BudgetWarning, stacklevel=6)
-        loss = self.knowledge()
+        loss = self.knowledge(calibration.sublayers)
         if self.pruner.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         work = Work(lambda done: self.tell("on_progress", done), len(self.budgets))
@@ -228,7 +229,7 @@ class Run:
         table, inputs = broadcast_object_list([entry])[0]
         return Timing(model, table, inputs)
 
-    def knowledge(self) -> Knowledge:
+    def knowledge(self, sublayers: Sequence[Sublayer]) -> Knowledge:
         """The distance of outputs: the caller's, that of what `encode` gives, or that of the model's head."""
         args, folder = self.args, self.pruner.sentence_folder
         if self.pruner.compute_loss is not None:
@@ -239,7 +240,7 @@ class Run:
                 return loss
         labels = (first_label(dataset) for dataset in self.datasets)
         label = next((label for label in labels if label is not None), None)
-        return knowledge_loss(self.model, args.temperature, args.pooling or "mean", label)
+        return knowledge_loss(self.model, args.temperature, args.pooling or "mean", label, sublayers)
 
     def check_loss(self) -> None:
         """Try the knowledge loss on a batch; say which outputs it reads, and warn of answers that it does
@@ -349,7 +350,7 @@ class Run:
             ignored=pruning.ignored,
             asked=dict([args.budget]),
             before=model_size(model, sublayers, prunable_flops(sublayers, lengths)),
-            sequence_length=sum(lengths.values()) / len(lengths),
+            sequence_length=statistics.mean(lengths[name] for name in {s.stack_name for s in sublayers}),
             calibration=calibration.rows.fingerprint,
             arguments={**args.to_dict(), "output_dir": place},
             versions=versions(),

@@ -167,7 +167,8 @@ class Pruning:
     def _check(self) -> None:
         """Check, once, that the teacher can be walked, and set rows aside if models are compared on them."""
         if not self.checked:
-            check_walk(self.calibration, self.teacher, self.references)
+            head = not self.loss.of_hidden_states
+            check_walk(self.calibration, self.teacher, self.references, head)
             self.all_flops = self.calibration.all_flops(self.teacher, self.references)
             self.checked = True
             if self.dry:

@@ -60,7 +60,7 @@ def recover(
         calibration = run.calibrate()  # a quarter of what is measured is held out
         calibration.check_held_out()
         student = copy.deepcopy(model).float()
-        lesson = Lesson(calibration, run.knowledge(), student, teacher)
+        lesson = Lesson(calibration, run.knowledge(calibration.sublayers), student, teacher)
         recovery = learn(pruner, lesson, minutes, options)
         if recovery.distance_after < recovery.distance_before:
             settle(student, model)

@@ -20,7 +20,6 @@ from hf_kprune import (
     KPruneArguments,
     KPrunePruner,
     PruningReport,
-    UnsupportedModelError,
 )
 from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers
 
@@ -176,11 +175,67 @@ def test_a_dual_encoder_needs_both() -> None:
         pruner(model, rows(images=False)).prune()
 
 
-def test_an_encoder_and_a_decoder_of_other_models_are_refused_when_the_pruner_is_made() -> None:
-    bert = AutoConfig.for_model("bert", **ENCODER), AutoConfig.for_model("bert", **ENCODER, is_decoder=True)
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*bert)
-    with pytest.raises(UnsupportedModelError, match="crossattention"):
-        pruner(transformers.EncoderDecoderModel(config), rows(images=False))
+CAPTIONS = [
+    {"pixel_values": row["pixel_values"], "labels": row["input_ids"][5:]} for row in rows(images=True)
+]
+
+
+@pytest.mark.parametrize("method", ["surgeon", pytest.param("kprune", marks=pytest.mark.slow)])
+def test_a_decoder_that_reads_another_model_is_pruned_with_it(method: str, tmp_path: Path) -> None:
+    """However rows are batched; what is saved generates the same."""
+    results = []
+    for size in (1, 6):
+        model = make("vision-encoder-decoder")
+        captions = pruner(
+            model, CAPTIONS, method=method, num_tokens=150, per_device_batch_size=size, sparsity=0.3
+        )
+        report = captions.prune()
+        assert report.left_alone == {}
+        assert {s.kind for s in report.sublayers} == {"attention", "cross_attention", "ffn"}
+        results.append([entry.kept for entry in report.sublayers])
+    assert results[0] == results[1]
+    captions.save_model(str(tmp_path / "pruned"))
+    again = type(model).from_pretrained(tmp_path / "pruned").eval()
+    images = torch.stack([row["pixel_values"] for row in CAPTIONS[:3]])
+    tokens = [each.generate(images, max_new_tokens=5, do_sample=False) for each in (model, again)]
+    assert torch.equal(*tokens)
+
+
+def test_towers_with_one_config_are_left_alone() -> None:
+    """BLIP's encoder and decoder of questions and answers have one; the model has no loss that is known."""
+    config = copy.deepcopy(make("blip").config)
+    model = transformers.BlipForQuestionAnswering(config).eval()
+    data = [{**row, "input_ids": row["input_ids"][5:], "decoder_input_ids": [2, 5, 6]} for row in rows(True)]
+    with (
+        pytest.warns(BudgetWarning, match="text_decoder is left alone, as it has one config with another"),
+        pytest.warns(UserWarning, match="preserved are the hidden states above vision_model.encoder.layers,"),
+    ):
+        report = pruner(model, data, sparsity=0.15).prune()
+    assert {s.name.split(".")[0] for s in report.sublayers} == {"vision_model"}
+    assert (report.knowledge, report.compared) == ("hidden states", ["vision_model.encoder.layers"])
+
+
+def test_an_encoder_under_a_head_of_its_own_is_pruned_by_what_it_gives(tmp_path: Path) -> None:
+    """Depth from several layers of a DINOv2: its head has no loss that is known, and the neck below it no units."""
+    backbone = {**IMAGE, "mlp_ratio": 1, "model_type": "dinov2", "out_indices": [2, 3]}
+    backbone |= {"num_hidden_layers": 3, "reshape_hidden_states": False}
+    sizes = {"neck_hidden_sizes": [8] * 2, "reassemble_factors": [1] * 2, "fusion_hidden_size": 8}
+    config = AutoConfig.for_model("dpt", backbone_config=backbone, patch_size=4, **sizes)
+    model = transformers.DPTForDepthEstimation(config).eval()
+    data = [{"pixel_values": row["pixel_values"]} for row in rows(images=True)]
+    depth = pruner(model, data, method="surgeon", num_tokens=100)
+    with (
+        pytest.warns(BudgetWarning, match="neck is left alone, as it joins hidden states of several layers"),
+        pytest.warns(UserWarning, match="preserved are the hidden states above backbone.encoder.layer,"),
+    ):
+        report = depth.prune()
+    assert (report.knowledge, list(report.left_alone)) == ("hidden states", ["neck"])
+    assert {s.name.split(".")[0] for s in report.sublayers} == {"backbone"}
+    depth.save_model(str(tmp_path / "pruned"))
+    again = type(model).from_pretrained(tmp_path / "pruned").eval()
+    pixels = torch.stack([row["pixel_values"] for row in data[:3]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels).predicted_depth, model(pixels).predicted_depth)
 
 
 PACKING: dict[str, dict[str, Any]] = {

@@ -406,7 +406,9 @@ def test_what_is_known_not_to_work_is_not_tried() -> None:
 
 def test_what_a_user_registers_is_proved_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_kprune.structure.families.FAMILIES", hf_kprune.structure.families.FAMILIES | {})
-    monkeypatch.setattr("hf_kprune.structure.sublayers.FAMILIES", hf_kprune.structure.families.FAMILIES)
+    for module in ("coverage", "sublayers"):
+        path = f"hf_kprune.structure.{module}.FAMILIES"
+        monkeypatch.setattr(path, hf_kprune.structure.families.FAMILIES)
     right = Block(
         "attention",
         {"mix.to_qkv": "qkv:perhead"},

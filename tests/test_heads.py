@@ -19,10 +19,11 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
+from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.calibration.knowledge import Draws, KnowledgeLoss
 from hf_kprune.calibration.losses import bernoulli_kl_divergence, kl_divergence, of_embeddings, squared_error
 from hf_kprune.calibration.tasks import knowledge_loss
+from hf_kprune.structure.sublayers import find_sublayers
 
 
 QUICK: dict[str, Any] = {"sparsity": 0.5, "method": "magnitude", "tune": False, "disable_tqdm": True}
@@ -232,17 +233,26 @@ def test_a_subclass_has_the_head_of_its_parent() -> None:
     assert knowledge_loss(Mine(shallow().config), 2.0, "mean").name == "extractive question answering"
 
 
-def test_an_unknown_head_is_refused_and_told_the_way_out() -> None:
+def test_what_an_unknown_head_reads_is_compared_and_that_is_said() -> None:
     class Odd(BertPreTrainedModel):
         def __init__(self, config: Any):
             super().__init__(config)
             self.bert = BertModel(config)
             self.post_init()
 
-    with pytest.raises(
-        UnsupportedModelError, match=r"head of Odd; pass compute_loss=\(student_outputs, teacher_outputs"
+    model = Odd(shallow().config)
+    with pytest.warns(
+        UserWarning,
+        match=r"head of Odd, so what is preserved are the hidden states above encoder.layer, .*pass compute_loss",
     ):
-        knowledge_loss(Odd(shallow().config), 2.0, "mean")
+        loss = knowledge_loss(model, 2.0, "mean", sublayers=find_sublayers(model))
+    assert loss.name == "hidden states"
+    teacher = torch.tensor(
+        [[[3.0, 4.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]]
+    )  # the second token is padding
+    student = teacher + torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, -1.0]]])
+    distances = loss({"bert.encoder.layer": student}, {"bert.encoder.layer": teacher}, torch.ones(2, 2))
+    torch.testing.assert_close(distances, torch.tensor([1 / 25, 2 / 2]))
 
 
 DRAWN = [

@@ -218,6 +218,11 @@ PARAKEET: dict[str, Any] = {
     "num_mel_bins": 8,
     "subsampling_conv_channels": 4,
 }
+READING: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True}
+BEGIN: dict[str, Any] = {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 3}
+QFORMER: dict[str, Any] = {**ENCODER, "num_hidden_layers": 2, "encoder_hidden_size": 16}
+BLIP_TEXT: dict[str, Any] = {**TEXT_TOWER, "encoder_hidden_size": 16, "sep_token_id": 3, "is_decoder": True}
+READER: dict[str, Any] = {**MHA, "ffn_dim": 12, "word_embed_proj_dim": 16, "model_type": "opt"}
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: (class, config, kind of inputs)
     # decoders
@@ -843,6 +848,66 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "clip",
     ),
+    "blip": ("BlipForConditionalGeneration", {"text_config": BLIP_TEXT, "vision_config": IMAGE}, "clip"),
+    "blip-2": (
+        "Blip2ForConditionalGeneration",
+        {
+            "text_config": READER,
+            "vision_config": IMAGE,
+            "qformer_config": QFORMER,
+            "num_query_tokens": 3,
+            "image_token_index": 59,
+        },
+        "queries",
+    ),
+    "instructblip": (
+        "InstructBlipForConditionalGeneration",
+        {
+            "text_config": READER,
+            "vision_config": IMAGE,
+            "qformer_config": QFORMER,
+            "num_query_tokens": 3,
+            "image_token_index": 59,
+        },
+        "queries",
+    ),
+    # an encoder and a decoder of other models
+    "encoder-decoder": (
+        "EncoderDecoderModel",
+        {
+            "encoder": {**ENCODER, "model_type": "roberta"},
+            "decoder": {**TEXT_TOWER, **READING, "model_type": "bert"},
+            **BEGIN,
+        },
+        "seq2seq",
+    ),
+    "speech-encoder-decoder": (
+        "SpeechEncoderDecoderModel",
+        {
+            "encoder": {**AUDIO, "model_type": "wav2vec2"},
+            "decoder": {**TEXT_TOWER, **READING, "model_type": "bert"},
+            **BEGIN,
+        },
+        "transcript",
+    ),
+    "vision-encoder-decoder": (
+        "VisionEncoderDecoderModel",
+        {
+            "encoder": {**IMAGE, "num_hidden_layers": 2, "model_type": "vit"},
+            "decoder": {**GPT, **READING, "n_layer": 2, "model_type": "gpt2"},
+            **BEGIN,
+        },
+        "caption",
+    ),
+    "vision-encoder-decoder:trocr": (
+        "VisionEncoderDecoderModel",
+        {
+            "encoder": {**IMAGE, "model_type": "deit"},
+            "decoder": {**SEQ2SEQ, "cross_attention_hidden_size": 16, "model_type": "trocr"},
+            **BEGIN,
+        },
+        "caption",
+    ),
     # sound
     "audio-spectrogram-transformer": (
         "ASTForAudioClassification",
@@ -1091,6 +1156,7 @@ DISTINCT = [
     "vit",
     "dinov2",
     "clip",
+    "vision-encoder-decoder",
     "wav2vec2",
 ]
 """Families of which no two are built alike: proved by default; those built like one of them are slow tests."""
@@ -1105,12 +1171,9 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):  # fixed positions are not saved
             parameter += 0.2 * torch.randn_like(parameter)
-        for table in (
-            m.weight
-            for m in model.modules()
-            if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None
-        ):
-            table[model.config.get_text_config().pad_token_id or 0] = 0
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
     return model
 
 
@@ -1130,6 +1193,17 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         return {f"{prefix}input_ids": ids.masked_fill(mask == 0, 1), f"{prefix}attention_mask": mask}
 
     config: Any = model.config
+    if kind == "caption":
+        return {"pixel_values": torch.randn(batch, 3, 8, 8), **text(6, prefix="decoder_")}
+    if kind == "transcript":
+        return {"input_values": torch.randn(batch, 800), **text(6, prefix="decoder_")}
+    if kind == "queries":
+        inputs, images = text(9), torch.full((batch, 3), config.image_token_index)
+        inputs["input_ids"] = torch.cat([images, inputs["input_ids"] % 59], 1)
+        inputs["attention_mask"] = torch.cat([torch.ones_like(images), inputs["attention_mask"]], 1)
+        asked = {f"qformer_{key}": value for key, value in text(5).items()}
+        asked = asked if config.model_type == "instructblip" else {}
+        return {"pixel_values": torch.randn(batch, 3, 8, 8), **inputs, **asked}
     if kind in ("text", "unpadded"):
         return text(9, kind == "text")
     if kind == "ids":

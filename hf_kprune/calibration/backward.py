@@ -22,7 +22,7 @@ from ..structure.shelf import Shelf
 from ..structure.walk import Walk
 from .batches import Batch, Calibration
 from .knowledge import Draws, Knowledge, gradient_of_draw
-from .outputs import chunk_of, in_float32, losses_of, narrowed
+from .outputs import chunk_of, losses_of, narrowed, outputs_for
 
 
 GRAPH_LAYERS = 3
@@ -32,16 +32,17 @@ slices, so that memory does not grow with depth."""
 
 @dataclass
 class Head:
-    """The head of a model, on a state above the highest sublayer."""
+    """The head of a model, on a state above the highest sublayer, for a loss if it is not for all outputs."""
 
     walk: Walk
     state: State
+    loss: Knowledge | None = None
 
     def __call__(self, batch: Batch, chunk: int = 0, start: int = 0) -> Any:
         """Its outputs in float32, of all tokens or of `chunk` tokens from `start` on."""
         model, sublayers = self.walk.model, self.walk.sublayers
         with resumed(sublayers, len(sublayers), self.state), narrowed(model, chunk, start):
-            return in_float32(model(**batch.inputs, return_dict=True))
+            return outputs_for(self.loss, model, sublayers, batch)
 
 
 @dataclass
@@ -106,17 +107,17 @@ def backward(
             outputs_of(targets if points == "outputs" else ()) as outputs,
         ):
             top = run_to_top(model, batch.inputs, walk.sublayers) if chunk else None
-            predicted = model(**batch.inputs, return_dict=True) if top is None else None
+            predicted = outputs_for(loss, model, walk.sublayers, batch) if top is None else None
         result = Pass(batch)
         for place, tensor in features.items():
             result.see(calibration, walk, place, tensor)
         if loss is not None:
             reference: Head | Draws = Draws(args.seed, batch.rows, batch.counted)
             if teacher is not None and (above := tops[i]) is not None:
-                reference = Head(teacher, above.part(start, stop, samples))
+                reference = Head(teacher, above.part(start, stop, samples), loss)
             pull: Tensor | None = None
             if top is None:
-                total = loss_on(in_float32(predicted), reference, batch, loss, autocast)
+                total = loss_on(predicted, reference, batch, loss, autocast)
             else:
                 with autocast:
                     total = top.inputs[walk.sublayers[-1].stack_name]
@@ -302,7 +303,7 @@ def pulls_on_top(
         return {walk.sublayers[-1].stack_name: pull}
     leaves = leaves_of(top)
     with torch.enable_grad(), calibration.autocast():
-        predicted = Head(walk, leaves)(batch)
+        predicted = Head(walk, leaves, loss)(batch)
     total = loss_on(predicted, draws, batch, loss, calibration.autocast())
     gradients = torch.autograd.grad(total, list(leaves.inputs.values()), allow_unused=True)
     pairs = zip(leaves.inputs, gradients, strict=True)

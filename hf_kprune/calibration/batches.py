@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from ..arguments import KPruneArguments
@@ -30,13 +31,15 @@ from ..structure.facts import (
     first_run,
     frame_mask,
     in_eval_mode,
+    main_input,
+    mask_of,
     masks_frames,
     max_positions,
     to_model,
 )
 from ..structure.hooks import by_token, part_of
 from ..structure.probes import matrix_flops
-from ..structure.runs import run_to_bottom
+from ..structure.runs import run_to_bottom, run_to_memory
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .collate import Collator, Inputs, batches_of, collate
@@ -47,10 +50,10 @@ from .rows import Rows, TokensPerRow, row_length
 def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
     """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
     shapes are not."""
-    sublayers, known = find_sublayers(model), {}
+    sublayers, known, main = find_sublayers(model), {}, main_input(model)
 
     def count(row: Row) -> int:
-        shape = tuple(row[model.main_input_name].shape)
+        shape = tuple(row[main].shape)
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
             with in_eval_mode(model), first_run(model, inputs):
@@ -104,7 +107,7 @@ class Batch:
                 f"{valid.shape[1]}; which of them are real is not known. Calibrate without the inputs that "
                 "add tokens"
             )
-        return torch.nn.functional.pad(valid, (0, more))
+        return F.pad(valid, (0, more))
 
     def by_token(self, tensor: Tensor, stack: str) -> Tensor:
         """(B, T, ...) from what some models flatten to (B * T, ...), of the tokens of a stack."""
@@ -187,39 +190,50 @@ class Calibration:
         inputs: dict[str, Any] = {key: value.to(self.accelerator.device) for key, value in tensors.items()}
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False
-        valid = {
-            s.stack_name: self._valid(model, s, inputs)
-            for s in {s.stack_name: s for s in self.sublayers}.values()
-        }
+        valid = dict[str, Tensor]()
+        for sublayer in {s.stack_name: s for s in self.sublayers}.values():
+            valid[sublayer.stack_name] = self._valid(model, sublayer, inputs, mask_of(model, sublayer))
         last = list(valid.values())[-1]
+        for sublayer in self.sublayers:
+            if sublayer.reads not in valid:
+                texts = "attention_mask" if mask_of(model, sublayer).startswith("decoder_") else ""
+                valid[sublayer.reads] = self._valid(model, sublayer, inputs, texts, memory=True)
         return Batch(inputs, valid, last if counted is None else last & counted.to(last.device))
 
-    def _valid(self, model: PreTrainedModel, sublayer: Sublayer, inputs: dict[str, Any]) -> Tensor:
-        """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T)."""
-        name = sublayer.stack_name
-        key = sublayer.stack.mask
+    def _valid(
+        self,
+        model: PreTrainedModel,
+        sublayer: Sublayer,
+        inputs: dict[str, Any],
+        key: str,
+        memory: bool = False,
+    ) -> Tensor:
+        """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T), or in what its
+        cross-attention reads of another model. `key` is the input that marks them."""
+        name = sublayer.reads if memory else sublayer.stack_name
         if key == "decoder_attention_mask" and "decoder_input_ids" not in inputs:
             key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
         mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
-        if ids is not None:
+        if ids is not None and key in ("attention_mask", "decoder_attention_mask"):
             self.stacks_of_ids.add(name)
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         # how many tokens an image or a sound makes is the model's business
         if mask is not None or name not in self.tokens:
             with in_eval_mode(model), first_run(model, inputs):
-                bottom = run_to_bottom(model, to_model(inputs, model), sublayer)
-            self.tokens[name] = bottom.shape[1]
-            if mask is not None and mask.shape == (samples, self.tokens[name]):
-                return cast(Tensor, mask.bool())
-            if mask is not None and masks_frames(model):
-                return frame_mask(model, mask, self.tokens[name])
+                run_to = run_to_memory if memory else run_to_bottom
+                tokens = self.tokens[name] = run_to(model, to_model(inputs, model), sublayer).shape[1]
+            framing = next((module for module in model.modules() if masks_frames(module)), None)
+            if mask is not None and mask.shape != (samples, tokens) and framing is not None:
+                return frame_mask(framing, mask, tokens)
+            if mask is not None and mask.dim() == 2 and mask.shape[1] <= tokens:  # queries come first
+                return F.pad(mask.bool(), (tokens - mask.shape[1], 0), value=True)
         return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
 
     @cached_property
     def lengths(self) -> dict[str, float]:
         """Mean tokens of a sequence in each stack, over all processes."""
-        names = list(dict.fromkeys(s.stack_name for s in self.sublayers))
+        names = list(dict.fromkeys(name for s in self.sublayers for name in (s.stack_name, s.reads)))
         sums = [
             torch.tensor(
                 [sum(int(b.valid[n].sum()) for b in self.batches), sum(len(b.valid[n]) for b in self.batches)]

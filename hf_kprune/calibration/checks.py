@@ -23,16 +23,18 @@ from .backward import Head
 from .batches import Batch, Calibration
 from .knowledge import Draws, Knowledge
 from .loss_check import check_loss
-from .outputs import chunk_of, in_float32, narrowed
+from .outputs import chunk_of, narrowed, outputs_for
 
 
 CHECK_ROWS = 2
 """Rows on which a model is checked."""
 
 
-def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
+def check_walk(
+    calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer], head: bool = True
+) -> None:
     """Carry one batch up sublayer by sublayer, and note in `calibration.readers` which input projections read
-    the same.
+    the same. Unless `head` is False, check too that its head reads the top alone.
 
     Raises:
         UnsupportedArchitectureError: If it does not arrive where the model as a whole does. Then the model's
@@ -62,7 +64,8 @@ def check_walk(calibration: Calibration, model: PreTrainedModel, sublayers: Sequ
                         f"away from where it does as a whole; its family {model.config.model_type!r} does "
                         "not tell what its layers give: docs/add_a_family.md"
                     )
-            check_head(walk, top.part(0, 1, batch.samples), batch.part(0, 1))
+            if head:
+                check_head(walk, top.part(0, 1, batch.samples), batch.part(0, 1))
     (calibration.readers,) = broadcast_object_list([readers])
 
 
@@ -83,8 +86,7 @@ def readers_of(batch: Batch, sublayer: Sublayer, tap: Tap) -> list[list[str]]:
 
 def reads_tokens(batch: Batch, sublayer: Sublayer, path: str, tensor: Tensor) -> bool:
     """Whether what a projection reads is (B, T, D), or (B * T, D), of the tokens of its stack."""
-    stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
-    rows, tokens = batch.valid[stack].shape
+    rows, tokens = batch.valid[sublayer.source_of(path)].shape
     if tensor.dim() == 3 and sublayer.stack.pads:
         return tensor.shape[0] == rows and tensor.shape[1] >= tokens
     return tuple(tensor.shape[:-1]) in ((rows, tokens), (rows * tokens,))
@@ -135,7 +137,7 @@ def try_loss(
             first_run(model, sample.inputs),
             outputs_of(sublayers) as activations,
         ):
-            outputs = in_float32(model(**sample.inputs, return_dict=True))
+            outputs = outputs_for(loss, model, sublayers, sample)
         for place, y in activations.items():
             y = sample.by_token(y, sublayers[place].stack_name)
             calibration.check_finite(sublayers[place], (y[sample.tokens(sublayers[place], y)].sum(),))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
-from ..structure.facts import input_names, is_causal, label_names
+from ..structure.facts import input_names, is_causal, label_names, main_input
 from .rows import Rows, has_choices
 from .tasks import needs_targets
 
@@ -80,10 +80,18 @@ def shifted_right(model: PreTrainedModel, targets: Tensor) -> Tensor:
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return cast(Tensor, model.prepare_decoder_input_ids_from_labels(targets))
     config: Any = model.config
-    start = getattr(config, "decoder_start_token_id", None)
-    start = config.bos_token_id if start is None else start
+    configs: Any = [config, text_config(config)]
+    names = ("decoder_start_token_id", "bos_token_id")
+    known = (getattr(each, name, None) for name in names for each in configs)
+    start = next((token for token in known if token is not None), None)
+    if start is None:
+        raise CalibrationError(
+            f"the config of {type(model).__name__} names no decoder_start_token_id, with which its decoder "
+            "begins; set it, or give rows with decoder_input_ids"
+        )
     shifted = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], 1)
-    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id or 0)
+    pad_token_id = getattr(text_config(config), "pad_token_id", None) or 0
+    return shifted.masked_fill(shifted == IGNORED, pad_token_id)
 
 
 def real_first(inputs: Mapping[str, object], main: str, is_causal: bool) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def real_first(inputs: Mapping[str, object], main: str, is_causal: bool) -> dict
 
     Args:
         inputs: A batch; what has the shape of a mask, (B, T) or (B, choices, T), goes along with it.
-        main: `main_input_name` of the model, the one input of floats that goes along.
+        main: The main input of the model, the one input of floats that goes along.
         is_causal: Whether `labels` are those of the tokens that are read.
     """
     moved = dict(inputs)
@@ -148,7 +156,7 @@ def collate(
         inputs = pad_rows(
             rows, processing_class, getattr(text_config(model.config), "pad_token_id", None) or 0
         )
-    inputs = real_first(inputs, model.main_input_name, is_causal(model))
+    inputs = real_first(inputs, main_input(model), is_causal(model))
     targets, counted = inputs.get("labels"), None
     if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():
         real = targets != IGNORED

@@ -12,11 +12,12 @@ from ..processes import together
 from ..structure.facts import in_eval_mode, to_model
 from ..structure.hooks import State
 from ..structure.shelf import Shelf
+from ..structure.sublayers import find_sublayers
 from ..structure.walk import Walk
 from .backward import Head
 from .batches import Batch, Calibration
 from .knowledge import Knowledge
-from .outputs import chunk_of, in_float32, losses_of
+from .outputs import chunk_of, losses_of, outputs_for
 
 
 Predictor = Callable[[int, Batch, int, int], Any]
@@ -24,21 +25,24 @@ Predictor = Callable[[int, Batch, int, int], Any]
 these samples, in float32."""
 
 
-def predictor(model: PreTrainedModel) -> Predictor:
-    """The outputs of a whole model."""
+def predictor(model: PreTrainedModel, loss: Knowledge) -> Predictor:
+    """What a loss compares of a whole model."""
+    sublayers = find_sublayers(model) if loss.of_hidden_states else ()
 
     def outputs(_: int, batch: Batch, start: int, stop: int) -> Any:
-        inputs = to_model(batch.part(start, stop).inputs, model)  # models may differ in dtype
-        return in_float32(model(**inputs, return_dict=True))
+        part = batch.part(start, stop)
+        part.inputs = to_model(part.inputs, model)  # models may differ in dtype
+        return outputs_for(loss, model, sublayers, part)
 
     return outputs
 
 
-def predictor_above(walk: Walk, tops: Mapping[int, State] | Shelf) -> Predictor:
-    """The outputs of the head of a model alone, of states above its highest sublayer, by number of batch."""
+def predictor_above(walk: Walk, tops: Mapping[int, State] | Shelf, loss: Knowledge) -> Predictor:
+    """What a loss compares of the head of a model alone, of states above its highest sublayer, by number of
+    batch."""
 
     def outputs(i: int, batch: Batch, start: int, stop: int) -> Any:
-        return Head(walk, tops[i].part(start, stop, batch.samples))(batch.part(start, stop))
+        return Head(walk, tops[i].part(start, stop, batch.samples), loss)(batch.part(start, stop))
 
     return outputs
 
@@ -48,7 +52,7 @@ def distance(
 ) -> float:
     """The mean knowledge loss of the student on the rows that are held out."""
     with in_eval_mode(student), in_eval_mode(teacher):
-        return mean_loss(calibration, teacher, predictor(student), predictor(teacher), loss)
+        return mean_loss(calibration, teacher, predictor(student, loss), predictor(teacher, loss), loss)
 
 
 class Judge:
@@ -69,11 +73,17 @@ class Judge:
         batches = [] if self.needs_layers else enumerate(calibration.batches)
         walk = calibration.walk(teacher.model, teacher.sublayers)
         tops = {i: walk.top(i) for i, batch in batches if batch.held_out}
-        self.expected = predictor(self.model) if self.needs_layers else predictor_above(walk, tops)
+        self.expected = (
+            predictor(self.model, loss) if self.needs_layers else predictor_above(walk, tops, loss)
+        )
 
     def distance(self, student: Walk) -> float:
         """That of a student above its highest sublayer."""
-        top = predictor(student.model) if self.needs_layers else predictor_above(student, student.states)
+        top = (
+            predictor(student.model, self.loss)
+            if self.needs_layers
+            else predictor_above(student, student.states, self.loss)
+        )
         return mean_loss(self.calibration, self.model, top, self.expected, self.loss)
 
 

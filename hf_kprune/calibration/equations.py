@@ -233,7 +233,7 @@ def input_equations(
                 continue
             teacher_reads, student_reads = reference.reads(i), student.reads(i, first)
             for path, parts in zip(first, sums, strict=True):
-                stack = sublayer.reads if sublayer.block.inputs[path] == "kv" else sublayer.stack_name
+                stack = sublayer.source_of(path)
                 x, y = (batch.by_token(read, stack) for read in (student_reads[path], teacher_reads[path]))
                 for part, tokens in zip(
                     parts, halves(batch, batch.tokens(sublayer, x, stack), halved), strict=True

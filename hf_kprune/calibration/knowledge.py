@@ -170,6 +170,8 @@ class Knowledge:
         kinds: How each output that the loss reads is drawn. None: all are read, and drawn as `NORMAL`.
         per_token: Whether the loss is a mean over tokens of divergences of their `logits`, so that it may be
             taken in parts.
+        of_hidden_states: Whether the loss compares hidden states, which `kinds` names by their stacks, and
+            not outputs.
     """
 
     name: str
@@ -177,6 +179,7 @@ class Knowledge:
     temperature: float
     kinds: Mapping[str, Draw] | None
     per_token: bool = False
+    of_hidden_states: bool = False
 
     def __call__(self, student: object, teacher: object, valid: Tensor) -> Tensor:
         return self.loss(student, teacher, valid)

@@ -15,15 +15,19 @@ from .knowledge import Draws, Knowledge
 BY_PRODUCTS = {
     "encoder_last_hidden_state",
     "extract_features",
+    "image_embeds",
     "image_hidden_states",
+    "language_model_outputs",
     "last_hidden_state",
     "logits_per_image",
     "logits_per_text",
     "past_key_values",
     "pooler_output",
+    "qformer_outputs",
     "rope_deltas",
     "text_model_output",
     "vision_model_output",
+    "vision_outputs",
 }
 """Outputs of Transformers' classes that are no answers: others follow from them, or they from others."""
 

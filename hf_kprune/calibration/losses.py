@@ -8,6 +8,7 @@ padding never counts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -141,6 +142,18 @@ def of_embeddings(
     if pooling == "none":
         return mean_over_tokens(squared_error(student.last_hidden_state, teacher.last_hidden_state), valid)
     return (_embedding(student, valid, pooling) - _embedding(teacher, valid, pooling)).square().sum(-1)
+
+
+def of_hidden_states(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], _valid: Tensor) -> Tensor:
+    """Squared distance of the hidden states above each stack, (B, T, D), relative to the teacher's, added up.
+
+    Both are zero where there is padding.
+    """
+    distances = [
+        (hidden - teacher[name]).square().sum((1, 2)) / teacher[name].square().sum((1, 2)).clamp(min=1e-12)
+        for name, hidden in student.items()
+    ]
+    return torch.stack(distances).sum(0)
 
 
 def _embedding(outputs: Outputs, valid: Tensor, pooling: str) -> Tensor:

@@ -4,6 +4,7 @@ loss of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import ArgumentError, CalibrationError
 from ..structure.probes import only_tokens
+from ..structure.runs import run_to_top
+from ..structure.sublayers import Sublayer
 from ..structure.workbench import in_half_precision
 from .batches import Batch
 from .knowledge import Knowledge
@@ -29,6 +32,23 @@ ON_GPU = 8
 def logits_at_once(device: torch.device) -> int:
     """Logits that may exist at once on a device."""
     return LOGITS * ON_GPU if device.type == "cuda" else LOGITS
+
+
+def outputs_for(
+    loss: Knowledge | None, model: PreTrainedModel, sublayers: Sequence[Sublayer], batch: Batch
+) -> Any:
+    """What a loss compares of a model on a batch, in float32: its outputs, or, by the names of stacks, the
+    hidden states above them, (B, T, D), zero where there is padding."""
+    if loss is None or not loss.of_hidden_states:
+        return in_float32(model(**batch.inputs, return_dict=True))
+    tops = run_to_top(model, batch.inputs, sublayers).inputs
+    last = {s.stack_name: s for s in sublayers}
+    return {name: _without_padding(batch, last[name], tops[name]) for name in loss.kinds or ()}
+
+
+def _without_padding(batch: Batch, sublayer: Sublayer, hidden: Tensor) -> Tensor:
+    """Hidden states above a stack in float32, (B, T, D), zero where there is padding."""
+    return hidden.float() * batch.tokens(sublayer, hidden).unsqueeze(-1)
 
 
 def in_float32(outputs: Any) -> Any:

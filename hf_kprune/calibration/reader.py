@@ -16,7 +16,14 @@ from transformers.utils import logging
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
-from ..structure.facts import input_names, is_causal, label_names, max_positions, vocabulary
+from ..structure.facts import (
+    input_names,
+    is_causal,
+    label_names,
+    main_input,
+    max_positions,
+    vocabulary,
+)
 from .nested import Row, depth, flat, floats, plain, shape_of, strays
 from .rows import TokensPerRow, row_length, row_tokens
 from .sources import CHAT_COLUMNS, split_rows, text_columns
@@ -42,11 +49,10 @@ class Reader:
     ):
         self.name, self.processing_class = type(model).__name__, processing_class
         self.args, self.keep_labels = args, keep_labels
-        names = model.main_input_name
-        self.main: str = names if isinstance(names, str) else names[0]
+        self.main = main_input(model)
         self.labels, self.accepted = label_names(model), input_names(model)
-        dims = 2 if task_of(model).choices else 1
-        self.dims = {"pixel_values": 3, "input_features": 2}.get(self.main, dims)
+        self.text_dims = 2 if task_of(model).choices else 1
+        self.dims = {"pixel_values": 3, "input_features": 2}.get(self.main, self.text_dims)
         sound = self.accepted & {"input_values", "input_features"}
         self.sense = "image" if "pixel_values" in self.accepted else "audio" if sound else None
         self.causal, self.needs_targets = is_causal(model), needs_targets(model)
@@ -141,14 +147,14 @@ class Reader:
 
     def check_integers(self, has: str, columns: Mapping[str, object]) -> None:
         """Raise `CalibrationError` unless ids are whole numbers, in as many dimensions as the model reads."""
-        if depth(columns["input_ids"]) != self.dims and self.dims > 1:
+        if depth(columns["input_ids"]) != self.text_dims and self.text_dims > 1:
             raise CalibrationError(
                 f"{has} a single text, but {self.name} compares choices; name the question and its choices "
                 "in text_columns, or pass input_ids of (choices, tokens)"
             )
         for key in ("input_ids", "decoder_input_ids", "labels", "token_type_ids", "position_ids"):
             value = columns.get(key, ())
-            dims = self.dims if key == "input_ids" else max(1, depth(value))
+            dims = self.text_dims if key == "input_ids" else max(1, depth(value))
             for (stray,) in strays(value, dims):
                 raise CalibrationError(
                     f"{has} {stray!r:.80} in its {key}, expected whole "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ArgumentError, UnsupportedModelError
+from ..errors import ArgumentError
 from ..structure.configs import text_config
+from ..structure.coverage import family_of
 from ..structure.facts import PROBLEMS, check_problem_type, classes_in, max_positions, vocabulary
-from ..structure.sublayers import family_of
+from ..structure.sublayers import Sublayer
 from . import losses
 from .knowledge import CLASS, NORMAL, TOKEN, YES_OR_NO, YES_OR_NO_OF_TOKENS, Draw, Knowledge
 
@@ -80,7 +81,7 @@ ONE_TOWER = Task(
 """CLIP's tower of text or of images with its projection, which no table lists."""
 
 OTHER = Task("other")
-"""A head that is none of these: the caller has a loss for it."""
+"""A head that is none of these: the caller has a loss for it, or hidden states are compared."""
 
 CLASS_FIGURES = ("accuracy", "f1", "matthews")
 
@@ -207,19 +208,23 @@ def problem_type(config: Any, label: Any = None) -> str:
 
 
 def knowledge_loss(
-    model: PreTrainedModel, temperature: float, pooling: str, label: object = None
+    model: PreTrainedModel,
+    temperature: float,
+    pooling: str,
+    label: object = None,
+    sublayers: Sequence[Sublayer] = (),
 ) -> Knowledge:
-    """The knowledge loss for the head of `model`.
+    """The knowledge loss for the head of `model`, or, if none is known, for what its layers give to it.
 
     Args:
         model: A model of one of the `AutoModelFor...` tables of transformers, or a subclass of one.
         temperature: Temperature of the softmax, gamma in the paper.
         pooling: How a base model without a head makes an embedding, see `losses.of_embeddings`.
         label: The label of one row of the data, if there is one, see `problem_type`.
+        sublayers: Those that are pruned.
 
     Raises:
         ArgumentError: If the model has no pooler to go by, or its config contradicts itself.
-        UnsupportedModelError: If the model has a head that none of the losses is for.
     """
     if pooling == "pooler" and getattr(model.base_model, "pooler", None) is None:
         raise ArgumentError(
@@ -229,11 +234,25 @@ def knowledge_loss(
     if task.variant in PROBLEMS:
         task = task_of(model, problem_type(model.config, label), pooling)
     if task.loss is None:
-        raise UnsupportedModelError(
-            f"no knowledge loss is known for the head of {type(model).__name__}; pass "
-            "compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> tensor of one loss per sequence"
-        )
+        return _knowledge_of_hidden_states(model, temperature, sublayers)
     return Knowledge(task.name, partial(task.loss, temperature), temperature, task.draws, task.per_token)
+
+
+def _knowledge_of_hidden_states(
+    model: PreTrainedModel, temperature: float, sublayers: Sequence[Sublayer]
+) -> Knowledge:
+    """The distance of hidden states above the stacks that no other one reads, with a warning."""
+    stacks = {s.stack_name for s in sublayers} - {s.reads for s in sublayers if s.reads != s.stack_name}
+    names = list(dict.fromkeys(s.stack_name for s in sublayers if s.stack_name in stacks))
+    warnings.warn(
+        f"no knowledge loss is known for the head of {type(model).__name__}, so what is preserved are the "
+        f"hidden states above {', '.join(names)}, whatever the head makes of them; to preserve what it "
+        "answers, pass compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> tensor of one loss "
+        "per sequence",
+        stacklevel=2,
+    )
+    kinds = dict.fromkeys(names, NORMAL)
+    return Knowledge("hidden states", losses.of_hidden_states, temperature, kinds, of_hidden_states=True)
 
 
 def needs_targets(model: PreTrainedModel) -> bool:

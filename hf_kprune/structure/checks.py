@@ -26,11 +26,12 @@ from transformers.utils import logging
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import EmptyLinear, has, inner_models, plan_of
 from ..progress import unwarned
+from .coverage import described
 from .experts import are_experts
 from .facts import check_problem_type
 from .offload import is_dispatched, moves_weights, read_parameters, sources_of
 from .projections import bias_of, features_of, oriented
-from .sublayers import described, find_sublayers
+from .sublayers import find_sublayers
 from .workbench import in_half_precision
 
 

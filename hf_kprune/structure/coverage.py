@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -9,18 +10,59 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import get_size, has
+from ..modeling_kprune import find_layers, get_size, has
 from .experts import are_experts
-from .families import UNTOUCHED, Block, Stack
+from .families import FAMILIES, PARTS, REFUSED, UNTOUCHED, Block, Stack
+
+
+def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
+    """What describes the layers of `model` itself: what detect.py noted in it, or the entry of its type."""
+    return model.__dict__.get("kprune_family") or FAMILIES.get(model.config.model_type)
+
+
+def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """The models whose layers can be pruned as a family describes them, by path: `model` itself, or else
+    those inside it."""
+    if _has_layers(model):
+        return [("", model)]
+    return [(path, tower) for path, tower in _towers(model) if path not in _alike(model)]
 
 
 def untouched(model: PreTrainedModel) -> dict[str, str]:
     """The towers of a model that stay as they are, by path, and why."""
-    return {
-        name + ".": UNTOUCHED[module.config.model_type]
+    reasons = {**REFUSED, **UNTOUCHED}
+    towers = {
+        name + ".": reasons[module.config.model_type]
         for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.config.model_type in UNTOUCHED
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type in reasons
     }
+    parts = PARTS.get(model.config.model_type, {}).items()
+    towers |= {f"{path}.": reason for path, reason in parts if has(model, path)}
+    return towers if _has_layers(model) else towers | _alike(model)
+
+
+def _has_layers(model: PreTrainedModel) -> bool:
+    """Whether a family describes layers of `model` itself, and not only of models inside it."""
+    stacks = family_of(model) or ()
+    return bool(stacks) and (any(find_layers(model, stack.layers) for stack in stacks) or not _towers(model))
+
+
+def _towers(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """The outermost models inside `model` that a family describes, by path."""
+    towers: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer) for outer, _ in towers)
+        other = isinstance(module, PreTrainedModel) and module.config is not model.config
+        if other and family_of(module) and not inside:
+            towers.append((name + ".", module))
+    return towers
+
+
+def _alike(model: PreTrainedModel) -> dict[str, str]:
+    """The towers that have one config together, which can say the sizes of one of them only, and so much."""
+    reason = "it has one config with another part of the model, which can say the sizes of one only"
+    users = Counter(id(tower.config) for _, tower in _towers(model))
+    return {path: reason for path, tower in _towers(model) if users[id(tower.config)] > 1}
 
 
 def has_block(layer: nn.Module, block: Block) -> bool:

@@ -20,6 +20,7 @@ from transformers.utils import find_labels
 
 from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
 from .configs import read, text_config
+from .sublayers import Sublayer
 from .surgery import twin
 from .workbench import in_half_precision
 
@@ -49,6 +50,17 @@ def input_names(model: PreTrainedModel) -> set[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     return names - label_names(model)
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """Name of the input that `model` is called with in any case: where it says a name that it does not take,
+    that of its encoder."""
+    names = model.main_input_name
+    name = names if isinstance(names, str) else names[0]
+    encoder = getattr(model, "encoder", None)
+    if name in input_names(model) and name in SENSES:
+        return name
+    return encoder.main_input_name if isinstance(encoder, PreTrainedModel) else name
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -115,12 +127,26 @@ def check_problem_type(config: Any) -> None:
         )
 
 
-def masks_frames(model: PreTrainedModel) -> bool:
+def mask_of(model: PreTrainedModel, sublayer: Sublayer) -> str:
+    """The input that marks padding of the tokens of the stack of `sublayer`; `""` if there is none.
+
+    A model that is the decoder of another one has its inputs under other names there.
+    """
+    mask, owner = sublayer.stack.mask, sublayer.owner
+    inside = owner is not model and not getattr(owner.config, "is_encoder_decoder", False)
+    if mask == "attention_mask" and inside and "decoder_input_ids" in input_names(model):
+        decoder = model.get_decoder()
+        if isinstance(decoder, nn.Module) and any(module is owner for module in decoder.modules()):
+            return f"decoder_{mask}"
+    return mask
+
+
+def masks_frames(model: nn.Module) -> bool:
     """Whether `model` reads a mask of the samples of a sound."""
     return hasattr(model, FRAME_MASK)
 
 
-def frame_mask(model: PreTrainedModel, mask: Tensor, frames: int) -> Tensor:
+def frame_mask(model: nn.Module, mask: Tensor, frames: int) -> Tensor:
     """Which frames that `model`, one that `masks_frames`, makes of sounds are real: (B, S) -> (B, frames)."""
     return cast(Tensor, getattr(model, FRAME_MASK)(frames, mask).bool())
 

@@ -17,6 +17,7 @@ What the strings of a description mean:
                       "2q"                rows of query heads, those of each followed by those of its gate
                       "h"                 one row of each query head
                       "kv"                rows of key heads, or of value heads
+                      "2kv"               both, one after the other
                       "kv:latent"         of each head its part of keys, then its values
                       "qkv"               all three fused, one after the other
                       "qkv:perhead"       all three fused, group by group
@@ -51,12 +52,15 @@ from typing import Any, Literal
 
 
 Kind = Literal["attention", "cross_attention", "ffn", "experts"]
-Layout = Literal["q", "2q", "h", "kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
+Layout = Literal["q", "2q", "h", "kv", "2kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
 Size = Literal["heads", "kv_heads", "groups", "width"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
 Dimension = Literal[0, 1, 2, "0", "1"]
 """Earlier versions took the numbers as strings, which are still taken."""
+
+KEYS = ("kv", "2kv")
+"""Layouts of projections that read what keys are made of: in cross-attention tokens of another stack."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ class Stack:
             heads.
         routes: Config attribute with the number of experts that a token is sent to, where there are experts.
         mask: Model input that marks padding of this stack's tokens; `""` if there is none.
-        reads: Path of the stack that the keys and values of cross-attention come from.
+        reads: Path of the stack that the keys and values of cross-attention come from. Where the model has
+            no such stack and is a part of another one, they come from elsewhere in that.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
             shifted.
         pads: Whether the model itself pads sequences further, at their end.
@@ -259,6 +264,26 @@ def _t5(
 
 _FFN_SIZE = {"ffn": "intermediate_size"}
 _BERT = Stack("encoder.layer", _bert(), uniform=_FFN_SIZE)
+
+
+def _bert_cross(core: str = "crossattention.self") -> Block:
+    """The cross-attention of a BERT that is a decoder."""
+    sizes: dict[str, Size] = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
+    output, qkv = "crossattention.output.dense", "query key value"
+    return _attention(core, output, qkv, "cross_attention", stream=core, sizes=sizes)
+
+
+_BERT_DECODER = replace(_BERT, blocks=(_BERT.blocks[0], _bert_cross(), _BERT.blocks[1]))
+_QFORMER = replace(
+    _BERT,
+    blocks=(
+        _bert(core="attention.attention")[0],
+        _bert_cross("crossattention.attention"),
+        _ffn("intermediate_query.dense", "output_query.dense", "intermediate_query.dense"),
+    ),
+    untouched=("intermediate", "output"),
+    mask="",
+)
 _BERT_PAIR = replace(_BERT, returns=("y", None))
 _BERT_SINGLE = replace(_BERT, blocks=_bert(returns=("y",)), returns=("y",))
 _VIT = Stack(
@@ -291,6 +316,19 @@ _CLIP = Stack(
     uniform=_FFN_SIZE,
 )
 _CLIP_VISION = replace(_CLIP, mask="")
+_BLIP_VISION = replace(
+    _CLIP_VISION,
+    blocks=(
+        Block(
+            "attention",
+            inputs={"self_attn.qkv": "qkv"},
+            output="self_attn.projection",
+            core="self_attn",
+            obstacle="its heads are reshaped to the hidden size",
+        ),
+        _CLIP.blocks[1],
+    ),
+)
 _WAV2VEC2 = Stack(
     "encoder.layers",
     (
@@ -608,6 +646,14 @@ _GPT2 = Stack(
             core="attn",
             sizes={"attn.num_heads": "heads", "attn.embed_dim": "width", "attn.split_size": "width"},
         ),
+        Block(
+            "cross_attention",
+            inputs={"crossattention.q_attn": "q", "crossattention.c_attn": "2kv"},
+            output="crossattention.c_proj",
+            core="crossattention",
+            stream="ln_cross_attn",
+            sizes={"crossattention.num_heads": "heads", "crossattention.split_size": "width"},
+        ),
         _ffn("mlp.c_fc", "mlp.c_proj", "ln_2"),
     ),
     uniform={"ffn": "n_inner"},
@@ -688,20 +734,20 @@ _GATED_HEADS = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "sel
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     # BERT and its kin
-    "bert": (_BERT,),
-    "bert-generation": (_BERT,),
-    "camembert": (_BERT,),
+    "bert": (_BERT_DECODER,),
+    "bert-generation": (_BERT_DECODER,),
+    "camembert": (_BERT_DECODER,),
     "chinese_clip_text_model": (_BERT,),
     "altclip_text_model": (replace(_BERT, layers="roberta.encoder.layers"),),
-    "data2vec-text": (_BERT,),
-    "electra": (_BERT,),
-    "ernie": (_BERT,),
+    "data2vec-text": (_BERT_DECODER,),
+    "electra": (_BERT_DECODER,),
+    "ernie": (_BERT_DECODER,),
     "layoutlm": (_BERT,),
     "markuplm": (_BERT,),
-    "roberta": (_BERT,),
-    "roc_bert": (_BERT,),
+    "roberta": (_BERT_DECODER,),
+    "roc_bert": (_BERT_DECODER,),
     "splinter": (_BERT,),
-    "xlm-roberta": (_BERT,),
+    "xlm-roberta": (_BERT_DECODER,),
     "esm": (replace(_BERT, blocks=_bert("LayerNorm")),),
     "megatron-bert": (replace(_BERT_PAIR, blocks=_bert("ln")),),
     "rembert": (_BERT_PAIR,),
@@ -908,6 +954,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         },
     ),
     "t5": _t5(),
+    "trocr": (
+        replace(
+            _bart(pre_norm=False, obstacle="its heads are reshaped to the hidden size")[1], returns=("y",)
+        ),
+    ),
     "umt5": _t5(core=("y", None), returns="y", uniform={"ffn": "d_ff"}),
     # images
     "pixio": (replace(_DINO, layers="layers"),),
@@ -975,6 +1026,25 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "tipsv2_text_model": (_CLIP,),
     "xclip_text_model": (_CLIP,),
     "videoprism_text_model": (replace(_DINO, layers="layers", mask="attention_mask"),),
+    "blip_2_qformer": (_QFORMER,),
+    "blip_2_vision_model": (_BLIP_VISION,),
+    "blip_text_model": (_BERT_DECODER,),
+    "blip_vision_model": (_BLIP_VISION,),
+    "instructblip_qformer": (
+        replace(
+            _QFORMER,
+            blocks=_QFORMER.blocks[:1],
+            untouched=dict.fromkeys(
+                (
+                    "crossattention",
+                    *(f"{name}{of}" for name in ("intermediate", "output") for of in ("", "_query")),
+                ),
+                "it reads a part of the tokens of its layer: the queries, or what is asked",
+            ),
+            mask="qformer_attention_mask",
+        ),
+    ),
+    "instructblip_vision_model": (_BLIP_VISION,),
     "altclip_vision_model": (_CLIP_VISION,),
     "chinese_clip_vision_model": (_CLIP_VISION,),
     "clip_text_model": (_CLIP,),
@@ -1159,7 +1229,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                         "attn.num_key_value_groups": "groups",
                     },
                 ),
-                _GPT2.blocks[1],
+                _GPT2.blocks[-1],
             ),
             kv_heads="multi_query",
         ),
@@ -1171,7 +1241,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 _attention(
                     "attn.attention", "attn.attention.out_proj", sizes={"attn.attention.num_heads": "heads"}
                 ),
-                _GPT2.blocks[1],
+                _GPT2.blocks[-1],
             ),
             returns=("y", None),
             uniform=_FFN_SIZE,
@@ -1544,6 +1614,12 @@ UNTOUCHED: dict[str, str] = {
     for name in ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 }
 """Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
+
+
+PARTS: dict[str, dict[str, str]] = {
+    "dpt": {"neck": "it joins hidden states of several layers to an image"},
+}
+"""Parts of models, by model type and path, that stay as they are, and why."""
 
 
 def register_family(model_type: str, *stacks: Stack) -> None:

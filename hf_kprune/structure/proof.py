@@ -188,7 +188,12 @@ def _generated(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str
     """Logits of the tokens that a model generates next, by name; none if it cannot from these inputs."""
     if not model.can_generate():
         return {}
-    prompt = {key: value for key, value in inputs.items() if key != "use_cache"}
+    # copies, as BLIP writes into its prompts
+    prompt = {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+        if key != "use_cache"
+    }
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
     try:
         with _seeded():

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..modeling_kprune import find_layers
 from ..progress import unwarned
-from .coverage import untouched
+from .coverage import described, family_of, untouched
 from .facts import first_run, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
-from .sublayers import LEFT_ALONE, Sublayer, described, family_of, find_sublayers
+from .sublayers import LEFT_ALONE, Sublayer, find_sublayers
 from .surgery import with_table_per_layer
 
 

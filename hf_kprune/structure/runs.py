@@ -253,6 +253,16 @@ def run_to_bottom(model: nn.Module, inputs: Mapping[str, object], sublayer: Subl
     return streams[0]
 
 
+@torch.no_grad()
+def run_to_memory(model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer) -> Tensor:
+    """What the keys of `sublayer`, a cross-attention, are made of, (B, T, D)."""
+    path = next(path for path in sublayer.input_projections if sublayer.source_of(path) == sublayer.reads)
+    reads: dict[str, list[Tensor]] = {}
+    with _reading(sublayer, [path], reads, stop=True):
+        run(model, inputs)
+    return reads[path][0]
+
+
 def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]) -> State:
     """Run `model` to the top of its last stack: the state for the head alone."""
     tops: dict[str, Tensor] = {}

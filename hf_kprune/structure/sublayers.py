@@ -19,8 +19,8 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import BlockPlan, find_layers, has
 from . import experts
 from .configs import read
-from .coverage import check_experts, check_nothing_left_out, check_projections
-from .families import FAMILIES, REFUSED, Block, Stack
+from .coverage import check_experts, check_nothing_left_out, check_projections, described, family_of
+from .families import FAMILIES, KEYS, REFUSED, Block, Stack
 from .plans import plans_of
 from .projections import bias_of, oriented, shape_of
 from .units import ExpertNeuron, Unit
@@ -28,6 +28,10 @@ from .units import ExpertNeuron, Unit
 
 LEFT_ALONE = "kprune_left_alone"
 """Where a model is noted, while it is pruned, which of its towers are not: by their paths. See reach.py."""
+
+
+MEMORY = "memory"
+"""What cross-attention to another model's output reads is called by the name of its stack, and this."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,22 @@ class Sublayer:
 
     @property
     def reads(self) -> str:
-        """The stack that keys and values come from: another one in cross-attention."""
+        """The stack that keys and values come from: another one in cross-attention, or what another model
+        gives, as if that were a stack."""
         if self.kind != "cross_attention":
             return self.stack_name
+        if self.reads_outside:
+            return f"{self.stack_name}.{MEMORY}"
         return self.stack_name.removesuffix(self.stack.layers) + self.stack.reads
+
+    @property
+    def reads_outside(self) -> bool:
+        """Whether keys and values come from what another model gives."""
+        return self.kind == "cross_attention" and find_layers(self.owner, self.stack.reads) is None
+
+    def source_of(self, path: str) -> str:
+        """The stack whose tokens the input projection at `path` reads."""
+        return self.reads if self.block.inputs[path] in KEYS else self.stack_name
 
     @property
     def unit_width(self) -> int:
@@ -193,36 +209,19 @@ class Sublayer:
         Args:
             lengths: Tokens of a sequence, for each stack.
         """
-        tokens, read = lengths[self.stack_name], lengths[self.reads]
+        tokens = lengths[self.stack_name]
         if self.unit.in_experts:
             return 2 * tokens * experts.entries_of(self.output) * self.share
         entries = tokens * self.unit_width * self.shape[0]
         for path in self.input_projections:
             width, _ = self.plan["rows"].get(path, (0, 0))
-            length = read if self.block.inputs[path] == "kv" else tokens
+            length = lengths[self.source_of(path)]
             entries += length * width * oriented(self.layer.get_submodule(path)).shape[1]
         return 2 * entries + self.unit_products(lengths)
 
     def unit_products(self, lengths: Mapping[str, float]) -> float:
         """FLOPs of one unit between tokens, where no weight takes part, see `Unit.token_flops`."""
         return self.unit.token_flops(lengths[self.stack_name], lengths[self.reads])
-
-
-def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
-    """What describes the layers of `model` itself: what detect.py noted in it, or the entry of its type."""
-    return model.__dict__.get("kprune_family") or FAMILIES.get(model.config.model_type)
-
-
-def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
-    """The models whose layers a family describes, by path: `model` itself, or else those inside it."""
-    if family_of(model):
-        return [("", model)]
-    towers: list[tuple[str, PreTrainedModel]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer) for outer, _ in towers)
-        if isinstance(module, PreTrainedModel) and family_of(module) and not inside:
-            towers.append((name + ".", module))
-    return towers
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,12 +287,7 @@ def _sublayers_in(
     plans = [
         entry for block in stack.blocks for entry in plans_of(owner.config, stack, layers, block, head_unit)
     ]
-    reads_nothing = find_layers(owner, stack.reads) is None
-    if reads_nothing and path and any(block.kind == "cross_attention" for block in stack.blocks):
-        raise UnsupportedArchitectureError(
-            f"the {type(owner).__name__} inside this model has cross-attention to another model's output, "
-            "which no family describes: docs/add_a_family.md"
-        )
+    reads_nothing = not path and find_layers(owner, stack.reads) is None
     for index in range(len(layers)):
         numbers: Counter[str] = Counter()
         for block, unit, plan in plans:

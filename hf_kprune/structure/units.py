@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedArchitectureError
 from .configs import ask, read
-from .families import Block, Stack
+from .families import KEYS, Block, Stack
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Head(Unit):
 
     def parts(self, layout: str) -> list[int]:
         q, kv = self.width, self.kv_heads * self.head_dim
-        fused = {"qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}
+        fused = {"2kv": [kv, kv], "qkv": [q, kv, kv], "qkv:perhead": [q + 2 * kv]}
         return {"q": [q], "2q": [2 * q], "h": [self.heads], "kv": [kv], **fused}[layout]
 
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
@@ -238,7 +238,7 @@ class QueryHead(Head):
         return (groups + torch.arange(count).view(-1, 1, 1) * d + torch.arange(d)).flatten(1)
 
     def rows(self, layout: str, count: int) -> Tensor:
-        if layout == "kv":
+        if layout in KEYS:
             return torch.zeros(count, 0, dtype=torch.long)
         width = {"2q": 2 * self.width, "h": self.heads}.get(layout)
         return self.columns(count, width, extra=2 * self.head_dim if layout == "qkv:perhead" else 0)
