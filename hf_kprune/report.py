@@ -40,7 +40,8 @@ class PruningReport:
         asked: The budget, by the name of its option.
         achieved: What came out of it.
         sparsity: Fraction that was removed.
-        before, after: Sizes.
+        before: Size before.
+        after: Size after.
         sequence_length: Tokens per sequence that FLOPs are counted for: `flops_length`, or the mean of the
             calibration rows (and of the stacks, where they differ).
         sublayers: Bottom to top.

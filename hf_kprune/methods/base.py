@@ -52,6 +52,8 @@ class Statistics:
         experts: Experts that share out the units among them evenly, one after the other, and of which each is
             scored by itself (`parts`); else 1. Of several, `gram` and `fisher` are those of each, (E, U / E,
             U / E).
+
+    Attributes:
         damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its
             ridge, relative to its mean, as they were singular up to rounding.
 
