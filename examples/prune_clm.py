@@ -1,61 +1,55 @@
-"""Prune a causal language model on running text.
+"""Prune a language model, compare its perplexity with that of the dense one, and let both go on with a prompt.
 
-    python examples/prune_clm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --sparsity 0.2 --num_tokens 40000 \
-        --output_dir pruned
+python examples/prune_clm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --packing --sparsity 0.2 --output_dir pruned
 
-With `--train_file` and `--validation_file` (parquet, CSV or JSON lines with a column `text`) nothing is taken from the Hub. A chat
-model is better calibrated on chats: see prune_chat_model.py.
+All options of KPruneArguments are options here. Chat models are better calibrated on their answers: prune_chat_model.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import datasets
+from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_kprune import KPruneArguments, KPrunePruner
 
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
-
-
 @dataclass
 class ScriptArguments:
-    model_name_or_path: str = field(metadata={"help": "Language model: a folder or a name on the Hub."})
-    dataset_name: str = field(default="Salesforce/wikitext", metadata={"help": "Texts on the Hub."})
-    dataset_config_name: str = field(default="wikitext-2-raw-v1", metadata={"help": "Their configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Texts to calibrate on."})
-    validation_file: str | None = field(default=None, metadata={"help": "Texts to evaluate on."})
-    max_eval_samples: int = field(default=300, metadata={"help": "Evaluate on so many texts at most."})
-
-
-def rows(script: ScriptArguments, split: str, file: str | None) -> datasets.Dataset:
-    """The texts of a file, or those of a split on the Hub, without headings and empty lines."""
-    if file is None:
-        texts = datasets.load_dataset(script.dataset_name, script.dataset_config_name, split=split)
-    else:
-        texts = datasets.load_dataset(FORMATS[Path(file).suffix], data_files=file, split="train")
-    return texts.filter(lambda row: len(row["text"]) > 200).select_columns(["text"])
+    model_name_or_path: str = field(metadata={"help": "A language model, on the Hub or in a directory."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet with a column of texts."})
+    validation_file: str | None = field(default=None, metadata={"help": "Parquet with a column of texts."})
+    text_column: str = field(default="text", metadata={"help": "That column."})
+    prompt: str = field(default="The city", metadata={"help": "What both go on with."})
 
 
 def main() -> None:
     script, args = HfArgumentParser((ScriptArguments, KPruneArguments)).parse_args_into_dataclasses()
-    texts = rows(script, "validation", script.validation_file)
+    if script.train_file is None:
+        splits = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    else:
+        files = {"train": script.train_file, "validation": script.validation_file}
+        splits = load_dataset("parquet", data_files=files)
+    texts = {name: [text for text in splits[name][script.text_column] if text.strip()] for name in splits}
+
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(script.model_name_or_path)
     pruner = KPrunePruner(
-        AutoModelForCausalLM.from_pretrained(script.model_name_or_path),
-        args,
-        calibration_dataset=rows(script, "train", script.train_file),
-        eval_dataset=texts.select(range(min(len(texts), script.max_eval_samples))),
-        processing_class=AutoTokenizer.from_pretrained(script.model_name_or_path),
+        model, args, texts["train"], eval_dataset=texts["validation"], processing_class=tokenizer
     )
-    dense = pruner.evaluate()["eval_perplexity"]
+
+    def go_on() -> str:
+        tokens = tokenizer(script.prompt, return_tensors="pt").to(pruner.model.device)
+        return tokenizer.decode(pruner.model.generate(**tokens, max_new_tokens=20, do_sample=False)[0])
+
+    pruner.evaluate()
+    dense = go_on()
     report = pruner.prune()
-    pruned = pruner.evaluate()["eval_perplexity"]
+    pruner.evaluate()
     pruner.save_model()
-    print(f"{report.sparsity:.1%} of the prunable FLOPs removed in {report.seconds['total']:.0f} s")
-    print(f"perplexity: {dense:.2f} dense, {pruned:.2f} pruned")
+    print(report)
+    print(f"dense: {dense}\npruned: {go_on()}")
 
 
 if __name__ == "__main__":
