@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.trainer_utils import BestRun
 
 from .arguments import KPruneArguments
-from .calibration.embeddings import folder_of, refuse_wrapper
+from .calibration.embeddings import folder_of, parts_of
 from .calibration.knowledge import KnowledgeLoss
 from .calibration.sources import check_processing_class, check_rows
 from .callbacks import CallbackHandler, KPruneCallback, default_callbacks
@@ -39,9 +40,9 @@ class KPrunePruner(Evaluator, Learner):
     """Makes a Transformers model smaller and faster without retraining. It is modelled on `Trainer`.
 
     Args:
-        model: A `PreTrainedModel`, or the name or path of one, which is loaded with the class that its config
-            names. `prune()` changes it in place, all at once at its end; submodules that you hold on to stay
-            dense.
+        model: A `PreTrainedModel`, a `SentenceTransformer` or a `CrossEncoder`, or the name or path of one,
+            which is loaded with the class that its config names. `prune()` changes it in place, all at once
+            at its end; submodules that you hold on to stay dense.
         args: Options; `sparsity` is the fraction of prunable FLOPs to **remove**.
         calibration_dataset: Tokenised rows, or texts, pairs of texts or chats, which `processing_class`
             tokenises: a `datasets.Dataset`, a list, a generator, a `DataLoader`, a dict of columns, a table
@@ -82,7 +83,7 @@ class KPrunePruner(Evaluator, Learner):
     )
     def __init__(  # noqa: PLR0913, as that of Trainer
         self,
-        model: PreTrainedModel | str | os.PathLike[str],
+        model: PreTrainedModel | torch.nn.Module | str | os.PathLike[str],
         args: KPruneArguments | None = None,
         calibration_dataset: Any = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
@@ -96,7 +97,10 @@ class KPrunePruner(Evaluator, Learner):
         self.args = args or KPruneArguments()
         self.args.check()
         self.accelerators: dict[bool, Accelerator] = {}
-        refuse_wrapper(model)
+        parts = parts_of(model)
+        if parts is not None:
+            cast(torch.nn.Module, model).to(self.accelerator.device)
+            model, processing_class = parts[0], processing_class or parts[1]
         check_is_model(model)
         check_offload(model, offload)
         check_processing_class(processing_class)
@@ -107,7 +111,7 @@ class KPrunePruner(Evaluator, Learner):
             processing_class = processing_class or load_tokenizer(os.fspath(model))
             model = load_model(os.fspath(model), Offload(offload, self.accelerator.device))
         model = bare_model(model)
-        self.sentence_folder = folder_of(model)
+        self.sentence_folder = folder_of(model) if parts is None else parts[2]
         if self.sentence_folder is not None:
             self.sentence_folder.check(self.args, compute_loss is not None)
         describe_units(model, self.args.head_unit)

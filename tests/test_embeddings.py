@@ -86,7 +86,10 @@ def build(
 
 
 def encode(folder: Any) -> Tensor:
-    model = SentenceTransformer(str(folder), device="cpu")
+    """What a folder gives, or an object of the library."""
+    model = (
+        folder if isinstance(folder, SentenceTransformer) else SentenceTransformer(str(folder), device="cpu")
+    )
     return torch.from_numpy(model.encode(texts(12, 5), show_progress_bar=False))
 
 
@@ -487,14 +490,77 @@ def test_folders_that_cannot_be_pruned_are_refused(
         KPrunePruner(folder)
 
 
-def test_objects_of_the_library_are_refused_with_the_way_out(transformer: str, tmp_path: Path) -> None:
+def test_objects_of_the_library_are_pruned_in_place_as_their_folders_are(
+    transformer: str, tmp_path: Path
+) -> None:
+    """The same knowledge, weights, files and card as those of the folder; the object itself is pruned."""
+    folder = build(transformer, tmp_path / "dense", CHAIN["mean, dense 16 to 5, normalised"](), **PROMPTS)
+    Path(folder, "README.md").write_text("---\nlicense: mit\n---\n# Ours\n\nA card.\n")
+    library = SentenceTransformer(folder, device="cpu")
+    dense = encode(library)
+    pruner = prune(library, tmp_path / "object")
+    weights = pruner.model.state_dict()
+    assert id(pruner.model) == id(library[0].model)
+    expected = prune(folder, tmp_path / "folder")
+    assert pruner.report is not None
+    assert expected.report is not None
+    assert pruner.report.knowledge == expected.report.knowledge
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+    embeddings = encode(library)
+    assert not torch.allclose(embeddings, dense)
+    torch.testing.assert_close(encode(tmp_path / "object"), embeddings)
+    ours, theirs = files(tmp_path / "object"), files(tmp_path / "folder")
+    assert ours.keys() == theirs.keys()
+    assert ours["2_Dense/model.safetensors"] == theirs["2_Dense/model.safetensors"]
+    card = (tmp_path / "object" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "A card." in card
+    assert "SentenceTransformer(path)" in card
+
+
+def test_a_cross_encoder_is_pruned_in_place(transformer: str, tmp_path: Path) -> None:
+    CrossEncoder(transformer, num_labels=1, device="cpu", max_length=15).save_pretrained(str(tmp_path / "a"))
+    library = CrossEncoder(str(tmp_path / "a"), device="cpu")
+    rows = list(zip(texts(30, 0), texts(30, 1), strict=True))
+    pruner = KPrunePruner(library, KPruneArguments(sparsity=0.5, method="magnitude", disable_tqdm=True), rows)
+    assert pruner.prune().knowledge == "regression"
+    pruner.save_model(str(tmp_path / "b"))
+    scores = CrossEncoder(str(tmp_path / "b"), device="cpu").predict(rows, show_progress_bar=False)
+    torch.testing.assert_close(
+        torch.tensor(scores), torch.tensor(library.predict(rows, show_progress_bar=False))
+    )
+
+
+def test_a_module_of_the_library_is_refused_with_the_way_out(transformer: str, tmp_path: Path) -> None:
     folder = build(transformer, tmp_path / "dense", CHAIN["mean"]())
-    model = SentenceTransformer(folder, device="cpu")
-    for wrapper in (model, model[0]):
-        with pytest.raises(
-            ArgumentError, match=r"of sentence-transformers, expected .* save_pretrained\('folder'\)"
-        ):
-            KPrunePruner(wrapper)
+    with pytest.raises(ArgumentError, match="of sentence-transformers, expected a SentenceTransformer"):
+        KPrunePruner(SentenceTransformer(folder, device="cpu")[0])
+
+
+@pytest.mark.slow
+def test_sts_b_by_the_evaluator_of_the_library(pack: Path, tmp_path: Path) -> None:
+    """Half of the FLOPs of all-MiniLM are removed, of the object; the library itself judges it and what is saved."""
+    from datasets import load_dataset
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    first = Transformer(str(pack / "models" / "all-MiniLM-L6-v2"), max_seq_length=128)
+    library = SentenceTransformer(modules=[first, Pooling(384, "mean"), Normalize()], device="cpu")
+    train, test = (
+        load_dataset("parquet", data_files=str(pack / "data" / "stsb" / f"{name}.parquet"))["train"]
+        for name in ("train", "test")
+    )
+    sides = list(test["sentence1"]), list(test["sentence2"]), [label / 5 for label in test["label"]]
+    judge = EmbeddingSimilarityEvaluator(*sides)
+    args = KPruneArguments(sparsity=0.5, num_tokens=10_000, disable_tqdm=True)
+    dense = judge(library)["spearman_cosine"]
+    pruner = KPrunePruner(library, args, list(train["sentence1"]))
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "pruned"))
+    pruned = judge(library)["spearman_cosine"]
+    assert pruned > dense - 0.03
+    saved = judge(SentenceTransformer(str(tmp_path / "pruned"), device="cpu"))["spearman_cosine"]
+    assert saved == pytest.approx(pruned, abs=1e-4)
 
 
 def test_a_name_on_the_hub_is_a_folder_in_the_cache(

@@ -12,9 +12,9 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from tokenizers.normalizers import Lowercase
@@ -27,6 +27,8 @@ from transformers.utils import cached_file
 
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, UnsupportedModelError
+from ..files.scratch import scratch
+from ..progress import quiet
 from .knowledge import NUDGE, Draws, Knowledge
 from .sentence_modules import Features, Step, is_type, read_json, read_steps
 
@@ -96,6 +98,7 @@ class SentenceFolder:
         max_length: Tokens after which `encode` truncates a text; None if the folder does not say.
         lower_case: Whether `encode` makes texts lower case.
         prompt: Text that `encode` puts before each text by default.
+        owner: What must live as long as this, so that its files are there.
     """
 
     name: str
@@ -109,6 +112,7 @@ class SentenceFolder:
     max_length: int | None
     lower_case: bool
     prompt: str
+    owner: object = None
 
     @property
     def transformer(self) -> str:
@@ -311,13 +315,36 @@ def folder_of(model: PreTrainedModel) -> SentenceFolder | None:
     return folder
 
 
-def refuse_wrapper(model: object) -> None:
-    """Raise `ArgumentError` for an object of sentence-transformers, whose folder can be pruned."""
+def parts_of(model: object) -> tuple[PreTrainedModel, Any, SentenceFolder | None] | None:
+    """The transformer in an object of sentence-transformers, its tokenizer, and what its modules do; None for
+    what is no such object.
+
+    Its own `save_pretrained` writes what lies beside the transformer, which is saved with it later.
+
+    Raises:
+        ArgumentError: If it is a part of one, such as a single module.
+    """
     names = [
         cls.__name__ for cls in type(model).__mro__ if cls.__module__.split(".")[0] == "sentence_transformers"
     ]
-    if names:
+    if not names:
+        return None
+    inner = (each for each in cast(Any, model).modules() if isinstance(each, PreTrainedModel))
+    transformer = next(inner, None)
+    if transformer is None or not {"SentenceTransformer", "CrossEncoder"} & set(names):
         raise ArgumentError(
-            f"model is a {type(model).__name__} of sentence-transformers, expected a folder, a name or a "
-            "PreTrainedModel; save it with save_pretrained('folder') and pass 'folder': its modules are kept"
+            f"model is a {type(model).__name__} of sentence-transformers, expected a SentenceTransformer, a "
+            "CrossEncoder, a folder, a name or a PreTrainedModel; make one of it, or pass the transformer in "
+            "it"
         )
+    owner = scratch()
+    path = owner.folder()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library, about cards
+        cast(Any, model).save_pretrained(str(path))
+    folder = read_folder(str(path))
+    for weights in path.joinpath(folder.place if folder else "").glob("*.safetensors"):
+        weights.unlink()  # the dense ones are in memory
+    if folder is not None:
+        folder = replace(folder, name=transformer.config.name_or_path or names[0], owner=owner)
+    return transformer, getattr(model, "tokenizer", None), folder
