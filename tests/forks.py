@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -50,3 +51,10 @@ def printed_by(action: Callable[..., object], *arguments: object, out: Path, tim
     codes = join([fork(action, *arguments, out=out)], timeout)
     assert codes == [0], (out / "stderr").read_text()[-4000:]
     return (out / "stdout").read_text()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])

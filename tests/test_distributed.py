@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_prune import run_as
-from forks import fork, join
+from forks import fork, free_port, join
 from models import slow_unless_in
 
 
@@ -31,12 +30,6 @@ class Ended:
     codes: list[int]
     printed: str
     errors: str
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
 
 
 def run(processes: int, out: Path, *arguments: str, timeout: float = 240) -> Ended:

@@ -11,13 +11,10 @@ import sys
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pandas as pd
 import pytest
 from data import PLAIN, ROOT, word_tokenizer
 from nbclient import NotebookClient
-from PIL import Image
-from transformers import ViTImageProcessor
 from zoo import make
 
 
@@ -135,53 +132,3 @@ def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(
 
     assert printed(stored)
     assert without_figures(printed(ran)) == without_figures(printed(stored))
-
-
-def scripts(pack: Path, tmp_path: Path) -> dict[str, str]:
-    """The scripts for tasks, and options with which each runs offline in seconds."""
-    data, models = pack / "data", pack / "models"
-    few = "--num_tokens 3000 --num_measure_tokens 600 --sparsity 0.4 --use_cpu true --disable_tqdm true"
-    from_pack = {
-        "glue": ("minilm-stsb", "stsb/train", "stsb/validation", "--task_name stsb"),
-        "squad": ("minilm-squad", "squad/validation_1k", "squad/validation_1k", "--max_eval_samples 20"),
-        "clm": ("opt-wikitext2", "wikitext2/train", "wikitext2/validation", "--max_eval_samples 20"),
-    }
-    options = {
-        name: f"--model_name_or_path {models / model} --train_file {data / train}.parquet "
-        f"--validation_file {data / validation}.parquet {more} {few}"
-        for name, (model, train, validation, more) in from_pack.items()
-    }
-    options["embeddings"] = (
-        f"--model_name_or_path {models}/all-MiniLM-L6-v2 --train_file {data}/stsb/train.parquet "
-        f"--test_file {data}/stsb/test.parquet {few}"
-    )
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(60):
-        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / f"{number}.png")
-    make("vit").save_pretrained(tmp_path / "vit")
-    size = make("vit").config.image_size
-    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(tmp_path / "vit")
-    few = few.replace("3000", "400").replace("600", "100")
-    options["vision"] = f"--model_name_or_path {tmp_path}/vit --image_dir {images} {few}"
-    return options
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["clm", "embeddings", "glue", "squad", "vision"])
-def test_each_script_prunes_saves_and_tells_what_it_cost(
-    task: str,
-    pack: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    options = f"{scripts(pack, tmp_path)[task]} --output_dir {tmp_path}/pruned"
-    monkeypatch.setattr(sys, "argv", [f"prune_{task}.py", *options.split()])
-    runpy.run_path(str(EXAMPLES / f"prune_{task}.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert re.search(r"40\.\d% of the prunable FLOPs removed", printed)
-    assert re.search("same answer on [0-9.]+%" if task == "vision" else r"(?s)dense.*[\d.]+.*pruned", printed)
-    report = json.loads((tmp_path / "pruned" / "kprune_report.json").read_text())
-    assert report["after"]["parameters"] < report["before"]["parameters"]

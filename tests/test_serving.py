@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from data import PLAIN, ROOT, word_tokenizer
+from forks import free_port
 from models import cut_randomly, pruned
-from test_distributed import free_port
 from transformers import AutoModelForCausalLM, pipeline
 from zoo import make
 
