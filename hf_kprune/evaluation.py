@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from .calibration.metrics import evaluate_texts, metrics_of
 from .calibration.sources import check_rows
+from .errors import ArgumentError
 from .state import Pruner, begin_phase
 from .structure.facts import is_causal
 from .structure.surroundings import undisturbed
@@ -110,3 +112,26 @@ class Evaluator:
         check_rows("test_dataset", test_dataset)
         with trainer_of(self) as trainer:
             return trainer.predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    @checked_arguments()
+    def log_metrics(self: Pruner, split: str, metrics: dict[str, Any]) -> None:
+        """`Trainer.log_metrics`: print figures in lines, on the main process."""
+        with trainer_of(self) as trainer:
+            trainer.log_metrics(split, metrics)
+
+    @checked_arguments()
+    def save_metrics(self: Pruner, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """`Trainer.save_metrics`: write figures to `{split}_results.json` and, if `combined`, add them to
+        `all_results.json`, in `output_dir`, where the model has been saved.
+
+        Raises:
+            ArgumentError: If there is no such directory.
+        """
+        place = self.args.output_dir
+        if place is None or not os.path.isdir(place):
+            raise ArgumentError(
+                f"output_dir is {place!r}, expected a directory that is there: call save_model() before"
+            )
+        with trainer_of(self) as trainer:
+            trainer.args.output_dir = place
+            trainer.save_metrics(split, metrics, combined)

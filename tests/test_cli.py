@@ -380,7 +380,9 @@ def test_inspect(hf_kprune: Any, dense: str, data: Path, tmp_path: Path) -> None
     assert "trust_remote_code=True" in stdout
     assert f"{report.sparsity:.2%} of the prunable FLOPs removed (80.00% asked)" in stdout
     (out / "kprune_report.json").unlink()
-    assert "FLOPs removed" not in hf_kprune("inspect", out)[1]
+    lineage = hf_kprune("inspect", out)[1]
+    assert "(80.00% asked)" not in lineage
+    assert f"{report.sparsity:.2%} of the prunable FLOPs removed by magnitude" in lineage
 
 
 def test_inspect_allocates_no_weights(hf_kprune: Any, tmp_path: Path) -> None:
@@ -412,6 +414,30 @@ def test_inspect_of_a_family_that_is_not_listed_detects_it(hf_kprune: Any, tmp_p
     assert code == 0
     assert "can be pruned; its structure is detected, and proved" in stdout
     assert "| 2 | 2 | 12 | 12 |" in stdout
+
+
+def test_options_are_printed_as_a_file_and_read_from_it(hf_kprune: Any, tmp_path: Path) -> None:
+    line = ["prune", "--model_name_or_path", "m", "--dataset_file", "f", "--output_dir", "o"]
+    more = ["--sparsity", "0.7", "--no_prune_heads", "--text_columns", "a", "b", "--hub_token", "secret"]
+    kwargs = ["--method", "kprune", "--method_kwargs", '{"mu": 64}', "--resume_from_checkpoint"]
+    code, printed, _ = hf_kprune(*line, *more, *kwargs, "--save_config")
+    assert code == 0
+    assert "secret" not in printed
+    assert "temperature" not in printed
+    file = tmp_path / "run.yaml"
+    file.write_text(printed)
+    expected = parser.parse(
+        [*line, *(word for word in (*more, *kwargs) if word not in ("--hub_token", "secret"))]
+    )
+    assert parser.parse(["--config", str(file)]) == expected
+    assert parser.parse(["prune", f"--config={file}", "--sparsity", "0.2"])[1][1].sparsity == 0.2
+    file.write_text("sparsity: 0.5\n")
+    code, _, stderr = hf_kprune("--config", file)
+    assert code == 2
+    assert "expected one of prune, plan, sweep: write it there as 'command: prune'" in stderr
+    file.write_text("- sparsity\n")
+    assert "expected options, such as 'sparsity: 0.5'" in hf_kprune("prune", "--config", file)[2]
+    assert "cannot read the options in" in hf_kprune("prune", "--config", tmp_path / "nowhere")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

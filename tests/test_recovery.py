@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,19 @@ def test_a_model_pruned_out_of_place_shares_nothing_with_the_dense_one() -> None
     in_place.prune()
     theirs = in_place.model.state_dict()
     assert all(torch.equal(theirs[name], value) for name, value in pruner.model.state_dict().items())
+
+
+def test_figures_are_logged_and_saved_as_by_trainer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruner = pruner_of(shallow(num_hidden_layers=1), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ArgumentError, match=r"expected a directory that is there: call save_model\(\)"):
+        pruner.save_metrics("eval", {"eval_accuracy": 0.5})
+    (tmp_path / "out").mkdir()
+    pruner.save_metrics("eval", {"eval_accuracy": 0.5})
+    pruner.save_metrics("test", {"test_accuracy": 0.25})
+    pruner.log_metrics("eval", {"eval_accuracy": 0.5})
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == {"eval_accuracy": 0.5}
+    both = {"eval_accuracy": 0.5, "test_accuracy": 0.25}
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text()) == both
+    assert "eval_accuracy" in capsys.readouterr().out

@@ -13,8 +13,10 @@ from transformers.utils import cached_file
 
 from ..calibration.embeddings import read_folder
 from ..checkpoint.integrity import verify_weights
+from ..checkpoint.lineage import earlier_cuts
 from ..checkpoint.loading import check_place, model_class, reading
 from ..errors import ArgumentError, UnsupportedArchitectureError
+from ..history import in_words
 from ..modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from ..report import HTML_NAME, JSON_NAME, PruningReport
 from ..reports import HINT, Table, can_draw, to_markdown
@@ -59,6 +61,9 @@ def inspect(name: str, verify: bool = False) -> None:
         say("\n\n".join(projections_of(sublayers)))
     except UnsupportedArchitectureError as error:
         say(f"cannot be pruned{' again' if pruned else ''}: {error}")
+    cuts = earlier_cuts(model)
+    if cuts and (report is None or len(cuts) > 1):
+        say(f"\n{in_words(cuts)}")
     if pruned:
         say(f"\n{HOW_TO_LOAD}")
     if report is not None:

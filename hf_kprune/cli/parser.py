@@ -26,6 +26,8 @@ from .options import (
     ResumeArguments,
     SweepArguments,
 )
+from .output import say
+from .run_file import add_config, as_yaml, with_config
 
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -320,6 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (classes, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if DataArguments in classes:
+            add_config(command)
             command.usage = (
                 "%(prog)s --model_name_or_path MODEL (--dataset_name NAME | --dataset_file FILE) [options]"
             )
@@ -359,9 +362,11 @@ def parse(argv: Sequence[str]) -> tuple[str, list[Any]]:
 
     Raises `ArgumentError` for what cannot be, and `SystemExit` after help.
     """
-    namespace, unknown = make_parser().parse_known_args(one_spelling(argv))
+    takers = [name for name, (classes, _) in COMMANDS.items() if DataArguments in classes]
+    parser = make_parser()
+    namespace, unknown = parser.parse_known_args(one_spelling(with_config(argv, takers)))
     values = vars(namespace)
-    command = values.pop("command")
+    command, prints = values.pop("command"), values.pop("save_config", False)
     if unknown:
         near = [
             suggestion(word.partition("=")[0], [f"--{name}" for name in values])
@@ -383,6 +388,9 @@ def parse(argv: Sequence[str]) -> tuple[str, list[Any]]:
     classes = COMMANDS[command][0]
     if not classes:
         return command, list(values.values())
-    return command, [
-        kind(**{option.name: values[option.name] for option in fields(kind)}) for kind in classes
-    ]
+    options = [kind(**{option.name: values[option.name] for option in fields(kind)}) for kind in classes]
+    if prints:
+        plain = vars(parser.parse_args([command, "--model_name_or_path", ""]))
+        say(as_yaml(command, {name: value for name, value in values.items() if value != plain[name]}))
+        parser.exit()
+    return command, options
