@@ -55,7 +55,7 @@ def with_config(argv: Sequence[str], commands: Collection[str]) -> list[str]:
 
 def read(file: str) -> dict[str, Any]:
     """The options in a file. Raises `ArgumentError` if it holds none."""
-    import yaml  # comes with Transformers
+    import yaml
 
     try:
         options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
