@@ -471,6 +471,14 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2_5_vl_text": ("Qwen2_5_VLTextModel", ROTATING, "text"),
     "qwen3_vl_text": ("Qwen3VLTextModel", ROTATING, "text"),
     "qwen3_vl_moe_text": ("Qwen3VLMoeTextModel", {**ROTATING, **MOE, "head_dim": 4}, "text"),
+    "glm4v_moe_text": (
+        "Glm4vMoeTextModel",
+        {
+            **SHARED_MOE,
+            "rope_parameters": {**ROTATING["rope_parameters"], "partial_rotary_factor": 1.0},
+        },
+        "text",
+    ),
     "glm4v_text": ("Glm4vTextModel", ROTATING, "text"),
     "qwen3_next": (
         "Qwen3NextForCausalLM",

@@ -1409,6 +1409,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "paddleocr_vl_text": (_LLAMA,),
     "qwen2_5_omni_text": (_LLAMA,),
     "qwen3_omni_moe_text": (_MOE,),
+    "glm4v_moe_text": (_MOE,),
     "glm4v_text": (_NORM_AFTER,),
     "qwen2_5_vl_text": (_LLAMA,),
     "qwen2_vl_text": (_LLAMA,),
@@ -1611,7 +1612,16 @@ REFUSED: dict[str, str] = {
 _PACKED = "its layers read the patches of all images as one sequence"
 UNTOUCHED: dict[str, str] = {
     f"{name}_vision": _PACKED
-    for name in ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+    for name in (
+        "glm4v",
+        "glm4v_moe",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+    )
 }
 """Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
 
