@@ -107,7 +107,8 @@ def write_card(pruner: Pruner, output_dir: str | None, *about: Any) -> None:
     if pruner.accelerator.is_main_process:
         place = check_card_place(directory, pruner.args.overwrite_output_dir)
         metadata = from_json("card_metadata", pruner.args.card_metadata)
-        card = model_card(pruner.model, pruner.report, metadata, *about)
+        prepared = pruner.processing_class is not None
+        card = model_card(pruner.model, pruner.report, metadata, prepared, *about)
         card = card if pruner.sentence_folder is None else card_of(pruner.sentence_folder, card)
         place.write_text(card, encoding="utf-8")
         write_picture(place.parent, pruner.report)

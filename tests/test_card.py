@@ -83,6 +83,13 @@ def test_every_way_to_load_that_is_shown_loads(tmp_path: Path) -> None:
         assert "outputs" not in names or names["outputs"].logits.shape[0] == 1
 
 
+def test_without_a_tokenizer_no_example_takes_one() -> None:
+    card = model_card(pruned_layer(), None, processor=False)
+    assert card.count("from_pretrained(path") == 2
+    assert "Tokenizer" not in card
+    assert "pipeline(" not in card
+
+
 def test_the_task_follows_from_the_class() -> None:
     assert task_of(shallow()) == "text-classification"
     assert task_of(shallow().bert) == "feature-extraction"

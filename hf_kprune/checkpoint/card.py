@@ -56,6 +56,7 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     model: PreTrainedModel,
     report: PruningReport | None,
     metadata: Mapping[str, Any] | None = None,
+    processor: bool = True,
     language: str | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
@@ -69,7 +70,8 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     """Text of a model card: how to load the model, and the report of how it was pruned.
 
     `metadata` are fields for its head; they give way to the other arguments, which are those of
-    `Trainer.create_model_card`, and what the dense model's card says gives way to both.
+    `Trainer.create_model_card`, and what the dense model's card says gives way to both. `processor` says
+    whether there is a tokenizer, or what else prepares inputs, beside the model.
     """
     pruned = is_pruned(model.config) or (report is not None and report.cut_something)
     title = printable(model_name or type(model).__name__ + (", pruned" if pruned else ""))
@@ -94,7 +96,7 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
         fields |= {"model_name": title, "eval_results": results}
     data = ModelCardData(**{key: value for key, value in fields.items() if value is not None})
     trained = ", ".join(map(in_markdown, as_list(dataset) + as_list(dataset_args)))
-    parts = [loading(model)]
+    parts = [loading(model, processor)]
     parts += [f"The dense model was trained on {trained}."] if trained else []
     parts += history(model, report) if pruned else []
     body = "\n\n".join(part.strip() for part in parts if part)
@@ -112,10 +114,11 @@ def metadata_of(model: PreTrainedModel) -> dict[str, Any]:
     """What the card beside the dense model, in its folder or in the Hub's cache, says of the pruned one,
     too.
     """
-    name = model.config.name_or_path
+    name = model.config.name_or_path or ""
     options: dict[str, Any] = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     options["_raise_exceptions_for_connection_errors"] = False
-    path = cached_file(name, "README.md", **options) if name else None
+    there = os.path.isdir(name) or repository(name) is not None  # else it is a directory that is gone
+    path = cached_file(name, "README.md", **options) if there else None
     if path is None:
         return {}
     text = Path(path).read_text(encoding="utf-8", errors="replace")
@@ -150,13 +153,15 @@ def evaluation(report: PruningReport | None, fields: Mapping[str, Any]) -> list[
     return results
 
 
-def loading(model: PreTrainedModel) -> str:
-    """How to load the model, in each way that there is, with an input of the kind that it reads."""
+def loading(model: PreTrainedModel, processor: bool) -> str:
+    """How to load the model, in each way that there is, with an input of the kind that it reads, if there is
+    a processor that prepares it.
+    """
     architecture, needs_us = type(model).__name__, is_pruned(model.config)
     entries = stock_entries(model.config)
     auto = next((name for name, entry in entries.items() if entry.endswith(f".{architecture}")), None)
-    kind, example = INPUTS.get(model.main_input_name, (None, ""))
-    image = "from PIL import Image\n" if model.main_input_name == "pixel_values" else ""
+    kind, example = INPUTS.get(model.main_input_name, (None, "")) if processor else (None, "")
+    image = "from PIL import Image\n" if kind == "AutoImageProcessor" else ""
 
     def code(name: str, more: str = "", before: str = "") -> str:
         names = ", ".join(sorted(each for each in (kind, name) if each))
@@ -172,7 +177,7 @@ def loading(model: PreTrainedModel) -> str:
     if auto:
         text += "Without hf_kprune:\n\n" + code(auto, ", trust_remote_code=True")
     task = task_of(model)
-    if task and model.main_input_name == "input_ids":
+    if task and kind == "AutoTokenizer":
         text += "In a pipeline:\n\n```python\nimport hf_kprune\nfrom transformers import pipeline\n\n"
         text += f'pipe = pipeline("{task}", model=path)\n```\n'
     return text
