@@ -96,7 +96,8 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
         fields |= {"model_name": title, "eval_results": results}
     data = ModelCardData(**{key: value for key, value in fields.items() if value is not None})
     trained = ", ".join(map(in_markdown, as_list(dataset) + as_list(dataset_args)))
-    parts = [loading(model, processor)]
+    parts = [summary(report)] if pruned and report is not None else []
+    parts.append(loading(model, processor))
     parts += [f"The dense model was trained on {trained}."] if trained else []
     parts += history(model, report) if pruned else []
     body = "\n\n".join(part.strip() for part in parts if part)
@@ -142,15 +143,27 @@ def task_of(model: PreTrainedModel) -> str | None:
 
 
 def evaluation(report: PruningReport | None, fields: Mapping[str, Any]) -> list[EvalResult]:
-    """The figures of a report, those of a model that came before this one under names that say so."""
+    """The figures of a report, those of a model that came before this one under names that say so. On which
+    data they were measured only the user knows.
+    """
     earlier = {"before": " before pruning", "after": " before recovery"}
-    results, task = list[EvalResult](), fields.get("pipeline_tag") or "other"
-    source = next(iter(as_list(fields.get("datasets"))), "unknown")
+    results, task, source = list[EvalResult](), fields.get("pipeline_tag") or "other", "evaluation data"
     for when, figures in (report.metrics if report is not None else {}).items():
         for name, value in figures.items():
             label = name if report is None or when == report.stage else name + earlier[when]
             results.append(EvalResult(task, source, source, name, value, metric_name=label))
     return results
+
+
+def summary(report: PruningReport) -> str:
+    """What the model is, in two sentences."""
+    before, after = report.before.parameters, report.after.parameters
+    removed = f"{report.sparsity:.0%} of the work of its heads and neurons is removed"
+    return (
+        f"This is {in_markdown(report.model)}, of which {removed}, by the method "
+        f"{in_markdown(report.method)} of hf_kprune and without retraining. Of {before:,} parameters "
+        f"{after:,} are left."
+    )
 
 
 def loading(model: PreTrainedModel, processor: bool) -> str:
