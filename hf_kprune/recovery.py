@@ -153,7 +153,7 @@ def arguments_of(
     device = pruner.accelerator.device.type
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and multiplies_bfloat16()
     defaults = {
-        "learning_rate": 1e-4,
+        "learning_rate": 3e-4,
         "per_device_train_batch_size": pruner.args.per_device_batch_size,
         "num_train_epochs": 1e6,  # the watch ends it
         "bf16": fast and not options.get("fp16"),
