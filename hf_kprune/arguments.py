@@ -62,7 +62,7 @@ class KPruneArguments:
     `latency_batch_size` and `latency_length` say what is timed, `flops_length` says for which length of
     sequence FLOPs count.
 
-    `prune_heads`, `prune_ffn`, `prune_experts`, `head_unit`, `uniform`, `min_heads`, `min_neurons`,
+    `prune_heads`, `prune_ffn`, `prune_experts`, `towers`, `head_unit`, `uniform`, `min_heads`, `min_neurons`,
     `round_to` say what may go.
 
     > With what data
@@ -156,6 +156,12 @@ class KPruneArguments:
     prune_ffn: bool = option(True, "Prune FFN neurons.")
     prune_experts: bool = option(
         True, "Prune the neurons of the experts of a mixture of experts. All experts of a layer keep as many."
+    )
+    towers: list[str] | None = option(
+        None,
+        "Prune these parts of a model that is made of several, and leave the others as they are: language, "
+        "vision, audio, or a part by its name in the model, such as encoder or vision_tower. By default all "
+        "that run on the calibration rows are pruned. Texts alone are enough for language.",
     )
     head_unit: str = option(
         "group",

@@ -36,6 +36,7 @@ class Options(Protocol):
     prune_experts: bool
     uniform: bool
     text_columns: list[str] | None
+    towers: list[str] | None
     num_tokens: int
     num_measure_tokens: int | None
     tune: bool
@@ -58,6 +59,8 @@ def check_combinations(args: Options) -> None:
     check("num_measure_tokens", tokens is None or 1 <= tokens <= args.num_tokens, "from 1 to num_tokens")
     names = args.text_columns is None or bool(args.text_columns and all(args.text_columns))
     check("text_columns", names, 'a list of names of columns, such as ["premise", "hypothesis"]')
+    names = args.towers is None or bool(args.towers and all(args.towers))
+    check("towers", names, 'None, or a list of names of parts of the model, such as ["language"]')
     size = has_size(args.max_shard_size)
     check("max_shard_size", size, "a number over 0 with TB, GB, MB or KB, such as 5GB")
     budget, value = args.budget

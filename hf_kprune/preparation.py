@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -49,7 +50,7 @@ from .sizes import model_size, peak_memory, prunable_flops
 from .state import Pruner, begin_phase, call, in_place, one_run
 from .structure.facts import in_eval_mode
 from .structure.offload import is_dispatched, read_state
-from .structure.reach import leaving, towers_left_alone
+from .structure.reach import last_stack, leaving, towers_left_alone
 from .structure.readiness import bare_model, describe_units
 from .structure.sublayers import LEFT_ALONE, Sublayer, find_sublayers
 from .structure.surgery import restore, with_table_per_layer
@@ -209,7 +210,7 @@ class Run:
         )
         inputs, _ = make_batch(rows.rows[:2])
         with in_eval_mode(model):
-            left_alone = towers_left_alone(model, inputs, args.head_unit)
+            left_alone = towers_left_alone(model, inputs, args.head_unit, args.towers)
         model.__dict__[LEFT_ALONE] = frozenset(left_alone)  # until `leaving` ends
         self.left_alone = {path.rstrip("."): reason for path, reason in left_alone.items()}
         few = PLAN_TOKENS if self.dry else None
@@ -240,7 +241,10 @@ class Run:
                 return loss
         labels = (first_label(dataset) for dataset in self.datasets)
         label = next((label for label in labels if label is not None), None)
-        return knowledge_loss(self.model, args.temperature, args.pooling or "mean", label, sublayers)
+        loss = knowledge_loss(self.model, args.temperature, args.pooling or "mean", label, sublayers)
+        # logits can be taken in parts only above the stack that gives them
+        apart = sublayers[-1].stack_name != last_stack(self.model).stack_name
+        return replace(loss, per_token=False) if loss.per_token and apart else loss
 
     def check_loss(self) -> None:
         """Try the knowledge loss on a batch; say which outputs it reads, and warn of answers that it does

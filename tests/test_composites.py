@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, make
 
 from hf_kprune import (
+    ArgumentError,
     BudgetError,
     BudgetWarning,
     CalibrationError,
@@ -236,6 +237,59 @@ def test_an_encoder_under_a_head_of_its_own_is_pruned_by_what_it_gives(tmp_path:
     pixels = torch.stack([row["pixel_values"] for row in data[:3]])
     with torch.no_grad():
         torch.testing.assert_close(again(pixels).predicted_depth, model(pixels).predicted_depth)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "towers", "stays"),
+    [
+        (lambda: seeing("llava"), rows(images=True), ["vision"], "language_model"),
+        *(
+            pytest.param(lambda: make("vision-encoder-decoder"), CAPTIONS, *one, marks=pytest.mark.slow)
+            for one in ((["encoder"], "decoder"), (["text"], "encoder"))
+        ),
+        *(
+            pytest.param(lambda name=name: seeing(name), data, towers, stays, marks=pytest.mark.slow)
+            for name in SEEING
+            for data in (rows(images=False), rows(images=True))
+            for towers, stays in ((["text"], "vision_tower"), (["language"], "vision_tower"))
+        ),
+    ],
+)
+def test_the_parts_that_are_asked_for_are_pruned_and_the_others_stay(
+    model: Any, data: list[Any], towers: list[str], stays: str
+) -> None:
+    student = model()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.warns(BudgetWarning, match=f"{stays} is left alone, as towers asks for {towers[0]} alone"):
+        report = pruner(student, data, towers=towers, method="surgeon", num_tokens=100).prune()
+    assert report.sparsity >= 0.4
+    assert report.sublayers
+    assert [path.rpartition(".")[2] for path in report.left_alone] == [stays]
+    assert not any(stays in entry.name.split(".") for entry in report.sublayers)
+    for name, tensor in student.state_dict().items():
+        assert stays not in name.split(".") or torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    ("model", "towers", "message"),
+    [
+        (
+            lambda: seeing("llava"),
+            ["audio"],
+            "towers names 'audio', expected parts of LlavaForConditionalGeneration that can be pruned: vision or "
+            "vision_tower .model.vision_tower., language or text or language_model .model.language_model.",
+        ),
+        (
+            lambda: packing("qwen3_vl"),
+            ["vision"],
+            "model.visual stays, as its layers read the patches of all",
+        ),
+        (lambda: make("bert"), ["language"], "not made of several models, so leave towers at None"),
+    ],
+)
+def test_a_part_that_is_not_there_is_an_error(model: Any, towers: list[str], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        pruner(model(), rows(images=False), towers=towers).prune()
 
 
 PACKING: dict[str, dict[str, Any]] = {

@@ -39,6 +39,7 @@ from ..structure.facts import (
 )
 from ..structure.hooks import by_token, part_of
 from ..structure.probes import matrix_flops
+from ..structure.reach import last_stack
 from ..structure.runs import run_to_bottom, run_to_memory
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
@@ -168,6 +169,8 @@ class Calibration:
         self.phase: Callable[[str], AbstractContextManager[None]] = untimed
         self.batches: list[Batch] = []
         self.sublayers = find_sublayers(model, args.head_unit)
+        # whose tokens the outputs are of, also where other towers alone are pruned
+        self.last = last_stack(model) if args.towers else self.sublayers[-1]
         self.tokens: dict[str, int] = {}
         self.readers: list[list[list[str]]] = []
         self.stacks_of_ids: set[str] = set()
@@ -193,7 +196,9 @@ class Calibration:
         valid = dict[str, Tensor]()
         for sublayer in {s.stack_name: s for s in self.sublayers}.values():
             valid[sublayer.stack_name] = self._valid(model, sublayer, inputs, mask_of(model, sublayer))
-        last = list(valid.values())[-1]
+        last = valid.get(self.last.stack_name)
+        if last is None:
+            last = self._valid(model, self.last, inputs, mask_of(model, self.last))
         for sublayer in self.sublayers:
             if sublayer.reads not in valid:
                 texts = "attention_mask" if mask_of(model, sublayer).startswith("decoder_") else ""

@@ -41,6 +41,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "prune_heads",
         "prune_ffn",
         "prune_experts",
+        "towers",
         "min_heads",
         "min_neurons",
         "round_to",

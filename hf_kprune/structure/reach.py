@@ -13,15 +13,24 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import ArgumentError, UnsupportedModelError
 from ..modeling_kprune import find_layers
 from ..progress import unwarned
 from .coverage import described, family_of, untouched
-from .facts import first_run, to_model
+from .facts import first_run, input_names, to_model
 from .probes import only_tokens
 from .proof import prove_carrying
 from .sublayers import LEFT_ALONE, Sublayer, find_sublayers
 from .surgery import with_table_per_layer
+
+
+ROLES = {
+    "language": {"input_ids"},
+    "text": {"input_ids"},
+    "vision": {"pixel_values"},
+    "audio": {"input_values", "input_features"},
+}
+"""What towers are called by the inputs that they read."""
 
 
 @contextmanager
@@ -37,7 +46,49 @@ def leaving(model: PreTrainedModel, paths: Collection[str]) -> Iterator[None]:
             model.__dict__[LEFT_ALONE] = before
 
 
-def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> dict[str, str]:
+def last_stack(model: PreTrainedModel) -> Sublayer:
+    """The last sublayer of `model`, whether it is left alone or not."""
+    with leaving(model, ()):
+        return find_sublayers(model)[-1]
+
+
+def names_of(path: str, tower: PreTrainedModel) -> list[str]:
+    """What users may call a tower at `path`: by what it reads, or by its name in the model."""
+    roles = [role for role, reads in ROLES.items() if reads & input_names(tower)]
+    place = path.rstrip(".")
+    return list(dict.fromkeys([*roles, place.rpartition(".")[2], place]))
+
+
+def towers_not_asked_for(model: PreTrainedModel, wanted: Sequence[str] | None) -> dict[str, str]:
+    """The towers of `model` that none of the names in `wanted` means, path to reason; none if that is None.
+
+    Raises:
+        ArgumentError: If a name means no tower.
+    """
+    if wanted is None:
+        return {}
+    names = {path: names_of(path, tower) for path, tower in described(model) if path}
+    for name in wanted:
+        if not any(name in known for known in names.values()):
+            parts = [f"{' or '.join(known[:-1])} ({known[-1]})" for known in names.values()]
+            out = "; ".join(
+                f"{path.rstrip('.')} stays, as {reason}" for path, reason in untouched(model).items()
+            )
+            raise ArgumentError(
+                f"towers names {name!r}, expected parts of {type(model).__name__} that can be pruned: "
+                f"{', '.join(parts) or 'it is not made of several models, so leave towers at None'}"
+                + (f"; {out}" if out else "")
+            )
+    reason = f"towers asks for {', '.join(wanted)} alone"
+    return {path: reason for path, known in names.items() if not {*wanted} & {*known}}
+
+
+def towers_left_alone(
+    model: PreTrainedModel,
+    inputs: Mapping[str, object],
+    head_unit: str,
+    wanted: Sequence[str] | None = None,
+) -> dict[str, str]:
     """The towers of `model` that cannot be pruned on `inputs`, a few rows, and the parts of layers that never
     are: path to reason.
 
@@ -45,8 +96,10 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head
         model: In evaluation mode; not changed.
         inputs: What its `forward` takes.
         head_unit: What a unit is where queries are grouped, see `Unit.of`.
+        wanted: Names of those that are to be pruned. None: all.
 
     Raises:
+        ArgumentError: If a name means no tower.
         CalibrationError: If the model does not run on these inputs.
         UnsupportedModelError: If no tower is left.
     """
@@ -54,12 +107,15 @@ def towers_left_alone(model: PreTrainedModel, inputs: Mapping[str, object], head
     towers: dict[str, list[Sublayer]] = {path: [] for path, _ in described(model)}
     for sublayer in find_sublayers(model, head_unit):
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
-    reasons = {**untouched(model), **parts_left_alone(model)}
+    spared = towers_not_asked_for(model, wanted)
+    reasons = {**untouched(model), **parts_left_alone(model), **spared}
     if len(towers) == 1:
         return reasons
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
+        if path in spared:
+            continue
         counts = {runs[s.name] for s in sublayers}
         if counts == {0}:
             reasons[path] = "it does not run on the calibration rows"
