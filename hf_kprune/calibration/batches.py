@@ -29,6 +29,7 @@ from ..methods import METHODS
 from ..processes import together
 from ..structure.facts import (
     first_run,
+    floats,
     frame_mask,
     in_eval_mode,
     main_input,
@@ -171,7 +172,7 @@ class Calibration:
         self.sublayers = find_sublayers(model, args.head_unit)
         # whose tokens the outputs are of, also where other towers alone are pruned
         self.last = last_stack(model) if args.towers else self.sublayers[-1]
-        self.tokens: dict[str, int] = {}
+        self.sizes: dict[str, torch.Size] = {}
         self.readers: list[list[list[str]]] = []
         self.stacks_of_ids: set[str] = set()
         ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
@@ -224,16 +225,19 @@ class Calibration:
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         # how many tokens an image or a sound makes is the model's business
-        if mask is not None or name not in self.tokens:
+        shapes = [str(value.shape) for value in inputs.values() if floats(value)]
+        seen = " ".join([name, *shapes])
+        if mask is not None or seen not in self.sizes:
             with in_eval_mode(model), first_run(model, inputs):
                 run_to = run_to_memory if memory else run_to_bottom
-                tokens = self.tokens[name] = run_to(model, to_model(inputs, model), sublayer).shape[1]
+                self.sizes[seen] = run_to(model, to_model(inputs, model), sublayer).shape[:2]
+            tokens = self.sizes[seen][1]
             framing = next((module for module in model.modules() if masks_frames(module)), None)
             if mask is not None and mask.shape != (samples, tokens) and framing is not None:
                 return frame_mask(framing, mask, tokens)
             if mask is not None and mask.dim() == 2 and mask.shape[1] <= tokens:  # queries come first
                 return F.pad(mask.bool(), (tokens - mask.shape[1], 0), value=True)
-        return torch.ones(samples, self.tokens[name], dtype=torch.bool, device=self.accelerator.device)
+        return torch.ones(self.sizes[seen], dtype=torch.bool, device=self.accelerator.device)
 
     @cached_property
     def lengths(self) -> dict[str, float]:

@@ -1623,6 +1623,11 @@ UNTOUCHED: dict[str, str] = {
         "qwen3_5_moe",
     )
 }
+UNTOUCHED["pixtral"] = _PACKED
+UNTOUCHED |= dict.fromkeys(
+    ("idefics3_vision", "smolvlm_vision", "internvl_vision"),
+    "images of a row are rows of its own, of which there may be any number",
+)
 """Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
 
 
