@@ -62,8 +62,10 @@ def recover(
         student = copy.deepcopy(model).float()
         lesson = Lesson(calibration, run.knowledge(calibration.sublayers), student, teacher)
         recovery = learn(pruner, lesson, minutes, options)
+        settle(student, model)
+        if recovery.steps and model.dtype != torch.float32:  # rounded, it is another model
+            recovery.distance_after = min(lesson.distance(), recovery.distance_before)
         if recovery.distance_after < recovery.distance_before:
-            settle(student, model)
             model.__dict__.update(student.__dict__)  # one step: nothing can come between
             pruner.checkpoint = None
     if pruner.report is not None:
