@@ -68,7 +68,8 @@ class BlockPlan(TypedDict):
     kind: str
     """`"attention"`, `"cross_attention"`, `"ffn"` or `"experts"`."""
     by: str
-    """What its units are where queries are grouped, `"group"` or `"query"`."""
+    """What its units are where queries are grouped, `"group"` or `"query"`; `"borrowed"` where keys and
+    values are another layer's."""
     of: int
     """Units of each layer before pruning."""
     kept: list[int | None]
@@ -203,7 +204,7 @@ class EmptyAttention(nn.Module):
         for value in arguments.values():
             if isinstance(value, Cache):
                 keys = self.keep_in_step(value, hidden) or keys
-        y = hidden[..., :0] if self.output is None else self.get_submodule(self.output)(hidden[..., :0])
+        y = hidden[..., :0] if self.output is None else getattr(self, self.output)(hidden[..., :0])
         asked = arguments.get("output_attentions", True)
         if self.dispatches:  # then it is the implementation that decides whether there are weights
             asked = getattr(self.config, "_attn_implementation", "eager") == "eager"
@@ -447,7 +448,10 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
         return
     if kept == 0:
         (output,) = block["columns"]
-        inside = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
+        within = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
+        inside = (
+            within and within.partition(".")[0]
+        )  # a projection may lie in a module that clips what it gives
         replaced: Any = type(core)
         layer.set_submodule(block["core"], empty_attention(replaced)(core, block, inside))
     else:

@@ -14,14 +14,12 @@ from models import shallow
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from zoo import make
 
 from hf_kprune import KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.collate import collate as make_batch
 from hf_kprune.calibration.rows import Rows, row_tokens
-from hf_kprune.modeling_kprune import has
-from hf_kprune.structure.sublayers import Sublayer, find_sublayers
+from hf_kprune.structure.sublayers import Sublayer
 
 
 def logits(model: PreTrainedModel, head: str = "SEQUENCE_CLASSIFICATION", seed: int = 5) -> torch.Tensor:
@@ -193,15 +191,3 @@ def plans(sublayers: Sequence[Sublayer]) -> dict[str, list[Tensor]]:
     ]:
         masks[name] = [n < 0 if k in gone else n % 2 == k % 2 for k, n in enumerate(numbers)]
     return masks
-
-
-NEVER_CUT = (
-    "What stands under *never cut* lies in the layers and stays as it is, whatever the budget, such as the routers of "
-    "a mixture of experts; the report says what share of the model is prunable."
-)
-
-
-def untouched(name: str) -> str:
-    """What the layers of a model of the zoo hold that its family leaves as it is."""
-    paths = [path for s in find_sublayers(make(name)) for path in s.stack.untouched if has(s.layer, path)]
-    return ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths)) or "-"

@@ -43,8 +43,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """The table of families x what was proved of them, from the results of this run."""
     if not config.getoption("--table"):
         return
-    from checks import NEVER_CUT, untouched
     from data import ROOT
+    from table import supported_models
 
     cells: dict[str, dict[str, str]] = {}
     refused: dict[str, str] = {}
@@ -55,26 +55,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                     cells.setdefault(value[0], {})[value[1]] = mark
                 elif key == "refused":
                     refused[value[0]] = value[1]
-    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = [
-        "| model type | " + " | ".join([*columns, "never cut"]) + " |",
-        "| --- |" + " :---: |" * len(columns) + " --- |",
-    ]
-    for name, row in sorted(cells.items()):
-        lines.append(
-            f"| {name} | " + " | ".join([*(row.get(c, "-") for c in columns), untouched(name)]) + " |"
-        )
-    green = sum("**no**" not in row.values() for row in cells.values())
-    lines += ["", f"{green} of {len(cells)} green, {len({n.split(':')[0] for n in cells})} model types.", ""]
-    lines += [
-        "| refused | because |",
-        "| --- | --- |",
-        *(f"| {name} | {why} |" for name, why in sorted(refused.items())),
-    ]
-    command = 'pytest -m "slow or not slow" tests/test_zoo.py tests/test_generation.py tests/test_uniform.py --table'
-    head = f"# Supported models\n\nWritten by `{command}`; `type:variant` is another config of a type. {NEVER_CUT}\n\n"
-    (ROOT / "docs" / "supported_models.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
-    terminalreporter.write_line("\n".join(lines))
+    page = supported_models(cells, refused)
+    (ROOT / "docs" / "supported_models.md").write_text(page, encoding="utf-8")
+    terminalreporter.write_line(page)
 
 
 @pytest.fixture(scope="session", autouse=True)

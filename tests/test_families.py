@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from zoo import ENCODER, GEMMA4, make
 
 from hf_kprune import Block, KPrunePruner, Stack, UnsupportedArchitectureError, register_family
-from hf_kprune.modeling_kprune import fill, with_weights
+from hf_kprune.modeling_kprune import fill, shrink_layer, with_weights
 from hf_kprune.structure.configs import ask, at_layer
 from hf_kprune.structure.families import FAMILIES, Kind
 from hf_kprune.structure.reach import parts_left_alone
@@ -122,6 +122,26 @@ def test_attentions_that_return_lists_are_stood_in_for_by_lists() -> None:
     assert fill("[y]", y, {}) == [y]
     assert with_weights([y], weights, appended=True) == [y, weights]
     assert with_weights([y], weights, appended=False) == [y]
+
+
+def test_a_projection_may_lie_in_a_module_that_clips_what_it_gives() -> None:
+    class Clipped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 3)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.linear(hidden).clamp(-0.1, 0.1)
+
+    layer: Any = torch.nn.Module()
+    layer.attention = torch.nn.Module()
+    layer.attention.o_proj = Clipped()
+    layer.attention.o_proj.linear.bias.data = torch.tensor([-1.0, 0.0, 1.0])
+    plan: Any = dict.fromkeys(("rows", "sizes", "table", "slices", "select"), {})
+    columns = {"attention.o_proj.linear": 4}
+    plan |= {"kind": "attention", "kept": [0], "of": 1, "heads": 1, "core": "attention", "columns": columns}
+    shrink_layer(layer, plan | {"returns": "y"}, 0)
+    assert layer.attention(torch.ones(1, 2, 3)).tolist() == [[pytest.approx([-0.1, 0.0, 0.1])] * 2]
 
 
 def test_what_stays_of_a_layer_is_named_with_its_reason() -> None:

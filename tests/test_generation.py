@@ -37,8 +37,8 @@ WAYS: dict[str, dict[str, Any]] = {
 GENERATING = ["opt", "gpt2", "bloom", "falcon", "llama", "gemma2", "t5", "bart"]
 """By default: caches and positions of each kind."""
 CUTS = ("odd", "without 0", "without 1")
-OWN_CACHE = ("bamba", "minimax", "recurrent_gemma")
-"""Their caches are none of Transformers' general ones; the dense Bamba computes otherwise with a cache than without."""
+OWN_CACHE = ("bamba", "minimax", "openai-gpt", "recurrent_gemma")
+"""Their caches are none of Transformers' general ones, or they have none; the dense Bamba computes otherwise with a cache than without."""
 ONE_BY_ONE = ("jamba",)
 """Transformers' Mamba goes on with one token at a time, from a cache."""
 

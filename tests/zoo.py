@@ -269,6 +269,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "gemma3_text": ("Gemma3ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "gemma4_text": ("Gemma4ForCausalLM", GEMMA4, "text"),
+    "gemma4_text:shared": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "attention_k_eq_v": False,
+        },
+        "text",
+    ),
     "gemma4_text:experts": (
         "Gemma4ForCausalLM",
         {
@@ -954,7 +966,7 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {**MOE, **SLIDING, "head_dim": 4, "num_shared_experts": 1, "first_k_dense_replace": 1},
         "text",
     ),
-    "csm_depth_decoder_model": ("CsmDepthDecoderForCausalLM", HEAD_DIM, "text"),
+    "csm_depth_decoder_model": ("CsmDepthDecoderModel", HEAD_DIM, "text"),
     "diffllama": ("DiffLlamaForCausalLM", HEAD_DIM, "text"),
     "doge": ("DogeForCausalLM", {**HEAD_DIM, "sliding_window": 4}, "text"),
     "emu3_text_model": ("Emu3TextModel", DECODER, "text"),

@@ -267,14 +267,18 @@ def pull_through(  # noqa: PLR0913
         probed(targets) as features,
         outputs_of(targets if points == "outputs" else ()) as outputs,
     ):
-        above = walk.run_layer(batch[0], positions, leaves).inputs[stack]
+        above = walk.run_layer(batch[0], positions, leaves).inputs
     for place, tensor in features.items():
         result.see(calibration, walk, places[place], tensor)
-    pull = pulls.pop(stack, None)
-    if pull is not None and above.requires_grad:
+    # what the layer made: its output, and what it shares with later ones, of which each may be pulled at
+    fresh = [name for name, tensor in above.items() if tensor is not leaves.inputs.get(name)]
+    pulled = {name: (above[name], pulls.pop(name)) for name in fresh if name in pulls}
+    pulled = {name: pair for name, pair in pulled.items() if pair[0].requires_grad}
+    if pulled:
         wanted = features if points == "features" else outputs
         ends = [*wanted.values(), *leaves.inputs.values()]
-        gradients = list(torch.autograd.grad(above, ends, pull.to(above.dtype), allow_unused=True))
+        tops, pull = zip(*((tensor, pull.to(tensor.dtype)) for tensor, pull in pulled.values()), strict=True)
+        gradients = list(torch.autograd.grad(tops, ends, pull, allow_unused=True))
         for name, gradient in zip(leaves.inputs, gradients[len(wanted) :], strict=True):
             if gradient is not None:  # a decoder reads the encoder in each of its layers
                 pulls[name] = pulls[name] + gradient if name in pulls else gradient

@@ -94,6 +94,8 @@ class Block:
             stack holds for all (T5). In a pruned model every layer has its own.
         obstacle: Why its heads cannot be told apart (a norm across all of them), or the config attribute that
             says whether they cannot. Then all of them are one unit. `""` if they can.
+        stays: An attribute, `"path.of.module.attribute"`, of layers where it stays as it is, if it is true
+            there: attentions whose keys and values later layers read.
         weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it
             refuses `output_attentions=True` once an attention is emptied.
 
@@ -115,6 +117,7 @@ class Block:
     slices: Mapping[str, Dimension] = field(default_factory=dict)
     table: str = ""
     obstacle: str = ""
+    stays: str = ""
     weights: bool = True
 
 
@@ -140,6 +143,9 @@ class Stack:
         mask: Model input that marks padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from. Where the model has
             no such stack and is a part of another one, they come from elsewhere in that.
+        shares: Argument of a layer that holds what layers make for later ones, a mapping from names to
+            tuples of tensors, (B, ...); `""` if there is none. An attention that finds its keys and values
+            there has no projections for them, and each of its units is a query head of every group.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
             shifted.
         pads: Whether the model itself pads sequences further, at their end.
@@ -168,6 +174,7 @@ class Stack:
     routes: str = "num_experts_per_tok"
     mask: str = "attention_mask"
     reads: str = ""
+    shares: str = ""
     shifts: bool = False
     pads: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -390,10 +397,14 @@ def _experts(module: str = "mlp.experts", stream: str | None = "post_attention_l
 _EXPERTS = _experts()
 _GEMMA4 = replace(
     _NORM_AFTER,
-    blocks=(*_NORM_AFTER.blocks, _experts("experts", None)),
+    blocks=(
+        replace(_NORM_AFTER.blocks[0], stays="self_attn.store_full_length_kv"),
+        _NORM_AFTER.blocks[1],
+        _experts("experts", None),
+    ),
     untouched=("router", "per_layer_input_gate", "per_layer_projection"),
     routes="top_k_experts",
-    refuses={"num_kv_shared_layers": "later layers read keys and values that earlier ones have made"},
+    shares="shared_kv_states",
     uniform={},
 )
 _SHARED_EXPERT, _SHARED_EXPERTS = (
@@ -1596,6 +1607,7 @@ REFUSED: dict[str, str] = {
     "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
     "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
+    "gemma3n_text": "its layers hand on several versions of the hidden states, which lie before the batch",
     "ibert": "its projections are integer ones, not nn.Linear",
     "reformer": "its layers are reversible and hash the queries",
     "sew": "its layers run on fewer tokens than its heads read",

@@ -39,7 +39,7 @@ class State:
 
     Args:
         inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it
-            gave: (B, T, D).
+            gave: (B, T, D). And what layers below have made for later ones, see `shared_in`.
         outputs: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
     """
 
@@ -100,6 +100,28 @@ def form_of(sublayer: Sublayer) -> Any:
     """What a layer of the stack of `sublayer` returns: as the last one that ran did, or else as its family
     says."""
     return sublayer.layers.__dict__.get("kprune_form", sublayer.stack.returns)
+
+
+def shared_in(sublayer: Sublayer, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What layers have made for later ones of their stack (`Stack.shares`), tensor by tensor, by names that
+    begin with that of the stack."""
+    states = kwargs.get(sublayer.stack.shares) or {}
+    return {
+        f"{sublayer.stack_name}/{name}/{place}": tensor
+        for name, tensors in states.items()
+        for place, tensor in enumerate(tensors)
+    }
+
+
+def share(sublayer: Sublayer, kwargs: Mapping[str, Any], state: State) -> None:
+    """Give the layers of a stack what those below them have made, as `shared_in` has seen it."""
+    shared: dict[str, list[Tensor]] = {}
+    for path, tensor in state.inputs.items():
+        stack, *names = path.split("/")
+        if stack == sublayer.stack_name and names:
+            shared.setdefault(names[0], []).append(tensor)
+    for name, tensors in shared.items():
+        kwargs[sublayer.stack.shares][name] = tuple(tensors)
 
 
 @contextmanager
@@ -189,8 +211,13 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                 layers = layers[: target.index]
 
                 def replace(
-                    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object], stream: Tensor = stream
+                    _: nn.Module,
+                    args: tuple[Any, ...],
+                    kwargs: dict[str, object],
+                    stream: Tensor = stream,
+                    sublayer: Sublayer = sublayer,
                 ) -> tuple[Any, dict[str, Any]]:
+                    share(sublayer, kwargs, state)
                     return (
                         ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
                     )

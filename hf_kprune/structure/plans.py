@@ -19,7 +19,7 @@ from .configs import at_layer
 from .coverage import has_block
 from .families import Block, Stack
 from .projections import oriented, shape_of
-from .units import UNITS, Unit
+from .units import BORROWED, UNITS, Unit
 
 
 @dataclass
@@ -58,10 +58,14 @@ def plans_of(
     groups: dict[object, Group] = {}
     for index, layer in enumerate(layers):
         columns = _columns(layer, block)
-        if columns is None:
+        if columns is None or (block.stays and get_size(layer, block.stays)):
             continue
         before = next((plan for plan in alike if plan["kept"][index] is not None), None)
-        chosen = head_unit or (before.get("by", "group") if before else "group")
+        chosen = before.get("by", "group") if before else "group"
+        if before is None and stack.shares and UNITS[block.kind].has_heads and not _makes_keys(layer, block):
+            chosen = BORROWED
+        if head_unit is not None and chosen != BORROWED:
+            chosen = head_unit
         unit = UNITS[block.kind].of(at_layer(config, index, names), stack, block, chosen)
         key = (unit, columns) if before is None else id(before)
         groups.setdefault(key, Group(unit, chosen, before)).indices.append(index)
@@ -115,6 +119,11 @@ def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
         plan["of"], plan["select"] = before["of"], before["select"]
         plan["rows"], plan["slices"] = before["rows"], before["slices"]
     return plan
+
+
+def _makes_keys(layer: nn.Module, block: Block) -> bool:
+    """Whether an attention makes keys and values, and does not find those of an earlier layer."""
+    return any(layout != "q" and has(layer, path) for path, layout in block.inputs.items())
 
 
 def _columns(layer: nn.Module, block: Block) -> int | None:

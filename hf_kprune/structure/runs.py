@@ -23,6 +23,7 @@ from .hooks import (
     note_form,
     passing,
     resumed,
+    shared_in,
 )
 from .projections import features_of, output_of
 from .sublayers import Sublayer
@@ -129,7 +130,7 @@ def run_layer(
         _stopping_above(sublayer, following, tensors),
     ):
         run(model, inputs)
-    return State({**state.inputs, sublayer.stack_name: tensors["above"]})
+    return _state_above(sublayer, state, tensors)
 
 
 @torch.no_grad()
@@ -170,6 +171,7 @@ def _stopping_above(
 
     def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors["above"] = first(args, kwargs)
+        tensors.update(shared_in(sublayer, kwargs))
         raise Stop
 
     def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
@@ -200,7 +202,12 @@ def _stream_below(
 def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]) -> State:
     """The state above a sublayer, from that below it and what hooks saw of its input, its output and what
     comes next."""
-    inputs = {**state.inputs, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
+    top = (
+        sublayer.layer is sublayer.layers[-1] and "above" in tensors
+    )  # nothing reads any more what was shared
+    kept = {n: t for n, t in state.inputs.items() if not (top and n.startswith(f"{sublayer.stack_name}/"))}
+    shared = {n: t for n, t in tensors.items() if n.startswith(f"{sublayer.stack_name}/")}
+    inputs = {**kept, **shared, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
     return State(inputs, {} if "above" in tensors else {**state.outputs, sublayer.name: tensors["output"]})
 
 

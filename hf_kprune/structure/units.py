@@ -69,7 +69,7 @@ class Unit(ABC):
             stack: Its `heads`, `kv_heads` and `head_dim` name the attributes.
             block: One of `stack.blocks`.
             head_unit: With grouped queries, `"group"` for a key-value head with its query heads, or `"query"`
-                for one query head of every group.
+                for one query head of every group; `BORROWED` where keys and values are another layer's.
         """
 
     @property
@@ -201,6 +201,8 @@ class Head(Unit):
             return LatentHead.in_latent_attention(config, d)
         if block.obstacle and getattr(config, block.obstacle, True):
             return Head(d, heads, kv_heads)
+        if head_unit == BORROWED:
+            return BorrowingHead(d, kv_heads, 0)
         if kv_heads < heads and (head_unit == "query" or kv_heads == 1):
             return QueryHead(d, kv_heads, 0)
         return Head(d, heads // kv_heads)
@@ -246,6 +248,16 @@ class QueryHead(Head):
     def cached(self, count: int) -> int:
         return 2 * min(count, 1) * self.width
 
+
+class BorrowingHead(QueryHead):
+    """One query head of each group where keys and values are those of an earlier layer, which caches them."""
+
+    def cached(self, _: int) -> int:
+        return 0
+
+
+BORROWED = "borrowed"
+"""What decides what a unit is where keys and values are another layer's."""
 
 LATENT = "kv:latent"
 """Layout of a projection from a latent vector to keys and values, in multi-head latent attention."""
