@@ -64,6 +64,7 @@ DRAWN = [
     "muse_glimmer_assistant",
     "musicgen",
     "paddleocr_vl_vision",
+    "phi4_multimodal_audio",
     "pi0",
     "pocket_tts",
     "pp_doclayout_v3",

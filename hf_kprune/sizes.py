@@ -22,7 +22,8 @@ def prunable_flops(sublayers: Sequence[Sublayer], lengths: Mapping[str, float]) 
 
 def cache_bytes_per_token(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> int:
     """What the cache of a model that generates grows by with each token: keys and values of every
-    self-attention of its decoder, the last stack. An emptied one still counts tokens, by one number each."""
+    self-attention of its decoder, the last stack. An emptied one still counts tokens, by one number each.
+    Those of attentions that stay as they are, which are no sublayers, are not counted."""
     if not model.can_generate():
         return 0
     total = 0

@@ -21,6 +21,7 @@ from hf_kprune import (
     KPruneArguments,
     KPrunePruner,
     PruningReport,
+    UnsupportedModelError,
 )
 from hf_kprune.structure.reach import towers_left_alone
 from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers

@@ -131,7 +131,8 @@ def test_a_projection_may_lie_in_a_module_that_clips_what_it_gives() -> None:
             self.linear = torch.nn.Linear(4, 3)
 
         def forward(self, hidden: Tensor) -> Tensor:
-            return self.linear(hidden).clamp(-0.1, 0.1)
+            output: Tensor = self.linear(hidden)
+            return output.clamp(-0.1, 0.1)
 
     layer: Any = torch.nn.Module()
     layer.attention = torch.nn.Module()

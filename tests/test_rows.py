@@ -17,12 +17,13 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     WhisperFeatureExtractor,
 )
+from zoo import IMAGE, make
 
 from hf_kprune import ArgumentError, CalibrationError, PruningReport
 from hf_kprune.calibration.rows import has_choices, row_length, row_tokens
 from hf_kprune.calibration.tasks import needs_targets
 from hf_kprune.cli.terminal import main
-from hf_kprune.structure.facts import max_positions
+from hf_kprune.structure.facts import main_input, max_positions
 
 
 def one(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -645,3 +646,14 @@ def test_packing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert calibration["sha256"] == expected.fingerprint["sha256"]
     assert main([str(option) for option in ("plan", *options, "--text_columns", "text,other")]) == 2
     assert "joins the texts of one column, --text_columns names 2" in capsys.readouterr().err
+
+
+def test_a_class_that_names_an_input_which_it_does_not_take_reads_what_it_takes() -> None:
+    """Idefics 3's tower of images inherits the name of a text's input."""
+    model = transformers.Idefics3VisionTransformer(
+        transformers.AutoConfig.for_model("idefics3_vision", **IMAGE)
+    )
+    assert model.main_input_name == "input_ids"
+    assert main_input(model) == "pixel_values"
+    assert main_input(make("bert")) == "input_ids"
+    assert main_input(make("whisper")) == "input_features"

@@ -54,13 +54,15 @@ def input_names(model: PreTrainedModel) -> set[str]:
 
 def main_input(model: PreTrainedModel) -> str:
     """Name of the input that `model` is called with in any case: where it says a name that it does not take,
-    that of its encoder."""
+    that of its encoder, or the first of `SENSES` that it takes (Idefics 3's tower of images)."""
     names = model.main_input_name
     name = names if isinstance(names, str) else names[0]
-    encoder = getattr(model, "encoder", None)
-    if name in input_names(model) and name in SENSES:
+    encoder, takes = getattr(model, "encoder", None), input_names(model)
+    if name in takes and name in SENSES:
         return name
-    return encoder.main_input_name if isinstance(encoder, PreTrainedModel) else name
+    if isinstance(encoder, PreTrainedModel):
+        return encoder.main_input_name
+    return name if name in takes else next((sense for sense in SENSES if sense in takes), name)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
