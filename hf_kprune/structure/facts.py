@@ -56,12 +56,12 @@ def main_input(model: PreTrainedModel) -> str:
     """Name of the input that `model` is called with in any case: where it says a name that it does not take,
     that of its encoder, or the first of `SENSES` that it takes (Idefics 3's tower of images)."""
     names = model.main_input_name
-    name = names if isinstance(names, str) else names[0]
+    name: str = names if isinstance(names, str) else names[0]
     encoder, takes = getattr(model, "encoder", None), input_names(model)
     if name in takes and name in SENSES:
         return name
     if isinstance(encoder, PreTrainedModel):
-        return encoder.main_input_name
+        return str(encoder.main_input_name)
     return name if name in takes else next((sense for sense in SENSES if sense in takes), name)
 
 
