@@ -11,7 +11,7 @@ import torch
 import transformers
 from models import slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, inputs_for, make
+from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, make
 
 from hf_kprune import (
     ArgumentError,
@@ -21,9 +21,7 @@ from hf_kprune import (
     KPruneArguments,
     KPrunePruner,
     PruningReport,
-    UnsupportedModelError,
 )
-from hf_kprune.structure.reach import towers_left_alone
 from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers
 
 
@@ -91,16 +89,6 @@ def pruner(model: PreTrainedModel, data: list[Any], **options: Any) -> KPrunePru
         **options,
     }
     return KPrunePruner(model, KPruneArguments(**settings), data)
-
-
-def test_towers_that_share_a_config_are_left_alone() -> None:
-    """It could hold the plan of one of them, and the other could not be loaded (Video-LLaVA)."""
-    model: Any = make("clip")
-    model.vision_model.config = model.text_model.config
-    with pytest.raises(
-        UnsupportedModelError, match=r"vision_model: it shares its config, .*text_model: it shares"
-    ):
-        towers_left_alone(model, inputs_for(model, "clip"), "group")
 
 
 @pytest.mark.parametrize("model_type", slow_unless_in(("llava",), SEEING))

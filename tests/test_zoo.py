@@ -120,9 +120,9 @@ def test_an_emptied_attention_has_its_place_among_the_attention_weights(name: st
         emptied = {*lowest, attentions[-1].name}
         masks = [torch.full((s.num_units,), s.name not in emptied) for s in find_sublayers(model)]
         student = cut_all(model, masks)
-        if name == "longformer":
+        if name in ("led", "longformer"):
             with pytest.raises(
-                NotImplementedError, match="output_attentions is True, but LongformerSelfAttention"
+                NotImplementedError, match=r"output_attentions is True, but \w*SelfAttention cannot return"
             ):
                 attentions_of(student, kind)
             continue

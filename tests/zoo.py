@@ -208,6 +208,7 @@ LASR: dict[str, Any] = {
     "num_key_value_heads": 4,
     "num_mel_bins": 8,
     "subsampling_conv_channels": 4,
+    "conv_kernel_size": 3,
 }
 PARAKEET: dict[str, Any] = {
     "hidden_size": 16,

@@ -1572,7 +1572,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                     sizes={"attn.n_head": "heads", "attn.split_size": "width"},
                     returns="[y]",
                 ),
-                replace(_GPT2.blocks[1], stream="mlp.c_fc"),
+                _ffn("mlp.c_fc", "mlp.c_proj", "mlp.c_fc"),
             ),
             returns=("y",),
             uniform={},

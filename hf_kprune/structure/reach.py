@@ -7,7 +7,6 @@ tower is carried from sublayer to sublayer as pruning will carry it, and the out
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -112,17 +111,13 @@ def towers_left_alone(
     reasons = {**untouched(model), **parts_left_alone(model), **spared}
     if len(towers) == 1:
         return reasons
-    configs = {path: id(owner.config) for path, owner in described(model)}
-    users = Counter(configs.values())
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
         if path in spared:
             continue
         counts = {runs[s.name] for s in sublayers}
-        if users[configs[path]] > 1:
-            reasons[path] = "it shares its config, which can say the sizes of one tower, with another one"
-        elif counts == {0}:
+        if counts == {0}:
             reasons[path] = "it does not run on the calibration rows"
         elif counts != {1}:
             reasons[path] = "on the calibration rows not all of its layers run once"
