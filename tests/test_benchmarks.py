@@ -18,6 +18,7 @@ from hf_kprune.structure.sublayers import find_sublayers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from continuations import draw_prompts, repetition
+from mixture import train
 from mutants import MUTANTS
 from perplexity import draw_blocks, first_tokens, perplexity
 from zero_shot import Question, accuracy, log_likelihoods, of_paragraphs
@@ -34,6 +35,13 @@ def test_perplexity_is_of_every_token_but_the_first_of_whole_windows() -> None:
         logits = model(ids[None, start : start + 10]).logits[0]
         losses += [-logits[place].log_softmax(-1)[ids[start + place + 1]].item() for place in range(10)]
     assert perplexity(model, ids, 10) == pytest.approx(math.exp(sum(losses) / 20))
+
+
+def test_a_mixture_learns_what_it_is_trained_on() -> None:
+    model, ids = make("mixtral"), torch.arange(4, 12).repeat(20)
+    before = perplexity(model, ids, 16)
+    train(model, ids, steps=15, window=16, batch=1)
+    assert perplexity(model, ids, 16) < before / 2
 
 
 @pytest.mark.parametrize("count", [7, 1000, 5000])
