@@ -181,7 +181,7 @@ CAPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["surgeon", pytest.param("kprune", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", slow_unless_in(("magnitude",), ("magnitude", "surgeon", "kprune")))
 def test_a_decoder_that_reads_another_model_is_pruned_with_it(method: str, tmp_path: Path) -> None:
     """However rows are batched; what is saved generates the same."""
     results = []
