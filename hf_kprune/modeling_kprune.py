@@ -449,9 +449,7 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
     if kept == 0:
         (output,) = block["columns"]
         within = output.removeprefix(block["core"] + ".") if output.startswith(block["core"] + ".") else None
-        inside = (
-            within and within.partition(".")[0]
-        )  # a projection may lie in a module that clips what it gives
+        inside = within and within.partition(".")[0]  # it may lie in a module that clips what it gives
         replaced: Any = type(core)
         layer.set_submodule(block["core"], empty_attention(replaced)(core, block, inside))
     else:

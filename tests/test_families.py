@@ -12,7 +12,7 @@ import torch
 import transformers
 from checks import by_column, logits, masked
 from models import EVERY_HEAD, EVERY_TYPE, MODEL_TYPES, cut_all, shallow, slow_unless_in, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from zoo import ENCODER, GEMMA4, make
 
@@ -397,9 +397,10 @@ def test_an_unknown_architecture_is_refused_and_told_the_way_out() -> None:
 
 
 def test_projections_that_the_family_does_not_describe_are_refused() -> None:
-    model = tiny("bert", "CAUSAL_LM", add_cross_attention=True)
+    model = tiny("bert")
+    model.bert.encoder.layer[1].attention.self.gate = nn.Linear(2, 2)
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"(?s)crossattention\.self\.query.*describes.*register_family"
+        UnsupportedArchitectureError, match=r"(?s)attention\.self\.gate.*describes.*register_family"
     ):
         find_sublayers(model)
 

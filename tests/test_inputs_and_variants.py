@@ -12,7 +12,7 @@ from data import Padding
 from models import slow_unless_in
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
-from zoo import AUDIO, DECODER, ENCODER, IMAGE, SEQ2SEQ, ZOO, inputs_for, make
+from zoo import AUDIO, DECODER, ENCODER, IMAGE, ZOO, inputs_for, make
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
 from hf_kprune.calibration.batches import Batch, Calibration, tokens_of
@@ -150,17 +150,6 @@ def test_query_heads_of_every_group_can_be_pruned_again_and_not_by_groups() -> N
     write_plan(sublayers)
     with pytest.raises(UnsupportedModelError, match="head_unit is 'query'.* pruned by 'group'"):
         find_sublayers(model, "query")
-
-
-def test_cross_attention_to_another_model_is_refused() -> None:
-    encoder, decoder = (
-        AutoConfig.for_model("vit", **IMAGE),
-        {**SEQ2SEQ, "add_cross_attention": True, "is_decoder": True},
-    )
-    parts = (encoder, AutoConfig.for_model("mbart", **decoder))
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
-    with pytest.raises(UnsupportedModelError, match="cross-attention"):
-        find_sublayers(transformers.VisionEncoderDecoderModel(config=config))
 
 
 @pytest.mark.parametrize("name", slow_unless_in(("whisper",), ("wav2vec2", "whisper", "vit")))
