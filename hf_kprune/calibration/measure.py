@@ -193,8 +193,8 @@ def statistics_of(
         first, weight = slice(None, len(order) // count), weight[:, order]
     by_column = {name: sums[name][order] for name in sums.keys() - {"metric", *BY_TWO, "absolute"}}
     by_two = {name: sums[name] for name in BY_TWO if name in sums}
-    if "gram" in sums:
-        by_two["gram"] = sums["gram"][:, first][:, :, first]
+    if "gram" in sums:  # which is not to be there twice
+        by_two["gram"] = sums.pop("gram")[:, first][:, :, first]
     if count == 1:
         by_two = {name: each[0] for name, each in by_two.items()}
     statistics = Statistics(

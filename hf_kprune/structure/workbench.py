@@ -9,6 +9,8 @@ each layer when it is run, until the next one is.
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -103,6 +105,7 @@ class Workbench:
                     self.sources[number, name] = new[name]
                     slot[key] = as_stored(tensor.detach().to("meta"), tensor)
         self.current, self.away, self.here = None, {}, {}
+        give_back_memory()
 
     def leave(self) -> None:
         """Put all layers away, and take the hooks off them."""
@@ -111,6 +114,17 @@ class Workbench:
             for key, hook in list(layer._forward_pre_hooks.items()):
                 if getattr(hook, "__self__", None) is self:
                     del layer._forward_pre_hooks[key]
+
+
+def give_back_memory() -> None:
+    """Give memory that is free back to the system, where the C library would keep it.
+
+    States that stay come to lie in the gaps that a layer leaves, so that the next layer does not fit there
+    any more, and glibc's heap would grow with every layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
