@@ -458,7 +458,7 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
 
 def output_of(block: BlockPlan) -> str:
     """Path of the module that gives the output of a block: a projection, or all experts of a layer."""
-    return next(iter(block["columns"]), "") or next(iter(block["slices"])).rpartition(".")[0]
+    return next(iter(block["columns"]), "") or next(iter(block["slices"]), "").rpartition(".")[0]
 
 
 def select_heads(core: nn.Module, block: BlockPlan, index: int) -> None:

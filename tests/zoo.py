@@ -991,16 +991,26 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         "text",
     ),
     "hy_v3": ("HYV3ForCausalLM", {**SHARED_MOE, "num_shared_experts": 1}, "text"),
-    "laguna": ("LagunaForCausalLM", {**SHARED_MOE, **SLIDING}, "text"),
+    "laguna": (
+        "LagunaForCausalLM",
+        {**SHARED_MOE, **SLIDING, "shared_expert_intermediate_size": 8},
+        "text",
+    ),
     "lfm3": ("Lfm3ForCausalLM", {**HEAD_DIM, "block_auto_adjust_ff_dim": False}, "text"),
     "mellum": (
         "MellumForCausalLM",
-        {**HEAD_DIM, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**MOE, **SLIDING, "head_dim": 4, "num_local_experts": 4},
         "text",
     ),
     "minimax_m3_vl_text": (
         "MiniMaxM3VLForCausalLM",
-        {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            **HEAD_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "dense_intermediate_size": 12,
+            "shared_intermediate_size": 8,
+        },
         "text",
     ),
     "molmo2_text": ("Molmo2TextModel", HEAD_DIM, "text"),
@@ -1084,7 +1094,6 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         "clip",
     ),
     "flava_text_model": ("FlavaTextModel", ENCODER, "text"),
-    "videoprism_text_model": ("VideoPrismTextModel", ENCODER, "text"),
     "xclip_text_model": ("XCLIPTextModel", TEXT_TOWER, "text"),
     # more models of images and sound
     "flava_image_model": ("FlavaImageModel", IMAGE, "image"),

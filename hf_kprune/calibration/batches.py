@@ -225,7 +225,8 @@ class Calibration:
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
         # how many tokens an image or a sound makes is the model's business
-        shapes = [str(value.shape) for value in inputs.values() if floats(value)]
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        shapes = [str(value.shape) for value in [each for each in tensors if floats(each)] or tensors]
         seen = " ".join([name, *shapes])
         if mask is not None or seen not in self.sizes:
             with in_eval_mode(model), first_run(model, inputs):

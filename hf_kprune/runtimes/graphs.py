@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ArgumentError, CheckpointError
 from ..structure.facts import example_inputs
+from ..structure.sublayers import find_sublayers
 
 
 TOLERANCE = 1e-3
@@ -52,20 +53,36 @@ def write(model: PreTrainedModel, folder: Path, exporter: Any, config: Any) -> N
     """Trace a model with inputs of any batch and length, write it, read it back and compare."""
     from transformers.exporters.base import ExportedModel
 
+    check_caches(model)
     inputs = {name: value for name, value in example_inputs(model).items() if name != "use_cache"}
+    larger = {name: enlarged(value) for name, value in inputs.items()}
+    generates = model.can_generate() and not model.config.is_encoder_decoder
+    export = exporter.export_for_generation if generates else exporter.export
     with torch.no_grad():
-        if model.can_generate() and not model.config.is_encoder_decoder:
-            exported = exporter.export_for_generation(model, inputs, config=config)
-        else:
-            exported = exporter.export(model, inputs, config=config)
-        exported.save_pretrained(folder)
-        again = ExportedModel.from_pretrained(folder)
-        first = next(iter(again.runners.values()))
-        larger = {name: enlarged(value) for name, value in inputs.items()}
-        if "position_ids" in first.metadata.kwargs:  # which generation passes
-            places = torch.arange(larger["input_ids"].shape[1], device=model.device)
-            larger["position_ids"] = places.expand_as(larger["input_ids"])
-        compare(first(**larger), model(**larger))
+        try:
+            export(model, inputs, config=config).save_pretrained(folder)
+            first = next(iter(ExportedModel.from_pretrained(folder).runners.values()))
+            if "position_ids" in first.metadata.kwargs:  # which generation passes
+                places = torch.arange(larger["input_ids"].shape[1], device=model.device)
+                larger["position_ids"] = places.expand_as(larger["input_ids"])
+            outputs = first(**larger)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{type(exporter).__name__} of transformers cannot write {type(model).__name__} as it is, or "
+                "what it writes does not run: what is above says where. Take another format, or uniform=True"
+            ) from error
+        compare(outputs, model(**larger))
+
+
+def check_caches(model: PreTrainedModel) -> None:
+    """Raise `ArgumentError` if a language model has an attention without heads, for which a graph would have
+    a cache without entries, which runtimes do not take."""
+    emptied = [s.name for s in find_sublayers(model) if s.unit.has_heads and not s.num_units]
+    if model.can_generate() and emptied:
+        raise ArgumentError(
+            f"{', '.join(emptied)} lost all heads, and a graph cannot hold a cache for none: prune with "
+            "min_heads=1, or export as gguf"
+        )
 
 
 def enlarged(value: torch.Tensor) -> torch.Tensor:

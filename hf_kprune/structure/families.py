@@ -1036,7 +1036,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "owlv2_vision_model": (_CLIP_VISION,),
     "tipsv2_text_model": (_CLIP,),
     "xclip_text_model": (_CLIP,),
-    "videoprism_text_model": (replace(_DINO, layers="layers", mask="attention_mask"),),
     "blip_2_qformer": (_QFORMER,),
     "blip_2_vision_model": (_BLIP_VISION,),
     "blip_text_model": (_BERT_DECODER,),
@@ -1126,7 +1125,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     ),
     "csm_depth_decoder_model": (_LLAMA,),
     "emu3_text_model": (_LLAMA,),
-    "flint": (_MOE,),
+    "flint": (replace(_MOE, blocks=(_LLAMA_ATTENTION, _LLAMA_FFN, _EXPERTS, _SHARED_EXPERT)),),
     "granite4_vision_text": (replace(_LLAMA, residual="residual_multiplier"),),
     "hunyuan_v1_moe": (
         replace(
@@ -1141,7 +1140,11 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ),
     ),
     "hy_v3": (_MOE,),
-    "laguna": (replace(_MOE, blocks=(_GATED_HEADS, *_MOE.blocks[1:]), uniform={}),),
+    "laguna": (
+        replace(
+            _MOE, blocks=(_GATED_HEADS, _LLAMA_FFN, _SHARED_EXPERT, _SHARED_EXPERTS, _EXPERTS), uniform={}
+        ),
+    ),
     "lfm3": (
         replace(
             _LFM2,
