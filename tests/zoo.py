@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -1197,7 +1198,8 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
     class_name, config, _ = ZOO[name]
     torch.default_generator.manual_seed(seed)
     model_class = getattr(transformers, class_name)
-    model = model_class(AutoConfig.for_model(name.split(":")[0], **config)).to(dtype).eval()
+    settings = copy.deepcopy(config)  # some versions take their parts apart
+    model = model_class(AutoConfig.for_model(name.split(":")[0], **settings)).to(dtype).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):  # fixed positions are not saved
             parameter += 0.2 * torch.randn_like(parameter)
