@@ -92,7 +92,7 @@ class Comparison:
     remarks: list[str] = field(default_factory=list)
 
     def document(self) -> Document:
-        """All that was found: sizes and figures, times, and what is to be said of them."""
+        """The whole of it: sizes and figures, times, and what is to be said of them."""
         first, second = self.sizes
         sizes: tuple[tuple[str, float, float, str], ...] = (
             ("parameters", first.parameters, second.parameters, ",.0f"),
@@ -172,8 +172,9 @@ def compare(  # noqa: PLR0913
     Example:
 
         >>> import hf_kprune
-        >>> found = hf_kprune.compare("examples/sst2-tiny", "examples/sst2-tiny", batch_sizes=[1], rounds=2)
-        >>> found.sizes[0] == found.sizes[1], [timing.length for timing in found.timings]
+        >>> name = "examples/sst2-tiny"
+        >>> comparison = hf_kprune.compare(name, name, batch_sizes=[1], rounds=2)
+        >>> comparison.sizes[0] == comparison.sizes[1], [each.length for each in comparison.timings]
         (True, [16, 128])
     """
     if rounds < 1:

@@ -223,22 +223,22 @@ class Calibration:
         if ids is not None and key in ("attention_mask", "decoder_attention_mask"):
             self.stacks_of_ids.add(name)
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
-        samples = next(len(value) for value in inputs.values() if isinstance(value, Tensor))
-        # how many tokens an image or a sound makes is the model's business
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-        shapes = [str(value.shape) for value in [each for each in tensors if floats(each)] or tensors]
-        seen = " ".join([name, *shapes])
-        if mask is not None or seen not in self.sizes:
+        samples = len(tensors[0])
+        # how many tokens an image or a sound makes is the model's business
+        shapes = [str(each.shape) for each in list(filter(floats, tensors)) or tensors]
+        form = " ".join([name, *shapes])
+        if mask is not None or form not in self.sizes:
             with in_eval_mode(model), first_run(model, inputs):
                 run_to = run_to_memory if memory else run_to_bottom
-                self.sizes[seen] = run_to(model, to_model(inputs, model), sublayer).shape[:2]
-            tokens = self.sizes[seen][1]
+                self.sizes[form] = run_to(model, to_model(inputs, model), sublayer).shape[:2]
+            tokens = self.sizes[form][1]
             framing = next((module for module in model.modules() if masks_frames(module)), None)
             if mask is not None and mask.shape != (samples, tokens) and framing is not None:
                 return frame_mask(framing, mask, tokens)
             if mask is not None and mask.dim() == 2 and mask.shape[1] <= tokens:  # queries come first
                 return F.pad(mask.bool(), (tokens - mask.shape[1], 0), value=True)
-        return torch.ones(self.sizes[seen], dtype=torch.bool, device=self.accelerator.device)
+        return torch.ones(self.sizes[form], dtype=torch.bool, device=self.accelerator.device)
 
     @cached_property
     def lengths(self) -> dict[str, float]:

@@ -119,15 +119,15 @@ def layout(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int], list[i
         tensors.pop("output.weight", None)
     heads, kv_heads, neurons = list[int](), list[int](), list[int]()
     for layer in range(model.config.num_hidden_layers):
-        found = tensors_of_layer(state, layer, size, width)
-        heads.append(len(found["attn_q.weight"]) // size)
-        kv_heads.append(len(found["attn_k.weight"]) // size)
-        neurons.append(len(found["ffn_up.weight"]))
+        of_layer = tensors_of_layer(state, layer, size, width)
+        heads.append(len(of_layer["attn_q.weight"]) // size)
+        kv_heads.append(len(of_layer["attn_k.weight"]) // size)
+        neurons.append(len(of_layer["ffn_up.weight"]))
         for name, count in (("attn_q", heads[-1]), ("attn_k", kv_heads[-1])):
             for part in (f"{name}.weight", f"{name}.bias"):
-                if part in found:
-                    found[part] = rotated(found[part], count)
-        tensors |= {f"blk.{layer}.{name}": tensor for name, tensor in found.items()}
+                if part in of_layer:
+                    of_layer[part] = rotated(of_layer[part], count)
+        tensors |= {f"blk.{layer}.{name}": tensor for name, tensor in of_layer.items()}
     unnamed = [name for name, tensor in state.items() if tensor.numel() and "rotary_emb" not in name]
     if unnamed:
         raise ArgumentError(f"format 'gguf' cannot hold this model: there is no place for {unnamed[0]}")
@@ -143,19 +143,19 @@ def tensors_of_layer(state: dict[str, Tensor], layer: int, size: int, width: int
         size: Columns of a head.
         width: Columns of the residual stream.
     """
-    found = {}
+    of_layer = {}
     for old, new in LAYER.items():
         for part in ("weight", "bias"):
             tensor = state.pop(f"model.layers.{layer}.{old}.{part}", None)
             if tensor is not None and tensor.numel():
-                found[f"{new}.{part}"] = tensor
-    if "attn_q.weight" not in found:
+                of_layer[f"{new}.{part}"] = tensor
+    if "attn_q.weight" not in of_layer:
         rows = dict.fromkeys(("attn_q.weight", "attn_k.weight", "attn_v.weight"), torch.zeros(size, width))
-        found |= rows | {"attn_output.weight": torch.zeros(width, size)}
-    if "ffn_up.weight" not in found:
-        found |= dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), torch.zeros(LEAST, width))
-        found |= {"ffn_down.weight": torch.zeros(width, LEAST)}
-    return found
+        of_layer |= rows | {"attn_output.weight": torch.zeros(width, size)}
+    if "ffn_up.weight" not in of_layer:
+        of_layer |= dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), torch.zeros(LEAST, width))
+        of_layer |= {"ffn_down.weight": torch.zeros(width, LEAST)}
+    return of_layer
 
 
 def rotated(tensor: Tensor, heads: int) -> Tensor:
