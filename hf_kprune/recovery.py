@@ -161,7 +161,7 @@ def arguments_of(
         "bf16": fast and not options.get("fp16"),
         "train_sampling_strategy": "group_by_length" if texts else "random",
         "seed": pruner.args.seed,
-        "use_cpu": pruner.args.use_cpu,
+        "use_cpu": device == "cpu",
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",

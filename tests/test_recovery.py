@@ -87,11 +87,14 @@ def test_options_that_cannot_be_are_refused_before_anything_runs() -> None:
         pruner.recover(learning=1.0)
 
 
-def test_half_precision_stays_what_it_is() -> None:
+def test_half_precision_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with instructions for bfloat16, too, where nobody has asked for the CPU."""
+    monkeypatch.setattr("hf_kprune.recovery.multiplies_bfloat16", lambda: True)
     pruner = pruner_of(shallow(num_hidden_layers=1).to(torch.bfloat16))
     pruner.prune(inplace=False)
     recovery = pruner.recover(minutes=5, max_steps=6, learning_rate=1e-2)
     assert recovery.distance_after < recovery.distance_before
+    assert recovery.arguments["bf16"] == "True"
     assert {p.dtype for p in pruner.model.parameters()} == {torch.bfloat16}
 
 
