@@ -116,7 +116,7 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
         'sums["energy"] += a.double().abs().sum(0)',
         SUMS,
     ),
-    ('sums["metric"] += gram_of(g[valid]', 'sums["metric"] += gram_of(g[valid].abs()', SUMS),
+    ('add_gram(sums["metric"], g[valid]', 'add_gram(sums["metric"], g[valid].abs()', SUMS),
     ('["absolute"] += by_sample.abs().sum(0)', '["absolute"] += by_sample.sum(0)', SUMS),
     ("square[place] += g.square().sum(0)", "square[place] += g.sum(0).square()", SUMS),
     ("return float(sums[0] / sums[1])", "return float(sums[0])", DISTANCE),

@@ -22,7 +22,7 @@ from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.methods.base import Statistics
 from hf_kprune.methods.least_squares import DAMPING, NormalEquations, correct_drift
 from hf_kprune.methods.search import convex_slopes, split, threshold_search
-from hf_kprune.methods.surgeon import covariance, eliminate, root_of
+from hf_kprune.methods.surgeon import eliminate, inverse_covariance, root_of
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import correct_inputs
 
@@ -58,7 +58,7 @@ def test_eliminated_units_cost_what_explicit_least_squares_leaves(
     moments, weight, metric = problem(columns, residual, seed)
     for share in (0.03, 0.4):
         monkeypatch.setattr(hf_kprune.methods.surgeon, "SHARE", share)
-        losses = eliminate(moments, weight, root_of(metric), width)
+        losses = eliminate(moments.inverse(), weight, root_of(metric), width)
         order = losses.argsort().tolist()
         gone = [[unit * width + c for unit in order[:n] for c in range(width)] for n in range(len(order) + 1)]
         explicit = torch.tensor([least_loss(moments, weight, metric, g) for g in gone], dtype=torch.float64)
@@ -78,7 +78,8 @@ def test_what_an_intercept_takes_over_costs_nothing() -> None:
     sums = features.T @ features, features.sum(0), 50
     weight, metric = torch.randn(3, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     with_bias, without = (
-        eliminate(covariance(*sums, centred, 0.0)[0], weight, root_of(metric), 1) for centred in (True, False)
+        eliminate(inverse_covariance(*sums, centred, 0.0)[0], weight, root_of(metric), 1)
+        for centred in (True, False)
     )
     assert int(with_bias.argmin()) == 2
     assert float(with_bias[2]) < 1e-6 < float(without[2])
@@ -314,8 +315,8 @@ def test_moments_about_a_large_mean_are_those_of_what_varies(dtype: torch.dtype)
     equations = NormalEquations.zeros(6, 6, torch.device("cpu"))
     for batch in features.split(64):
         equations.add(batch, batch, batch, dtype)
-    moments, _ = covariance(equations.gram, equations.feature_sum, 600, True, 0.0)
-    torch.testing.assert_close(moments, exact.T @ exact / 600, rtol=1e-5, atol=1e-6)
+    inverse, _ = inverse_covariance(equations.gram, equations.feature_sum, 600, True, 0.0)
+    torch.testing.assert_close(inverse.inverse(), exact.T @ exact / 600, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(equations.cross, equations.gram)
     torch.testing.assert_close(equations.feature_sum, features.double().sum(0), rtol=1e-6, atol=1e-4)
 
@@ -324,10 +325,12 @@ def test_damping_that_rounding_asks_for_is_no_more_than_that_and_is_reported() -
     features = torch.randn(30, 4).repeat(1, 3).float()  # each column three times
     centred = NormalEquations.zeros(12, 12, torch.device("cpu"))
     centred.add(1e3 * features, features, features, torch.float32)
-    moments, damping = covariance(centred.gram, centred.feature_sum, 30, True, 0.0)
-    assert bool((torch.linalg.eigvalsh(moments) > 0).all())
+    before = centred.gram.clone()
+    inverse, damping = inverse_covariance(centred.gram, centred.feature_sum, 30, True, 0.0)
+    assert torch.equal(centred.gram, before)
+    assert bool((torch.linalg.eigvalsh(inverse) > 0).all())
     assert 0 < damping < 1e-4
-    _, ordinary = covariance(
+    _, ordinary = inverse_covariance(
         torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 5, True, 0.0
     )
     assert ordinary == DAMPING

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import BY_TWO, Statistics
-from ..methods.least_squares import Centred, add_products, gram_of
+from ..methods.least_squares import Centred, add_gram, add_products
 from ..processes import together
 from ..structure.hooks import State
 from ..structure.sublayers import Sublayer
@@ -180,7 +180,7 @@ def add_pass(
         sums["fisher"] += torch.einsum("beu,bev->euv", parts, parts)
         sums["absolute"] += by_sample.abs().sum(0)
     if "metric" in sums:
-        sums["metric"] += gram_of(g[valid].to(calibration.dtype))
+        add_gram(sums["metric"], g[valid].to(calibration.dtype))
 
 
 def statistics_of(

@@ -71,20 +71,22 @@ class Centred:
 def add_products(sums: Tensor, a: Centred, b: Centred) -> None:
     """Add A^T B of as many tokens A (n, C) and B (n, D) to float64 sums (C, D): what is left of the centres
     is multiplied in its own precision, the centres themselves in float64."""
-    sums += gram_of(a.rest) if a is b else a.rest.T @ b.rest
+    if a is b:
+        add_gram(sums, a.rest)
+    else:
+        sums += a.rest.T @ b.rest
     if a.rest.dtype != torch.float64:
-        sums += torch.stack([a.centre, a.rest_sum], 1) @ torch.stack([b.total(), b.centre])
+        sums.addmm_(torch.stack([a.centre, a.rest_sum], 1), torch.stack([b.total(), b.centre]))
 
 
-def gram_of(x: Tensor) -> Tensor:
-    """X^T X of X (n, C), (C, C): the upper half, in strips of `STRIP` rows, and its mirror image."""
-    columns = x.shape[1]
-    gram = x.new_empty(columns, columns)
-    for start in range(0, columns, STRIP):
-        stop = min(start + STRIP, columns)
-        gram[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
-        gram[stop:, start:stop] = gram[start:stop, stop:].T
-    return gram
+def add_gram(sums: Tensor, x: Tensor) -> None:
+    """Add X^T X of X (n, C) to float64 sums (C, C): the upper half, in strips of `STRIP` rows, and its mirror
+    image."""
+    for start in range(0, x.shape[1], STRIP):
+        stop = min(start + STRIP, x.shape[1])
+        strip = x[:, start:stop].T @ x[:, start:]
+        sums[start:stop, start:] += strip
+        sums[stop:, start:stop] += strip[:, stop - start :].T
 
 
 @dataclass
@@ -377,19 +379,22 @@ def damped_cholesky(gram: Tensor, scale: float, pull: Tensor | float) -> tuple[T
     rounding asks for.
 
     Args:
-        gram: G, (C, C), float64, positive semidefinite up to rounding.
+        gram: G, (C, C), float64, positive semidefinite up to rounding. Its diagonal is changed on the way, and is as it was
+            in the end.
         scale: What the floor is relative to, over 0.
         pull: The part of the damping that is wanted, (C,) or one number.
 
     Raises:
         ValueError: If G is far from that, or holds NaN or Inf.
     """
-    floor = DAMPING
-    while floor < 1:
-        damped = gram.clone()
-        damped.diagonal().add_(pull + floor * scale)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and bool(factor.isfinite().all()):  # on a GPU NaN has been seen with no failure
-            return factor, floor
-        floor *= 10
+    floor, diagonal = DAMPING, gram.diagonal().clone()
+    try:  # a copy of the matrix would take as much memory as the factor
+        while floor < 1:
+            gram.diagonal().copy_(diagonal + pull + floor * scale)
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            if not failed and bool(factor.isfinite().all()):  # on a GPU NaN has been seen with no failure
+                return factor, floor
+            floor *= 10
+    finally:
+        gram.diagonal().copy_(diagonal)
     raise ValueError("a matrix of second moments is not positive semidefinite, or holds NaN or Inf")

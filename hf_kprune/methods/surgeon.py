@@ -60,9 +60,9 @@ class Surgeon(Method):
         assert s.gram is not None
         assert s.metric is not None
         centred = self.tune_bias and s.has_bias
-        moments, s.damping = covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
+        inverse, s.damping = inverse_covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
         root = self.root(s.metric) / s.samples**0.5
-        return eliminate(moments, s.weight, root, s.unit_width) / s.cost
+        return eliminate(inverse, s.weight, root, s.unit_width) / s.cost
 
     def root(self, metric: Tensor) -> Tensor:
         """The square root of a metric, see `root_of`: experts have one in common."""
@@ -74,11 +74,12 @@ class Surgeon(Method):
         return tune_weight(equations, weight, bias, self.ridge, self.tune_bias)
 
 
-def covariance(
+def inverse_covariance(
     gram: Tensor, feature_sum: Tensor, tokens: int, centred: bool, ridge: float
 ) -> tuple[Tensor, float]:
-    """Second moments of features per token, (C, C), about their mean if `centred`, with `ridge` relative to
-    their mean square, and the damping beyond it, relative as well, that makes them positive definite.
+    """The inverse of the second moments of features per token, (C, C), about their mean if `centred`, with
+    `ridge` relative to their mean square, and the damping beyond it, relative as well, that makes them positive
+    definite.
 
     What an intercept can take over costs nothing, so moments about the mean are what counts where the bias is
     tuned.
@@ -89,12 +90,12 @@ def covariance(
         mean = feature_sum / tokens
         moments.addr_(mean, mean, alpha=-1)
     scale = max(float(moments.diagonal().mean()) if len(moments) else 0.0, ROUNDING * square) or 1.0
-    _, damping = damped_cholesky(moments, scale, ridge * scale)
-    moments.diagonal().add_((ridge + damping) * scale)
-    return moments, damping
+    factor, damping = damped_cholesky(moments, scale, ridge * scale)
+    del moments  # three squares at once are enough
+    return torch.cholesky_inverse(factor), damping
 
 
-def eliminate(moments: Tensor, weight: Tensor, root: Tensor, width: int) -> Tensor:
+def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tensor:
     """Loss that each unit adds when it goes, the cheapest first: (U,), float64, rising in the order in which
     they go.
 
@@ -112,17 +113,16 @@ def eliminate(moments: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
     a threshold does not stop there.
 
     Args:
-        moments: S, (C, C), positive definite, columns unit by unit.
+        inverse: S^-1, (C, C), positive definite, columns unit by unit. It is changed.
         weight: W, (D, C).
         root: R, (D, D).
         width: w.
     """
-    left = weight.to(moments.dtype).T @ root  # (C, D)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    losses, order_gone = [moments.new_zeros(1)], []
-    units = torch.arange(len(moments) // width, device=moments.device)
-    stays = torch.ones(len(units), dtype=torch.bool, device=moments.device)
-    columns = torch.arange(width, device=moments.device)
+    left = weight.to(inverse.dtype).T @ root  # (C, D)
+    losses, order_gone = [inverse.new_zeros(1)], []
+    units = torch.arange(len(inverse) // width, device=inverse.device)
+    stays = torch.ones(len(units), dtype=torch.bool, device=inverse.device)
+    columns = torch.arange(width, device=inverse.device)
     while n := int(stays.sum()):
         if width == 1:
             each = left.square().sum(1) / inverse.diagonal()
@@ -146,7 +146,7 @@ def eliminate(moments: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
             q = (stays.nonzero() * width + columns).flatten()
             inverse, left = inverse[q][:, q], left[q]
             units, stays = units[stays], stays[stays]
-    slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(moments.device)
+    slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(inverse.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes
 
 

@@ -10,7 +10,7 @@ from .hooks import State
 from .offload import Folder
 
 
-MEMORY = 2**27
+MEMORY = 2**26
 """Bytes of states that a shelf keeps in the machine's memory; further ones wait in temporary files."""
 
 SHARE = 16
