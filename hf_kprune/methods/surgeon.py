@@ -78,8 +78,8 @@ def inverse_covariance(
     gram: Tensor, feature_sum: Tensor, tokens: int, centred: bool, ridge: float
 ) -> tuple[Tensor, float]:
     """The inverse of the second moments of features per token, (C, C), about their mean if `centred`, with
-    `ridge` relative to their mean square, and the damping beyond it, relative as well, that makes them positive
-    definite.
+    `ridge` relative to their mean square, and the damping beyond it, relative as well, that makes them
+    positive definite.
 
     What an intercept can take over costs nothing, so moments about the mean are what counts where the bias is
     tuned.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def write(model: PreTrainedModel, folder: Path, exporter: Any, config: Any) -> N
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise CheckpointError(
                 f"{type(exporter).__name__} of transformers cannot write {type(model).__name__} as it is, or "
-                "what it writes does not run: what is above says where. Take another format, or uniform=True"
+                f"what it writes does not run ({shorten(str(error), 200)}). Take another format, or "
+                "uniform=True"
             ) from error
         compare(outputs, model(**larger))
 
