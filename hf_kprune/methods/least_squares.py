@@ -379,8 +379,8 @@ def damped_cholesky(gram: Tensor, scale: float, pull: Tensor | float) -> tuple[T
     rounding asks for.
 
     Args:
-        gram: G, (C, C), float64, positive semidefinite up to rounding. Its diagonal is changed on the way, and
-            is as it was in the end.
+        gram: G, (C, C), float64, positive semidefinite up to rounding. Its diagonal is changed on the way,
+            and is as it was in the end.
         scale: What the floor is relative to, over 0.
         pull: The part of the damping that is wanted, (C,) or one number.
 
