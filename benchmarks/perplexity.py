@@ -90,10 +90,19 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
     return math.exp(total / count)
 
 
+def of_experts(model: PreTrainedModel, share: float) -> dict[str, Any]:
+    """The options by which whole experts go with a share of their parameters, and nothing else does."""
+    mixtures = [s for s in find_sublayers(model, expert_unit="expert") if s.is_mixture]
+    gone = share * sum(s.num_units * s.unit_parameters for s in mixtures)
+    target = {"sparsity": None, "target_params": math.ceil(model.num_parameters() - gone)}
+    return {"expert_unit": "expert", "prune_heads": False, "prune_ffn": False, **target}
+
+
 def untuned(dense: PreTrainedModel, report: PruningReport) -> PreTrainedModel:
     """The dense model without the units that a run removed; the weights that are left are its own."""
     model = copy.deepcopy(dense)
-    for sublayer, entry in zip(find_sublayers(model), report.sublayers, strict=True):
+    sublayers = find_sublayers(model, expert_unit=report.arguments["expert_unit"])
+    for sublayer, entry in zip(sublayers, report.sublayers, strict=True):
         mask = torch.zeros(entry.units, dtype=torch.bool)
         mask[entry.kept] = True
         cut(sublayer, mask)
@@ -116,6 +125,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--uniform", action="store_true", help="Leave all layers alike, a stock checkpoint.")
     parser.add_argument(
+        "--experts",
+        action="store_true",
+        help="Remove whole experts of a mixture, and so much of the parameters of all of them.",
+    )
+    parser.add_argument(
         "--untuned", action="store_true", help="Also the same cuts with the dense model's own weights."
     )
     parser.add_argument("--window", type=int, default=512, help="Tokens of a window, and of a block.")
@@ -137,17 +151,18 @@ def main() -> None:
     done = {key_of(line, KEY) for line in read_lines(args.output)}
     for seed, method, sparsity in itertools.product(args.seeds, args.method, args.sparsity):
         values = (args.model.name, method, sparsity, seed, args.uniform, args.window, args.split)
-        line = dict(zip(KEY, (*values, args.tokens, args.calibration, args.options), strict=True))
+        named = {"expert_unit": "expert", **args.options} if args.experts else args.options
+        line = dict(zip(KEY, (*values, args.tokens, args.calibration, named), strict=True))
         if key_of(line, KEY) in done:
             continue
         of_dense = perplexity(dense, ids, args.window) if of_dense is None else of_dense
         rows = draw_blocks(train, tokenizer, args.calibration // args.window, args.window, seed)
         options = {"num_tokens": args.calibration, "per_device_batch_size": 4, "uniform": args.uniform}
+        options |= {"sparsity": sparsity, "seed": seed, **args.options}
+        options |= of_experts(dense, sparsity) if args.experts else {}
         model, begin = copy.deepcopy(dense), time.process_time()
         try:
-            report = prune(
-                model, method, rows, tokenizer, sparsity=sparsity, seed=seed, **options | args.options
-            )
+            report = prune(model, method, rows, tokenizer, **options)
         except BudgetError as error:
             print(f"{method} {sparsity:.0%} seed {seed}: {error}", flush=True)
             continue

@@ -62,8 +62,8 @@ class KPruneArguments:
     `latency_batch_size` and `latency_length` say what is timed, `flops_length` says for which length of
     sequence FLOPs count.
 
-    `prune_heads`, `prune_ffn`, `prune_experts`, `towers`, `head_unit`, `uniform`, `min_heads`, `min_neurons`,
-    `round_to` say what may go.
+    `prune_heads`, `prune_ffn`, `prune_experts`, `towers`, `head_unit`, `expert_unit`, `uniform`, `min_heads`,
+    `min_neurons`, `round_to` say what may go.
 
     > With what data
 
@@ -155,7 +155,7 @@ class KPruneArguments:
     prune_heads: bool = option(True, "Prune attention heads.")
     prune_ffn: bool = option(True, "Prune FFN neurons.")
     prune_experts: bool = option(
-        True, "Prune the neurons of the experts of a mixture of experts. All experts of a layer keep as many."
+        True, "Prune the experts of a mixture of experts: their neurons, or, by expert_unit, whole ones."
     )
     towers: list[str] | None = option(
         None,
@@ -168,6 +168,13 @@ class KPruneArguments:
         "Prune grouped queries in this unit. A group is a key-value head with its query heads. A query is "
         "one query head of every group, and leaves keys, values and their cache as they are.",
         choices=CHOICES["head_unit"],
+    )
+    expert_unit: str = option(
+        "neuron",
+        "Prune mixtures of experts in this unit. A neuron is one of an expert, and all experts of a layer "
+        "keep as many. An expert goes with its row of the router, which saves parameters but no FLOPs, as "
+        "tokens are sent to as many others: give target_params or target_bytes.",
+        choices=CHOICES["expert_unit"],
     )
     uniform: bool = option(
         False,

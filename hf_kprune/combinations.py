@@ -34,6 +34,7 @@ class Options(Protocol):
     prune_heads: bool
     prune_ffn: bool
     prune_experts: bool
+    expert_unit: str
     uniform: bool
     text_columns: list[str] | None
     towers: list[str] | None
@@ -68,6 +69,9 @@ def check_combinations(args: Options) -> None:
         able = [name for name, method in METHODS.items() if method.in_time]
         check("method", args.method in able, f"with {budget}, one of {', '.join(able)}")
         check("uniform", not args.uniform, f"False with {budget}")
+    if args.prune_experts and args.expert_unit == "expert":
+        able = [name for name, method in METHODS.items() if method.in_whole_experts]
+        check("method", args.method in able, f"with expert_unit='expert', one of {', '.join(able)}")
     some = args.prune_heads or args.prune_ffn or args.prune_experts or (budget, value) == ("sparsity", 0)
     check("prune_heads", some, "True, or prune_ffn=True, or prune_experts=True, or sparsity=0")
     for name in ("tune_bias", "tune_inputs"):

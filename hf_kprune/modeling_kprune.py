@@ -57,6 +57,9 @@ ALIGNED = 8
 """Experts of a width that is no multiple of it are computed one by one, as transformers does by itself: the
 kernels that compute all at once read rows of whole 16 bytes."""
 
+WHOLE = "expert"
+"""What the units of a mixture of experts are where whole experts have gone: `BlockPlan.by`."""
+
 Returns = str | Sequence[str | None] | None
 """What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, `"[y]"` a list of it,
 None is None."""
@@ -69,11 +72,11 @@ class BlockPlan(TypedDict):
     """`"attention"`, `"cross_attention"`, `"ffn"` or `"experts"`."""
     by: str
     """What its units are where queries are grouped, `"group"` or `"query"`; `"borrowed"` where keys and
-    values are another layer's."""
+    values are another layer's; `"expert"` where they are whole experts."""
     of: int
     """Units of each layer before pruning."""
     kept: list[int | None]
-    """Units that each layer has, or each expert of it; None in one that lacks the block."""
+    """Units that each layer has, neurons each expert of it; None in one that lacks the block."""
     heads: int
     """Query heads in a unit."""
     rows: dict[str, list[int]]
@@ -85,7 +88,8 @@ class BlockPlan(TypedDict):
     table: dict[str, int]
     """Columns of an embedding of positions for each kept unit."""
     slices: dict[str, list[int]]
-    """The dimension of a parameter that has slices for each unit, and its entries for each kept unit."""
+    """The dimension of a parameter or buffer that has slices for each unit, and its entries for each kept
+    unit."""
     select: dict[str, list[Any]]
     """Where an argument of the core has slices, see `SelectHeads`, and the heads that each layer keeps."""
     core: str
@@ -94,6 +98,8 @@ class BlockPlan(TypedDict):
     """What the core returns."""
     weights: NotRequired[bool]
     """Whether the model can take the attention weights of no heads. Default: True."""
+    router: NotRequired[str]
+    """The module that chooses among whole experts, whose logits it returns first."""
 
 
 class StackPlan(TypedDict):
@@ -325,6 +331,21 @@ class SelectHeads:
         return value.index_select(int(self.where), torch.tensor(self.heads, device=value.device))
 
 
+def padded(of: int, _: nn.Module, __: object, output: Any) -> Any:
+    """What a router returns, with logits of so many experts: those that have gone come last, with -inf."""
+    logits, *rest = output
+    gone = logits.new_full((*logits.shape[:-1], of - logits.shape[-1]), float("-inf"))
+    return torch.cat([logits, gone], -1), *rest
+
+
+def pad_logits(router: nn.Module, of: int | None) -> None:
+    """Let a router give logits of so many experts, as models compare those of all layers, or of its own."""
+    for key in [key for key, hook in router._forward_hooks.items() if getattr(hook, "func", None) is padded]:
+        del router._forward_hooks[key]
+    if of is not None:
+        router.register_forward_hook(functools.partial(padded, of))
+
+
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
     """The list of layers at `path` in `model`, or in the base model inside it; None if there is none."""
     prefixes = ["", getattr(model, "base_model_prefix", "") + "."]
@@ -416,12 +437,14 @@ def get_size(layer: nn.Module, path: str) -> Any:
 
 
 def set_slices(layer: nn.Module, path: str, dim: int, indices: torch.Tensor) -> None:
-    """Keep these indices of a dimension of the parameter at `path`; nothing if there is none."""
+    """Keep these indices of a dimension of the parameter or buffer at `path`; nothing if there is none."""
     old = get_size(layer, path)
     if old is not None:
         owner, _, name = path.rpartition(".")
         part = old.detach().index_select(dim, indices.to(old.device))
-        setattr(layer.get_submodule(owner), name, nn.Parameter(part, requires_grad=old.requires_grad))
+        if isinstance(old, nn.Parameter):
+            part = nn.Parameter(part, requires_grad=old.requires_grad)
+        setattr(layer.get_submodule(owner), name, part)
 
 
 def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
@@ -442,8 +465,8 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
     for path, factor in block["sizes"].items():
         if get_size(layer, path) is not None:
             set_size(layer, path, kept * factor)
-    if block["kind"] == "experts" and (kept == 0 or kept % ALIGNED):
-        set_size(layer, f"{output_of(block)}.config._experts_implementation", "eager")
+    if block["kind"] == "experts":
+        adapt_experts(layer, block, kept)
     if core is None:
         return
     if kept == 0:
@@ -456,9 +479,18 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
         select_heads(core, block, index)
 
 
+def adapt_experts(layer: nn.Module, block: BlockPlan, kept: int) -> None:
+    """Let what runs the experts of a layer, or reads what their router gives, take those that are left."""
+    if block.get("by") == WHOLE:
+        pad_logits(layer.get_submodule(block["router"]), block["of"])
+    elif kept == 0 or kept % ALIGNED:
+        set_size(layer, f"{output_of(block)}.config._experts_implementation", "eager")
+
+
 def output_of(block: BlockPlan) -> str:
     """Path of the module that gives the output of a block: a projection, or all experts of a layer."""
-    return next(iter(block["columns"]), "") or next(iter(block["slices"]), "").rpartition(".")[0]
+    experts = (path.removesuffix(".down_proj") for path in block["slices"] if path.endswith(".down_proj"))
+    return next(experts, "") if block["kind"] == "experts" else next(iter(block["columns"]), "")
 
 
 def select_heads(core: nn.Module, block: BlockPlan, index: int) -> None:

@@ -13,6 +13,7 @@ from .validation import hints_of, show
 
 CHOICES = {
     "head_unit": ["group", "query"],
+    "expert_unit": ["neuron", "expert"],
     "measure_dtype": ["float32", "bfloat16"],
     "pooling": ["mean", "cls", "pooler", "none"],
     "statistics_dtype": ["float64", "float32"],

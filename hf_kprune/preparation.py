@@ -148,7 +148,11 @@ class Run:
         lengths = calibration.flops_lengths  # are sums over processes, so what follows is the same on all
         calibration.check_enough_tokens()
         teacher = with_table_per_layer(model)
-        before = model_size(teacher, find_sublayers(teacher), prunable_flops(calibration.sublayers, lengths))
+        before = model_size(
+            teacher,
+            find_sublayers(teacher, args.head_unit, args.expert_unit),
+            prunable_flops(calibration.sublayers, lengths),
+        )
         in_time = any(budget.budget[0] in TIMES for budget in self.budgets)
         if in_time and is_dispatched(model):
             raise ArgumentError(
@@ -283,7 +287,8 @@ class Run:
             student = pruning.student(args, report, past)
         restore(student, model, pruning.modes)
         result = student if report.cut_something else model
-        report.after = model_size(result, find_sublayers(result, args.head_unit), report.after.flops)
+        left = find_sublayers(result, args.head_unit, args.expert_unit)
+        report.after = model_size(result, left, report.after.flops)
         report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
         report.achieved = pruning.achieved(student)
         total = self.seconds.get("prepare", 0.0) + time.perf_counter() - begin
@@ -343,7 +348,8 @@ class Run:
     def report(self, args: KPruneArguments) -> PruningReport:
         """The report of a student, as far as it is known beforehand."""
         model, pruning, calibration = self.model, self.pruning, self.pruning.calibration
-        sublayers, lengths = find_sublayers(model, args.head_unit), calibration.flops_lengths
+        sublayers = find_sublayers(model, args.head_unit, args.expert_unit)
+        lengths = calibration.flops_lengths
         place = None if args.output_dir is None else public_name(args.output_dir)
         figures = figures_of(self.pruner)
         report = PruningReport(

@@ -11,8 +11,9 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from zoo import DISTILBERT, ENCODER
+from zoo import DISTILBERT, ENCODER, ZOO
 
+from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut, write_plan
 
@@ -81,6 +82,15 @@ EVERY_TYPE = slow_unless_in(
     [model_type for model_type in MODEL_TYPES if model_type not in ("camembert", "xlm-roberta")], MODEL_TYPES
 )
 """All model types: by default those of which no two are built alike."""
+
+
+MIXTURES = [
+    name
+    for name in ZOO
+    if name != "gemma4_text"  # has some where its config says so
+    and any(block.kind == "experts" for stack in FAMILIES.get(name, ()) for block in stack.blocks)
+]
+"""Mixtures of experts in the zoo."""
 
 
 def tiny(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checks import assert_same_state, calibration, kept, plans
 from data import collate, normal, rows
-from models import cut_all, slow_unless_in
+from models import MIXTURES, cut_all, slow_unless_in
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import register_parametrization
@@ -42,12 +42,6 @@ from hf_kprune.structure.probes import matrix_flops
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 
 
-MIXTURES = [
-    name
-    for name in ZOO
-    if name != "gemma4_text"  # has some where its config says so
-    and any(block.kind == "experts" for stack in FAMILIES.get(name, ()) for block in stack.blocks)
-]
 IDS = {"input_ids": torch.randint(4, 60, (3, 11), generator=torch.Generator().manual_seed(0))}
 
 

@@ -23,7 +23,7 @@ from hf_kprune.structure.families import FAMILIES, Kind
 from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut
-from hf_kprune.structure.units import KINDS, UNITS, Head, Neuron, QueryHead, Unit
+from hf_kprune.structure.units import KINDS, UNITS, WHOLE_EXPERTS, Head, Neuron, QueryHead, Unit
 
 
 def plans(sublayers: list[Sublayer]) -> dict[str, list[Tensor]]:
@@ -345,7 +345,7 @@ def test_what_units_cost_and_are_called() -> None:
     assert query.columns(2, 6).tolist() == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
     assert head.rows("2q", 2).tolist() == [[*range(24)], [*range(24, 48)]]
     assert query.rows("2q", 2)[0].tolist() == [*range(8), *range(16, 24), *range(32, 40)]
-    assert set(get_args(Kind)) == UNITS.keys() == KINDS.keys()
+    assert set(get_args(Kind)) == UNITS.keys() == KINDS.keys() - {WHOLE_EXPERTS}
 
 
 def test_a_head_of_latent_attention() -> None:

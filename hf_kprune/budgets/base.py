@@ -54,6 +54,9 @@ class Budget:
     meaning: ClassVar[str]
     """What its value is, in words."""
 
+    of_weights: ClassVar[bool] = False
+    """Whether it counts weights, and not what is computed."""
+
     def __init__(
         self, sublayers: list[Sublayer], args: KPruneArguments, lengths: Mapping[str, float], before: Size
     ):
@@ -61,6 +64,7 @@ class Budget:
         self.lengths, self.before = lengths, before
         self.costs = [self.unit_cost(sublayer) for sublayer in sublayers]
         self.total = self.cost_from(0)
+        self.check_units()
         if not self.total:
             raise BudgetError("the model has no heads and no neurons left to prune")
         self.fixed_cost = self.model_cost() - self.total
@@ -108,22 +112,35 @@ class Budget:
     # ---- what all have in common --------------------------------------------------------------------------
 
     def step(self, sublayer: Sublayer) -> int:
-        """The number of which a sublayer keeps a multiple: with experts, of each as many."""
+        """The number of which a sublayer keeps a multiple: of each of its parts as many."""
         each = getattr(self.args, sublayer.unit.multiple) if sublayer.unit.multiple else 1
-        if sublayer.unit.in_experts and sublayer.num_units >= WIDE * sublayer.experts:
+        if sublayer.unit.in_experts and sublayer.num_units >= WIDE * sublayer.parts:
             each = math.lcm(each, ALIGNED)
-        return each * sublayer.experts
+        return each * sublayer.parts
 
     def least(self, sublayer: Sublayer, allowed: list[int] | None) -> int:
         """The units that a sublayer keeps at least."""
         args, units = self.args, sublayer.num_units
-        least: int = getattr(args, sublayer.unit.minimum) * sublayer.experts
+        least = sublayer.unit.least(args) * sublayer.parts
         if not getattr(args, sublayer.unit.prunes):
             return units
         if args.uniform:  # none is left empty, and the config must accept the number
             numbers = allowed or range(max(least, 1), units)
             least = min((n for n in numbers if n >= least), default=units)
         return min(least, units)
+
+    def check_units(self) -> None:
+        """Raise `BudgetError` if units are to go that save nothing of what it counts."""
+        spared = self.of_weights or (self.option, self.asked) == ("sparsity", 0)
+        idle = [s for s in self.sublayers if not s.unit.saves_flops and getattr(self.args, s.unit.prunes)]
+        if idle and not spared:
+            prunable = sum(s.num_units * s.unit_parameters for s in self.sublayers)
+            raise BudgetError(
+                f"{self.option} is {self.asked:,}, {self.meaning}, of which whole experts save nothing: each "
+                "token is sent to as many others in their place. Give target_params (the model has "
+                f"{self.before.parameters:,} parameters, {prunable:,} of them prunable) or target_bytes, or "
+                "pass expert_unit='neuron'"
+            )
 
     def check(self) -> None:
         """Raise `BudgetError` if what must stay costs more than there is."""
@@ -249,7 +266,7 @@ class Budget:
                 "as it is, so nothing is cut"
             )
         for kind in dict.fromkeys(UNITS.values()):
-            alike = [s.num_units // s.experts for s in self.sublayers if type(s.unit) is kind]
+            alike = [s.num_units // s.parts for s in self.sublayers if type(s.unit) is kind]
             largest, least = max(alike, default=0), getattr(args, kind.minimum)
             if getattr(args, kind.prunes) and 0 < largest <= least:
                 remarks.append(
@@ -257,10 +274,10 @@ class Budget:
                     f"{kind.plural}: none of them is pruned"
                 )
         for s, multiple in zip(self.sublayers, self.multiple, strict=True):
-            if 0 < s.num_units < multiple and getattr(args, s.unit.prunes):
+            if s.unit.multiple and 0 < s.num_units < multiple and getattr(args, s.unit.prunes):
                 remarks.append(
-                    f"{s.unit.multiple} is {multiple // s.experts:,}, and {s.name} has "
-                    f"{s.num_units // s.experts:,} {s.unit.plural}: it is kept whole or goes whole"
+                    f"{s.unit.multiple} is {multiple // s.parts:,}, and {s.name} has "
+                    f"{s.num_units // s.parts:,} {s.unit.plural}: it is kept whole or goes whole"
                 )
                 break
         return remarks

@@ -36,6 +36,7 @@ class TargetParams(Budget):
     """So many parameters are left to the model."""
 
     option = "target_params"
+    of_weights = True
     meaning = "the parameters that the model may keep"
 
     def unit_cost(self, sublayer: Sublayer) -> float:
@@ -49,6 +50,7 @@ class TargetBytes(Budget):
     """So many bytes are left to the weights of the model."""
 
     option = "target_bytes"
+    of_weights = True
     meaning = "the bytes that its weights may take"
 
     def unit_cost(self, sublayer: Sublayer) -> float:

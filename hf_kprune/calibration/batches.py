@@ -169,7 +169,7 @@ class Calibration:
         self.step: Callable[[float], None] = lambda _: None
         self.phase: Callable[[str], AbstractContextManager[None]] = untimed
         self.batches: list[Batch] = []
-        self.sublayers = find_sublayers(model, args.head_unit)
+        self.sublayers = find_sublayers(model, args.head_unit, args.expert_unit)
         # whose tokens the outputs are of, also where other towers alone are pruned
         self.last = last_stack(model) if args.towers else self.sublayers[-1]
         self.sizes: dict[str, torch.Size] = {}
@@ -329,7 +329,7 @@ class Calibration:
             tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
             reach, columns = round(tokens * sublayer.share), sublayer.shape[1] // sublayer.experts
             if reach < columns:
-                part = f", of which {reach} reach an expert on average," if sublayer.unit.in_experts else ""
+                part = f", of which {reach} reach an expert on average," if sublayer.is_mixture else ""
                 raise CalibrationError(
                     f"{tokens} calibration tokens (in {len(self.rows.rows)} rows){part} are fewer than the "
                     f"{columns} columns of {sublayer.name}, whose weights they must determine; raise "
@@ -350,7 +350,7 @@ class Calibration:
             sublayers: Its sublayers, if they are at hand already.
         """
         if sublayers is None:
-            sublayers = find_sublayers(model, self.args.head_unit)
+            sublayers = find_sublayers(model, self.args.head_unit, self.args.expert_unit)
         return Walk(model, sublayers, [batch.inputs for batch in self.batches])
 
     def advance(self, walk: Walk) -> None:

@@ -126,7 +126,8 @@ def try_loss(
     Raises:
         CalibrationError: If activations below it are not finite.
     """
-    args, sublayers = calibration.args, find_sublayers(model, calibration.args.head_unit)
+    args = calibration.args
+    sublayers = find_sublayers(model, args.head_unit, args.expert_unit)
     for batch in calibration.batches[:1]:
         # the caller's own loss may count on many rows
         sample = batch if loss.kinds is None else batch.part(0, min(2, batch.samples))

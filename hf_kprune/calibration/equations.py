@@ -196,13 +196,15 @@ def targets(
         stream: X_T + Sub_T(X_T), (B, T, D).
     """
     features, target = tap.features.flatten(0, 1), (stream - tap.stream).flatten(0, 1)
-    if not sublayer.unit.in_experts:
+    if not sublayer.is_mixture:
         yield features[:, sublayer.order], target, slice(None)
         return
-    teacher = reference.teacher
-    teacher.bring(teacher.position)
+    before = sublayer.output  # of whole experts, those that stay are as they were
+    if sublayer.unit.in_experts:
+        reference.teacher.bring(reference.teacher.position)
+        before = reference.teacher.sublayer.output
     parts = features.unflatten(1, (sublayer.experts, -1)).unbind(1)
-    for part, (rows, share) in zip(parts, shares(teacher.sublayer.output, tap.entry, target), strict=True):
+    for part, (rows, share) in zip(parts, shares(before, tap.entry, target), strict=True):
         yield part[rows], share, rows
 
 

@@ -143,14 +143,14 @@ def measure_dense(
 
 def sums_of(calibration: Calibration, sublayer: Sublayer, needs: Collection[str]) -> dict[str, Tensor]:
     """Zeros to add what a method needs to, see `Statistics`."""
-    (width, columns), units, count = sublayer.shape, sublayer.num_units, sublayer.experts
+    (width, columns), units = sublayer.shape, sublayer.num_units
     sums = {name: calibration.zeros(columns) for name in ("energy", "feature_sum")}
     sums["tokens"] = calibration.zeros()
     if "curvature" in needs:
-        each = columns // count
+        count, each = sublayer.experts, columns // sublayer.experts
         sums |= {"gram": calibration.zeros(count, each, each), "metric": calibration.zeros(width, width)}
     if "fisher" in needs:
-        each = units // count
+        count, each = sublayer.parts, units // sublayer.parts
         sums |= {"fisher": calibration.zeros(count, each, each), "absolute": calibration.zeros(units)}
     return sums
 
@@ -168,7 +168,7 @@ def add_pass(
     sums["tokens"] += len(a)
     if "gram" in sums:
         for gram, part in zip(sums["gram"], a.unflatten(1, (len(sums["gram"]), -1)).unbind(1), strict=True):
-            of_experts = part[part.any(1)] if sublayer.unit.in_experts else part
+            of_experts = part[part.any(1)] if sublayer.is_mixture else part
             centred = Centred.of(of_experts.float(), calibration.dtype)
             add_products(gram, centred, centred)
     if gradient is None:
@@ -176,7 +176,7 @@ def add_pass(
     g = gradient.float()
     if "fisher" in sums:
         by_sample = mask_gradients(sublayer, features.float(), g * valid.unsqueeze(-1), batch.samples)
-        parts = by_sample.unflatten(1, (sublayer.experts, -1))
+        parts = by_sample.unflatten(1, (sublayer.parts, -1))
         sums["fisher"] += torch.einsum("beu,bev->euv", parts, parts)
         sums["absolute"] += by_sample.abs().sum(0)
     if "metric" in sums:
@@ -187,7 +187,7 @@ def statistics_of(
     sublayer: Sublayer, cost: float, tokens: float, samples: float, sums: dict[str, Tensor]
 ) -> Statistics:
     """The statistics of a sublayer, their columns in the order of the units."""
-    order, first, weight, count = sublayer.order, sublayer.order, in_unit_order(sublayer), sublayer.experts
+    order, first, weight, count = sublayer.order, sublayer.order, in_unit_order(sublayer), sublayer.parts
     if sublayer.unit.in_experts:  # of which a bias is a column, but no unit
         order = sublayer.columns.flatten().to(weight.device)
         first, weight = slice(None, len(order) // count), weight[:, order]
@@ -195,8 +195,7 @@ def statistics_of(
     by_two = {name: sums[name] for name in BY_TWO if name in sums}
     if "gram" in sums:  # which is not to be there twice
         by_two["gram"] = sums.pop("gram")[:, first][:, :, first]
-    if count == 1:
-        by_two = {name: each[0] for name, each in by_two.items()}
+    by_two = {name: each[0] if len(each) == 1 else each for name, each in by_two.items()}
     statistics = Statistics(
         sublayer.unit.has_heads,
         sublayer.unit_width,
@@ -215,13 +214,14 @@ def statistics_of(
 
 def warn_unreached(sublayer: Sublayer, statistics: Statistics) -> None:
     """Warn of experts to which no token was sent."""
-    experts = enumerate(statistics.parts() if sublayer.unit.in_experts else [])
-    idle = [str(number) for number, part in experts if len(part.energy) and not part.energy.any()]
-    if idle:
+    energies = statistics.energy.view(sublayer.experts, -1)
+    idle = [str(number) for number, each in enumerate(energies) if len(each) and not each.any()]
+    if idle and sublayer.is_mixture:
+        neurons = "the neurons of largest weights stay there, as they are"
+        fate = neurons if sublayer.unit.in_experts else "methods that look at features let it go first"
         warnings.warn(
-            f"no token that was measured is sent to expert {', '.join(idle)} of {sublayer.name}: the "
-            "neurons of largest weights stay there, as they are; give more rows, or others, like those that "
-            "the model is to see",
+            f"no token that was measured is sent to expert {', '.join(idle)} of {sublayer.name}: {fate}; "
+            "give more rows, or others, like those that the model is to see",
             stacklevel=2,
         )
 

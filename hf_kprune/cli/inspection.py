@@ -24,7 +24,6 @@ from ..sizes import model_size
 from ..structure.detect import describe
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers
-from ..structure.units import UNITS
 from ..text import printable
 from .inputs import trying
 from .output import say
@@ -137,11 +136,12 @@ def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
 
 def layers_of(sublayers: Sequence[Sublayer]) -> Table:
     """What is left of each layer, and of how much."""
-    names = {kind: unit.plural for kind, unit in UNITS.items()} | {"cross_attention": "cross-attention heads"}
+    names = {s.kind: s.unit.plural for s in sublayers} | {"cross_attention": "cross-attention heads"}
     kinds = list(dict.fromkeys(s.kind for s in sublayers))
     counts: dict[str, dict[str, tuple[str, str]]] = {}
     for s in sublayers:
-        counts.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = f"{s.num_units}", f"{s.plan['of']}"
+        left = s.plan["kept"][s.index], s.plan["of"]
+        counts.setdefault(f"{s.stack_name}.{s.index}", {})[s.kind] = str(left[0]), str(left[1])
     rows = [
         (layer, *(cell for kind in kinds for cell in units.get(kind, ("-", "-"))))
         for layer, units in counts.items()

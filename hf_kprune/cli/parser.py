@@ -46,6 +46,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "min_neurons",
         "round_to",
         "head_unit",
+        "expert_unit",
         "uniform",
     ),
     "how small (sweep)": ("budgets", "compare_by", "lower_is_better", "max_drop", "refine", "plot"),
@@ -148,7 +149,7 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
 OFF = {
     "prune_heads": "Keep all attention heads.",
     "prune_ffn": "Keep all FFN neurons.",
-    "prune_experts": "Keep all neurons of experts.",
+    "prune_experts": "Keep all experts as they are.",
     "tune": "Leave the weights of the units that stay as they are. Otherwise they are tuned.",
     "remove_unused_columns": "Refuse columns that the model does not take. Otherwise they are dropped.",
 }

@@ -137,7 +137,7 @@ class LatencyTable:
         )
         largest = dict(sorted(zip(kinds, sublayers, strict=True), key=lambda pair: pair[1].num_units))
         numbers = {
-            kind: [s.experts * n for n in counts_to_measure(s.num_units // s.experts)]
+            kind: [s.parts * n for n in counts_to_measure(s.num_units // s.parts)]
             for kind, s in largest.items()
             if s.num_units
         }

@@ -95,5 +95,5 @@ def cut_to(model: PreTrainedModel, counts: Sequence[int], head_unit: str = "grou
     """A copy that keeps `counts` units of each sublayer, as fast as any that keeps as many. Others are
     shared."""
     sublayers = find_sublayers(model, head_unit)
-    masks = [s.numbers < n // s.experts for s, n in zip(sublayers, counts, strict=True)]
+    masks = [s.numbers < n // s.parts for s, n in zip(sublayers, counts, strict=True)]
     return cut_twin(model, masks, head_unit)

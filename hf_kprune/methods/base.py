@@ -51,7 +51,8 @@ class Statistics:
         absolute: Sum over sequences of |g| of those, (U,), float64.
         experts: Experts that share out the units among them evenly, one after the other, and of which each is
             scored by itself (`parts`); else 1. Of several, `gram` and `fisher` are those of each, (E, U / E,
-            U / E).
+            U / E). Of whole experts, which are units, they are the groups among which a router chooses, and
+            `gram` is that of each unit, (U, C / U, C / U).
 
     Attributes:
         damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its
@@ -93,6 +94,8 @@ class Statistics:
         sums = {name: getattr(self, name) for name in BY_COLUMN if getattr(self, name) is not None}
         each = {name: value.unflatten(-1, (self.experts, -1)) for name, value in sums.items()}
         each |= {name: value for name in BY_TWO if (value := getattr(self, name)) is not None}
+        if self.gram is not None and len(self.gram) > self.experts:
+            each["gram"] = self.gram.unflatten(0, (self.experts, -1))
         return [
             replace(
                 self,
@@ -179,6 +182,9 @@ class Method:
     """Whether score times cost is an importance that adds up, so that units can be searched for a budget of
     time."""
 
+    in_whole_experts: ClassVar[bool] = True
+    """Whether it scores whole experts, and not single neurons alone."""
+
     ridge: float | None = 0.0
     """Pull of what is tuned towards what it was, see `tune_weight`; None chooses it for each sublayer."""
 
@@ -254,8 +260,8 @@ class Method:
             if not each.tokens:
                 fits.append(fit_of(each, columns, None))
             elif has_bias_columns and not self.tune_bias:
-                last = columns[:, -1:].double()
-                fit = self.tune(without_bias(each, last[:, 0]), columns[:, :-1], None, unit_width)
+                last, rest = columns[:, -1:].double(), columns[:, :-1]
+                fit = self.tune(without_bias(each, last[:, 0]), rest, None, min(unit_width, rest.shape[1]))
                 fits.append(replace(fit, weight=torch.cat([fit.weight, last], 1)))
             else:
                 fits.append(self.tune(each, columns, None, unit_width))

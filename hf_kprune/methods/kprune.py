@@ -72,7 +72,7 @@ class KPrune(Method):
         predictive = mean_squared_gradient(s.gradient_sum, s.gradient_square, s.samples, self.batch)
         represented = representational(s.energy, s.weight, s.tokens)
         knowledge = kwargs.lambda_pred * predictive + kwargs.lambda_rep * represented
-        mu = (s.unit_width if kwargs.mu is None else kwargs.mu) if s.has_heads else 1
+        mu = kwargs.mu if s.has_heads and kwargs.mu is not None else s.unit_width
         return mu * per_unit(knowledge, s.unit_width) / (s.cost / 1e9)
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:

@@ -93,6 +93,7 @@ class KCM(Method):
     """
 
     tunes = True
+    in_whole_experts = False
 
     def score(self, statistics: Statistics) -> Tensor:
         s = statistics

@@ -59,6 +59,8 @@ class Surgeon(Method):
         s = statistics
         assert s.gram is not None
         assert s.metric is not None
+        if s.gram.dim() == 3:
+            return leave(s.gram / s.tokens, s.weight, s.metric / s.samples) / s.cost
         centred = self.tune_bias and s.has_bias
         inverse, s.damping = inverse_covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
         root = self.root(s.metric) / s.samples**0.5
@@ -148,6 +150,21 @@ def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
             units, stays = units[stays], stays[stays]
     slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(inverse.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes
+
+
+def leave(moments: Tensor, weight: Tensor, metric: Tensor) -> Tensor:
+    """Loss of each of E experts that goes, as if what the others give were settled: (E,), float64.
+
+        1/2 tr(F W_e S_e W_e^T)
+
+    Args:
+        moments: S_e, those of the features of each, (E, c, c), zero for tokens that are not sent there.
+        weight: W, (D, E c), expert by expert.
+        metric: F, (D, D).
+    """
+    each = weight.to(moments.dtype).unflatten(1, (len(moments), -1)).transpose(0, 1)
+    squares: Tensor = (metric @ each @ moments) * each
+    return squares.sum((1, 2)) / 2
 
 
 def root_of(metric: Tensor) -> Tensor:

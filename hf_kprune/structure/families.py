@@ -35,11 +35,13 @@ What the strings of a description mean:
     sizes             "heads"             number of query heads
                       "kv_heads"          number of key-value heads
                       "groups"            query heads for each key-value head
-                      "width"             query heads times the size of a head
+                      "width"             query heads times the size of a head, or neurons of an expert
+                      "experts"           number of experts
     select            0, 1                one slice for each head in this dimension
                       "0:batch"           the same in dimension 0, with the batch folded in before it
                       "none"              the argument is replaced by None
     slices            0, 1, 2             one slice for each unit in this dimension, or several
+    router            0, 1                one slice for each expert in this dimension
     kv_heads          "name"              the config attribute
                       "flag ? a : b"      the attribute a where the attribute flag is true, else b
     head_dim          "name"              the config attribute
@@ -54,7 +56,7 @@ from typing import Any, Literal
 Kind = Literal["attention", "cross_attention", "ffn", "experts"]
 Layout = Literal["q", "2q", "h", "kv", "2kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
-Size = Literal["heads", "kv_heads", "groups", "width"]
+Size = Literal["heads", "kv_heads", "groups", "width", "experts"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
 Dimension = Literal[0, 1, 2, "0", "1"]
 """Earlier versions took the numbers as strings, which are still taken."""
@@ -90,6 +92,8 @@ class Block:
         select: Arguments of `core` that carry one slice for each head, and where.
         slices: Parameters, none of a linear module, that hold one slice for each head, or several for each
             neuron of an expert, and where.
+        router: Parameters and buffers outside of the module of the experts that hold one slice for each of
+            them, and where: what goes with a whole expert. Those that a layer lacks are skipped.
         table: An embedding of relative positions with one column for each head, which the first layer of the
             stack holds for all (T5). In a pruned model every layer has its own.
         obstacle: Why its heads cannot be told apart (a norm across all of them), or the config attribute that
@@ -115,6 +119,7 @@ class Block:
     sizes: Mapping[str, Size] = field(default_factory=dict)
     select: Mapping[str, Place] = field(default_factory=dict)
     slices: Mapping[str, Dimension] = field(default_factory=dict)
+    router: Mapping[str, Dimension] = field(default_factory=dict)
     table: str = ""
     obstacle: str = ""
     stays: str = ""
@@ -140,6 +145,9 @@ class Stack:
         head_dim: Config attribute with the size of a head, where there is one. Else it is hidden size /
             heads.
         routes: Config attribute with the number of experts that a token is sent to, where there are experts.
+        experts: Config attributes that may say how many experts there are; those that a config has do.
+        groups: Config attributes with the number of groups of experts, and of those that a router chooses,
+            where it does.
         mask: Model input that marks padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from. Where the model has
             no such stack and is a part of another one, they come from elsewhere in that.
@@ -172,6 +180,8 @@ class Stack:
     kv_heads: str = "num_key_value_heads"
     head_dim: str = "head_dim"
     routes: str = "num_experts_per_tok"
+    experts: tuple[str, ...] = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    groups: tuple[str, str] = ("n_group", "topk_group")
     mask: str = "attention_mask"
     reads: str = ""
     shares: str = ""
@@ -383,14 +393,34 @@ _PARALLEL = replace(
 
 
 def _experts(module: str = "mlp.experts", stream: str | None = "post_attention_layernorm") -> Block:
-    """Experts whose tensors are (experts, rows, columns)."""
+    """Experts whose tensors are (experts, rows, columns), beside a router of any of the names that such have.
+
+    Its logits, and what is added to them, are of its own or of the module that both are in.
+    """
+    around = module.removesuffix("experts")
+    routers = tuple(f"{around}{name}" for name in ("gate", "router", "gate.wg", "router.gate", "router.proj"))
+    biases = (
+        "e_score_correction_bias",
+        "expert_bias",
+        "gate.e_score_correction_bias",
+        "router.per_expert_scale",
+    )
     return Block(
         "experts",
         inputs={},
         output=module,
         stream=stream,
         slices={f"{module}.gate_up_proj": 1, f"{module}.up_proj": 1, f"{module}.down_proj": 2},
-        sizes={f"{module}.intermediate_dim": "width"},
+        router={
+            **{f"{path}.{name}": 0 for path in routers for name in ("weight", "bias")},
+            **{f"{around}{name}": 0 for name in biases},
+            f"{around}gate.moe_statics.e_score_correction_bias": 1,
+        },
+        sizes={
+            f"{module}.intermediate_dim": "width",
+            **{f"{path}.num_experts": "experts" for path in (module, *routers)},
+            **{f"{path}.out_features": "experts" for path in routers},
+        },
     )
 
 
@@ -497,7 +527,7 @@ _GPT_OSS = replace(
                 "mlp.experts.gate_up_proj_bias": 1,
                 "mlp.experts.down_proj": 1,
             },
-            sizes={"mlp.experts.intermediate_size": "width"},
+            sizes={**_EXPERTS.sizes, "mlp.experts.intermediate_size": "width"},
         ),
     ),
 )

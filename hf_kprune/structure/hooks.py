@@ -151,7 +151,7 @@ def featured(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -> Iterat
     """Let `function` see what the output projection of a sublayer reads, (B, T, C) or (B * T, C), and give
     what it is to read instead."""
     output = sublayer.output
-    if sublayer.unit.in_experts:  # nothing in a forward pass of theirs reads the features of all of them
+    if sublayer.is_mixture:  # nothing in a forward pass of theirs reads the features of all of them
 
         def forward(*arguments: Tensor) -> Tensor:
             return output_of(output, function(features_of(output, arguments)))

@@ -6,20 +6,20 @@ another width (OpenELM), each kind of layers has its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import BlockPlan, get_size, has, stacks_of
+from ..modeling_kprune import WHOLE, BlockPlan, get_size, has, stacks_of
 from . import experts
 from .configs import at_layer
 from .coverage import has_block
-from .families import Block, Stack
+from .families import Block, Dimension, Stack
 from .projections import oriented, shape_of
-from .units import BORROWED, UNITS, Unit
+from .units import BORROWED, UNITS, Expert, Unit
 
 
 @dataclass
@@ -40,7 +40,12 @@ class Group:
 
 
 def plans_of(
-    config: Any, stack: Stack, layers: nn.ModuleList, block: Block, head_unit: str | None
+    config: Any,
+    stack: Stack,
+    layers: nn.ModuleList,
+    block: Block,
+    head_unit: str | None,
+    expert_unit: str | None,
 ) -> Iterator[tuple[Block, Unit, BlockPlan]]:
     """The entries of a block, each with the block and what a unit is, from the lowest layer up.
 
@@ -51,6 +56,8 @@ def plans_of(
         block: One of its blocks.
         head_unit: With grouped queries, what a unit is, see `Unit.of`. None: as the model was pruned before,
             or `"group"`.
+        expert_unit: What a unit of a mixture of experts is, `"neuron"` or `"expert"`. None: as before, or
+            `"neuron"`.
     """
     saved = [b for entry in stacks_of(config) if entry["layers"] == stack.layers for b in entry["blocks"]]
     alike = [p for p in saved if block.output in p["columns"] or p["kind"] == block.kind == "experts"]
@@ -61,6 +68,12 @@ def plans_of(
         if columns is None or (block.stays and get_size(layer, block.stays)):
             continue
         before = next((plan for plan in alike if plan["kept"][index] is not None), None)
+        if block.kind == "experts":
+            unit, before = _unit_of_experts(config, stack, layer, block, expert_unit, before)
+            key = (unit, columns) if before is None else id(before)
+            by = WHOLE if isinstance(unit, Expert) else "group"
+            groups.setdefault(key, Group(unit, by, before)).indices.append(index)
+            continue
         chosen = before.get("by", "group") if before else "group"
         if before is None and stack.shares and UNITS[block.kind].has_heads and not _makes_keys(layer, block):
             chosen = BORROWED
@@ -73,6 +86,44 @@ def plans_of(
         yield block, group.unit, _block_plan(layers, block, group)
 
 
+def _unit_of_experts(
+    config: Any,
+    stack: Stack,
+    layer: nn.Module,
+    block: Block,
+    expert_unit: str | None,
+    before: BlockPlan | None,
+) -> tuple[Unit, BlockPlan | None]:
+    """What a unit of the experts of a layer is, and the entry that the config has already and that goes on:
+    one of which nothing was cut binds to nothing."""
+    earlier = None if before is None else "expert" if before.get("by") == WHOLE else "neuron"
+    asked = expert_unit or earlier or "neuron"
+    if before is not None and asked != earlier:
+        if any(units not in (None, before["of"]) for units in before["kept"]):
+            raise UnsupportedArchitectureError(
+                f"expert_unit is {asked!r}, but the experts of this model were pruned by {earlier!r} before; "
+                "keep to that"
+            )
+        before = None
+    if asked == "neuron":
+        return UNITS["experts"].of(config, stack, block, ""), before
+    if not any(get_size(layer, path) is not None for path in block.router):
+        raise UnsupportedArchitectureError(
+            f"expert_unit is 'expert', but the block of experts at {block.output!r} names no weights of a "
+            "router that are there, so the row of an expert cannot go with it; name them in "
+            "Block(router=...), or pass expert_unit='neuron'"
+        )
+    count, neurons, _ = experts.size_of(module := layer.get_submodule(block.output))
+    whole = replace(Expert.of(config, stack), inner=neurons + bool(module.has_bias))
+    if count % whole.groups:
+        raise UnsupportedArchitectureError(
+            f"expert_unit is 'expert', but the {count} experts of {block.output} do not make up the "
+            f"{whole.groups} groups of which {type(config).__name__} tells ({stack.groups[0]}); pass "
+            "expert_unit='neuron'"
+        )
+    return whole, before
+
+
 def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
     """The entry of `config.kprune` for a block, with the sizes that the layers of a group have now."""
     unit, head_unit, before = group.unit, group.head_unit, group.before
@@ -81,7 +132,8 @@ def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
             f"head_unit is {head_unit!r}, but this model was pruned by {before['by']!r} before; keep to that"
         )
     columns = [
-        _columns(layer, block) if index in group.indices else None for index, layer in enumerate(layers)
+        _columns(layer, block, unit.in_experts) if index in group.indices else None
+        for index, layer in enumerate(layers)
     ]
     if odd := {count for count in columns if count and count % unit.width}:
         raise UnsupportedArchitectureError(
@@ -96,7 +148,7 @@ def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
         "of": max((units for _, units in live), default=0),
         "kept": kept,
         "rows": _rows(live, block, unit),
-        "columns": {} if unit.in_experts else {block.output: unit.width},
+        "columns": {} if block.kind == "experts" else {block.output: unit.width},
         "heads": unit.heads,
         "sizes": {path: unit.sizes[size] for path, size in block.sizes.items() if unit.sizes[size]},
         "core": block.core,
@@ -104,7 +156,7 @@ def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
         "table": {block.table: unit.heads} if block.table else {},
         "slices": {
             path: [int(dim), value.shape[int(dim)] // units]
-            for path, dim in block.slices.items()
+            for path, dim in _slices(block, unit).items()
             for layer, units in live
             if units and (value := get_size(layer, path)) is not None
         },
@@ -115,10 +167,28 @@ def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
     }
     if not block.weights:
         plan["weights"] = False
+    if isinstance(unit, Expert):
+        plan["router"] = _router(live[0][0], block)
     if before is not None:
         plan["of"], plan["select"] = before["of"], before["select"]
         plan["rows"], plan["slices"] = before["rows"], before["slices"]
     return plan
+
+
+def _slices(block: Block, unit: Unit) -> Mapping[str, Dimension]:
+    """The tensors that hold slices for units, and where: of whole experts all tensors of theirs."""
+    if not isinstance(unit, Expert):
+        return block.slices
+    own = (*block.slices, f"{block.output}.gate_up_proj_bias", f"{block.output}.up_proj_bias")
+    return {**dict.fromkeys((*own, f"{block.output}.down_proj_bias"), 0), **block.router}
+
+
+def _router(layer: nn.Module, block: Block) -> str:
+    """Path of the module that chooses among the experts of a layer: it lies beside them."""
+    around = block.output.rpartition(".")[0]
+    path = next(path for path in block.router if get_size(layer, path) is not None)
+    name = path.removeprefix(f"{around}.").partition(".")[0]
+    return f"{around}.{name}" if around else name
 
 
 def _makes_keys(layer: nn.Module, block: Block) -> bool:
@@ -126,12 +196,13 @@ def _makes_keys(layer: nn.Module, block: Block) -> bool:
     return any(layout != "q" and has(layer, path) for path, layout in block.inputs.items())
 
 
-def _columns(layer: nn.Module, block: Block) -> int | None:
-    """Columns of the output projection of a block, of experts those of each; None if a layer lacks it."""
+def _columns(layer: nn.Module, block: Block, of_each: bool = False) -> int | None:
+    """Columns of the output projection of a block, or neurons of each of its experts; None if a layer lacks
+    it."""
     if not has_block(layer, block):
         return None
     output = layer.get_submodule(block.output)
-    return experts.size_of(output)[1] if UNITS[block.kind].in_experts else shape_of(output)[1]
+    return experts.size_of(output)[1] if of_each else shape_of(output)[1]
 
 
 def _rows(live: Sequence[tuple[nn.Module, int]], block: Block, unit: Unit) -> dict[str, list[int]]:

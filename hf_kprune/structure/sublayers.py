@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import BlockPlan, find_layers, has
+from ..modeling_kprune import BlockPlan, find_layers, get_size, has
 from . import experts
 from .configs import read
 from .coverage import check_experts, check_nothing_left_out, check_projections, described, family_of
 from .families import FAMILIES, KEYS, REFUSED, Block, Stack
 from .plans import plans_of
 from .projections import bias_of, oriented, shape_of
-from .units import ExpertNeuron, Unit
+from .units import WHOLE_EXPERTS, Expert, ExpertNeuron, Unit
 
 
 LEFT_ALONE = "kprune_left_alone"
@@ -66,6 +66,11 @@ class Sublayer:
     def kind(self) -> str:
         """`"attention"`, `"cross_attention"`, `"ffn"` or `"experts"`."""
         return self.block.kind
+
+    @property
+    def kind_in_reports(self) -> str:
+        """A key of `units.KINDS`."""
+        return WHOLE_EXPERTS if isinstance(self.unit, Expert) else self.kind
 
     @property
     def stack_name(self) -> str:
@@ -119,7 +124,7 @@ class Sublayer:
     @property
     def has_bias_columns(self) -> bool:
         """Whether the last column of each expert is its bias."""
-        return self.shape[1] > self.num_units * self.unit_width
+        return self.is_mixture and bool(self.output.has_bias)
 
     @property
     def itemsize(self) -> int:
@@ -127,22 +132,34 @@ class Sublayer:
         return next(self.output.parameters(recurse=False)).element_size()
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return self.kind == "experts"
+
+    @property
     def experts(self) -> int:
-        """Experts that share out the units, and the columns, among them evenly, one after the other; else
-        1."""
-        return experts.size_of(self.output)[0] if self.unit.in_experts else 1
+        """Experts that share out the columns among them evenly, one after the other; else 1."""
+        return experts.size_of(self.output)[0] if self.is_mixture else 1
+
+    @property
+    def parts(self) -> int:
+        """Parts that share out the units among them evenly, one after the other, and of which each keeps as
+        many: experts, or the groups of whole experts among which a router chooses; else 1."""
+        if isinstance(self.unit, Expert):
+            return self.unit.groups
+        return self.experts if self.unit.in_experts else 1
 
     @property
     def share(self) -> float:
         """The share of all tokens that one of its units sees: of experts as if each were sent as many."""
-        return self.unit.routes / self.experts if isinstance(self.unit, ExpertNeuron) else 1.0
+        return self.unit.routes / self.experts if isinstance(self.unit, (Expert, ExpertNeuron)) else 1.0
 
     @property
     def numbers(self) -> Tensor:
-        """The number of each unit, (U,): of experts in each of them from 0 on, in another order, so that the
-        units of some numbers are not in the same places of all experts."""
-        numbers = torch.arange(self.num_units // self.experts)
-        return torch.cat([numbers.roll(expert) for expert in range(self.experts)])
+        """The number of each unit, (U,): in each of its parts from 0 on, in another order, so that the units
+        of some numbers are not in the same places of all."""
+        numbers = torch.arange(self.num_units // self.parts)
+        return torch.cat([numbers.roll(part) for part in range(self.parts)])
 
     @property
     def input_projections(self) -> list[str]:
@@ -166,8 +183,9 @@ class Sublayer:
         """Sum of the squares of all weights of each unit, (U,), float64."""
         weight = self.weight
         total = weight.double().square().sum(0)[self.columns.to(weight.device)].sum(1)
-        if self.unit.in_experts:
-            return total + experts.magnitude_of(self.output)
+        if self.is_mixture:
+            neurons = experts.magnitude_of(self.output)
+            return total + (neurons if self.unit.in_experts else neurons.view(self.experts, -1).sum(1))
         for path in self.input_projections:
             if path in self.plan["rows"]:
                 rows = self.unit.rows(self.block.inputs[path], self.num_units).to(total.device)
@@ -191,6 +209,9 @@ class Sublayer:
         """Parameters of one unit."""
         if self.unit.in_experts:
             return experts.entries_of(self.output, biases=True)
+        if self.is_mixture:
+            tensors = (get_size(self.layer, path) for path in self.plan["slices"])
+            return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) // self.experts
         count = self.unit_width * self.shape[0]
         for path in self.input_projections:
             width, _ = self.plan["rows"].get(path, (0, 0))
@@ -204,14 +225,16 @@ class Sublayer:
         F_head = 8 s d d_h + 4 s^2 d_h,  F_neuron = 4 s d  for plain attention and FFN; here from the shapes,
         so that gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other
         stack's tokens, come out right. A neuron of an expert counts for the share of the tokens that pass one
-        of E experts if each passes k, which is k / E.
+        of E experts if each passes k, which is k / E, and so does a whole expert: without some of E, the
+        others are passed by more.
 
         Args:
             lengths: Tokens of a sequence, for each stack.
         """
         tokens = lengths[self.stack_name]
-        if self.unit.in_experts:
-            return 2 * tokens * experts.entries_of(self.output) * self.share
+        if self.is_mixture:
+            neurons = 1 if self.unit.in_experts else experts.size_of(self.output)[1]
+            return 2 * tokens * neurons * experts.entries_of(self.output) * self.share
         entries = tokens * self.unit_width * self.shape[0]
         for path in self.input_projections:
             width, _ = self.plan["rows"].get(path, (0, 0))
@@ -229,13 +252,17 @@ class Sublayer:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def find_sublayers(model: PreTrainedModel, head_unit: str | None = None) -> list[Sublayer]:
+def find_sublayers(
+    model: PreTrainedModel, head_unit: str | None = None, expert_unit: str | None = None
+) -> list[Sublayer]:
     """The sublayers of `model`, bottom to top, as its family in `families.py` describes them.
 
     Args:
         model: Any.
         head_unit: With grouped queries, what a unit is, see `Unit.of`. None: as the model was pruned before,
             or `"group"`.
+        expert_unit: What a unit of a mixture of experts is, `"neuron"` or `"expert"`. None: as the model was
+            pruned before, or `"neuron"`.
 
     Raises:
         UnsupportedArchitectureError: If there is no family for its `model_type`, or if the family does not
@@ -250,13 +277,16 @@ def find_sublayers(model: PreTrainedModel, head_unit: str | None = None) -> list
             f"no family describes model_type {model_type}; known: {', '.join(sorted(FAMILIES))}. Describe "
             "one of its layers in ten lines with hf_kprune.register_family: docs/add_a_family.md"
         )
-    sublayers = {path: _sublayers_of(path, owner, head_unit) for path, owner in owners}
+    units = head_unit, expert_unit
+    sublayers = {path: _sublayers_of(path, owner, *units) for path, owner in owners}
     check_nothing_left_out(model, {id(s.layers) for tower in sublayers.values() for s in tower})
     left_alone = model.__dict__.get(LEFT_ALONE, ())
     return [s for path, tower in sublayers.items() for s in tower if path not in left_alone]
 
 
-def _sublayers_of(path: str, owner: PreTrainedModel, head_unit: str | None) -> list[Sublayer]:
+def _sublayers_of(
+    path: str, owner: PreTrainedModel, head_unit: str | None, expert_unit: str | None
+) -> list[Sublayer]:
     """The sublayers of one model, which lies at `path` inside another one, or at `""`."""
     stacks = family_of(owner) or ()
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
@@ -274,18 +304,26 @@ def _sublayers_of(path: str, owner: PreTrainedModel, head_unit: str | None) -> l
             f"where its family {owner.config.model_type!r} says; describe this variant with "
             "hf_kprune.register_family: docs/add_a_family.md"
         )
-    return [s for stack, layers in lists for s in _sublayers_in(path, owner, stack, layers, head_unit)]
+    units = head_unit, expert_unit
+    return [s for stack, layers in lists for s in _sublayers_in(path, owner, stack, layers, *units)]
 
 
 def _sublayers_in(
-    path: str, owner: PreTrainedModel, stack: Stack, layers: nn.ModuleList, head_unit: str | None
+    path: str,
+    owner: PreTrainedModel,
+    stack: Stack,
+    layers: nn.ModuleList,
+    head_unit: str | None,
+    expert_unit: str | None,
 ) -> Iterator[Sublayer]:
     """The sublayers of one list of layers."""
     for layer in layers:
         check_projections(owner, layer, stack)
         check_experts(layer, stack)
     plans = [
-        entry for block in stack.blocks for entry in plans_of(owner.config, stack, layers, block, head_unit)
+        entry
+        for block in stack.blocks
+        for entry in plans_of(owner.config, stack, layers, block, head_unit, expert_unit)
     ]
     reads_nothing = not path and find_layers(owner, stack.reads) is None
     for index in range(len(layers)):

@@ -67,13 +67,14 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     if unit.in_experts:
         cut_experts(sublayer, keep)
         return
+    columns = sublayer.columns[kept].flatten().sort().values
     for path, layout in sublayer.block.inputs.items():
         if path in plan["rows"] and has(layer, path):
             _keep_rows(layer.get_submodule(path), unit.rows(layout, num_units), kept)
     for path, (dim, width) in plan["slices"].items():
         set_slices(layer, path, dim, unit.columns(num_units, width)[kept].flatten().sort().values)
-    columns = sublayer.columns[kept].flatten().sort().values
-    set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
+    if not sublayer.is_mixture:  # whose columns are among its slices
+        set_projection(sublayer.output, sublayer.weight[:, columns.to(sublayer.weight.device)], None)
     heads = columns[:: unit.head_dim] // unit.head_dim
     give_tables(sublayer.layers, plan)
     for path in plan["table"]:
@@ -89,7 +90,7 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
 def cut_experts(sublayer: Sublayer, keep: Tensor) -> None:
     """Keep only the neurons in `keep`, boolean (U,), of the experts of a layer, in place: in each expert as
     many."""
-    each = keep.cpu().view(sublayer.experts, -1)
+    each = keep.cpu().view(sublayer.parts, -1)
     (count,) = set(each.sum(1).tolist())
     experts.keep_neurons(sublayer.output, each.nonzero()[:, 1].view(len(each), count))
     sublayer.plan["kept"][sublayer.index] = count
@@ -225,10 +226,15 @@ def with_table_per_layer(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
-def cut_twin(model: PreTrainedModel, masks: Sequence[Tensor], head_unit: str = "group") -> PreTrainedModel:
+def cut_twin(
+    model: PreTrainedModel,
+    masks: Sequence[Tensor],
+    head_unit: str = "group",
+    expert_unit: str | None = None,
+) -> PreTrainedModel:
     """A twin in evaluation mode that keeps the units in `masks`, boolean (U,), one for each sublayer."""
     student = twin(model).eval()
-    sublayers = find_sublayers(student, head_unit)
+    sublayers = find_sublayers(student, head_unit, expert_unit)
     for sublayer, mask in zip(sublayers, masks, strict=True):
         cut(sublayer, mask)
     write_plan(sublayers)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import ALIGNED, plan_of
+from ..modeling_kprune import ALIGNED, pad_logits, plan_of
 from .sublayers import Sublayer
 
 
@@ -36,7 +36,8 @@ def uniform_names(sublayers: Sequence[Sublayer], options: object) -> list[tuple[
                 f"so stock transformers could not load the result; pass {s.unit.prunes}=False to prune the "
                 "rest, or uniform=False"
             )
-        names.append((id(s.owner), s.stack.uniform.get(s.unit.uniform, s.stack_name + s.kind)))
+        attribute = s.stack.uniform.get(s.unit.uniform, s.stack_name + s.kind)
+        names.append((id(s.owner), attribute if _has_attribute(s) else s.name))  # without one all stay
     return names
 
 
@@ -45,7 +46,7 @@ def uniform_choices(sublayer: Sublayer) -> list[int] | None:
     if sublayer.unit.any_number:
         return None
     accepted = []
-    step = ALIGNED * sublayer.experts if sublayer.unit.in_experts else 1
+    step = ALIGNED * sublayer.experts if sublayer.unit.in_experts else sublayer.parts
     for units in (*range(step, sublayer.num_units, step), sublayer.num_units):
         config = copy.deepcopy(sublayer.owner.config)
         _set_stock_size(config, sublayer, units)
@@ -65,14 +66,19 @@ def write_stock_config(sublayers: Sequence[Sublayer]) -> None:
             view = module.__dict__.get("config")
             if hasattr(view, "kprune_config"):
                 module.__dict__["config"] = s.owner.config
+        if "router" in s.plan:
+            pad_logits(s.layer.get_submodule(s.plan["router"]), None)
+            if hasattr(s.owner, "num_experts"):  # by which models balance their experts
+                s.owner.num_experts = s.num_units
 
 
 def _has_attribute(sublayer: Sublayer) -> bool:
     """Whether the config has an attribute for the size of a sublayer; none has one for cross-attention."""
-    return sublayer.unit.uniform in sublayer.stack.uniform and sublayer.kind != "cross_attention"
+    return sublayer.unit.in_stock(sublayer.stack) and sublayer.kind != "cross_attention"
 
 
 def _set_stock_size(config: object, sublayer: Sublayer, units: int) -> None:
     if _has_attribute(sublayer):
-        for name, value in sublayer.unit.stock_sizes(sublayer.stack, units // sublayer.experts).items():
+        each = units // sublayer.experts if sublayer.unit.in_experts else units
+        for name, value in sublayer.unit.stock_sizes(sublayer.stack, each).items():
             setattr(config, name, value)

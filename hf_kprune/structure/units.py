@@ -3,9 +3,9 @@
 A unit is what is kept or pruned as one. Its features are columns of the output projection of its sublayer,
 and it owns rows of the input projections. What depends on the kind of unit is in the class of that kind. A
 further kind whose units are columns of one output projection is a further subclass of `Unit` with its
-entries in `UNITS` and `KINDS`; CONTRIBUTING.md has the recipe. One whose weights lie otherwise (a neuron of
-an expert, a channel of the hidden dimension) also takes a place in `sublayers.py` and `surgery.py`, and in
-the plan that travels with checkpoints (`modeling_kprune.py`).
+entries in `UNITS` and `KINDS`; CONTRIBUTING.md has the recipe. One whose weights lie otherwise (an expert, a
+neuron of one, a channel of the hidden dimension) also takes a place in `sublayers.py` and `surgery.py`, and
+in the plan that travels with checkpoints (`modeling_kprune.py`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Unit(ABC):
     """Whether a unit is made of attention heads."""
     in_experts: ClassVar[bool] = False
     """Whether the units are shared out among experts, each of which keeps as many of its own."""
+    saves_flops: ClassVar[bool] = True
+    """Whether a token costs less where one of them has gone."""
     strided: ClassVar[bool] = False
     """Whether the columns of a unit lie apart, those of others between them."""
 
@@ -80,7 +82,8 @@ class Unit(ABC):
     @property
     def sizes(self) -> dict[str, int]:
         """What a unit adds to each of the sizes that `Block.sizes` names; 0 where it changes nothing."""
-        return {"heads": self.heads, "kv_heads": self.kv_heads, "width": self.width, "groups": 0}
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads, "groups": 0}
+        return {**heads, "width": self.width, "experts": 0}
 
     @abstractmethod
     def parts(self, layout: str) -> list[int]:
@@ -118,6 +121,14 @@ class Unit(ABC):
     def cached(self, count: int) -> int:
         """Numbers, of keys and of values, that `count` units cache for each token."""
         return 2 * count * self.kv_heads * self.head_dim if self.has_heads else 0
+
+    def least(self, options: object) -> int:
+        """How many of them a sublayer keeps at least, or each of the parts that share them out."""
+        return int(getattr(options, self.minimum))
+
+    def in_stock(self, stack: Stack) -> bool:
+        """Whether the config of a stock model can say how many of them each layer has."""
+        return self.uniform in stack.uniform
 
     @abstractmethod
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
@@ -162,16 +173,77 @@ class ExpertNeuron(Neuron):
 
     @classmethod
     def of(cls, config: object, stack: Stack, *_: Any, **__: Any) -> ExpertNeuron:
-        routes = read(config, stack.routes)
-        if routes is None:
-            raise UnsupportedArchitectureError(
-                f"{type(config).__name__} has no {stack.routes!r}, the number of experts that a token is "
-                "sent to, by which they cost; name the attribute that says it in Stack(routes=...)"
-            )
-        return cls(routes=max(routes, 1))
+        return cls(routes=routes_of(config, stack))
 
     def stock_sizes(self, stack: Stack, count: int) -> dict[str, int]:
         return {stack.uniform["experts"]: count}
+
+
+@dataclass(frozen=True)
+class Expert(Unit):
+    """A whole expert, with the row by which the router chooses it. Tokens that were sent to it go to the next
+    best one.
+
+    Args:
+        inner: Columns of an expert in the output projection, its bias among them.
+        routes: Experts that a token is sent to.
+        groups: Groups of the router, of which it chooses some before it chooses experts in them. All keep
+            equally many; 1 where there are none.
+        open_groups: Groups that it chooses.
+        counts: Config attributes that say how many experts there are.
+    """
+
+    plural, holder = "experts", "mixture of experts"
+    prunes, minimum = "prune_experts", ""
+    uniform, uniform_change = "", "another number of experts"
+    any_number = False
+    saves_flops = False
+
+    inner: int = 0
+    routes: int = 1
+    groups: int = 1
+    open_groups: int = 1
+    counts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: object, stack: Stack, *_: Any, **__: Any) -> Expert:
+        groups, chosen = (read(config, name) or 1 for name in stack.groups)
+        counts = tuple(name for name in stack.experts if isinstance(read(config, name), int))
+        routes = routes_of(config, stack)
+        return cls(routes=routes, groups=groups, open_groups=min(chosen, groups), counts=counts)
+
+    @property
+    def width(self) -> int:
+        return self.inner
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**dict.fromkeys(super().sizes, 0), "experts": 1}
+
+    def parts(self, _: str) -> list[int]:
+        raise AssertionError("what reads for experts lies in slices, not in rows of projections")
+
+    def least(self, _: object) -> int:
+        """As many as a token is sent to. Two in any case: a router that chooses among groups compares the two
+        best of each."""
+        return max(-(-self.routes // self.open_groups), 2)
+
+    def in_stock(self, _: Stack) -> bool:
+        return bool(self.counts)
+
+    def stock_sizes(self, _: Stack, count: int) -> dict[str, int]:
+        return dict.fromkeys(self.counts, count)
+
+
+def routes_of(config: object, stack: Stack) -> int:
+    """How many experts a token is sent to."""
+    routes = read(config, stack.routes)
+    if routes is None:
+        raise UnsupportedArchitectureError(
+            f"{type(config).__name__} has no {stack.routes!r}, the number of experts that a token is "
+            "sent to, by which they cost; name the attribute that says it in Stack(routes=...)"
+        )
+    return max(int(routes), 1)
 
 
 class Head(Unit):
@@ -298,6 +370,9 @@ class LatentHead(Head):
         return self.latent if count else 0
 
 
+WHOLE_EXPERTS = "whole experts"
+"""The kind of a mixture of experts in a report if whole ones are its units."""
+
 UNITS: dict[str, type[Unit]] = {
     "attention": Head,
     "cross_attention": Head,
@@ -311,5 +386,6 @@ KINDS = {
     "cross_attention": ("heads of cross-attention", "cross-attentions"),
     "ffn": ("neurons", "FFNs"),
     "experts": ("neurons of experts", "mixtures of experts"),
+    WHOLE_EXPERTS: ("experts", "mixtures of experts"),
 }
-"""What a report calls the units of a block, and such blocks, by `Block.kind`."""
+"""What a report calls the units of a block, and such blocks, by `Block.kind`, or by `WHOLE_EXPERTS`."""
