@@ -176,8 +176,8 @@ class Distillation(Trainer):
         parts = [losses_of(lesson.loss, outputs, expected, batch).mean()]
         for name, top in self.tops[0].items():
             if name in ours:
-                valid = batch.tokens(top, ours[name])
-                parts.append(relative_distance(ours[name], theirs[name], valid))
+                student, teacher = (batch.by_token(states[name], name) for states in (ours, theirs))
+                parts.append(relative_distance(student, teacher, batch.tokens(top, student)))
         self.scales = self.scales or [max(float(part.detach()), 1e-12) for part in parts]
         loss = sum(part / scale for part, scale in zip(parts, self.scales, strict=True))
         return (loss, outputs) if return_outputs else loss

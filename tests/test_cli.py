@@ -18,11 +18,13 @@ import torch
 from checks import kept
 from data import ROOT, save_with_words, texts
 from models import classes, shallow, slow_unless_in
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     CanineConfig,
+    DecisionTransformerConfig,
     XLNetConfig,
 )
 from zoo import make
@@ -414,6 +416,28 @@ def test_inspect_of_a_family_that_is_not_listed_detects_it(hf_kprune: Any, tmp_p
     assert code == 0
     assert "can be pruned; its structure is detected, and proved" in stdout
     assert "| 2 | 2 | 12 | 12 |" in stdout
+
+
+@pytest.mark.slow
+def test_inspect_proves_on_the_batch_that_it_is_given_what_no_made_up_inputs_run(
+    hf_kprune: Any, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "max_ep_len": 20, "vocab_size": 60}
+    DecisionTransformerConfig(
+        **sizes, state_dim=3, act_dim=2, bos_token_id=2, eos_token_id=3
+    ).save_pretrained(tmp_path)
+    code, stdout, _ = hf_kprune("inspect", tmp_path)
+    assert code == 0
+    assert "hf_kprune.describe(model, batch), or hf-kprune inspect MODEL --batch FILE" in stdout
+    widths = {"states": 3, "actions": 2, "rewards": 1, "returns_to_go": 1}
+    batch = {name: torch.randn(3, 6, width) for name, width in widths.items()}
+    save_file(batch | {"timesteps": torch.arange(6).repeat(3, 1)}, tmp_path / "batch.safetensors")
+    code, stdout, _ = hf_kprune("inspect", tmp_path, "--batch", tmp_path / "batch.safetensors")
+    assert code == 0
+    assert "can be pruned; its structure is detected, and proved" in stdout
+    code, _, stderr = hf_kprune("inspect", tmp_path, "--batch", tmp_path / "config.json")
+    assert code == 2
+    assert "expected a safetensors file of the model's inputs by name" in stderr
 
 
 def test_options_are_printed_as_a_file_and_read_from_it(hf_kprune: Any, tmp_path: Path) -> None:

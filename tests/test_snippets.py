@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from data import PLAIN, ROOT, word_tokenizer
 from models import cut_randomly, shallow
 from safetensors.torch import save_file
@@ -126,6 +127,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "old" / "model.safetensors",
     )
     word_tokenizer().save_pretrained(folder / "old")
+    save_file({"input_ids": torch.randint(4, 60, (3, 7))}, folder / "batch.safetensors")
     return folder
 
 

@@ -220,6 +220,78 @@ PARAKEET: dict[str, Any] = {
     "num_mel_bins": 8,
     "subsampling_conv_channels": 4,
 }
+RESNET: dict[str, Any] = {
+    "model_type": "resnet",
+    "num_channels": 3,
+    "embedding_size": 8,
+    "hidden_sizes": [8] * 4,
+    "depths": [1] * 4,
+    "layer_type": "basic",
+    "out_features": ["stage4"],
+}
+LEVELS: dict[str, Any] = {**RESNET, "out_features": ["stage2", "stage3", "stage4"]}
+DETECTION: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 12,
+    "decoder_ffn_dim": 12,
+    "num_queries": 5,
+}
+DETR: dict[str, Any] = {**DETECTION, "backbone_config": RESNET, "backbone": None, "use_timm_backbone": False}
+RT_DETR: dict[str, Any] = {
+    **DETECTION,
+    "backbone_config": {**LEVELS, "model_type": "rt_detr_resnet"},
+    "encoder_hidden_dim": 16,
+    "encoder_in_channels": [8] * 3,
+    "decoder_in_channels": [16] * 3,
+    "decoder_n_points": 2,
+    "num_denoising": 0,
+}
+STAGES: dict[str, Any] = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 2],
+    "hidden_sizes": [8, 16],
+    "num_attention_heads": [2, 4],
+    "sr_ratios": [2, 1],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "mlp_ratios": [1, 1],
+    "decoder_hidden_size": 8,
+    "image_size": 16,
+}
+PYRAMID: dict[str, Any] = {
+    **SWIN,
+    "model_type": "swin",
+    "depths": [1] * 4,
+    "num_heads": [2] * 4,
+    "mlp_ratio": 0.25,
+}
+SAM: dict[str, Any] = {
+    "vision_config": {
+        **IMAGE,
+        "image_size": 16,
+        "output_channels": 8,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "mlp_dim": 12,
+        "num_pos_feats": 4,
+    },
+    "prompt_encoder_config": {
+        "hidden_size": 8,
+        "image_size": 16,
+        "patch_size": 4,
+        "mask_input_channels": 4,
+    },
+    "mask_decoder_config": {
+        "hidden_size": 8,
+        "mlp_dim": 12,
+        "num_attention_heads": 2,
+        "iou_head_hidden_dim": 8,
+    },
+}
 READING: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True}
 BEGIN: dict[str, Any] = {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 3}
 QFORMER: dict[str, Any] = {**ENCODER, "num_hidden_layers": 2, "encoder_hidden_size": 16}
@@ -1103,6 +1175,49 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "swin": ("SwinForImageClassification", SWIN, "image"),
     "swinv2": ("Swinv2ForImageClassification", SWIN, "image"),
     "pixio": ("PixioModel", IMAGE, "image"),
+    "conditional_detr": ("ConditionalDetrForObjectDetection", DETR, "picture"),
+    "d_fine": ("DFineForObjectDetection", RT_DETR, "picture"),
+    "dab-detr": ("DabDetrForObjectDetection", {**DETR, "hidden_size": 16}, "picture"),
+    "deformable_detr": (
+        "DeformableDetrForObjectDetection",
+        {**DETR, "d_model": 32, "backbone_config": LEVELS, "num_feature_levels": 3},
+        "picture",
+    ),
+    "detr": ("DetrForObjectDetection", DETR, "picture"),
+    "glpn": ("GLPNForDepthEstimation", STAGES, "image"),
+    "mask2former": (
+        "Mask2FormerForUniversalSegmentation",
+        {
+            "backbone_config": {**PYRAMID, "out_features": [f"stage{i}" for i in range(1, 5)]},
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "hidden_dim": 16,
+            "encoder_feedforward_dim": 12,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "num_attention_heads": 4,
+            "dim_feedforward": 12,
+            "num_queries": 5,
+            "feature_strides": [2, 4, 8, 16],
+        },
+        "picture",
+    ),
+    "maskformer": (
+        "MaskFormerForInstanceSegmentation",
+        {
+            "backbone_config": PYRAMID,
+            "decoder_config": {**DETECTION, "num_queries": 20, "model_type": "detr"},
+            "fpn_feature_size": 32,
+            "mask_feature_size": 8,
+        },
+        "picture",
+    ),
+    "pvt_v2": ("PvtV2ForImageClassification", STAGES, "image"),
+    "rt_detr": ("RTDetrForObjectDetection", RT_DETR, "picture"),
+    "rt_detr_v2": ("RTDetrV2ForObjectDetection", RT_DETR, "picture"),
+    "sam": ("SamModel", SAM, "picture"),
+    "segformer": ("SegformerForSemanticSegmentation", STAGES, "image"),
+    "table-transformer": ("TableTransformerForObjectDetection", DETR, "picture"),
     "radio": ("RadioModel", IMAGE, "image"),
     "sapiens2": ("Sapiens2Model", IMAGE, "image"),
     "timesformer": ("TimesformerForVideoClassification", {**IMAGE, "num_frames": 2}, "video"),
@@ -1213,7 +1328,7 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
     """Inputs of `batch` samples, of different lengths where there is padding.
 
     Kinds: text, unpadded (text without padding), ids (that without a mask), seq2seq,
-    pairs (that of a model which generates from something else), image, mel, audio_values, audio_features, frames, clip.
+    pairs (that of a model which generates from something else), image, picture (of a model that takes any size), mel, audio_values, audio_features, frames, clip.
     """
     torch.default_generator.manual_seed(seed)
 
@@ -1247,6 +1362,9 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
     if kind == "image":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(batch, config.num_channels, size, size)}
+    if kind == "picture":
+        size = getattr(getattr(config, "vision_config", None), "image_size", 64)
+        return {"pixel_values": torch.randn(batch, 3, size, size)}
     if kind == "video":
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(batch, config.num_frames, config.num_channels, size, size)}

@@ -59,7 +59,8 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
         if shape not in known:
             inputs, _ = collate([row], collator, processing_class, model)
             with in_eval_mode(model), first_run(model, inputs):
-                known[shape] = run_to_bottom(model, to_model(inputs, model), sublayers[0]).shape[1]
+                bottom = run_to_bottom(model, to_model(inputs, model), sublayers[0])
+                known[shape] = bottom.shape[1:-1].numel()
         return int(known[shape])
 
     return count
@@ -112,7 +113,7 @@ class Batch:
         return F.pad(valid, (0, more))
 
     def by_token(self, tensor: Tensor, stack: str) -> Tensor:
-        """(B, T, ...) from what some models flatten to (B * T, ...), of the tokens of a stack."""
+        """(B, T, C) of the tokens of a stack, however a model arranges them."""
         return by_token(tensor, self.valid[stack].unsqueeze(-1))
 
     def halves(self, tokens: Tensor) -> list[Tensor]:
@@ -231,7 +232,8 @@ class Calibration:
         if mask is not None or form not in self.sizes:
             with in_eval_mode(model), first_run(model, inputs):
                 run_to = run_to_memory if memory else run_to_bottom
-                self.sizes[form] = run_to(model, to_model(inputs, model), sublayer).shape[:2]
+                below = run_to(model, to_model(inputs, model), sublayer)
+                self.sizes[form] = torch.Size((len(below), below.shape[1:-1].numel()))
             tokens = self.sizes[form][1]
             framing = next((module for module in model.modules() if masks_frames(module)), None)
             if mask is not None and mask.shape != (samples, tokens) and framing is not None:

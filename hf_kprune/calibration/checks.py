@@ -55,8 +55,11 @@ def check_walk(
                 readers.append(readers_of(batch, sublayer, walk.step(0)))
                 walk.advance()
             for name, expected in top.inputs.items():
+                carried, expected = (
+                    batch.by_token(hidden, name) for hidden in (walk.states[0].inputs[name], expected)
+                )
                 valid = batch.tokens(next(s for s in sublayers if s.stack_name == name), expected)
-                error = (walk.states[0].inputs[name] - expected)[valid].abs().max()
+                error = (carried - expected)[valid].abs().max()
                 size = expected[valid].abs().max()
                 if error > 1e-3 * size:
                     raise UnsupportedArchitectureError(
@@ -85,11 +88,13 @@ def readers_of(batch: Batch, sublayer: Sublayer, tap: Tap) -> list[list[str]]:
 
 
 def reads_tokens(batch: Batch, sublayer: Sublayer, path: str, tensor: Tensor) -> bool:
-    """Whether what a projection reads is (B, T, D), or (B * T, D), of the tokens of its stack."""
+    """Whether what a projection reads is (B, T, D), (B * T, D) or (B, height, width, D), of the tokens of its
+    stack."""
     rows, tokens = batch.valid[sublayer.source_of(path)].shape
     if tensor.dim() == 3 and sublayer.stack.pads:
         return tensor.shape[0] == rows and tensor.shape[1] >= tokens
-    return tuple(tensor.shape[:-1]) in ((rows, tokens), (rows * tokens,))
+    places = tensor.shape[:-1]
+    return places.numel() == rows * tokens and places[0] in (rows, rows * tokens)
 
 
 @torch.no_grad()

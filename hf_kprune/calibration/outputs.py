@@ -48,6 +48,7 @@ def outputs_for(
 
 def _without_padding(batch: Batch, sublayer: Sublayer, hidden: Tensor) -> Tensor:
     """Hidden states above a stack in float32, (B, T, D), zero where there is padding."""
+    hidden = batch.by_token(hidden, sublayer.stack_name)
     return hidden.float() * batch.tokens(sublayer, hidden).unsqueeze(-1)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ArgumentError
 from ..structure.configs import text_config
-from ..structure.coverage import family_of
+from ..structure.coverage import family_of, parts_above
 from ..structure.facts import PROBLEMS, check_problem_type, classes_in, max_positions, vocabulary
 from ..structure.sublayers import Sublayer
 from . import losses
@@ -83,6 +83,8 @@ ONE_TOWER = Task(
 OTHER = Task("other")
 """A head that is none of these: the caller has a loss for it, or hidden states are compared."""
 
+EMBEDDING_TABLES = ("MODEL_FOR_TEXT_ENCODING", "MODEL")
+
 CLASS_FIGURES = ("accuracy", "f1", "matthews")
 
 TASKS = (
@@ -134,7 +136,7 @@ TASKS = (
     *(
         Task(
             f"embedding ({pooling})",
-            ("MODEL_FOR_TEXT_ENCODING", "MODEL"),
+            EMBEDDING_TABLES,
             partial(losses.of_embeddings, pooling=pooling),
             EMBEDDINGS,
             variant=pooling,
@@ -233,7 +235,7 @@ def knowledge_loss(
     task = task_of(model, pooling=pooling)
     if task.variant in PROBLEMS:
         task = task_of(model, problem_type(model.config, label), pooling)
-    if task.loss is None:
+    if task.loss is None or (task.tables == EMBEDDING_TABLES and parts_above(model)):
         return _knowledge_of_hidden_states(model, temperature, sublayers)
     return Knowledge(task.name, partial(task.loss, temperature), temperature, task.draws, task.per_token)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -29,14 +31,17 @@ from .inputs import trying
 from .output import say
 
 
-def inspect(name: str, verify: bool = False) -> None:
+def inspect(name: str, verify: bool = False, batch: str | None = None) -> None:
     """Print what a model is, from its config alone.
 
     Args:
         name: A directory or a name on the Hub.
         verify: Whether the weight files are read too, and compared with what was saved.
+        batch: A safetensors file with inputs by name, several samples each, on which a type that is not
+            listed is detected and proved.
     """
     check_place(name)
+    inputs = None if batch is None else read_batch(batch)
     with trying(f"load the model {name!r}"), reading(name):
         folder = read_folder(name)
         name = name if folder is None else folder.transformer
@@ -54,7 +59,7 @@ def inspect(name: str, verify: bool = False) -> None:
         f"({size.bytes_without_embeddings / 1e6:,.1f} MB)"
     )
     try:
-        sublayers, source = structure(model)
+        sublayers, source = structure(model, inputs)
         say(f"family: {kind}, can be pruned; its structure is {source}\n")
         say(to_markdown([layers_of(sublayers)]))
         say("\n\n".join(projections_of(sublayers)))
@@ -106,8 +111,26 @@ def write_page(name: str, file: str | None = None) -> None:
         say(f"It has no pictures: {HINT}")
 
 
-def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
-    """The sublayers of a model without weights, and how they are known.
+def read_batch(file: str) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file, by name.
+
+    Raises:
+        ArgumentError: If there is no such file, or none that holds tensors.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ArgumentError(
+            f"--batch is {file!r}, expected a safetensors file of the model's inputs by name; write one by "
+            f"safetensors.torch.save_file(dict(batch), {Path(file).name!r}): {error}"
+        ) from error
+
+
+def structure(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor] | None
+) -> tuple[list[Sublayer], str]:
+    """The sublayers of a model without weights, and how they are known; of a type that is not listed by a run
+    on these inputs.
 
     Raises `UnsupportedArchitectureError` if they are not.
     """
@@ -130,7 +153,7 @@ def structure(model: PreTrainedModel) -> tuple[list[Sublayer], str]:
         # so that no bias is zero, no norm one, and nothing scaled to next to nothing
         for parameter in dense.parameters():
             parameter.data += (0.1 if parameter.dim() == 1 else 0.02) * torch.randn_like(parameter)
-    describe(dense)
+    describe(dense, inputs)
     return find_sublayers(dense), "detected, and proved: cutting equals masking, sublayer by sublayer"
 
 

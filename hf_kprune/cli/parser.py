@@ -342,6 +342,11 @@ def make_parser() -> argparse.ArgumentParser:
         "Read the weight files too. They must be those that were saved, byte by byte, and hold no NaN or Inf."
     )
     commands.choices["inspect"].add_argument("--verify", action="store_true", help=verify)
+    batch = (
+        "A safetensors file with inputs of the model by name, several samples each, on which a type that is "
+        "not listed is run and proved. By default they are made up from its config."
+    )
+    commands.choices["inspect"].add_argument("--batch", metavar="FILE", help=batch)
     commands.choices["report"].add_argument(
         "directory", help="The pruned model: its directory, or its name on the Hub."
     )

@@ -36,9 +36,19 @@ def untouched(model: PreTrainedModel) -> dict[str, str]:
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.config.model_type in reasons
     }
-    parts = PARTS.get(model.config.model_type, {}).items()
-    towers |= {f"{path}.": reason for path, reason in parts if has(model, path)}
+    towers |= parts_above(model)
     return towers if _has_layers(model) else towers | _alike(model)
+
+
+def parts_above(model: PreTrainedModel) -> dict[str, str]:
+    """The parts of `model` itself that read what its layers give and stay as they are, by path, and why."""
+    parts = PARTS.get(model.config.model_type, {})
+    paths = {
+        f"{prefix}{path}": why
+        for prefix in ("", f"{model.base_model_prefix}.")
+        for path, why in parts.items()
+    }
+    return {f"{path}.": why for path, why in paths.items() if has(model, path)}
 
 
 def _has_layers(model: PreTrainedModel) -> bool:
@@ -129,7 +139,7 @@ def check_nothing_left_out(model: PreTrainedModel, stacks: set[int]) -> None:
         holds_projections = any(isinstance(m, (nn.Linear, Conv1D)) for m in layers.modules())
         if not holds_projections or isinstance(layers[0], nn.Linear):
             continue
-        if not name.startswith(tuple(untouched(model))):
+        if not f"{name}.".startswith(tuple(untouched(model))):
             raise UnsupportedArchitectureError(
                 f"{type(model).__name__} has layers at {name!r} that its family {model.config.model_type!r} "
                 "does not describe; describe all of them with hf_kprune.register_family: docs/add_a_family.md"

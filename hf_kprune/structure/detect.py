@@ -31,6 +31,12 @@ from .watch import PROJECTIONS, Observation, Watch
 Families = Mapping[str, tuple[Stack, ...]]
 """What was detected: the stacks of a model by its path, `""` or that of a tower in it."""
 
+GUESSED = (
+    " That was tried on inputs made up from its config; on a batch like those that it is used with it may go "
+    "otherwise: hf_kprune.describe(model, batch), or hf-kprune inspect MODEL --batch FILE.safetensors."
+)
+"""What is said of a failure where the caller gave no inputs."""
+
 OBSTACLE = "cutting one of its heads changes others"
 
 
@@ -68,6 +74,7 @@ def describe(
         if model.config.model_type in {*FAMILIES, *REFUSED}:
             raise
     families: Families = {}
+    guessed = inputs is None
     try:
         unknown = "its modules or its config are of a kind that is not known, as the error above shows"
         with unwarned(), step("detection", unknown):
@@ -80,19 +87,20 @@ def describe(
         with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
             prove(keep(evaluation_copy(model), families), inputs, head_unit)
     except UnsupportedArchitectureError as error:
-        raise UnsupportedArchitectureError(way_out(model, families, error)) from error
+        seen = GUESSED if guessed else ""
+        raise UnsupportedArchitectureError(way_out(model, families, error, seen)) from error
     keep(model, families)
 
 
-def way_out(model: PreTrainedModel, families: Families, error: Exception) -> str:
-    """What to do about a model whose layers could not be described for this error: describe one by hand, from
-    what was detected."""
+def way_out(model: PreTrainedModel, families: Families, error: Exception, seen: str = "") -> str:
+    """What to do about a model whose layers could not be described for this error, `seen` on such inputs:
+    describe one by hand, from what was detected."""
     start = "".join(
         f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
     )
     return (
         f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
-        f"was not found out what its layers do; {error}. Describe one of them in ten lines with "
+        f"was not found out what its layers do; {error}.{seen} Describe one of them in ten lines with "
         "hf_kprune.register_family: "
         f"docs/add_a_family.md{' has the steps; to start from:' if start else ''}{start}"
     )

@@ -246,9 +246,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
             return inputs
         except Exception:  # it wants others
             continue
-    raise UnsupportedArchitectureError(
-        "no inputs for it could be guessed; pass a batch: hf_kprune.describe(model, inputs)"
-    )
+    raise UnsupportedArchitectureError("it runs on none of the inputs that were made up from its config")
 
 
 def _guesses(config: Any) -> list[dict[str, Tensor]]:

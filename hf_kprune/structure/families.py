@@ -729,12 +729,12 @@ _FUSED_IN_FOUR = (
 _WINDOWS = "its windows lie beside the images of a batch, which are not what calibration tells apart"
 
 
-def _swin(ffn: Block, returns: Returns = ("y",)) -> tuple[Stack, ...]:
+def _swin(*ffn: Block, returns: Returns = ("y",)) -> tuple[Stack, ...]:
     """Swin's stages, each of which has its own width."""
     return tuple(
         Stack(
             f"encoder.layers.{stage}.blocks",
-            (ffn,),
+            ffn,
             returns=returns,
             mask="",
             untouched={"attention": _WINDOWS},
@@ -742,6 +742,104 @@ def _swin(ffn: Block, returns: Returns = ("y",)) -> tuple[Stack, ...]:
         for stage in range(4)
     )
 
+
+_SWIN = _swin(
+    _ffn("mlp.fc1", "mlp.fc2", "layernorm_after"),
+    _ffn("intermediate.dense", "output.dense", "layernorm_after"),  # in MaskFormer
+    returns=("y", None),
+)
+
+
+def _detr(heads: str, *attentions: Block) -> Stack:
+    """A list of DETR's layers: attentions, and an FFN."""
+    return Stack("", (*attentions, _ffn("mlp.fc1", "mlp.fc2", "mlp")), heads=heads, mask="")
+
+
+_DETR_ATTENTION = _attention("self_attn", "self_attn.o_proj")
+_DETR_ENCODER = replace(_detr("encoder_attention_heads", _DETR_ATTENTION), layers="encoder.layers")
+_DETR_DECODER = replace(
+    _detr(
+        "decoder_attention_heads",
+        _DETR_ATTENTION,
+        _attention("encoder_attn", "encoder_attn.o_proj", kind="cross_attention", stream="encoder_attn"),
+    ),
+    layers="decoder.layers",
+    reads="encoder.layers",
+)
+_RESHAPED = "its heads are reshaped to the hidden size"
+_DETR_WHOLE = replace(
+    _DETR_ENCODER,
+    blocks=(
+        _attention("self_attn", "self_attn.out_proj", obstacle=_RESHAPED),
+        _ffn("fc1", "fc2", "final_layer_norm|fc1"),
+    ),
+    returns=("y",),
+)
+_TABLE_TRANSFORMER = replace(
+    _DETR_DECODER,
+    blocks=(
+        _DETR_WHOLE.blocks[0],
+        _attention(
+            "encoder_attn",
+            "encoder_attn.out_proj",
+            kind="cross_attention",
+            stream="encoder_attn_layer_norm",
+            obstacle=_RESHAPED,
+        ),
+        _DETR_WHOLE.blocks[1],
+    ),
+    returns=("y",),
+)
+
+
+def _conditional(module: str, kind: Kind, stream: str) -> Block:
+    """Attention whose queries and keys have projections of their own for positions."""
+    queries, keys = ("q_content_proj", "q_pos_proj", "q_pos_sine_proj"), ("k_content_proj", "k_pos_proj")
+    inputs: dict[str, Layout] = {f"{module}.{name}": "q" for name in queries}
+    return Block(
+        kind,
+        inputs={**inputs, **{f"{module}.{name}": "kv" for name in (*keys, "v_proj")}},
+        output=f"{module}.o_proj",
+        core=module,
+        stream=stream,
+        sizes={f"{module}.num_attention_heads": "heads"},
+    )
+
+
+_CONDITIONAL_DETR = replace(
+    _DETR_DECODER,
+    blocks=(
+        _conditional("self_attn", "attention", ""),
+        _conditional("encoder_attn", "cross_attention", "encoder_attn"),
+        _DETR_DECODER.blocks[2],
+    ),
+)
+_RT_DETR = replace(
+    _DETR_ENCODER,
+    layers="encoder.aifi.0.layers",
+    head_dim="encoder_hidden_dim / encoder_attention_heads",
+)
+_SAMPLED = "its heads read a few points each, which other projections than queries and keys choose"
+_DEFORMABLE_DETR = replace(_DETR_ENCODER, blocks=_DETR_ENCODER.blocks[1:], untouched={"self_attn": _SAMPLED})
+_MERGED = "its keys and values are those of fewer tokens, which a convolution merges"
+
+
+def _mixed(stage: str, ffn: Block, returns: Returns) -> tuple[Stack, ...]:
+    """SegFormer's stages, each of which has its own width: a convolution mixes each neuron over the image."""
+    neurons = replace(
+        ffn,
+        core="mlp",
+        returns="y",
+        slices={"mlp.dwconv.dwconv.weight": 0, "mlp.dwconv.dwconv.bias": 0},
+        sizes={f"mlp.dwconv.dwconv.{size}": "width" for size in ("in_channels", "out_channels", "groups")},
+    )
+    return tuple(
+        Stack(stage.format(i), (neurons,), returns=returns, mask="", untouched={"attention": _MERGED})
+        for i in range(8)
+    )
+
+
+_PVT_FFN = _ffn("mlp.dense1", "mlp.dense2", "layer_norm_2")
 
 _MOBILEBERT = replace(
     _BERT,
@@ -1052,6 +1150,28 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "vit_msn": (_VIT,),
     "vivit": (_VIT,),
     "yolos": (_VIT_NESTED,),
+    # detection, segmentation, depth
+    "conditional_detr": (_DETR_ENCODER, _CONDITIONAL_DETR),
+    "d_fine": (replace(_RT_DETR, blocks=(_DETR_ATTENTION, _ffn("mlp.layers.0", "mlp.layers.1", "mlp"))),),
+    "dab-detr": (_DETR_WHOLE,),
+    "deformable_detr": (_DEFORMABLE_DETR,),
+    "detr": (_DETR_ENCODER, _DETR_DECODER, replace(_DETR_DECODER, layers="layers")),  # MaskFormer's
+    "glpn": _mixed("encoder.block.{}", _PVT_FFN, ("y",)),
+    "maskformer-swin": _SWIN,
+    "pvt_v2": _mixed("encoder.layers.{}.blocks", _PVT_FFN, ("y",)),
+    "rt_detr": (_RT_DETR,),
+    "rt_detr_v2": (_RT_DETR,),
+    "sam_vision_model": (
+        replace(
+            _CLIP_VISION,
+            layers="layers",
+            blocks=(_ffn("mlp.lin1", "mlp.lin2", "layer_norm2"),),
+            untouched={"attn": _WINDOWS},
+            uniform={},
+        ),
+    ),
+    "segformer": _mixed("stages.{}.blocks", _ffn("mlp.fc1", "mlp.fc2", "layernorm_after"), "y"),
+    "table-transformer": (_DETR_WHOLE, _TABLE_TRANSFORMER),
     # images and text, tower by tower
     "clipseg_text_model": (_CLIP,),
     "clipseg_vision_model": (_CLIP_VISION,),
@@ -1611,7 +1731,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             uniform={},
         ),
     ),
-    "swin": _swin(_ffn("mlp.fc1", "mlp.fc2", "layernorm_after"), ("y", None)),
+    "swin": _SWIN,
     "swinv2": _swin(_ffn("intermediate.dense", "output.dense", None)),
     "timesformer": (
         replace(
@@ -1676,10 +1796,23 @@ UNTOUCHED |= dict.fromkeys(
 """Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
 
 
-PARTS: dict[str, dict[str, str]] = {
-    "dpt": {"neck": "it joins hidden states of several layers to an image"},
+_BOXES = {
+    "decoder": "each of its layers moves the boxes that the next one looks at",
+    "bbox_embed": "it makes boxes of what the layers give",
 }
-"""Parts of models, by model type and path, that stay as they are, and why."""
+_JOINED = "it joins hidden states of several layers to an image"
+PARTS: dict[str, dict[str, str]] = {
+    "dpt": {"neck": _JOINED},
+    "segformer": {"decode_head": _JOINED},
+    "zoedepth": {"neck": _JOINED, "metric_head": "it makes depths of what the neck gives"},
+    **dict.fromkeys(("d_fine", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2"), _BOXES),
+    "mask2former": {
+        "pixel_level_module.decoder": _SAMPLED,
+        "transformer_module": "each of its layers decides where the next one looks",
+    },
+    "sam": {"mask_decoder": "it reads prompts and image in turns, so that no layers hand on one stream"},
+}
+"""Parts of models, by model type and path in the base model, that stay as they are, and why."""
 
 
 def register_family(model_type: str, *stacks: Stack) -> None:

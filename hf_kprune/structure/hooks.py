@@ -72,8 +72,15 @@ def first(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
 
 
 def by_token(tensor: Tensor, like: Tensor) -> Tensor:
-    """(B, T, ...) from what some models flatten to (B * T, ...)."""
-    return tensor if tensor.dim() == like.dim() else tensor.view(*like.shape[:2], *tensor.shape[1:])
+    """(B, T, C) from what some models flatten to (B * T, C), or arrange as the picture that it is of.
+
+    Args:
+        tensor: (B, T, C), (B * T, C) or (B, height, width, C).
+        like: Of the same tokens, (B, T, ...) or (B, height, width, ...).
+    """
+    if tensor.dim() == 3:
+        return tensor
+    return tensor.reshape(len(like), like.shape[1:-1].numel(), tensor.shape[-1])
 
 
 def hidden_states(returns: Any, output: Any) -> Tensor:
