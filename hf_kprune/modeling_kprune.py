@@ -24,6 +24,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -264,9 +265,7 @@ class EmptyProjection(nn.Module):
     def __init__(self, projection: Any):
         super().__init__()
         self.nx, self.nf = 0, projection.nf
-        self.weight = nn.Parameter(
-            projection.weight[:0].detach().clone(), requires_grad=projection.weight.requires_grad
-        )
+        set_parameter(self, "weight", projection.weight[:0].detach().clone())
         self.bias = projection.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -284,7 +283,11 @@ class EmptyLinear(nn.modules.linear.NonDynamicallyQuantizableLinear):
 
 
 def spare_empty(model: PreTrainedModel) -> None:
-    """Have what quantises `model` while it is loaded pass over the modules without inputs or outputs."""
+    """Have what loads `model` pass over tensors without elements, which were saved by earlier versions, and
+    what quantises it over modules without inputs or outputs."""
+    empty = {f"{re.escape(name)}$" for name, value in model.named_buffers() if not value.numel()}
+    if empty:
+        model._keys_to_ignore_on_load_unexpected = empty | set(model._keys_to_ignore_on_load_unexpected or ())
     if getattr(model.config, "quantization_config", None) is not None:
         empty = {name for name, module in model.named_modules() if getattr(module, "is_kprune_empty", False)}
         model._keep_in_fp32_modules = set(model._keep_in_fp32_modules or ()) | empty
@@ -367,6 +370,15 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
     return None
 
 
+def set_parameter(module: nn.Module, name: str, value: Tensor, requires_grad: bool = True) -> None:
+    """Give a module a parameter or, if it has no elements, a buffer, which no checkpoint holds."""
+    if value.numel():
+        setattr(module, name, nn.Parameter(value, requires_grad=requires_grad))
+        return
+    module._parameters.pop(name, None)
+    module.register_buffer(name, value, persistent=False)
+
+
 def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | None = None) -> None:
     """Give the linear module, `Conv1D` or embedding at `path` this many output rows or input columns.
 
@@ -382,7 +394,7 @@ def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | 
             if old.dim() == 1 and dim == 1:
                 continue
             part = old.detach().narrow(1 - dim if turned and old.dim() == 2 else dim, 0, size).clone()
-            setattr(module, key, nn.Parameter(part, requires_grad=old.requires_grad))
+            set_parameter(module, key, part, old.requires_grad)
         setattr(module, name, size)
     if isinstance(module, nn.Linear) and 0 in (module.in_features, module.out_features):
         module.__class__ = EmptyLinear
@@ -442,9 +454,11 @@ def set_slices(layer: nn.Module, path: str, dim: int, indices: torch.Tensor) -> 
     if old is not None:
         owner, _, name = path.rpartition(".")
         part = old.detach().index_select(dim, indices.to(old.device))
+        module = layer.get_submodule(owner)
         if isinstance(old, nn.Parameter):
-            part = nn.Parameter(part, requires_grad=old.requires_grad)
-        setattr(layer.get_submodule(owner), name, part)
+            set_parameter(module, name, part, old.requires_grad)
+        else:
+            setattr(module, name, part)
 
 
 def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
@@ -705,6 +719,10 @@ def check_record(name: object, record: dict[str, FileRecord], **options: object)
                 f"{name}: {len(lost)} tensors that were saved in {file} are missing from it, such as "
                 f"{lost[0]}; get the file again"
             )
+        if surplus := sorted(there.keys() - saved.keys()):
+            raise CheckpointError(
+                f"{name}: {surplus[0]} is in {file}, but was not saved in it; get the file again"
+            )
         for key, (dtype, *shape) in saved.items():
             now, *size = there[key]
             if size != shape or ("F" in now) != ("F" in dtype):
@@ -797,6 +815,9 @@ class KPruneMixin(PreTrainedModel):
         seal(working_dir)  # save_pretrained(push_to_hub=True) uploads before it returns
         record_weights(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _get_static_cache_init_shape(self) -> None:
+        """A static cache takes the heads of each layer as it comes."""
 
     @classmethod
     def dense_class(cls) -> Any:

@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "without cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
+    "static cache, prompt in chunks": {"cache_implementation": "static", "prefill_chunk_size": 4},
     "sampling": {"do_sample": True, "top_k": 20},
     "beams": {"num_beams": 3},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},

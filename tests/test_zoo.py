@@ -25,6 +25,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from zoo import DISTINCT, ZOO, inputs_for, make, outputs_of
 
 from hf_kprune import UnsupportedModelError
+from hf_kprune.modeling_kprune import tensors_of
 from hf_kprune.structure.families import FAMILIES, PARTS, REFUSED
 from hf_kprune.structure.hooks import State, resumed
 from hf_kprune.structure.runs import run_sublayer, run_to_top
@@ -238,8 +239,11 @@ def test_keeping_all_changes_nothing(name: str, record_property: Record) -> None
 
 
 def saved_and_loaded(student: PreTrainedModel, kind: str, folder: Path) -> PreTrainedModel:
-    """The model again, from its checkpoint, once it is sure that it is the same."""
+    """The model again, from its checkpoint, once it is sure that it is the same and holds no tensor without elements."""
     student.save_pretrained(folder)
+    assert all(
+        0 not in shape for file in folder.glob("*.safetensors") for _, *shape in tensors_of(file).values()
+    )
     again = type(student).from_pretrained(folder).eval()
     state = again.state_dict()
     assert state.keys() == student.state_dict().keys()

@@ -1,15 +1,16 @@
 """Loading and saving K-pruned checkpoints through plain `from_pretrained` and `save_pretrained`.
 
-`import hf_kprune` wraps seven functions of transformers; each does nothing for a model whose config has no
+`import hf_kprune` wraps eight functions of transformers; each does nothing for a model whose config has no
 plan in `kprune`:
 
-    PreTrainedModel.post_init                 shrinks the model, on the meta device, before its weights come
-    PreTrainedModel.from_pretrained           refuses weights that do not fit, or are not those saved
-    PreTrainedModel.save_pretrained           records what the weight files are
-    PreTrainedModel._upload_modified_files    the same, before an upload
-    PreTrainedConfig.get_config_dict          completes a save that was killed while it moved files
-    PreTrainedConfig.from_dict                takes off the notice that stops plain transformers
-    PreTrainedConfig.to_json_file             adds modeling_kprune.py, its auto_map and the notice
+    PreTrainedModel.post_init                     shrinks the model, on device meta, before its weights come
+    PreTrainedModel.from_pretrained               refuses weights that do not fit, or are not those saved
+    PreTrainedModel.save_pretrained               records what the weight files are
+    PreTrainedModel._upload_modified_files        the same, before an upload
+    GenerationMixin._get_static_cache_init_shape  lets a static cache take the heads of each layer as it comes
+    PreTrainedConfig.get_config_dict              completes a save that was killed while it moved files
+    PreTrainedConfig.from_dict                    takes off the notice that stops plain transformers
+    PreTrainedConfig.to_json_file                 adds modeling_kprune.py, its auto_map and the notice
 
 Each wrapper here is made of the function that it wraps.
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .. import modeling_kprune
 from ..errors import CheckpointError
@@ -45,7 +46,7 @@ Function = Callable[..., Any]
 
 
 def install() -> None:
-    """Wrap the seven functions. Calling it again changes nothing."""
+    """Wrap the eight functions. Calling it again changes nothing."""
     model, config = PreTrainedModel, PreTrainedConfig
     if getattr(model.post_init, "is_kprune", False):
         return
@@ -54,14 +55,15 @@ def install() -> None:
         (model, "from_pretrained", check_weights),
         (model, "save_pretrained", record_when_saved),
         (model, "_upload_modified_files", record_when_uploaded),
+        (GenerationMixin, "_get_static_cache_init_shape", leave_open),
         (config, "get_config_dict", recover_first),
         (config, "from_dict", take_notice_off),
         (config, "to_json_file", add_notice),
     ):
-        function = inspect.getattr_static(owner, name)
+        function = inspect.getattr_static(owner, name, None)
         if isinstance(function, classmethod):
             setattr(owner, name, classmethod(wrap(function.__func__)))
-        else:
+        elif function is not None:  # which not all versions have
             setattr(owner, name, wrap(function))
     model.post_init.is_kprune = True
 
@@ -112,6 +114,14 @@ def record_when_uploaded(upload: Function) -> Function:
         return upload(self, working_dir, *args, **kwargs)
 
     return record_and_upload
+
+
+def leave_open(shape: Function) -> Function:
+    @functools.wraps(shape)
+    def shape_unless_pruned(self: Any) -> Any:
+        return None if is_pruned(self.config) else shape(self)
+
+    return shape_unless_pruned
 
 
 def recover_first(find: Function) -> Function:

@@ -220,7 +220,10 @@ def _projections(model: PreTrainedModel, head_unit: str | None) -> Iterator[tupl
 
 def _check_projection(model: PreTrainedModel, name: str, projection: nn.Module) -> None:
     name_of_weight = "down_proj" if are_experts(projection) else "weight"
-    weight: Any = projection._parameters.get(name_of_weight)
+    emptied = {
+        key: value for key, value in projection._buffers.items() if value is not None and not value.numel()
+    }
+    weight: Any = {**emptied, **projection._parameters}.get(name_of_weight)
     if weight is None or parametrize.is_parametrized(projection):
         raise UnsupportedModelError(
             f"the weight of {name} is computed from other tensors, so it cannot be cut; make it plain first: "

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..modeling_kprune import set_parameter
+
 
 def are_experts(module: nn.Module) -> bool:
     """Whether a module holds experts in three-dimensional parameters, as Transformers describes them."""
-    return "down_proj" in module._parameters and hasattr(module, "is_transposed")
+    return hasattr(module, "is_transposed") and "down_proj" in {**module._parameters, **module._buffers}
 
 
 def size_of(experts: Any) -> tuple[int, int, int]:
@@ -208,4 +210,4 @@ def _take(experts: Any, name: str, places: Tensor, dim: int) -> None:
 def _replace(experts: Any, name: str, value: Tensor) -> None:
     """Give a parameter another value."""
     old = getattr(experts, name)
-    setattr(experts, name, nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad))
+    set_parameter(experts, name, value.to(old.dtype).contiguous(), old.requires_grad)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 from typing import cast
 
@@ -129,7 +130,8 @@ class Sublayer:
     @property
     def itemsize(self) -> int:
         """Bytes of a number of its weights."""
-        return next(self.output.parameters(recurse=False)).element_size()
+        tensors = chain(self.output.parameters(recurse=False), self.output.buffers(recurse=False))
+        return next(tensors).element_size()
 
     @property
     def is_mixture(self) -> bool:

@@ -25,6 +25,7 @@ from ..modeling_kprune import (
     has,
     kind_of,
     plan_of,
+    set_parameter,
     set_slices,
     shrink_layer,
 )
@@ -51,7 +52,7 @@ def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -
     for name, value in (("weight", weight.T if transposed else weight), ("bias", bias)):
         if value is not None:
             old = cast(Tensor, getattr(projection, name))
-            setattr(projection, name, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
+            set_parameter(projection, name, value.contiguous(), old.requires_grad)
     for attribute, size in zip(SIZES[kind_of(projection)], weight.shape, strict=True):
         if hasattr(projection, attribute):
             setattr(projection, attribute, size)
@@ -80,7 +81,8 @@ def cut(sublayer: Sublayer, keep: Tensor) -> None:
     for path in plan["table"]:
         table = cast(nn.Embedding, layer.get_submodule(path))
         weight = table.weight[:, heads.to(table.weight.device)]
-        table.weight, table.embedding_dim = nn.Parameter(weight, table.weight.requires_grad), len(heads)
+        set_parameter(table, "weight", weight, table.weight.requires_grad)
+        table.embedding_dim = len(heads)
     plan["kept"][sublayer.index] = len(kept)
     for _, indices in plan["select"].values():
         indices[sublayer.index] = [indices[sublayer.index][i] for i in heads.tolist()]
@@ -120,7 +122,7 @@ def in_unit_order(sublayer: Sublayer) -> Tensor:
 @torch.no_grad()
 def set_output(sublayer: Sublayer, weight: Tensor, bias: Tensor | None = None) -> None:
     """Give the output projection a weight (D, C), unit by unit, and a bias (D,); None keeps the old one."""
-    old = next(sublayer.output.parameters(recurse=False))
+    old = sublayer.weight
     new_bias = None if bias is None or sublayer.bias is None else bias.to(old)
     if sublayer.unit.strided:
         weight = weight[:, sublayer.columns.flatten().argsort().to(weight.device)]
@@ -157,8 +159,8 @@ def set_weights(sublayer: Sublayer, weights: Mapping[str, Tensor]) -> None:
     for path, weight in weights.items():
         projection, _, name = path.rpartition(".")
         module = sublayer.layer.get_submodule(projection)
-        old = cast(nn.Parameter, getattr(module, name))
-        setattr(module, name, nn.Parameter(weight.to(old), requires_grad=old.requires_grad))
+        old = cast(Tensor, getattr(module, name))
+        set_parameter(module, name, weight.to(old), old.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,8 @@ def restore(student: PreTrainedModel, model: PreTrainedModel, modes: dict[str, b
     for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
         original = originals.get(name)  # a table of positions of its own has none
         tensor.data = tensor.data.to(model.dtype if original is None else original.dtype)
-        tensor.requires_grad_(original is None or original.requires_grad)
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(original is None or original.requires_grad)
     off_workbench(student, model)
 
 
