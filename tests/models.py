@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from zoo import DISTILBERT, ENCODER, ZOO
+from zoo import DECODER, DISTILBERT, ENCODER, IMAGE, ZOO
 
 from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.sublayers import find_sublayers
@@ -231,4 +231,45 @@ def tiny_of_class(name: str) -> PreTrainedModel:
     torch.default_generator.manual_seed(0)
     return getattr(transformers, name)(
         getattr(transformers, f"{family}Config")(**CONFIGS_BY_CLASS[family])
+    ).eval()
+
+
+IMAGE_TOKEN = 70
+TOKENS = {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}
+SEEING: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "llama", "vocab_size": 80},
+            "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
+            "image_seq_length": 4,
+            "vision_feature_layer": -1,
+        },
+    ),
+    "paligemma": (
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "gemma", "vocab_size": 80, "head_dim": 4},
+            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
+            "projection_dim": 16,
+            "hidden_size": 16,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**DECODER, "model_type": "gemma3_text", "vocab_size": 80, "head_dim": 4},
+            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+}
+
+
+def seeing(model_type: str, **config: Any) -> PreTrainedModel:
+    """A tiny language model that sees images, each as four tokens."""
+    name, settings = SEEING[model_type]
+    torch.manual_seed(0)
+    return getattr(transformers, name)(
+        AutoConfig.for_model(model_type, **{**settings, **TOKENS, **config})
     ).eval()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import slow_unless_in
+from models import IMAGE_TOKEN, SEEING, TOKENS, seeing, slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
 from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, make
 
@@ -23,47 +23,6 @@ from hf_kprune import (
     PruningReport,
 )
 from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers
-
-
-IMAGE_TOKEN = 70
-TOKENS = {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}
-SEEING: dict[str, tuple[str, dict[str, Any]]] = {
-    "llava": (
-        "LlavaForConditionalGeneration",
-        {
-            "text_config": {**DECODER, "model_type": "llama", "vocab_size": 80},
-            "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
-            "image_seq_length": 4,
-            "vision_feature_layer": -1,
-        },
-    ),
-    "paligemma": (
-        "PaliGemmaForConditionalGeneration",
-        {
-            "text_config": {**DECODER, "model_type": "gemma", "vocab_size": 80, "head_dim": 4},
-            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
-            "projection_dim": 16,
-            "hidden_size": 16,
-        },
-    ),
-    "gemma3": (
-        "Gemma3ForConditionalGeneration",
-        {
-            "text_config": {**DECODER, "model_type": "gemma3_text", "vocab_size": 80, "head_dim": 4},
-            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
-            "mm_tokens_per_image": 4,
-        },
-    ),
-}
-
-
-def seeing(model_type: str, **config: Any) -> PreTrainedModel:
-    """A tiny language model that sees images, each as four tokens."""
-    name, settings = SEEING[model_type]
-    torch.manual_seed(0)
-    return getattr(transformers, name)(
-        AutoConfig.for_model(model_type, **{**settings, **TOKENS, **config})
-    ).eval()
 
 
 def rows(images: bool, count: int = 30) -> list[dict[str, Any]]:

@@ -130,11 +130,20 @@ def test_directories_of_data(tmp_path: Path) -> None:
         load_data(str(tmp_path / "splits"), None, "test", None, [])
 
 
-@pytest.mark.parametrize(("name", "reads"), [("vit", "pixel_values"), ("wav2vec2", "input_values")])
-def test_the_command_line_says_that_it_takes_texts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, reads: str
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "vit",
+            "ViTForImageClassification takes images, expected one column of them in the data, which have: text",
+        ),
+        ("wav2vec2", "takes input_values, but the command line takes texts and images only"),
+    ],
+)
+def test_the_command_line_says_what_it_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
 ) -> None:
     make(name).save_pretrained(tmp_path / "model")
     data = write(tmp_path, ".csv")
     assert main(["plan", "--model_name_or_path", str(tmp_path / "model"), "--dataset_file", str(data)]) == 2
-    assert f"takes {reads}, but the command line takes texts only" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

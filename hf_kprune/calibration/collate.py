@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, default_data_collator
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
 from ..structure.facts import input_names, is_causal, label_names, main_input
+from .processed import Processed, joined
 from .rows import Rows, has_choices
 from .tasks import needs_targets
 
@@ -152,6 +153,8 @@ def collate(
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"the data collator returned {batch!r:.80}, expected a dict of tensors")
         inputs = dict(batch)
+    elif isinstance(rows[0], Processed):
+        inputs = dict(joined(rows, getattr(text_config(model.config), "pad_token_id", None) or 0))
     else:
         inputs = pad_rows(
             rows, processing_class, getattr(text_config(model.config), "pad_token_id", None) or 0

@@ -59,7 +59,7 @@ def draw_rows(
             "do (an iterator can be read only once)"
         )
     if reader.causal and any("labels" in row for row in rows):  # all or none: they are batched
-        rows = [{**row, "labels": row.get("labels", row["input_ids"])} for row in rows]
+        rows = [type(row)({**row, "labels": row.get("labels", row["input_ids"])}) for row in rows]
     names = {frozenset(row.keys() - reader.labels) for row in rows}
     if len(names) > 1:
         kinds = " and others ".join(", ".join(sorted(name)) for name in names)

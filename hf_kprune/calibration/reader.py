@@ -25,6 +25,7 @@ from ..structure.facts import (
     vocabulary,
 )
 from .nested import Row, depth, flat, floats, plain, shape_of, strays
+from .processed import Processed, asked, has_pictures, pictures_of, processed
 from .rows import TokensPerRow, row_length, row_tokens
 from .sources import CHAT_COLUMNS, split_rows, text_columns
 from .tasks import needs_targets, task_of
@@ -71,7 +72,8 @@ class Reader:
 
     def read(self, index: int, entry: object, tokens_per_row: TokensPerRow | None) -> tuple[Row, int]:
         """A row of those columns that are used, with floats in tensors, and how many tokens it has."""
-        columns = {key: plain(value) for key, value in self.columns(entry).items()}
+        made = self.columns(entry)
+        columns = {key: plain(value) for key, value in made.items()}
         inputs = self.inputs(index, columns)
         self.check_columns(columns, inputs)
         self.count += 1
@@ -91,7 +93,7 @@ class Reader:
             tokens = 0
         if tokens:
             self.note(index, {key: row[key] for key in sorted(inputs)})
-        return row, tokens
+        return (Processed(row) if isinstance(made, Processed) else row), tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
         """Names of the columns that are inputs. Labels are if they are targets, or say which tokens count."""
@@ -282,6 +284,8 @@ class Reader:
             return columns
         chats = [name for name in CHAT_COLUMNS if columns.get(name) is not None]  # it is in a row of text
         chat = chats[0] if chats and chosen is None else None
+        if self.sees(columns, columns.get(chat) if chat else None):
+            return self.seen(columns, chat)
         if self.sense in columns:
             inputs = self.features(columns)
         elif self.main != "input_ids":
@@ -317,6 +321,34 @@ class Reader:
         if len(texts) == 1 and isinstance(texts[0], list) and (names != ("text",) or len(texts[0]) > 2):
             return self.texts.words(texts[0])
         return self.texts.tokens(texts[0] if len(texts) == 1 else tuple(texts))
+
+    def sees(self, columns: Row, chat: object) -> bool:
+        """Whether a row of a language model has images, of which a processor makes tokens."""
+        there = bool(pictures_of(columns)) or has_pictures(chat)
+        return (
+            there
+            and self.sense == "image"
+            and self.main == "input_ids"
+            and hasattr(self.processing_class, "tokenizer")
+            and (chat is not None or getattr(self.processing_class, "chat_template", None) is not None)
+        )
+
+    def seen(self, columns: Row, chat: str | None) -> Processed:
+        """The row that the processor makes of images and the chat or the text beside them."""
+        processor = self.processing_class
+        if getattr(processor, "chat_template", None) is None:
+            raise ArgumentError(
+                f"the calibration dataset holds chats with images, {type(processor).__name__} has no "
+                "chat_template: set it, or pass rows as the processor makes them"
+            )
+        images, text = pictures_of(columns), columns.get("text")
+        made = processed(processor, columns[chat] if chat else asked(text, images), images)
+        if self.limit is not None and len(made["input_ids"]) > self.limit:
+            raise CalibrationError(
+                f"a calibration row has {len(made['input_ids'])} tokens with its images, {self.name} takes "
+                f"at most {self.limit}; shorten its texts, or make its images smaller"
+            )
+        return Processed({key: value for key, value in made.items() if key in self.accepted})
 
     def features(self, columns: Row) -> Row:
         """Inputs made of an image or of sound, and of the text beside it if the processor is for both.

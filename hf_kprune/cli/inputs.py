@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from accelerate import Accelerator
 from transformers import AutoConfig, PreTrainedModel
@@ -24,8 +23,10 @@ from ..errors import ArgumentError, KPruneError
 from ..processes import together
 from ..progress import quiet
 from ..pruner import KPrunePruner
-from ..structure.facts import PROBLEMS, max_positions
+from ..structure.facts import PROBLEMS, input_names, main_input, max_positions
 from .data_files import load_data
+from .images import Images, check_images, image_columns, load_processor, with_images
+from .labels import label_ids
 from .options import DataArguments
 from .output import say
 
@@ -46,35 +47,55 @@ def make_pruner(data: DataArguments, args: KPruneArguments, calibrates: bool = T
         calibrates: Otherwise it evaluates alone, and its calibration rows are those that it evaluates.
     """
     with together(Accelerator(cpu=args.use_cpu)):
-        model, tokenizer = load(data, Offload(data.offload, Accelerator(cpu=args.use_cpu).device))
-        texts = Texts(model, tokenizer, data, args)
-        evaluation = texts.evaluation() if data.eval_dataset_name or data.eval_file else None
-        metric = metric_function(data.metric, model) if data.metric and not texts.figures else None
-        collator = texts.collate_choices if texts.task.choices else None
-    if texts.remark and calibrates:
-        say(texts.remark)
-    return KPrunePruner(model, args, texts.calibration(), collator, evaluation, tokenizer, metric)
+        model = load(data, Offload(data.offload, Accelerator(cpu=args.use_cpu).device))
+        rows = rows_for(model, data, args)
+        evaluation = rows.evaluation() if data.eval_dataset_name or data.eval_file else None
+        metric = metric_function(data.metric, model) if data.metric and not rows.figures else None
+        collator = rows.collate_choices if isinstance(rows, Texts) and rows.task.choices else None
+    if rows.remark and calibrates:
+        say(rows.remark)
+    return KPrunePruner(model, args, rows.calibration(), collator, evaluation, rows.processor, metric)
 
 
-def load(data: DataArguments, offload: Offload) -> tuple[PreTrainedModel, Any]:
-    """The model and its tokenizer.
+def load(data: DataArguments, offload: Offload) -> PreTrainedModel:
+    """The model.
 
     Raises:
-        ArgumentError: If they cannot be loaded, or if the model does not take texts.
+        ArgumentError: If it cannot be loaded, or if it takes neither texts nor images.
     """
     name = data.model_name_or_path
     with trying(f"load the model {name!r}"):
-        model, tokenizer = load_model_for(name, data.task, offload), load_tokenizer(name)
-    if "input_ids" not in model.main_input_name:
+        model = load_model_for(name, data.task, offload)
+    if not {"input_ids", "pixel_values"} & {main_input(model)}:
         raise ArgumentError(
-            f"{type(model).__name__} takes {model.main_input_name}, but the command line takes texts only; "
-            "prune it from Python: KPrunePruner(model, args, rows, processing_class=...)"
+            f"{type(model).__name__} takes {main_input(model)}, but the command line takes texts and images "
+            "only; prune it from Python: KPrunePruner(model, args, rows, processing_class=...)"
         )
+    return model
+
+
+def rows_for(model: PreTrainedModel, data: DataArguments, args: KPruneArguments) -> Texts | Images:
+    """The rows that a model is pruned on: images, if it takes them and the data have some, or texts.
+
+    Raises:
+        ArgumentError: If the data cannot be read, or if there is nothing with the model to read them by.
+    """
+    name, sees = data.model_name_or_path, "pixel_values" in input_names(model)
+    if sees:
+        source = data.dataset_name, data.dataset_config_name, data.dataset_split, data.dataset_file
+        rows = with_images(load_data(*source, []))
+        if main_input(model) == "pixel_values" or image_columns(rows):
+            check_images(model, rows)
+            with trying(f"load the image processor of {name!r}"):
+                processor = load_processor(name)
+            return Images(model, processor, rows, data, args)
+    with trying(f"load the tokenizer of {name!r}"):
+        tokenizer = load_tokenizer(name)
     if tokenizer is None:
         raise ArgumentError(
             f"there is no tokenizer with the model {name!r}; save the one it was trained with there"
         )
-    return model, tokenizer
+    return Texts(model, tokenizer, data, args)
 
 
 class Texts:
@@ -91,7 +112,7 @@ class Texts:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, data: DataArguments, args: KPruneArguments):
-        self.model, self.tokenizer, self.data, self.args = model, tokenizer, data, args
+        self.model, self.processor, self.data, self.args = model, tokenizer, data, args
         self.kind, self.task = type(model).__name__, task_of(model)
         self.remark = ""
         """What is to be said of the evaluation rows."""
@@ -163,7 +184,7 @@ class Texts:
 
     def collate_choices(self, rows: list[dict[str, object]]) -> dict[str, Any]:
         """A batch of questions with choices. The collator wants a label, also where nothing looks at it."""
-        collator = transformers.DataCollatorForMultipleChoice(self.tokenizer)
+        collator = transformers.DataCollatorForMultipleChoice(self.processor)
         return dict(collator([{"label": 0, **row} for row in rows]))
 
 
@@ -222,23 +243,6 @@ def encoder(
         return {key: [list(row) for row in zip(*(e[key] for e in each), strict=True)] for key in each[0]}
 
     return encode
-
-
-def label_ids(labels: Sequence[object], model: PreTrainedModel) -> list[Any]:
-    """Labels as the loss of `model` takes them. Raises `ArgumentError` for those that it has no class for."""
-    config = model.config
-    if task_of(model).choices:
-        return list(labels)
-    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
-        return [torch.tensor(label, dtype=torch.float32).tolist() for label in labels]
-    ids = [config.label2id.get(label) if isinstance(label, str) else label for label in labels]
-    wrong = {str(label) for label, i in zip(labels, ids, strict=True) if i not in range(config.num_labels)}
-    if wrong:
-        known = ", ".join(map(str, config.label2id))
-        raise ArgumentError(
-            f"the evaluation data have the labels {sorted(wrong)[:5]}, the model {known}, or their numbers"
-        )
-    return ids
 
 
 def overlap(rows: datasets.Dataset, others: datasets.Dataset, columns: Sequence[str]) -> int:

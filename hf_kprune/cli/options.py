@@ -92,7 +92,7 @@ class RecoverArguments:
 @known_keywords
 @dataclass
 class DataArguments:
-    """What is pruned, and with what data. Calibration takes texts only; labels are for evaluation."""
+    """What is pruned, and with what data. Calibration takes texts or images; labels are for evaluation."""
 
     model_name_or_path: str = field(
         metadata={"help": "Prune this model, a directory or a name on the Hub. It is required."}
@@ -109,7 +109,9 @@ class DataArguments:
         choices=("cpu", "disk"),
     )
     dataset_name: str | None = option(
-        None, "Calibrate on this dataset on the Hub, or on this directory, as load_dataset() reads it."
+        None,
+        "Calibrate on this dataset on the Hub, or on this directory, as load_dataset() reads it: for a model "
+        "that takes images also a folder of them.",
     )
     dataset_config_name: str | None = option(
         None, "Take this configuration of the calibration dataset, such as sst2 of glue."

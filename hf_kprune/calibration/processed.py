@@ -1,0 +1,131 @@
+"""Chats and texts with images become rows as the processor of a model makes them, and batches of such rows.
+
+What a processor makes of one row has no one form: pixels of (1, channels, height, width), patches of all
+images as (patches, width) beside the sizes of the images, tiles of which each image has another number. All
+of them are what a batch of one row is, and batches are joined along their first dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from ..errors import ArgumentError, CalibrationError
+from .nested import Row
+
+
+PICTURES = ("image", "images")
+"""Names under which datasets hold an image, or those of a row."""
+
+Chat = Sequence[Mapping[str, Any]]
+
+
+class Processed(Row):
+    """A row of a processor: lists of one number for each token, and tensors of all else, as in a batch of one
+    row."""
+
+
+def pictures_of(columns: Mapping[str, Any]) -> list[Any]:
+    """The images in the columns of a row."""
+    values = [columns[name] for name in PICTURES if columns.get(name) is not None]
+    return [image for value in values for image in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def has_pictures(chat: object) -> bool:
+    """Whether a chat has messages with a part for an image."""
+    messages = chat if isinstance(chat, (list, tuple)) else ()
+    parts = [m.get("content") for m in messages if isinstance(m, Mapping)]
+    return any(
+        isinstance(part, Mapping) and part.get("type") == "image"
+        for content in parts
+        if isinstance(content, list)
+        for part in content
+    )
+
+
+def asked(text: str | None, images: Sequence[Any]) -> Chat:
+    """A chat of one message about images."""
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
+    return [{"role": "user", "content": parts + ([{"type": "text", "text": text}] if text else [])}]
+
+
+def processed(processor: Any, chat: Chat, images: Sequence[Any]) -> Processed:
+    """What a processor makes of a chat.
+
+    Args:
+        processor: It has a chat template, a tokenizer and what prepares images.
+        chat: Messages with `role` and `content`, a text or parts such as `{"type": "image"}`.
+        images: Those for parts that do not bring theirs (`image`, `url`, `path`), in their order.
+
+    Raises:
+        CalibrationError: If there are more or fewer images than such parts, or if the template does not
+            take the chat.
+    """
+    name, waiting = type(processor).__name__, list(images)
+    turns = []
+    for message in chat:
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+        filled = []
+        for part in parts:
+            part = {key: value for key, value in part.items() if value is not None}  # a table fills up
+            if part.get("type") == "image" and not part.keys() & {"image", "url", "path", "base64"}:
+                if not waiting:
+                    raise CalibrationError(
+                        f"a calibration chat speaks of more images than the {len(images)} of its row; give "
+                        "each {'type': 'image'} an image, in its order, in a column 'images'"
+                    )
+                part["image"] = waiting.pop(0)
+            filled.append(part)
+        turns.append({**message, "content": filled})
+    if waiting:
+        raise CalibrationError(
+            f"a calibration row has {len(images)} images and its chat speaks of "
+            f"{len(images) - len(waiting)}; give each a part {{'type': 'image'}} in a message"
+        )
+    try:
+        made = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+    except TemplateError as error:
+        raise CalibrationError(
+            f"the chat_template of {name} takes no such chat, of the roles "
+            f"{', '.join(str(turn.get('role')) for turn in turns):.200}; leave such chats out"
+        ) from error
+    length = made["input_ids"].shape[-1]
+    return Processed(
+        {
+            key: value[0].tolist() if value.shape == (1, length) and not value.is_floating_point() else value
+            for key, value in made.items()
+            if isinstance(value, Tensor)
+        }
+    )
+
+
+def joined(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of rows of a processor: what there is for each token, (B, T), padded on the right, and the
+    other tensors one after the other.
+
+    Raises:
+        ArgumentError: If some have other shapes than others, beyond their first dimension.
+    """
+    batch: dict[str, Tensor] = {}
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        if not isinstance(first, Tensor):
+            batch[key] = torch.nn.utils.rnn.pad_sequence(
+                [torch.as_tensor(value) for value in values],
+                batch_first=True,
+                padding_value=pad_token_id if key == "input_ids" else 0,
+            )
+        elif len({value.shape[1:] for value in values}) == 1:
+            batch[key] = torch.cat(values)
+        else:
+            shapes = ", ".join(sorted({str(tuple(value.shape)) for value in values}))
+            raise ArgumentError(
+                f"the {key} of calibration rows are {shapes}, which do not go into one batch; set "
+                "per_device_batch_size=1, give images of one size, or pass a data_collator"
+            )
+    return batch
