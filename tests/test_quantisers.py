@@ -12,7 +12,7 @@ import torch
 import transformers
 from checks import assert_same_state, logits
 from data import collate, rows
-from models import pruned, tiny
+from models import pruned, slow_unless_in, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from zoo import make
@@ -69,7 +69,7 @@ WAYS: dict[str, Callable[[Path], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_unless_in(("torch, afterwards", "quanto", "bitsandbytes, 8 bits"), WAYS))
 def test_a_checkpoint_with_emptied_sublayers_is_quantised(tmp_path: Path, way: str) -> None:
     model = pruned()
     model.save_pretrained(tmp_path)
