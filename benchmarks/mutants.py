@@ -51,6 +51,7 @@ SUMS = (
 )
 DISTANCE = ("test_calibration.py", "test_surgeon.py", "-k", "nearest_student or distance")
 EXPERTS = ("test_experts.py",)
+WHOLE_EXPERTS = ("test_whole_experts.py",)
 COMPOSITES = ("test_composites.py",)
 INPUTS = ("test_surgeon.py", "-k", "corrected")
 
@@ -131,6 +132,11 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("steps * (TOLERANCE * level.abs() + FAINT)", "0 * steps", EXPERTS),
     ("torch.outer(feature[:-1], bias)", "torch.outer(feature[:-1], 0 * bias)", EXPERTS),
     ("self.unit.routes / self.experts if", "1.0 if", EXPERTS),
+    ("by_column.double().sum(1).square()", "by_column.double().square().sum(1)", WHOLE_EXPERTS),
+    ("fisher_by_token / (2 * s.samples)", "fisher_by_token / s.samples", WHOLE_EXPERTS),
+    ("        before = reference.teacher.sublayer.output", "        pass", EXPERTS),
+    ("-(-self.routes // self.open_groups)", "1", WHOLE_EXPERTS),
+    ("        pad_logits(layer.get_submodule", "        pass  # (layer.get_submodule", WHOLE_EXPERTS),
     ("LATENT: [self.plain + self.head_dim]", "LATENT: [self.positional + self.head_dim]", FAMILIES),
     ('"2q": 2 * self.width, "h"', '"2q": self.width, "h"', FAMILIES),
     ('"h": self.heads}.get(layout)', '"h": self.width}.get(layout)', FAMILIES),

@@ -69,6 +69,8 @@ def check_combinations(args: Options) -> None:
         able = [name for name, method in METHODS.items() if method.in_time]
         check("method", args.method in able, f"with {budget}, one of {', '.join(able)}")
         check("uniform", not args.uniform, f"False with {budget}")
+        wish = f"neuron with {budget}, as whole experts save no time"
+        check("expert_unit", args.expert_unit == "neuron", wish)
     if args.prune_experts and args.expert_unit == "expert":
         able = [name for name, method in METHODS.items() if method.in_whole_experts]
         check("method", args.method in able, f"with expert_unit='expert', one of {', '.join(able)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .structure.units import UNITS
+from .structure.units import KINDS
 from .text import printable
 
 
@@ -14,7 +14,8 @@ class SublayerReport:
 
     Args:
         name: Such as `encoder.layer.3.ffn`.
-        kind: `"attention"` or `"cross_attention"` (units are heads), or `"ffn"` (neurons).
+        kind: `"attention"` or `"cross_attention"` (units are heads), `"ffn"` or `"experts"` (neurons), or
+            `"whole experts"`.
         units: Units before.
         kept: Indices of the kept units among those before.
         scores: Importance per cost of each unit before; None if it needed no decision.
@@ -59,7 +60,7 @@ class SublayerReport:
         if self.score_damping > 1e-9:
             error += f" | scored with a damping of {self.score_damping:.0e}"
         return (
-            f"{printable(self.name)}: kept {len(self.kept)}/{self.units} {UNITS[self.kind].plural} | "
+            f"{printable(self.name)}: kept {len(self.kept)}/{self.units} {KINDS[self.kind][0]} | "
             f"{self.flops_left / 1e9:.4g} GFLOPs left{error} | {self.seconds:.1f} s"
         )
 

@@ -13,7 +13,7 @@ from .entries import Size, SublayerReport
 from .errors import ArgumentError
 from .history import Recovery, in_words
 from .reports import FORMATS, Chart, Document, Table, fragment, to_html, to_markdown
-from .structure.units import KINDS
+from .structure.units import KINDS, WHOLE_EXPERTS
 from .text import printable, public_name
 
 
@@ -261,7 +261,14 @@ class PruningReport:
         if self.estimate:
             subject, removed = f"Plan: {self.model} would be {verb}", "would be removed"
         share, seconds = f"{self.sparsity:.2%} of the prunable FLOPs", self.seconds.get("total", 0)
-        return f"{subject}: {share} {removed} ({asked}), {seconds:.0f} s"
+        return f"{subject}: {self.weights_removed()}{share} {removed} ({asked}), {seconds:.0f} s"
+
+    def weights_removed(self) -> str:
+        """Which share of the parameters is removed, as the beginning of a sentence: where whole experts are
+        units, as these save nothing else."""
+        if not any(s.kind == WHOLE_EXPERTS for s in self.sublayers):
+            return ""
+        return f"{1 - self.after.parameters / max(self.before.parameters, 1):.2%} of the parameters and "
 
     def summary(self) -> str:
         """The report in ten lines at most, for a terminal."""

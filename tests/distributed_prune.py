@@ -66,6 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--die", action="store_true", help="The last process ends without a word, in the middle."
     )
+    parser.add_argument("--target_params", type=float, help="In place of a sparsity, and whole experts go.")
     parser.add_argument("--resume", type=Path, help="Where states are kept and gone on from.")
     parser.add_argument("--stop_after", type=int, help="Sublayers after which every process ends.")
     return parser.parse_args(arguments)
@@ -81,6 +82,8 @@ def make_pruner(args: argparse.Namespace) -> KPrunePruner:
         use_cpu=True,
         verbose=True,  # a line for each sublayer, which tests count
     )
+    if args.target_params is not None:
+        options.sparsity, options.target_params, options.expert_unit = None, args.target_params, "expert"
     options.ridge = args.ridge  # the least squares of so few tokens would magnify rounding
     options.output_dir = str(args.out / "model")
     if args.model == "pack":

@@ -111,9 +111,11 @@ def test_one_process_equals_two_and_three_with_uneven_shards(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["surgeon", "kprune"])
-def test_processes_prune_experts_together(tmp_path: Path, method: str) -> None:
-    arguments = ("mixtral", "--method", method, "--ridge", "0.1")
+@pytest.mark.parametrize(
+    "options", [("--method", "surgeon"), ("--method", "kprune"), ("--target_params", "9000")]
+)
+def test_processes_prune_experts_together(tmp_path: Path, options: tuple[str, str]) -> None:
+    arguments = ("mixtral", *options, "--ridge", "0.1")
     one = result(run(1, tmp_path / "1", *arguments), tmp_path / "1")
     check_same(one, result(run(2, tmp_path / "2", *arguments), tmp_path / "2"))
 

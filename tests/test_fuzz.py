@@ -181,6 +181,7 @@ USUAL: dict[str, st.SearchStrategy[Any]] = {
     "prune_ffn": st.booleans(),
     "prune_experts": st.booleans(),
     "head_unit": st.sampled_from(["group", "query"]),
+    "expert_unit": st.sampled_from(["neuron", "expert"]),
     "uniform": st.booleans(),
     "min_heads": st.integers(0, 5),
     "min_neurons": st.integers(0, 13),

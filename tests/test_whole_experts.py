@@ -24,12 +24,20 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from zoo import ZOO, make, outputs_of
 
-from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, PruningReport
+from hf_kprune import (
+    BudgetError,
+    BudgetWarning,
+    KPruneArguments,
+    KPruneCallback,
+    KPrunePruner,
+    PruningReport,
+)
 from hf_kprune.calibration.equations import Reference, normal_equations
 from hf_kprune.errors import ArgumentError, UnsupportedArchitectureError
 from hf_kprune.methods import METHODS
-from hf_kprune.methods.surgeon import leave
-from hf_kprune.structure.experts import weight_of
+from hf_kprune.methods.base import Statistics
+from hf_kprune.methods.surgeon import Surgeon
+from hf_kprune.structure.experts import features_of, fisher_by_token, weight_of
 from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut_twin
@@ -198,14 +206,31 @@ def test_groups_of_a_router_keep_equally_many() -> None:
 # Scores and fits
 
 
-def test_the_loss_of_an_expert_is_that_of_its_share_of_the_output() -> None:
-    features, weight, root = normal(50, 6), normal(4, 6, seed=1), normal(4, 4, seed=2)
-    metric = root @ root.T
-    moments = torch.stack([part.T @ part / 50 for part in features.split(2, 1)])
-    for expert, loss in enumerate(leave(moments, weight, metric)):
-        lost = features[:, 2 * expert : 2 * expert + 2] @ weight[:, 2 * expert : 2 * expert + 2].T
-        expected = torch.einsum("ni,ij,nj->", lost, metric, lost) / 2 / 50
-        torch.testing.assert_close(loss, expected)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_loss_of_an_expert_is_that_of_what_it_gives_token_by_token(name: str) -> None:
+    """By autograd: the gradient to a mask of each expert at each token."""
+    experts = mixtures_of(make(name))[0].output
+    hidden, weights = normal(20, 16).float(), torch.rand(20, 2) + 0.1
+    index = torch.stack(
+        [torch.randperm(3, generator=torch.Generator().manual_seed(i))[:2] for i in range(20)]
+    )
+    features, gradient = features_of(experts, hidden, index, weights), normal(20, 16, seed=1).float()
+    mask = torch.ones(20, 4, requires_grad=True)
+    masked = features.unflatten(1, (4, -1)) * mask.unsqueeze(2)
+    (linear(masked.flatten(1), weight_of(experts)) * gradient).sum().backward()
+    assert mask.grad is not None
+    expected = mask.grad.double().square().sum(0)
+    assert expected[3] == 0
+    torch.testing.assert_close(fisher_by_token(experts, features, gradient), expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        routed = Statistics(
+            *(False, features.shape[1] // 4, 5.0, weight_of(experts), False),
+            *(torch.ones(4), torch.ones(features.shape[1]), torch.ones(features.shape[1])),
+            tokens=20,
+            samples=2,
+            fisher_by_token=expected,
+        )
+    torch.testing.assert_close(Surgeon(KPruneArguments()).worth(routed), expected / 2 / 2 / 5)
 
 
 @pytest.mark.parametrize("name", slow_unless_in(["mixtral"], ["mixtral", "gpt_oss"]))
@@ -278,7 +303,10 @@ def test_pruned_again_and_again(name: str, method: str, tmp_path: Path) -> None:
         model = subject.model
         assert report.after.parameters <= (subject.args.target_params or 0)
         assert report.after.parameters == model.num_parameters()
+        share = 1 - report.after.parameters / report.before.parameters
+        assert f"{share:.2%} of the parameters and {report.sparsity:.2%} of the prunable FLOPs" in str(report)
         assert all(count >= 2 for count in counts(report))
+        assert any(": kept 2/" in str(entry) and " experts | " in str(entry) for entry in report.sublayers)
         assert sum(counts(report)) <= total
         total = sum(counts(report))
         model.save_pretrained(tmp_path / str(step))
@@ -336,6 +364,46 @@ def test_it_loads_elsewhere_and_uniform_is_a_stock_checkpoint(tmp_path: Path) ->
     command = [sys.executable, "-c", LOAD_ELSEWHERE, *folders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_what_saves_no_time_is_refused_and_what_has_no_effect_is_said() -> None:
+    with pytest.raises(ArgumentError, match="expert_unit is 'expert', expected neuron with target_speedup"):
+        KPruneArguments(expert_unit="expert", target_speedup=2)
+    idle = pruner(make("llama"), sparsity=0.3, target_params=None)
+    with pytest.warns(BudgetWarning, match="the model has no experts: it has no effect"):
+        idle.prune()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_from_disk_or_after_an_interruption_it_is_the_same(name: str, tmp_path: Path) -> None:
+    """Also with buffers of a router, which stay in memory."""
+
+    class Interrupt(KPruneCallback):
+        seen = 0
+
+        def on_sublayer_end(self, *_: Any, **__: Any) -> None:
+            self.seen += 1
+            if self.seen == 5:
+                raise KeyboardInterrupt
+
+    model = make(name)
+    model.save_pretrained(tmp_path / "dense")
+    at_once, stopped, again = (pruner(copy.deepcopy(model)) for _ in range(3))
+    report = at_once.prune()
+    stopped.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        stopped.prune(resume_from_checkpoint=str(tmp_path / "states"))
+    again.prune(resume_from_checkpoint=str(tmp_path / "states"))
+    expected = outputs_of(at_once.model, "text")
+    torch.testing.assert_close(outputs_of(again.model, "text"), expected)
+    on_disk = KPrunePruner(str(tmp_path / "dense"), at_once.args, rows(40), collate, offload="disk")
+    on_disk.callback_handler.callbacks.clear()
+    assert [entry.kept for entry in on_disk.prune().sublayers] == [entry.kept for entry in report.sublayers]
+    on_disk.save_model(str(tmp_path / "pruned"))
+    loaded = type(model).from_pretrained(tmp_path / "pruned").eval()
+    torch.testing.assert_close(outputs_of(loaded, "text"), expected)
 
 
 def test_keeping_all_is_the_dense_model() -> None:

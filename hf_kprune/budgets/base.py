@@ -265,6 +265,8 @@ class Budget:
                 f"{self.option} is {self.asked:,.6g}, {self.meaning}; the model is at {self.present():,.6g} "
                 "as it is, so nothing is cut"
             )
+        if args.expert_unit == "expert" and not any(s.is_mixture for s in self.sublayers):
+            remarks.append("expert_unit is 'expert', and the model has no experts: it has no effect")
         for kind in dict.fromkeys(UNITS.values()):
             alike = [s.num_units // s.parts for s in self.sublayers if type(s.unit) is kind]
             largest, least = max(alike, default=0), getattr(args, kind.minimum)

@@ -14,17 +14,22 @@ from torch import Tensor
 from ..methods.base import BY_TWO, Statistics
 from ..methods.least_squares import Centred, add_gram, add_products
 from ..processes import together
+from ..structure.experts import fisher_by_token
 from ..structure.hooks import State
 from ..structure.sublayers import Sublayer
 from ..structure.surgery import in_unit_order
+from ..structure.units import Expert
 from ..structure.walk import Walk
 from .backward import Pass, backward, climb, descend
 from .batches import Calibration, untimed
 from .knowledge import Knowledge
 
 
-OF_GRADIENTS = {"metric", "fisher", "absolute"}
+OF_GRADIENTS = {"metric", "fisher", "absolute", "fisher_by_token"}
 """Sums of gradients; the others are of features."""
+
+KNOWLEDGE = ("gradient_sum", "gradient_square")
+"""Sums of gradients to each column's mask."""
 
 GRADIENTS = "gradients of the knowledge loss to the output"
 
@@ -146,7 +151,9 @@ def sums_of(calibration: Calibration, sublayer: Sublayer, needs: Collection[str]
     (width, columns), units = sublayer.shape, sublayer.num_units
     sums = {name: calibration.zeros(columns) for name in ("energy", "feature_sum")}
     sums["tokens"] = calibration.zeros()
-    if "curvature" in needs:
+    if "curvature" in needs and isinstance(sublayer.unit, Expert):
+        sums["fisher_by_token"] = calibration.zeros(units)
+    elif "curvature" in needs:
         count, each = sublayer.experts, columns // sublayer.experts
         sums |= {"gram": calibration.zeros(count, each, each), "metric": calibration.zeros(width, width)}
     if "fisher" in needs:
@@ -168,7 +175,7 @@ def add_pass(
     sums["tokens"] += len(a)
     if "gram" in sums:
         for gram, part in zip(sums["gram"], a.unflatten(1, (len(sums["gram"]), -1)).unbind(1), strict=True):
-            of_experts = part[part.any(1)] if sublayer.is_mixture else part
+            of_experts = part[part.any(1)] if sublayer.unit.in_experts else part
             centred = Centred.of(of_experts.float(), calibration.dtype)
             add_products(gram, centred, centred)
     if gradient is None:
@@ -179,6 +186,8 @@ def add_pass(
         parts = by_sample.unflatten(1, (sublayer.parts, -1))
         sums["fisher"] += torch.einsum("beu,bev->euv", parts, parts)
         sums["absolute"] += by_sample.abs().sum(0)
+    if "fisher_by_token" in sums:
+        sums["fisher_by_token"] += fisher_by_token(sublayer.output, a.float(), g[valid])
     if "metric" in sums:
         add_gram(sums["metric"], g[valid].to(calibration.dtype))
 
@@ -191,7 +200,7 @@ def statistics_of(
     if sublayer.unit.in_experts:  # of which a bias is a column, but no unit
         order = sublayer.columns.flatten().to(weight.device)
         first, weight = slice(None, len(order) // count), weight[:, order]
-    by_column = {name: sums[name][order] for name in sums.keys() - {"metric", *BY_TWO, "absolute"}}
+    by_column = {name: sums[name][order] for name in ("energy", "feature_sum", *KNOWLEDGE) if name in sums}
     by_two = {name: sums[name] for name in BY_TWO if name in sums}
     if "gram" in sums:  # which is not to be there twice
         by_two["gram"] = sums.pop("gram")[:, first][:, :, first]

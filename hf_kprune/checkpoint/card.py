@@ -158,7 +158,8 @@ def evaluation(report: PruningReport | None, fields: Mapping[str, Any]) -> list[
 def summary(report: PruningReport) -> str:
     """What the model is, in two sentences."""
     before, after = report.before.parameters, report.after.parameters
-    removed = f"{report.sparsity:.0%} of the work of its heads and neurons is removed"
+    work = f"{report.sparsity:.0%} of the work of its heads and neurons is removed"
+    removed = report.weights_removed() + work
     return (
         f"This is {in_markdown(report.model)}, of which {removed}, by the method "
         f"{in_markdown(report.method)} of hf_kprune and without retraining. Of {before:,} parameters "

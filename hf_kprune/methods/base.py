@@ -14,7 +14,10 @@ from .least_squares import Fit, NormalEquations, fit_of
 from .search import common_scores, threshold_search
 
 
-BY_COLUMN = ("weight", "magnitude", "energy", "feature_sum", "gradient_sum", "gradient_square", "absolute")
+BY_COLUMN = (
+    *("weight", "magnitude", "energy", "feature_sum", "gradient_sum", "gradient_square", "absolute"),
+    "fisher_by_token",
+)
 """Statistics whose last dimension is that of columns or of units."""
 
 BY_TWO = ("gram", "fisher")
@@ -49,10 +52,11 @@ class Statistics:
         fisher: Fisher information of the units' masks, the sum over sequences of g g^T with g such a gradient
             to all masks of the sublayer, (U, U), float64.
         absolute: Sum over sequences of |g| of those, (U,), float64.
+        fisher_by_token: The sum over tokens of g^2 with g the gradient of such a loss to a unit's mask at
+            that token alone, (U,), float64. Of whole experts, in place of `gram` and `metric`.
         experts: Experts that share out the units among them evenly, one after the other, and of which each is
             scored by itself (`parts`); else 1. Of several, `gram` and `fisher` are those of each, (E, U / E,
-            U / E). Of whole experts, which are units, they are the groups among which a router chooses, and
-            `gram` is that of each unit, (U, C / U, C / U).
+            U / E). Of whole experts, which are units, they are the groups among which a router chooses.
 
     Attributes:
         damping: What `Method.score` had to add to the diagonal of the features' second moments beyond its
@@ -84,6 +88,7 @@ class Statistics:
     metric: Tensor | None = None
     fisher: Tensor | None = None
     absolute: Tensor | None = None
+    fisher_by_token: Tensor | None = None
     experts: int = 1
     damping: float = field(default=0.0, init=False)
 
@@ -94,8 +99,6 @@ class Statistics:
         sums = {name: getattr(self, name) for name in BY_COLUMN if getattr(self, name) is not None}
         each = {name: value.unflatten(-1, (self.experts, -1)) for name, value in sums.items()}
         each |= {name: value for name in BY_TWO if (value := getattr(self, name)) is not None}
-        if self.gram is not None and len(self.gram) > self.experts:
-            each["gram"] = self.gram.unflatten(0, (self.experts, -1))
         return [
             replace(
                 self,
@@ -141,7 +144,8 @@ class Method:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """What is measured beyond features: `"knowledge"` (`gradient_sum`, `gradient_square`; not for
-    one-shot methods), `"curvature"` (`gram`, `metric`), `"fisher"` (`fisher`, `absolute`)."""
+    one-shot methods), `"curvature"` (`gram` and `metric`, or `fisher_by_token`), `"fisher"` (`fisher`,
+    `absolute`)."""
 
     options: ClassVar[frozenset[str]] = frozenset()
     """Names of the options of `KPruneArguments` that it reads and other methods do not."""

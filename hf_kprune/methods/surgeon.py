@@ -38,6 +38,9 @@ class Surgeon(Method):
     over their work by least squares (Hassibi and Stork 1993; Kurtic et al. 2023, ZipLM). The losses of a
     sublayer's units so add up to a curve, and all sublayers' curves have one unit, so that one threshold
     splits the budget (`search.split`).
+
+    A whole expert sees tokens of its kind, of which the prediction minds errors more or less than of others,
+    so its loss is not the product of two moments over tokens but the mean of 1/2 (g^T W_e x_e)^2.
     """
 
     needs = frozenset({"curvature"})
@@ -57,10 +60,10 @@ class Surgeon(Method):
 
     def score(self, statistics: Statistics) -> Tensor:
         s = statistics
+        if s.fisher_by_token is not None:
+            return s.fisher_by_token / (2 * s.samples) / s.cost
         assert s.gram is not None
         assert s.metric is not None
-        if s.gram.dim() == 3:
-            return leave(s.gram / s.tokens, s.weight, s.metric / s.samples) / s.cost
         centred = self.tune_bias and s.has_bias
         inverse, s.damping = inverse_covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
         root = self.root(s.metric) / s.samples**0.5
@@ -150,21 +153,6 @@ def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
             units, stays = units[stays], stays[stays]
     slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(inverse.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes
-
-
-def leave(moments: Tensor, weight: Tensor, metric: Tensor) -> Tensor:
-    """Loss of each of E experts that goes, as if what the others give were settled: (E,), float64.
-
-        1/2 tr(F W_e S_e W_e^T)
-
-    Args:
-        moments: S_e, those of the features of each, (E, c, c), zero for tokens that are not sent there.
-        weight: W, (D, E c), expert by expert.
-        metric: F, (D, D).
-    """
-    each = weight.to(moments.dtype).unflatten(1, (len(moments), -1)).transpose(0, 1)
-    squares: Tensor = (metric @ each @ moments) * each
-    return squares.sum((1, 2)) / 2
 
 
 def root_of(metric: Tensor) -> Tensor:

@@ -143,6 +143,23 @@ def shares(dense: Any, entry: Sequence[Tensor], target: Tensor) -> Iterator[tupl
         yield tokens, linear(part[tokens], weight_of_one(dense, expert)) + lack
 
 
+def fisher_by_token(experts: Any, features: Tensor, gradients: Tensor) -> Tensor:
+    """The sum over tokens of  (g_t^T W_e x_te)^2  for each expert, (E,), float64: of squared gradients to its
+    mask at one token each.
+
+    Args:
+        experts: The module.
+        features: x, (N, E c).
+        gradients: g, those to the output, (N, D).
+    """
+    sums = []
+    for expert, part in enumerate(features.chunk(size_of(experts)[0], 1)):
+        tokens = part.any(1)
+        by_column = gradients[tokens] @ weight_of_one(experts, expert).to(gradients) * part[tokens]
+        sums.append(by_column.double().sum(1).square().sum())
+    return torch.stack(sums)
+
+
 def magnitude_of(experts: Any) -> Tensor:
     """Sum of the squares of the weights by which each neuron reads, (E F,), float64."""
     weight, bias = _entry(experts)

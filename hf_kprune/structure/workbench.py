@@ -99,7 +99,9 @@ class Workbench:
             changed[name] = slot[key] = as_stored(tensor.detach().to(device, dtype), tensor)
             self.sources.pop((number, name), None)
         if number in self.on_disk:
-            new = self.folder.write({name: tensor for name, tensor in changed.items() if tensor.numel()})
+            # buffers stay in memory, where accelerate looks for them
+            heavy = {name: t for name, t in changed.items() if t.numel() and isinstance(t, nn.Parameter)}
+            new = self.folder.write(heavy)
             for name, slot, key, tensor in slots(layer):
                 if name in new:
                     self.sources[number, name] = new[name]
