@@ -306,7 +306,7 @@ def test_pruned_again_and_again(name: str, method: str, tmp_path: Path) -> None:
         share = 1 - report.after.parameters / report.before.parameters
         assert f"{share:.2%} of the parameters and {report.sparsity:.2%} of the prunable FLOPs" in str(report)
         assert all(count >= 2 for count in counts(report))
-        assert any(": kept 2/" in str(entry) and " experts | " in str(entry) for entry in report.sublayers)
+        assert any(" experts | " in str(entry) for entry in report.sublayers)
         assert sum(counts(report)) <= total
         total = sum(counts(report))
         model.save_pretrained(tmp_path / str(step))
