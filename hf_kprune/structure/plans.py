@@ -68,18 +68,17 @@ def plans_of(
         if columns is None or (block.stays and get_size(layer, block.stays)):
             continue
         before = next((plan for plan in alike if plan["kept"][index] is not None), None)
+        here, has_heads = at_layer(config, index, names), UNITS[block.kind].has_heads
         if block.kind == "experts":
-            unit, before = _unit_of_experts(config, stack, layer, block, expert_unit, before)
-            key = (unit, columns) if before is None else id(before)
-            by = WHOLE if isinstance(unit, Expert) else "group"
-            groups.setdefault(key, Group(unit, by, before)).indices.append(index)
-            continue
-        chosen = before.get("by", "group") if before else "group"
-        if before is None and stack.shares and UNITS[block.kind].has_heads and not _makes_keys(layer, block):
-            chosen = BORROWED
-        if head_unit is not None and chosen != BORROWED:
-            chosen = head_unit
-        unit = UNITS[block.kind].of(at_layer(config, index, names), stack, block, chosen)
+            unit, before = _unit_of_experts(here, stack, layer, block, expert_unit, before)
+            chosen = WHOLE if isinstance(unit, Expert) else "group"
+        else:
+            chosen = before.get("by", "group") if before else "group"
+            if before is None and stack.shares and has_heads and not _makes_keys(layer, block):
+                chosen = BORROWED
+            if head_unit is not None and chosen != BORROWED:
+                chosen = head_unit
+            unit = UNITS[block.kind].of(here, stack, block, chosen)
         key = (unit, columns) if before is None else id(before)
         groups.setdefault(key, Group(unit, chosen, before)).indices.append(index)
     for group in groups.values():
