@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import hf_kprune.calibration.measure
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
 from hf_kprune.calibration.batches import Calibration
-from hf_kprune.calibration.distance import distance
+from hf_kprune.calibration.distance import Judge, distance
 from hf_kprune.calibration.draw import draw_rows
 from hf_kprune.calibration.equations import Reference, Sample, normal_equations
 from hf_kprune.calibration.knowledge import Knowledge
@@ -707,3 +707,25 @@ def test_the_vocabulary_in_parts_is_the_vocabulary(
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a.gradient_sum, b.gradient_sum, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(a.gradient_square, b.gradient_square, rtol=1e-4, atol=1e-9)
+
+
+def test_the_distance_of_a_vocabulary_in_parts_is_that_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of whole models, and of states above the highest sublayer."""
+    teacher = tiny("bert", "CAUSAL_LM")
+    student, batches = pruned(teacher, 2), calibration(teacher, rows(12), per_device_batch_size=2)
+    loss = knowledge_loss(teacher, 2.0, "mean")
+    expected = distance(batches, student, teacher, loss)
+    monkeypatch.setattr("hf_kprune.calibration.outputs.LOGITS", 60 * 2 * 2)
+    judge, walk = Judge(batches, batches.walk(teacher), loss), batches.walk(student)
+    for _ in walk.sublayers:
+        batches.advance(walk)
+    most: list[int] = []
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(
+            lambda _, args, output: most.append(output.numel())
+        )
+    assert judge.distance(walk) == pytest.approx(expected, rel=1e-4)
+    assert 0 < max(most) <= 60 * 2 * 2
+    assert distance(batches, student, teacher, loss) == pytest.approx(expected, rel=1e-4)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..processes import together
@@ -20,29 +24,41 @@ from .knowledge import Knowledge
 from .outputs import chunk_of, losses_of, outputs_for
 
 
-Predictor = Callable[[int, Batch, int, int], Any]
+Outputs = Callable[[int, int], Any]
+"""(chunk, start) -> outputs in float32: of all tokens if the chunk is 0, or of so many from `start` on."""
+
+Predictor = Callable[[int, Batch, int, int], Outputs]
 """(number of a batch, the batch, the first of its samples, the one after the last) -> a model's outputs of
-these samples, in float32."""
+these samples."""
 
 
 def predictor(model: PreTrainedModel, loss: Knowledge) -> Predictor:
     """What a loss compares of a whole model."""
     sublayers = find_sublayers(model) if loss.of_hidden_states else ()
 
-    def outputs(_: int, batch: Batch, start: int, stop: int) -> Any:
+    def outputs(_: int, batch: Batch, start: int, stop: int) -> Outputs:
         part = batch.part(start, stop)
         part.inputs = to_model(part.inputs, model)  # models may differ in dtype
-        return outputs_for(loss, model, sublayers, part)
+        return partial(some_tokens, outputs_for(loss, model, sublayers, part))
 
     return outputs
+
+
+def some_tokens(outputs: Any, chunk: int, start: int) -> Any:
+    """Outputs with the logits (B, chunk, K) of some tokens, or as they are if `chunk` is 0."""
+    if not chunk:
+        return outputs
+    some = copy.copy(outputs)
+    some["logits"] = outputs["logits"][:, start : start + chunk]
+    return some
 
 
 def predictor_above(walk: Walk, tops: Mapping[int, State] | Shelf, loss: Knowledge) -> Predictor:
     """What a loss compares of the head of a model alone, of states above its highest sublayer, by number of
     batch."""
 
-    def outputs(i: int, batch: Batch, start: int, stop: int) -> Any:
-        return Head(walk, tops[i].part(start, stop, batch.samples), loss)(batch.part(start, stop))
+    def outputs(i: int, batch: Batch, start: int, stop: int) -> Outputs:
+        return partial(Head(walk, tops[i].part(start, stop, batch.samples), loss), batch.part(start, stop))
 
     return outputs
 
@@ -87,6 +103,22 @@ class Judge:
         return mean_loss(self.calibration, self.model, top, self.expected, self.loss)
 
 
+def losses_in_parts(loss: Knowledge, student: Outputs, teacher: Outputs, batch: Batch, chunk: int) -> Tensor:
+    """The knowledge loss of each row of a batch, (B,): of all tokens at once, or, of a loss that is a mean
+    over tokens, of `chunk` at a time, so that not all logits of a large vocabulary exist at once."""
+    if not chunk:
+        return losses_of(loss, student(0, 0), teacher(0, 0), batch)
+    counted = batch.counted
+    shares = counted / counted.sum(1, True).clamp(min=1)
+    losses = torch.zeros(len(counted), device=counted.device)
+    for start in range(0, counted.shape[1], chunk):
+        tokens = slice(start, start + chunk)
+        part = replace(batch, counted=counted[:, tokens])
+        each = losses_of(loss, student(chunk, start), teacher(chunk, start), part)
+        losses += each * shares[:, tokens].sum(1)
+    return losses
+
+
 @torch.no_grad()
 def mean_loss(
     calibration: Calibration,
@@ -112,8 +144,13 @@ def mean_loss(
             for start in range(0, each.samples if each.held_out else 0, size):
                 stop = min(start + size, each.samples)
                 batch = each.part(start, stop)
-                predicted, expected = (outputs(i, each, start, stop) for outputs in (student, teacher))
-                losses = losses_of(loss, predicted, expected, batch)
+                losses = losses_in_parts(
+                    loss,
+                    student(i, each, start, stop),
+                    teacher(i, each, start, stop),
+                    batch,
+                    chunk_of(model, batch) if loss.per_token else 0,
+                )
                 count = torch.tensor(float(len(losses)), device=sums.device).double()
                 sums += torch.stack([losses.double().sum(), count])
                 calibration.step(2 * len(calibration.sublayers) * batch.samples / each.samples)
