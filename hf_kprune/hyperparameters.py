@@ -48,9 +48,7 @@ class Search:
         try:
             import optuna
         except ImportError as error:
-            raise ArgumentError(
-                'hyperparameter_search takes Optuna: pip install "hf_kprune[sweep]"'
-            ) from error
+            raise ArgumentError("hyperparameter_search takes Optuna: pip install optuna") from error
         self.args.check()
         if n_trials < 1:
             raise ArgumentError(f"n_trials is {n_trials}, expected at least 1")

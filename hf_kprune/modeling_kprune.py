@@ -40,7 +40,7 @@ from transformers.utils import cached_file
 
 FORMAT = 1
 HOW_TO_LOAD = (
-    "this checkpoint is pruned: run `pip install hf_kprune` and `import hf_kprune` before from_pretrained, "
+    "this checkpoint is pruned: install the package hf_kprune and `import hf_kprune` before from_pretrained, "
     "or pass trust_remote_code=True to an AutoModel class"
 )
 SEALS = ("this checkpoint is pruned", "this checkpoint is K-pruned")  # of today and of earlier releases

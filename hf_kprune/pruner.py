@@ -286,7 +286,7 @@ class KPrunePruner(Evaluator, Learner):
     ) -> BestRun:
         """Search for options with Optuna, by the convention of `Trainer.hyperparameter_search`.
 
-        It takes `pip install "hf_kprune[sweep]"`. The model stays as it is. To use what the search finds, set
+        It takes `pip install optuna`. The model stays as it is. To use what the search finds, set
         `pruner.args = replace(pruner.args, **best.hyperparameters)` and prune.
 
         Args:

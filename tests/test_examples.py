@@ -81,18 +81,20 @@ def test_a_chat_model_is_calibrated_on_its_own_answers_and_on_texts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart.ipynb", "embeddings.ipynb"])
 def test_notebook_runs_offline_and_its_stored_outputs_are_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name in ("sst2-tiny", "data"):
-        (tmp_path / name).symlink_to(EXAMPLES / name)
-    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    for needed in ("sst2-tiny", "data"):
+        (tmp_path / needed).symlink_to(EXAMPLES / needed)
+    stored = nbformat.read(EXAMPLES / name, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     ran = NotebookClient(
-        nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4), timeout=600, resources=resources
+        nbformat.read(EXAMPLES / name, as_version=4), timeout=600, resources=resources
     ).execute()
 
     def printed(notebook: nbformat.NotebookNode) -> list[str]:

@@ -44,7 +44,8 @@ class SweepArguments:
         2, "Try this many times between the sparsest model good enough and the next, with max_drop."
     )
     plot: str | None = option(
-        None, "Draw the sweep into this file, such as sweep.svg. This takes matplotlib: hf_kprune[sweep]."
+        None,
+        "Draw the sweep into this file, such as sweep.svg. This takes matplotlib: pip install matplotlib.",
     )
 
     def __post_init__(self) -> None:
