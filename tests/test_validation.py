@@ -330,7 +330,7 @@ def test_budgets_of_numpy_are_budgets() -> None:
 @pytest.mark.parametrize(
     ("package", "call", "command"),
     [
-        ("optuna", "hyperparameter_search", r'pip install "hf_kprune\[sweep\]"'),
+        ("optuna", "hyperparameter_search", "pip install optuna"),
         ("matplotlib", "plot", "pip install matplotlib"),
     ],
 )
