@@ -16,9 +16,11 @@ from ..structure.checks import prove_projections
 from ..structure.facts import first_run
 from ..structure.hooks import State
 from ..structure.probes import check_order, outputs_of
+from ..structure.proof import prove_router
 from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
+from ..structure.workbench import workbench_of
 from .backward import Head
 from .batches import Batch, Calibration
 from .knowledge import Draws, Knowledge
@@ -40,7 +42,7 @@ def check_walk(
         UnsupportedArchitectureError: If it does not arrive where the model as a whole does. Then the model's
             family describes it wrongly, though cutting may work.
     """
-    readers: list[list[list[str]]] = []
+    args, readers = calibration.args, list[list[list[str]]]()
     with together(calibration.accelerator):
         for batch in calibration.batches[:1]:
             rows = min(CHECK_ROWS, batch.samples)
@@ -48,7 +50,10 @@ def check_walk(
                 rows -= 1
             batch = batch.part(0, rows)
             check_order(model, batch.inputs, sublayers)
-            prove_projections(model, batch.inputs, calibration.args.head_unit)
+            prove_projections(model, batch.inputs, args.head_unit)
+            whole = args.expert_unit == "expert" and args.prune_experts
+            if whole and workbench_of(model) is None:  # there only the layer that runs has its weights
+                prove_router(model, batch.inputs, args.head_unit)
             walk = Walk(model, sublayers, [batch.inputs])
             top = walk.top(0)
             for sublayer in walk.sublayers:

@@ -9,6 +9,8 @@ All that pruning needs of a description is checked here, on one batch, before an
     not by chance    what was cut had contributed, and without it the outputs are others
     carried == run   sublayer by sublayer as from end to end; also where sublayers are empty
     saved == loaded  the config alone makes a model of the sizes that the cut one has
+
+What it takes beyond that for whole experts to go, `prove_router` checks when a run is to take some.
 """
 
 from __future__ import annotations
@@ -273,6 +275,38 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_un
     with resumed(sublayers, len(sublayers), state):
         outputs = _outputs(model, inputs, ())
     _check_same(outputs, _outputs(model, inputs, ()))
+
+
+@torch.no_grad()
+def prove_router(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> None:
+    """Prove that whole experts can go: without some of the lowest mixture its router gives the same logits
+    for the others, and the model runs."""
+    sublayers = find_sublayers(model, head_unit, "expert")
+    place = next((i for i, s in enumerate(sublayers) if s.is_mixture), None)
+    if (
+        place is None
+        or sublayers[place].num_units <= sublayers[place].unit.least(None) * sublayers[place].parts
+    ):
+        return
+    masks = [s.numbers != 0 if i == place else s.numbers >= 0 for i, s in enumerate(sublayers)]
+
+    def logits_of(owner: PreTrainedModel, s: Sublayer) -> Tensor:
+        logits: list[Tensor] = []
+
+        def note(_: nn.Module, __: object, output: tuple[Tensor, ...]) -> None:
+            logits.append(output[0])
+
+        with _seeded(), ExitStack() as hooks:
+            hooks.callback(s.layer.get_submodule(s.plan["router"]).register_forward_hook(note).remove)
+            owner(**inputs)
+        return logits[0]
+
+    meaning = "it does not run then, as the error above shows; name in Block(router=...) what else has slices"
+    with step(f"without some experts of {sublayers[place].name}", meaning):
+        student = cut_twin(model, masks, head_unit, "expert")
+        dense = logits_of(model, sublayers[place])[..., masks[place].to(model.device)]
+        left = logits_of(student, find_sublayers(student, head_unit, "expert")[place])
+        _check_same({"logits of its router": left[..., : dense.shape[-1]]}, {"logits of its router": dense})
 
 
 def _prove_loading(student: PreTrainedModel) -> None:
