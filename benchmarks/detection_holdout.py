@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_kprune import UnsupportedArchitectureError
+from hf_kprune.structure.coverage import IDLE
 from hf_kprune.structure.detect import describe
 from hf_kprune.structure.families import FAMILIES, REFUSED
 from hf_kprune.structure.sublayers import find_sublayers
@@ -422,6 +423,7 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
     for path, module in accepted.named_modules():
         if "kprune_family" in vars(module):
             model.get_submodule(path).__dict__["kprune_family"] = vars(module)["kprune_family"]
+    model.__dict__[IDLE] = vars(accepted).get(IDLE, {})
     sublayers = find_sublayers(model)
     ffns = sum(s.kind == "ffn" for s in sublayers)
     if counts is None:

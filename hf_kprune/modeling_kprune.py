@@ -399,6 +399,7 @@ def resize(layer: nn.Module, path: str, rows: int | None = None, columns: int | 
         setattr(module, name, size)
     if isinstance(module, nn.Linear) and 0 in (module.in_features, module.out_features):
         module.__class__ = EmptyLinear
+        cast(Any, module)._is_hf_initialized = True  # some models scale by the number of inputs
     if columns == 0 and kind_of(module) == "conv1d" and not getattr(module, "is_kprune_stand_in", False):
         layer.set_submodule(path, EmptyProjection(module))
 

@@ -39,6 +39,7 @@ from models import (
     MODEL_TYPES,
     ONE_HEAD,
     classes,
+    cut_all,
     cut_randomly,
     pruned,
     pruned_layer,
@@ -61,6 +62,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from zoo import make
 
 from hf_kprune import (
     CheckpointError,
@@ -969,3 +971,12 @@ def test_folders_in_a_checkpoint_and_relative_paths(tmp_path: Path, monkeypatch:
     assert (tmp_path / "a" / "b" / "out" / "templates" / "chat.txt").read_text() == "hello"
     with safe_open(tmp_path / "a" / "b" / "out" / "model.safetensors", "pt") as file:
         assert KEY in file.keys()  # noqa: SIM118
+
+
+def test_a_config_of_emptied_layers_makes_a_model_whose_weights_are_scaled_by_their_inputs() -> None:
+    """SigLIP divides by the number of inputs of each projection, where none is left by zero."""
+    model = make("siglip_vision_model")
+    student = cut_all(model, [torch.zeros(s.num_units).bool() for s in find_sublayers(model)])
+    again = type(model)(student.config)
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (student, again)]
+    assert shapes[0] == shapes[1]

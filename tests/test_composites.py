@@ -84,6 +84,23 @@ def test_with_images_both_towers_are_pruned(model_type: str) -> None:
     assert {s.name.split(".")[1] for s in report.sublayers} == {"vision_tower", "language_model"}
 
 
+@pytest.mark.slow
+def test_a_tower_of_no_listed_type_that_texts_do_not_run_is_left_alone(tmp_path: Path) -> None:
+    """The detector is not asked about what does not run; the language model beside it is pruned, saved and loaded."""
+    model = seeing("llava", vision_config={**IMAGE, "model_type": "mlcd_vision_model"})
+    texts = pruner(model, rows(images=False))
+    with pytest.warns(
+        BudgetWarning, match="model.vision_tower is left alone, as it does not run on the inputs"
+    ):
+        report = texts.prune()
+    assert {s.name.split(".")[1] for s in report.sublayers} == {"language_model"}
+    texts.save_model(str(tmp_path / "pruned"))
+    loaded = type(model).from_pretrained(tmp_path / "pruned").eval()
+    ids = torch.tensor([rows(images=False)[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("layer", [-2, [-1, -2]])
 def test_a_tower_that_the_model_looks_into_is_left_alone(layer: Any) -> None:
     with pytest.warns(BudgetWarning, match="model.vision_tower is left alone, as the model looks into it"):

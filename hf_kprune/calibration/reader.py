@@ -34,6 +34,9 @@ from .texts import Texts
 
 logger = logging.get_logger(__name__)
 
+DIMENSIONS = {"pixel_values": 3, "input_features": 2, "hidden_states": 2, "inputs_embeds": 2}
+"""Of the inputs of one row that are no texts."""
+
 
 class Reader:
     """Makes the entries of a dataset into rows that a model takes, and checks them.
@@ -53,7 +56,7 @@ class Reader:
         self.main = main_input(model)
         self.labels, self.accepted = label_names(model), input_names(model)
         self.text_dims = 2 if task_of(model).choices else 1
-        self.dims = {"pixel_values": 3, "input_features": 2}.get(self.main, self.text_dims)
+        self.dims = DIMENSIONS.get(self.main, self.text_dims)
         sound = self.accepted & {"input_values", "input_features"}
         self.sense = "image" if "pixel_values" in self.accepted else "audio" if sound else None
         self.causal, self.needs_targets = is_causal(model), needs_targets(model)
@@ -135,8 +138,9 @@ class Reader:
                 "tokenise the texts (dataset.map), or pass processing_class and either a plain list of "
                 "strings or, in text_columns, the names of the columns that hold the texts"
             )
-            feature = f"make {self.main} of them (dataset.map)"
-            other = f"{feature}, or pass a column {self.sense!r} and processing_class"
+            other = f"make {self.main} of them (dataset.map)" + (
+                f", or pass a column {self.sense!r} and processing_class" if self.sense else ""
+            )
             drop = ", and drop the other columns or set remove_unused_columns=True"
             raise CalibrationError(
                 f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes "

@@ -15,6 +15,11 @@ from .experts import are_experts
 from .families import FAMILIES, PARTS, REFUSED, UNTOUCHED, Block, Stack
 
 
+IDLE = "kprune_idle"
+"""Where a model is noted which models inside it do not run on the inputs on which it was proved: path to
+reason."""
+
+
 def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
     """What describes the layers of `model` itself: what detect.py noted in it, or the entry of its type."""
     return model.__dict__.get("kprune_family") or FAMILIES.get(model.config.model_type)
@@ -36,7 +41,7 @@ def untouched(model: PreTrainedModel) -> dict[str, str]:
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.config.model_type in reasons
     }
-    towers |= parts_above(model)
+    towers |= parts_above(model) | model.__dict__.get(IDLE, {})
     return towers if _has_layers(model) else towers | _alike(model)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import plan_of
 from ..progress import unwarned
+from .coverage import IDLE, family_of
 from .facts import evaluation_copy, example_inputs, masks_frames, to_model
 from .families import FAMILIES, REFUSED, Block, Stack
 from .proof import implementations, prove, prove_cuts, step, trial_masks
@@ -83,13 +84,36 @@ def describe(
                     "it was pruned before, and its checkpoint tells sizes alone"
                 )
             inputs = example_inputs(model) if inputs is None else inputs
+            idle = idle_towers(model, inputs)
+            model.__dict__[IDLE] = idle
             families = detect(model, inputs, leave=FAMILIES)
         with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
             prove(keep(evaluation_copy(model), families), inputs, head_unit)
     except UnsupportedArchitectureError as error:
+        model.__dict__.pop(IDLE, None)
         seen = GUESSED if guessed else ""
         raise UnsupportedArchitectureError(way_out(model, families, error, seen)) from error
     keep(model, families)
+
+
+def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, str]:
+    """The models inside `model` that do not run on these inputs and that no family describes, such as a tower
+    of images on texts, path to reason. They stay as they are.
+
+    Raises:
+        UnsupportedArchitectureError: If the model does not run on them.
+    """
+    dense, ran = evaluation_copy(model), set[int]()
+    inner = {name: m for name, m in dense.named_modules() if name and isinstance(m, PreTrainedModel)}
+    with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng():
+        for module in dense.modules():
+            hooks.callback(module.register_forward_hook(lambda m, *_: ran.add(id(m))).remove)
+        with step("running it", "it does not run on these inputs, as the error above shows"):
+            dense(**to_model(inputs, dense))
+    listed = {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
+    idle = [name for name, m in inner.items() if not any(id(part) in ran | listed for part in m.modules())]
+    outermost = [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
+    return dict.fromkeys((f"{name}." for name in outermost), "it does not run on the inputs it was tried on")
 
 
 def way_out(model: PreTrainedModel, families: Families, error: Exception, seen: str = "") -> str:
@@ -158,8 +182,8 @@ def detect(model: PreTrainedModel, inputs: Mapping[str, object], leave: Collecti
             projections.
     """
     dense = evaluation_copy(model)
-    inputs = to_model(inputs, dense)
-    lists = [_layer_list(dense, name, layers) for name, layers in _module_lists(dense).items()]
+    inputs, idle = to_model(inputs, dense), tuple(dense.__dict__.get(IDLE, ()))
+    lists = [_layer_list(dense, name, layers) for name, layers in _module_lists(dense, idle).items()]
     lists = [layers for layers in lists if layers.config.model_type not in leave]
     with ExitStack() as hooks, torch.enable_grad(), torch.random.fork_rng():
         for hook in (hook for layers in lists for watch in layers.watches for hook in watch.hooks()):
@@ -183,11 +207,14 @@ def _families(lists: Sequence[LayerList]) -> Families:
     return {owner: tuple(layers.stack for layers in lists if layers.owner == owner) for owner in owners}
 
 
-def _module_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The outermost lists of modules of one class that hold projections. None may lie elsewhere."""
+def _module_lists(model: PreTrainedModel, idle: tuple[str, ...]) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules of one class that hold projections. None may lie elsewhere, but in
+    `idle` towers."""
     lists: dict[str, nn.ModuleList] = {}
     holding = {id(m) for m in model.modules() if any(isinstance(p, PROJECTIONS) for p in m.modules())}
-    rest = {name: m for name, m in model.named_modules() if id(m) in holding}
+    rest = {
+        name: m for name, m in model.named_modules() if id(m) in holding and not f"{name}.".startswith(idle)
+    }
     for name, module in rest.items():
         outermost = not name.startswith(tuple(f"{outer}." for outer in lists))
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and outermost:

@@ -54,7 +54,8 @@ def input_names(model: PreTrainedModel) -> set[str]:
 
 def main_input(model: PreTrainedModel) -> str:
     """Name of the input that `model` is called with in any case: where it says a name that it does not take,
-    that of its encoder, or the first of `SENSES` that it takes (Idefics 3's tower of images)."""
+    that of its encoder, or the first of `SENSES` that it takes (Idefics 3's tower of images), or the first
+    argument of all (a part of a model that takes hidden states)."""
     names = model.main_input_name
     name: str = names if isinstance(names, str) else names[0]
     encoder, takes = getattr(model, "encoder", None), input_names(model)
@@ -62,7 +63,10 @@ def main_input(model: PreTrainedModel) -> str:
         return name
     if isinstance(encoder, PreTrainedModel):
         return str(encoder.main_input_name)
-    return name if name in takes else next((sense for sense in SENSES if sense in takes), name)
+    if name in takes:
+        return name
+    arguments = (argument for argument in inspect.signature(model.forward).parameters if argument in takes)
+    return next((sense for sense in SENSES if sense in takes), next(arguments, name))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

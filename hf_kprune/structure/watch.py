@@ -117,8 +117,9 @@ class Watch:
                 )
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] < 2:
+                shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise UnsupportedArchitectureError(
-                    f"{self.name} takes no hidden states of (batch, several tokens, width)"
+                    f"{self.name} takes {shape}, no hidden states of (batch, several tokens, width)"
                 )
             self.runs, self.tokens, self.calls = self.runs + 1, hidden.shape[1], []
             self.leaf = hidden.detach().requires_grad_()
@@ -166,6 +167,10 @@ class Watch:
             {c.path: c for c in self.calls if c.path in last.sources and c.leaf is not None}.values()
         )
         features = last.input.flatten(0, -2)
+        self.refuse(
+            set() if torch.is_grad_enabled() else {last.path},
+            "runs where gradients are turned off, so that it cannot be seen what feeds it",
+        )
         self.refuse(
             {last.path} if len(features) < self.tokens else set(), "reads fewer tokens than the layer"
         )
