@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
 )
+from zoo import make
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.calibration.knowledge import Draws, KnowledgeLoss
@@ -253,6 +254,14 @@ def test_what_an_unknown_head_reads_is_compared_and_that_is_said() -> None:
     student = teacher + torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, -1.0]]])
     distances = loss({"bert.encoder.layer": student}, {"bert.encoder.layer": teacher}, torch.ones(2, 2))
     torch.testing.assert_close(distances, torch.tensor([1 / 25, 2 / 2]))
+
+
+def test_a_model_without_a_head_is_said_to_have_none() -> None:
+    model = make("align_text_model")
+    with pytest.warns(
+        UserWarning, match="^AlignTextModel has no head, so what is preserved are the hidden states"
+    ):
+        assert knowledge_loss(model, 2.0, "mean", sublayers=find_sublayers(model)).name == "hidden states"
 
 
 DRAWN = [

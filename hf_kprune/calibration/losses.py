@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ..errors import ArgumentError
+
 
 class Outputs(Protocol):
     """What a model gives: tensors by name."""
@@ -139,9 +141,29 @@ def of_embeddings(
         return of_towers(temperature, student, teacher, valid)
     if "last_hidden_state" not in student and "pooler_output" in student:
         pooling = "pooler"
+    if "last_hidden_state" in student and pooling in ("mean", "none"):
+        valid = valid_of(student.last_hidden_state, valid)
     if pooling == "none":
         return mean_over_tokens(squared_error(student.last_hidden_state, teacher.last_hidden_state), valid)
     return (_embedding(student, valid, pooling) - _embedding(teacher, valid, pooling)).square().sum(-1)
+
+
+def valid_of(hidden: Tensor, valid: Tensor) -> Tensor:
+    """Which hidden states (B, R, D) of a model are no padding, by the tokens of its layers, (B, T): some join
+    several to one above them.
+
+    Raises:
+        ArgumentError: If it does, and there is padding.
+    """
+    if hidden.shape[:2] == valid.shape:
+        return valid
+    if not bool(valid.all()):
+        raise ArgumentError(
+            f"the model gives {hidden.shape[1]} hidden states where its layers have {valid.shape[1]} tokens, "
+            "some of them padding, so which of them count is not known; give rows of one length, or pass "
+            "compute_loss"
+        )
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=valid.device)
 
 
 def of_hidden_states(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], _valid: Tensor) -> Tensor:

@@ -246,11 +246,18 @@ def _knowledge_of_hidden_states(
     """The distance of hidden states above the stacks that no other one reads, with a warning."""
     stacks = {s.stack_name for s in sublayers} - {s.reads for s in sublayers if s.reads != s.stack_name}
     names = list(dict.fromkeys(s.stack_name for s in sublayers if s.stack_name in stacks))
+    kind, above = type(model).__name__, ", ".join(names)
+    headless = model.base_model is model and "For" not in kind and not parts_above(model)
     warnings.warn(
-        f"no knowledge loss is known for the head of {type(model).__name__}, so what is preserved are the "
-        f"hidden states above {', '.join(names)}, whatever the head makes of them; to preserve what it "
-        "answers, pass compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> tensor of one loss "
-        "per sequence",
+        (
+            f"{kind} has no head, so what is preserved are the hidden states above {above}; to preserve what "
+            "is made of them"
+            if headless
+            else f"no knowledge loss is known for the head of {kind}, so what is preserved are the hidden "
+            f"states above {above}, whatever the head makes of them; to preserve what it answers"
+        )
+        + ", pass compute_loss=(student_outputs, teacher_outputs, valid_tokens) -> tensor of one loss per "
+        "sequence",
         stacklevel=2,
     )
     kinds = dict.fromkeys(names, NORMAL)
