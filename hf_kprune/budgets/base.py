@@ -146,10 +146,13 @@ class Budget:
         """Raise `BudgetError` if what must stay costs more than there is."""
         args, least = self.args, sum(self.forced)
         if least > self.limit * (1 + TOLERANCE):
+            pairs = zip(self.fewest, self.sublayers, strict=True)
+            stay = {count for count, s in pairs if not s.unit.saves_flops}
+            experts = f", of which {max(stay)} experts of a layer must stay," if stay else ""
             raise BudgetError(
                 f"{self.option} is {self.asked:,}, {self.meaning}; with min_heads={args.min_heads}, "
                 f"min_neurons={args.min_neurons}, round_to={args.round_to}, prune_heads={args.prune_heads} "
-                f"and prune_ffn={args.prune_ffn} this model can reach {self.reach(least)}"
+                f"and prune_ffn={args.prune_ffn} this model{experts} can reach {self.reach(least)}"
             )
 
     @property
