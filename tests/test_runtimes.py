@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from data import collate, rows
 from models import pruned_layer, shallow, slow_unless_in
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from zoo import make
 
 import hf_kprune
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
 from hf_kprune.cli.terminal import main
-from hf_kprune.runtimes.gguf import NAME, head_size, layout, rotated, verify
+from hf_kprune.runtimes.gguf import NAME, SPLITTING, head_size, layout, rotated, splitting, verify
 from hf_kprune.runtimes.graphs import compare
 
 
@@ -115,6 +119,61 @@ def test_a_gguf_holds_the_model(tmp_path: Path, model_type: str) -> None:
         assert np.array_equal(tensor.data, tensors[tensor.name].detach().float().numpy()), tensor.name
     with pytest.raises(CheckpointError, match="attention.head_count of layer 0"):
         verify(tmp_path / "out" / NAME, 2 * head_size(model.config))
+
+
+def bytes_tokenizer(split: Any) -> PreTrainedTokenizerFast:
+    """Byte pairs of a few sentences, with a special token, within words that are split in some way."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Sequence(split)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(["a warm and funny film of 1984", "nothing is as warm as that film"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|end|>")
+
+
+def split_by(expression: str) -> list[Any]:
+    by_expression = pre_tokenizers.Split(Regex(expression), "isolated")
+    return [by_expression, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expression", SPLITTING)
+def test_a_gguf_carries_the_tokenizer_as_transformers_reads_it(tmp_path: Path, expression: str) -> None:
+    pytest.importorskip("gguf")
+    tokenizer = bytes_tokenizer(split_by(expression))
+    model = uneven("llama")
+    model.resize_token_embeddings(len(tokenizer) + 4)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "pruned")
+    hf_kprune.export(str(tmp_path / "pruned"), str(tmp_path / "out"), "gguf")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "out" / NAME).rename(tmp_path / "alone" / NAME)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "alone", gguf_file=NAME)
+    for text in ("a warm film", "That's 12345 films,  isn't it?\n\nYes: Käse!", "nothing<|end|>"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"], text
+    assert again.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_llama_cpp_calls_the_ways_to_split_texts() -> None:
+    digits, by_bytes = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    for split, name in (
+        ([by_bytes], "gpt-2"),
+        ([digits, by_bytes], "smollm"),
+        (split_by(PRETOKENIZE_REGEX), "qwen2"),
+        (split_by(r"\w+"), None),
+        ([pre_tokenizers.Whitespace()], None),
+    ):
+        words = Tokenizer(models.BPE())
+        words.pre_tokenizer = pre_tokenizers.Sequence(split)
+        assert splitting(json.loads(words.to_str())) == name
 
 
 @pytest.mark.slow

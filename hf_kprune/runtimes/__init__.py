@@ -61,10 +61,10 @@ def export(model: PreTrainedModel | str, output_dir: str, format: str = "onnx") 
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:32]}."))
     try:
-        with quiet(), in_eval_mode(model):
-            FORMATS[format](model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        with quiet(), in_eval_mode(model):
+            FORMATS[format](model, folder)
         os.chmod(folder, 0o755)
         os.replace(folder, target)
     except OSError as error:

@@ -7,6 +7,8 @@ nothing, exactly: one head, or 32 neurons, a multiple of the blocks that quantis
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,17 @@ LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 """The same, of tensors of a layer."""
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITTING = {
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{WORDS % digits}": name
+    for digits, name in ((r"\p{N}", "qwen2"), (r"\p{N}{1,3}", "llama-bpe"))
+}
+"""Names in llama.cpp for how texts are split into words, by the expression that does it."""
 
 
 def write_gguf(model: PreTrainedModel, folder: Path) -> None:
-    """Write a language model as GGUF, without a tokenizer, and compare its metadata with its tensors.
+    """Write a language model as GGUF, with the tokenizer that lies in the folder if llama.cpp knows how it
+    splits texts, and compare its metadata with its tensors.
 
     Raises:
         ArgumentError: If the package gguf is not there, or if `deci` does not compute what the model does.
@@ -71,7 +80,7 @@ def write_gguf(model: PreTrainedModel, folder: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    add_tokenizer(writer, folder, config.vocab_size)
     for name, tensor in tensors.items():
         add_tensor(writer, name, tensor)
     writer.write_header_to_file()
@@ -178,6 +187,48 @@ def add_tensor(writer: Any, name: str, tensor: Tensor) -> None:
     else:
         form = GGMLQuantizationType.BF16
         writer.add_tensor(name, quantize(values, form), raw_dtype=form)
+
+
+def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
+    """Add the tokenizer that lies in a folder, if llama.cpp knows how it splits texts.
+
+    Args:
+        writer: Of the GGUF.
+        folder: With a `tokenizer.json`, or without.
+        size: Rows of the table of embeddings.
+    """
+    from gguf import BpeVocab, SpecialVocab, TokenType
+
+    path = folder / "tokenizer.json"
+    split = splitting(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if split is None:
+        writer.add_tokenizer_model("none")
+        return
+    tokens = [(text, kind) for text, _, kind in BpeVocab(folder).all_tokens()]
+    tokens += [(f"[UNUSED{i}]", TokenType.UNUSED) for i in range(len(tokens), size)]
+    writer.add_tokenizer_model(BpeVocab.tokenizer_model)
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def splitting(tokenizer: Mapping[str, Any]) -> str | None:
+    """The name that llama.cpp has for how a tokenizer splits texts into words; None if it is not known here.
+
+    Args:
+        tokenizer: What `tokenizer.json` holds.
+    """
+    steps = tokenizer["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    by_bytes = tokenizer["model"]["type"] == "BPE" and bool(steps) and steps[-1].get("type") == "ByteLevel"
+    if not by_bytes or steps[-1]["add_prefix_space"]:
+        return None
+    digits = [{"type": "Digits", "individual_digits": True}]
+    if steps[-1]["use_regex"]:
+        return "gpt-2" if not steps[:-1] else "smollm" if steps[:-1] == digits else None
+    patterns = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]
+    return SPLITTING.get(patterns[0]) if len(patterns) == 1 else None
 
 
 def verify(path: Path, size: int) -> None:
