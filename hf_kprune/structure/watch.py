@@ -117,9 +117,9 @@ class Watch:
                 )
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] < 2:
-                shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+                what = f"{tuple(hidden.shape)}, no" if isinstance(hidden, Tensor) else "by that name no"
                 raise UnsupportedArchitectureError(
-                    f"{self.name} takes {shape}, no hidden states of (batch, several tokens, width)"
+                    f"{self.name} takes {what} hidden_states of (batch, several tokens, width)"
                 )
             self.runs, self.tokens, self.calls = self.runs + 1, hidden.shape[1], []
             self.leaf = hidden.detach().requires_grad_()
