@@ -41,6 +41,9 @@ BLOCK = re.compile(
 SHORTER = {
     "minutes=2": "minutes=0.03",
     "--recover_minutes 2": "--recover_minutes 0.03",
+    "--budgets 0.4 0.5 0.6 0.7 0.8": "--budgets 0.4 0.8",
+    "--budgets 0.4 0.6 0.8 --max_drop 0.03": "--budgets 0.4 0.8 --max_drop 0.3",
+    "--lengths 16 128": "--lengths 16",
     "--target_speedup 2 --num_tokens 10000": "--target_speedup 1.5 --latency_batch_size 2 --num_tokens 2000",
 }
 """What would take long, and what is run in its place."""
@@ -49,6 +52,7 @@ USUAL = {
     "--dataset_file": "sentences.csv",
     "--text_columns": "sentence",
     "--eval_file": "labelled.csv",
+    "--method": "magnitude",
 }
 """What `...` stands for in a command, without the options that it names itself."""
 
