@@ -17,6 +17,7 @@ from hf_kprune.structure.sublayers import find_sublayers
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import captions
 from continuations import draw_prompts, repetition
 from mixture import train
 from mutants import MUTANTS
@@ -42,6 +43,26 @@ def test_a_mixture_learns_what_it_is_trained_on() -> None:
     before = perplexity(model, ids, 16)
     train(model, ids, steps=15, window=16, batch=1)
     assert perplexity(model, ids, 16) < before / 2
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_by_the_seed_as_their_captions_say_and_are_learnt() -> None:
+    pictures, texts = captions.draw_pictures(200, seed=1)
+    again, others = (captions.draw_pictures(200, seed=seed) for seed in (1, 2))
+    assert torch.equal(pictures, again[0])
+    assert torch.equal(texts, again[1])
+    assert not torch.equal(texts, others[1])
+    for picture, ids in zip(pictures, texts.tolist(), strict=True):
+        words = [captions.WORDS[word] for word in ids]
+        half = picture[:, :, :16] if "left" in words else picture[:, :16]
+        colour = torch.tensor(captions.COLOURS[words[2]]).bool()  # of the shape that is named first
+        bright = (half > 0.75).flatten(1).sum(1)
+        assert bright[colour].min() > 2 * bright[~colour].max()
+    torch.manual_seed(0)
+    model = captions.make_model().eval()
+    before = captions.figures_of(model, pictures, texts)["perplexity"]
+    captions.train(model, steps=15, batch=16, seed=100)
+    assert captions.figures_of(model, pictures, texts)["perplexity"] < before / 2
 
 
 @pytest.mark.parametrize("count", [7, 1000, 5000])
