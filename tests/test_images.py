@@ -13,10 +13,17 @@ import torch
 from data import draw, word_tokenizer
 from models import IMAGE_TOKEN, seeing
 from PIL import Image
-from transformers import CLIPImageProcessor, LlavaProcessor, Qwen2VLImageProcessor, ViTImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    DetrImageProcessor,
+    LlavaProcessor,
+    Qwen2VLImageProcessor,
+    ViTImageProcessor,
+)
 from zoo import make
 
 from hf_kprune import CalibrationError, KPruneArguments, KPruneError, KPrunePruner
+from hf_kprune.calibration.collate import collate
 from hf_kprune.calibration.processed import joined
 from hf_kprune.cli.terminal import main
 
@@ -115,6 +122,18 @@ def test_rows_of_chats_with_images_make_the_batch_that_their_processor_makes_of_
     ]
     batch = joined([rows[order.index(i)] for i in range(5)], pad_token_id=1)
     assert batch.keys() == expected.keys()
+    for key, value in batch.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_images_of_several_sizes_with_a_mask_make_the_batch_that_their_processor_makes_of_all() -> None:
+    processor, model = DetrImageProcessor(size={"shortest_edge": 16, "longest_edge": 24}), make("detr")
+    images = pictures(4)
+    rows = [draw(model, [image], processor, lambda _: 1).rows[0] for image in images]
+    batch, _ = collate(rows, None, processor, model)
+    expected = processor(images, return_tensors="pt")
+    assert batch.keys() == expected.keys()
+    assert not bool(expected["pixel_mask"].all())
     for key, value in batch.items():
         assert torch.equal(value, expected[key]), key
 

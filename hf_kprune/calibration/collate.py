@@ -31,10 +31,23 @@ def pad(sequences: list[object], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
+def pad_pictures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images and their masks, taken out of rows that have both: filled up with 0 below and on the right."""
+    batch: dict[str, Any] = {}
+    names = ("pixel_values", "pixel_mask")
+    for name in names if {*names} <= rows[0].keys() else ():
+        tensors = [torch.as_tensor(row.pop(name)) for row in rows]  # (..., height, width)
+        height, width = (max(tensor.shape[place] for tensor in tensors) for place in (-2, -1))
+        sides = [(0, width - tensor.shape[-1], 0, height - tensor.shape[-2]) for tensor in tensors]
+        padded = map(torch.nn.functional.pad, tensors, sides)
+        batch[name] = torch.stack(list(padded))
+    return batch
+
+
 def pad_rows(rows: list[dict[str, Any]], processing_class: object, pad_token_id: int) -> dict[str, Any]:
     """One tensor per column: what the decoder reads or gives, then what the tokenizer pads, then floats."""
-    inputs: dict[str, Any] = {}
     rows = [dict(row) for row in rows]
+    inputs = pad_pictures(rows)
     if "decoder_input_ids" in rows[0]:
         for row in rows:
             row.setdefault("decoder_attention_mask", [1] * len(row["decoder_input_ids"]))
@@ -51,7 +64,9 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: object, pad_token_id:
             inputs[key] = torch.stack(values)
         else:
             extractor = getattr(processing_class, "feature_extractor", processing_class)
-            if not hasattr(extractor, "pad"):
+            if key == "pixel_values" or not hasattr(
+                extractor, "pad"
+            ):  # that of images pads others than these
                 raise ArgumentError(
                     f"the calibration rows' {key} differ in shape and there is nothing to pad them with; "
                     "pass processing_class (the feature extractor) or data_collator"
