@@ -88,17 +88,17 @@ def processed(processor: Any, chat: Chat, images: Sequence[Any]) -> Processed:
             f"{len(images) - len(waiting)}; give each a part {{'type': 'image'}} in a message"
         )
     try:
-        made = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+        encoded = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
     except TemplateError as error:
         raise CalibrationError(
             f"the chat_template of {name} takes no such chat, of the roles "
             f"{', '.join(str(turn.get('role')) for turn in turns):.200}; leave such chats out"
         ) from error
-    length = made["input_ids"].shape[-1]
+    length = encoded["input_ids"].shape[-1]
     return Processed(
         {
             key: value[0].tolist() if value.shape == (1, length) and not value.is_floating_point() else value
-            for key, value in made.items()
+            for key, value in encoded.items()
             if isinstance(value, Tensor)
         }
     )

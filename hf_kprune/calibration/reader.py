@@ -75,8 +75,8 @@ class Reader:
 
     def read(self, index: int, entry: object, tokens_per_row: TokensPerRow | None) -> tuple[Row, int]:
         """A row of those columns that are used, with floats in tensors, and how many tokens it has."""
-        made = self.columns(entry)
-        columns = {key: plain(value) for key, value in made.items()}
+        encoded = self.columns(entry)
+        columns = {key: plain(value) for key, value in encoded.items()}
         inputs = self.inputs(index, columns)
         self.check_columns(columns, inputs)
         self.count += 1
@@ -96,7 +96,7 @@ class Reader:
             tokens = 0
         if tokens:
             self.note(index, {key: row[key] for key in sorted(inputs)})
-        return (Processed(row) if isinstance(made, Processed) else row), tokens
+        return (Processed(row) if isinstance(encoded, Processed) else row), tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
         """Names of the columns that are inputs. Labels are if they are targets, or say which tokens count."""
@@ -346,13 +346,13 @@ class Reader:
                 "chat_template: set it, or pass rows as the processor makes them"
             )
         images, text = pictures_of(columns), columns.get("text")
-        made = processed(processor, columns[chat] if chat else asked(text, images), images)
-        if self.limit is not None and len(made["input_ids"]) > self.limit:
+        encoded = processed(processor, columns[chat] if chat else asked(text, images), images)
+        if self.limit is not None and len(encoded["input_ids"]) > self.limit:
             raise CalibrationError(
-                f"a calibration row has {len(made['input_ids'])} tokens with its images, {self.name} takes "
+                f"a calibration row has {len(encoded['input_ids'])} tokens with its images, {self.name} takes "
                 f"at most {self.limit}; shorten its texts, or make its images smaller"
             )
-        return Processed({key: value for key, value in made.items() if key in self.accepted})
+        return Processed({key: value for key, value in encoded.items() if key in self.accepted})
 
     def features(self, columns: Row) -> Row:
         """Inputs made of an image or of sound, and of the text beside it if the processor is for both.
