@@ -349,8 +349,8 @@ class Reader:
         encoded = processed(processor, columns[chat] if chat else asked(text, images), images)
         if self.limit is not None and len(encoded["input_ids"]) > self.limit:
             raise CalibrationError(
-                f"a calibration row has {len(encoded['input_ids'])} tokens with its images, {self.name} takes "
-                f"at most {self.limit}; shorten its texts, or make its images smaller"
+                f"a calibration row has {len(encoded['input_ids'])} tokens with its images, {self.name} "
+                f"takes at most {self.limit}; shorten its texts, or make its images smaller"
             )
         return Processed({key: value for key, value in encoded.items() if key in self.accepted})
 
