@@ -160,13 +160,14 @@ def pace_of(
     count = max(1, tokens // max(len(few.batches), 1))
     for sublayers in alike.values():
         s = sublayers[0]
-        columns = round(sum(each.shape[1] for each in sublayers) / len(sublayers) / s.experts)
+        columns = sum(each.shape[1] for each in sublayers) / len(sublayers) / s.experts
+        units = max(round(columns / s.unit_width), 1)
         bias = None if s.bias is None else torch.zeros(s.shape[0], dtype=torch.float64, device=device)
 
         def fit(equations: NormalEquations, s: Sublayer = s, bias: Tensor | None = bias) -> Fit:
             return method.tune(equations, torch.zeros_like(equations.cross.T), bias, s.unit_width)
 
-        shape = count, max(columns, s.unit_width), s.shape[0]
+        shape = count, units * s.unit_width, s.shape[0]
         sums, slow, quick = time_fit(calibration, method, shape, fit)
         pace.add((s.share * sums, slow, quick), len(sublayers) * s.experts)
     reads = defaultdict[tuple[int, bool], int](int)

@@ -246,7 +246,9 @@ def test_an_expert_without_tokens_has_no_say() -> None:
 # Pruning
 
 
-@pytest.mark.filterwarnings("ignore:no knowledge loss is known")
+@pytest.mark.filterwarnings(
+    "ignore:no knowledge loss is known", "ignore:.* has no head, so what is preserved"
+)
 @pytest.mark.parametrize(
     ("name", "method"),
     slow_unless_in(

@@ -334,6 +334,7 @@ def test_counts_and_rows_of_the_table_are_those_of_the_zoo_and_the_readme() -> N
 @pytest.mark.slow
 def test_every_family_is_in_the_zoo() -> None:
     inside = {inner for name in ZOO for inner in inner_types(name)}
+    inside.add("maskformer-swin")  # as MaskFormer's Swin is called once it was saved and loaded
     assert {model_type for model_type in FAMILIES if model_type in CONFIG_MAPPING} <= inside
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +20,10 @@ TOLERANCE = 1e-3
 """How far an output may be from the model's, relative to the largest one."""
 
 
+EXACT: dict[str, Any] = {"device": "cpu", "config": {"INFERENCE_PRECISION_HINT": "f32"}}
+"""How OpenVINO is to run what is compared: by default it computes in bfloat16 where the CPU has that."""
+
+
 def write_onnx(model: PreTrainedModel, folder: Path) -> None:
     """Write a model as ONNX: one graph, or, of a language model, one for the prompt and one for each further
     token.
@@ -34,7 +39,7 @@ def write_openvino(model: PreTrainedModel, folder: Path) -> None:
     need("openvino", "openvino")
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    write(model, folder, OpenVINOExporter(), OpenVINOConfig(dynamic=True))
+    write(model, folder, OpenVINOExporter(), OpenVINOConfig(dynamic=True), EXACT)
 
 
 def need(format: str, *packages: str) -> None:
@@ -50,8 +55,18 @@ def need(format: str, *packages: str) -> None:
         ) from error
 
 
-def write(model: PreTrainedModel, folder: Path, exporter: Any, config: Any) -> None:
-    """Trace a model with inputs of any batch and length, write it, read it back and compare."""
+def write(
+    model: PreTrainedModel, folder: Path, exporter: Any, config: Any, running: Mapping[str, Any] | None = None
+) -> None:
+    """Trace a model with inputs of any batch and length, write it, read it back and compare.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        exporter: Of Transformers.
+        config: Its options.
+        running: Options of the runtime for what is compared.
+    """
     from transformers.exporters.base import ExportedModel
 
     check_caches(model)
@@ -62,7 +77,7 @@ def write(model: PreTrainedModel, folder: Path, exporter: Any, config: Any) -> N
     with torch.no_grad():
         try:
             export(model, inputs, config=config).save_pretrained(folder)
-            first = next(iter(ExportedModel.from_pretrained(folder).runners.values()))
+            first = next(iter(ExportedModel.from_pretrained(folder, **(running or {})).runners.values()))
             if "position_ids" in first.metadata.kwargs:  # which generation passes
                 places = torch.arange(larger["input_ids"].shape[1], device=model.device)
                 larger["position_ids"] = places.expand_as(larger["input_ids"])
