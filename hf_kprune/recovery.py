@@ -56,8 +56,8 @@ def recover(
         teacher = teacher_of(pruner, dense)
         run = Run(pruner, dataset, [])
         run.args = copy.copy(pruner.args)
-        run.args.num_measure_tokens = min(4 * HELD_OUT, max(1, 2 * run.args.num_tokens // 5))
-        calibration = run.calibrate()  # a quarter of what is measured is held out
+        run.args.num_measure_tokens = min(2 * HELD_OUT, max(1, run.args.num_tokens // 5))
+        calibration = run.calibrate()  # half as much as is measured is held out
         calibration.check_held_out()
         student = copy.deepcopy(model).float()
         lesson = Lesson(calibration, run.knowledge(calibration.sublayers), student, teacher)
@@ -129,7 +129,7 @@ def learn(pruner: Pruner, lesson: Lesson, minutes: float, options: Mapping[str, 
     begin, student = time.monotonic(), lesson.student
     before = lesson.distance()
     rows = lesson.calibration.rows
-    held_out = set(range(rows.measured - rows.held_out, rows.measured))
+    held_out = rows.held_out
     train = [row for number, row in enumerate(rows.rows) if number not in held_out]
     recovery = Recovery(minutes, len(train), len(held_out), before, before)
     if not before:  # there is nothing to learn

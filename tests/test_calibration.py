@@ -731,3 +731,29 @@ def test_the_distance_of_a_vocabulary_in_parts_is_that_of_the_vocabulary(
     assert judge.distance(walk) == pytest.approx(expected, rel=1e-4)
     assert 0 < max(most) <= 60 * 2 * 2
     assert distance(batches, student, teacher, loss) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "measured", "held_out"),
+    [
+        (100, 40, range(40, 60)),
+        (55, 40, range(40, 55)),
+        (45, 40, range(30, 40)),
+        (40, 40, range(30, 40)),
+        (3, 3, range(0)),
+    ],
+)
+def test_students_are_compared_on_rows_that_were_not_measured_if_there_are_any(
+    count: int, measured: int, held_out: range
+) -> None:
+    drawn = Rows([{"input_ids": [1]}] * count, measured, count, {})
+    assert list(drawn.held_out) == list(held_out)
+
+
+def test_batches_of_a_trial_are_tuned_on_and_compared_on_other_rows() -> None:
+    batches = calibration(tiny(), rows(24), measured=8, per_device_batch_size=3).batches
+    tried, held_out, measured = (
+        {number for batch in batches if getattr(batch, name) for number in batch.rows}
+        for name in ("tried", "held_out", "measured")
+    )
+    assert (tried, measured, held_out) == ({*range(4)}, {*range(8)}, {*range(8, 12)})

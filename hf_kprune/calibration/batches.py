@@ -176,7 +176,8 @@ class Calibration:
         self.sizes: dict[str, torch.Size] = {}
         self.readers: list[list[list[str]]] = []
         self.stacks_of_ids: set[str] = set()
-        ends = [0, rows.measured // 2, rows.measured - rows.held_out, rows.measured, len(rows.rows)]
+        tried, held_out = range(rows.measured // 2), rows.held_out
+        ends = [0, tried.stop, held_out.start, held_out.stop, rows.measured, len(rows.rows)]
         self.sample = rows.first(few, tokens_per_row) if few is not None else rows.measured
         for start, stop in pairwise(sorted([*ends, self.sample])):
             by_length = sorted(
@@ -187,7 +188,7 @@ class Calibration:
                 batch = self.batch(model, inputs, counted)
                 batch.rows, batch.measured = picked, start < rows.measured
                 batch.sampled = start < self.sample
-                batch.tried, batch.held_out = start < ends[1], ends[2] <= start < ends[3]
+                batch.tried, batch.held_out = start in tried, start in held_out
                 self.batches.append(batch)
 
     def batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:

@@ -60,10 +60,17 @@ class Rows:
     fingerprint: dict[str, Any]
 
     @property
-    def held_out(self) -> int:
-        """On how many of the measured rows, the last ones, students of trials are compared. They are tuned on
-        the first half."""
-        return self.measured // 4
+    def held_out(self) -> range:
+        """The rows on which students of trials are compared. They are tuned on the first half of the measured
+        rows.
+
+        These are the next rows after the measured ones, half as many, as scores fit what they were measured
+        on; where a quarter as many are not there, the last quarter of the measured ones.
+        """
+        beyond = min(len(self.rows) - self.measured, self.measured // 2)
+        if beyond < self.measured // 4:
+            return range(self.measured - self.measured // 4, self.measured)
+        return range(self.measured, self.measured + beyond)
 
     def first(self, tokens: int, tokens_per_row: TokensPerRow | None = None) -> int:
         """How many measured rows, from the first on, hold no more than so many tokens; at least one."""
