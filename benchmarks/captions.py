@@ -186,10 +186,10 @@ def main() -> None:
     print("dense", dense)
     for seed in args.seeds:
         pictures, _ = draw_pictures(args.pictures, seed=1_000 + seed)
-        given = captions_of(load(args.model).eval(), pictures)
+        answers = captions_of(load(args.model).eval(), pictures)
         rows: list[dict[str, Any]] = [
             {"pixel_values": picture, "labels": words[1:][words[1:] != 0].tolist()}
-            for picture, words in zip(pictures, given, strict=True)
+            for picture, words in zip(pictures, answers, strict=True)
         ]
         for method in args.method:
             for sparsity in args.sparsity:

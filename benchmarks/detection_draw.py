@@ -328,13 +328,13 @@ def class_of(model_type: str) -> Any:
 
 def build(model_type: str, config: dict[str, Any], seed: int) -> PreTrainedModel:
     """A random model of a config, with biases and norms away from their initial values too."""
-    kind, made = class_of(model_type), AutoConfig.for_model(model_type, **copy.deepcopy(config))
+    kind, small = class_of(model_type), AutoConfig.for_model(model_type, **copy.deepcopy(config))
     with torch.device("meta"):
-        size = sum(p.numel() for p in kind(copy.deepcopy(made)).parameters())
+        size = sum(p.numel() for p in kind(copy.deepcopy(small)).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters are too many to try")
     torch.manual_seed(seed)
-    model: PreTrainedModel = kind(made).eval()
+    model: PreTrainedModel = kind(small).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():

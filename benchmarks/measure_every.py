@@ -9,7 +9,6 @@ nor a test of other benchmarks sees: the validation split of STS-B, and the end 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from tasks import (
     key_of,
     load_model,
     load_tokenizer,
+    make_parser,
     prune,
     read_lines,
     splits,
@@ -44,13 +44,7 @@ def judged_on(pack: Path, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--task", nargs="+", choices=["sst2", "sts"], default=["sst2", "sts"])
     parser.add_argument("--measure_every", nargs="+", type=int, default=[1, 2, 3, 4, 6, 12])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])

@@ -10,7 +10,6 @@ to `--output` as a line of JSON, and left out if its line is there; `figures.py`
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
@@ -24,7 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from tasks import append_line, facts, key_of, prune, read_lines
+from tasks import append_line, facts, key_of, make_parser, prune, read_lines
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -110,13 +109,7 @@ def untuned(dense: PreTrainedModel, report: PruningReport) -> PreTrainedModel:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--model", type=Path, required=True, help="Folder of the dense model; its name stands in the lines."
     )

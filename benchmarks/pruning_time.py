@@ -9,12 +9,10 @@ one JSON line per point to `--output` and leaves out what is there. Run it with 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -30,6 +28,7 @@ from tasks import (
     key_of,
     load_model,
     load_tokenizer,
+    make_parser,
     prune,
     read_lines,
     splits,
@@ -111,13 +110,7 @@ def fine_tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["sst2", "stsb"])
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument(

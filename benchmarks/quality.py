@@ -10,7 +10,6 @@ questions on other paragraphs than those evaluated; labels are used for evaluati
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from tasks import (
     key_of,
     load_model,
     load_tokenizer,
+    make_parser,
     prune_each,
     read_lines,
     splits,
@@ -158,13 +158,7 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.7, 0.75, 0.8])

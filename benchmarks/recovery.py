@@ -21,6 +21,7 @@ from tasks import (
     key_of,
     load_model,
     load_tokenizer,
+    make_parser,
     prune,
     read_lines,
     splits,
@@ -60,11 +61,7 @@ def run(args: argparse.Namespace, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
-    parser.add_argument("--output", type=Path, required=True, help="File that JSON lines are appended to.")
+    parser = make_parser(__doc__)
     parser.add_argument("--models", type=Path, required=True, help="Folder of the pruned models.")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["sts", "sst2", "squad"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

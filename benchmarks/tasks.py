@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import re
@@ -320,6 +321,18 @@ def facts(report: PruningReport) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of results, one JSON object a line
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser for what a benchmark takes in any case: the evaluation pack, and the file of its lines."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pack", type=Path, required=True, help="Folder of the evaluation pack.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="File that the JSON lines are appended to."
+    )
+    return parser
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

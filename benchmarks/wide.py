@@ -29,33 +29,36 @@ WIDTH = 256
 """Residual width: what is wide here are the columns."""
 
 
-class Peak:
-    """The most memory that was taken within a context, in bytes."""
+class Cost:
+    """The most memory that was taken within a context, in bytes, and its seconds: on a CPU of its work alone."""
 
     def __init__(self, device: torch.device):
         self.device, self.bytes, self.over = device, 0, threading.Event()
+        self.clock = time.process_time if device.type == "cpu" else time.perf_counter
         self.thread = threading.Thread(target=self.watch)
 
-    def now(self) -> int:
+    def resident(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return int(psutil.Process().memory_info().rss)
 
     def watch(self) -> None:
         while not self.over.wait(0.01):
-            self.bytes = max(self.bytes, self.now() - self.start)
+            self.bytes = max(self.bytes, self.resident() - self.start)
 
-    def __enter__(self) -> Peak:
-        self.start = self.now()
+    def __enter__(self) -> Cost:
+        self.start = self.resident()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.thread.start()
+        self.seconds = -self.clock()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.start
+        self.seconds += self.clock()
         self.over.set()
         self.thread.join()
 
@@ -74,18 +77,15 @@ def measure(columns: int, device: torch.device) -> dict[str, Any]:
         halves.append(sums)
     root = torch.eye(WIDTH, dtype=torch.float64, device=device)
     line: dict[str, Any] = {"columns": columns, "device": device.type, "threads": torch.get_num_threads()}
-    with Peak(device) as peak:
-        begin = time.process_time() if device.type == "cpu" else time.perf_counter()
+    with Cost(device) as order:
         inverse, _ = inverse_covariance(halves[0].gram, halves[0].feature_sum, columns, False, SHRINKAGE)
         eliminate(inverse, weight, root, 1)
         del inverse
-        end = time.process_time() if device.type == "cpu" else time.perf_counter()
-    line |= {"order": {"seconds": end - begin, "squares": peak.bytes / (8 * columns**2)}}
-    with Peak(device) as peak:
-        begin = time.process_time() if device.type == "cpu" else time.perf_counter()
+    with Cost(device) as fit:
         tune_weight(NormalEquations.joined(*halves), weight, None, None)
-        end = time.process_time() if device.type == "cpu" else time.perf_counter()
-    return line | {"fit": {"seconds": end - begin, "squares": peak.bytes / (8 * columns**2)}}
+    for name, cost in (("order", order), ("fit", fit)):
+        line[name] = {"seconds": cost.seconds, "squares": cost.bytes / (8 * columns**2)}
+    return line
 
 
 def main() -> None:
