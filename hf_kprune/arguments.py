@@ -353,6 +353,11 @@ class KPruneArguments:
         targets = ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None)
         return next(targets, ("sparsity", float(self.sparsity or 0)))
 
+    @property
+    def units(self) -> tuple[str, str]:
+        """What a unit is of grouped queries and of mixtures of experts, as `find_sublayers` takes it."""
+        return self.head_unit, self.expert_unit
+
     def check_output_dir(
         self, output_dir: object = None, read_from: Iterable[object] = (), size: float = 0
     ) -> str:

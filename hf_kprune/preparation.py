@@ -150,7 +150,7 @@ class Run:
         teacher = with_table_per_layer(model)
         before = model_size(
             teacher,
-            find_sublayers(teacher, args.head_unit, args.expert_unit),
+            find_sublayers(teacher, *args.units),
             prunable_flops(calibration.sublayers, lengths),
         )
         in_time = any(budget.budget[0] in TIMES for budget in self.budgets)
@@ -287,7 +287,7 @@ class Run:
             student = pruning.student(args, report, past)
         restore(student, model, pruning.modes)
         result = student if report.cut_something else model
-        left = find_sublayers(result, args.head_unit, args.expert_unit)
+        left = find_sublayers(result, *args.units)
         report.after = model_size(result, left, report.after.flops)
         report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
         report.achieved = pruning.achieved(student)
@@ -348,7 +348,7 @@ class Run:
     def report(self, args: KPruneArguments) -> PruningReport:
         """The report of a student, as far as it is known beforehand."""
         model, pruning, calibration = self.model, self.pruning, self.pruning.calibration
-        sublayers = find_sublayers(model, args.head_unit, args.expert_unit)
+        sublayers = find_sublayers(model, *args.units)
         lengths = calibration.flops_lengths
         place = None if args.output_dir is None else public_name(args.output_dir)
         figures = figures_of(self.pruner)

@@ -79,11 +79,10 @@ class Pruning:
         # of weights that were made in inference mode no graph can be built
         inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
         self.teacher = with_table_per_layer(copy.deepcopy(model) if inference else model)
-        units = self.args.head_unit, self.args.expert_unit
         if needs_workbench(model, device):
-            sublayers = find_sublayers(self.teacher, *units)
+            sublayers = find_sublayers(self.teacher, *self.args.units)
             self.teacher = on_workbench(self.teacher, sublayers, device)
-        self.references = find_sublayers(self.teacher, *units)
+        self.references = find_sublayers(self.teacher, *self.args.units)
         self.modes = {name: module.training for name, module in model.named_modules()}  # before evaluation
         self.checked = False
         self.compared: list[str] = []  # names of the outputs that the loss reads, and of the others
@@ -100,7 +99,7 @@ class Pruning:
         its past."""
         method = METHODS[args.method](args)
         student = frozen(self.teacher, "meta") if self.dry else frozen(self.teacher)
-        sublayers = find_sublayers(student, args.head_unit, args.expert_unit)
+        sublayers = find_sublayers(student, *args.units)
         lengths = self.calibration.flops_lengths
         budget = budget_of(sublayers, args, lengths, self.before, self.timed, self.dry)
         flops, at = prunable_flops(sublayers, lengths), self.flops_at(sublayers)
@@ -201,8 +200,7 @@ class Pruning:
             report.trials |= known[1]
             return known[0]
         dense = frozen(self.teacher) if self.dry else student
-        units = self.args.head_unit, self.args.expert_unit
-        sublayers = find_sublayers(dense, *units) if self.dry else job.budget.sublayers
+        sublayers = find_sublayers(dense, *self.args.units) if self.dry else job.budget.sublayers
         self._measure(job, dense, sublayers, past)
         walk, teacher = self.fitted.walk(dense, sublayers), self.fitted.walk(self.teacher, self.references)
         decisions, distances = choose(

@@ -54,7 +54,7 @@ def model_size(model: PreTrainedModel, sublayers: Sequence[Sublayer] = (), flops
 def expected_bytes(model: PreTrainedModel, args: KPruneArguments) -> float:
     """What the weights will take on disk after pruning: about, for a sparsity; at the least, for FLOPs and
     times."""
-    size, sublayers = model_size(model), find_sublayers(model, args.head_unit, args.expert_unit)
+    size, sublayers = model_size(model), find_sublayers(model, *args.units)
     name, asked = args.budget
     if name in ("target_params", "target_bytes"):
         return min(size.bytes, asked * (size.bytes / size.parameters if name == "target_params" else 1))

@@ -638,9 +638,9 @@ def test_a_checkpoint_of_before_its_weights_were_recorded(tmp_path: Path, key: s
     config = json.loads((tmp_path / "config.json").read_text())
     del config["kprune_weights"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, told = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert_same(loaded, model)
-    assert not told["unexpected_keys"]
+    assert not info["unexpected_keys"]
     edit_weights(lambda tensors: tensors.pop(key))(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"1 tensors are missing.*, such as {key}"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)

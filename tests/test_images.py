@@ -23,8 +23,7 @@ from transformers import (
 from zoo import make
 
 from hf_kprune import CalibrationError, KPruneArguments, KPruneError, KPrunePruner
-from hf_kprune.calibration.collate import collate
-from hf_kprune.calibration.processed import joined
+from hf_kprune.calibration.collate import collate, join_rows
 from hf_kprune.cli.terminal import main
 
 
@@ -120,7 +119,7 @@ def test_rows_of_chats_with_images_make_the_batch_that_their_processor_makes_of_
         )
         for row in rows
     ]
-    batch = joined([rows[order.index(i)] for i in range(5)], pad_token_id=1)
+    batch = join_rows([rows[order.index(i)] for i in range(5)], pad_token_id=1)
     assert batch.keys() == expected.keys()
     for key, value in batch.items():
         assert torch.equal(value, expected[key]), key

@@ -56,8 +56,8 @@ def test_the_recipes_of_executorch_export_language_models() -> None:
     model = cut_randomly(make("llama"), (1, 9, 0, 5, 2, 0)).eval()
     cache = transformers.DynamicCache(config=model.config)
     exported = export_with_dynamic_cache(model, ids, mask).module()
-    got = exported(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    close(got.logits, model(ids).logits)
+    again = exported(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    close(again.logits, model(ids).logits)
 
     args = KPruneArguments(sparsity=0.4, head_unit="query", **QUIET)
     pruner = KPrunePruner(make("llama"), args, rows(), collate)
@@ -86,9 +86,9 @@ def test_onnx_runtime_quantises_what_was_exported(tmp_path: Path) -> None:
     inputs = {
         each.name: batch.get(each.name, torch.zeros_like(batch["input_ids"])) for each in session.get_inputs()
     }
-    (got,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+    (logits,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
     expected = model(**batch).logits.detach().numpy()
-    assert np.abs(got - expected).max() < 0.5 * np.abs(expected).max()
+    assert np.abs(logits - expected).max() < 0.5 * np.abs(expected).max()
 
 
 @pytest.mark.slow
@@ -175,6 +175,6 @@ def test_lm_eval_asks_a_pruned_language_model(tmp_path: Path) -> None:
     model = cut_randomly(make("llama"), (1, 9, 0, 5, 2, 0)).eval()
     harness = models.HFLM(pretrained=model, tokenizer=word_tokenizer(), device="cpu")
     request = requests.Instance("loglikelihood", {}, ("w5 w6", " w7"), 0)
-    ((given, _),) = harness.loglikelihood([request])
+    ((likelihood, _),) = harness.loglikelihood([request])
     scores = model(torch.tensor([[5, 6]])).logits[0, -1].log_softmax(-1)
-    assert given == pytest.approx(scores[7].item(), rel=1e-4)
+    assert likelihood == pytest.approx(scores[7].item(), rel=1e-4)

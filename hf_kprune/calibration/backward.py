@@ -22,7 +22,7 @@ from ..structure.shelf import Shelf
 from ..structure.walk import Walk
 from .batches import Batch, Calibration
 from .knowledge import Draws, Knowledge, gradient_of_draw
-from .outputs import chunk_of, losses_of, narrowed, outputs_for
+from .outputs import chunk_of, in_chunks, losses_of, narrowed, outputs_for
 
 
 GRAPH_LAYERS = 3
@@ -160,22 +160,21 @@ def pull_on_top(student: Head, reference: Head | Draws, batch: Batch, loss: Know
     The loss is against a teacher's head, or against draws from what the student predicts.
     """
     name = student.walk.sublayers[-1].stack_name
-    hidden, shares = student.state.inputs[name], batch.counted / batch.counted.sum(1, True).clamp(min=1)
+    hidden = student.state.inputs[name]
     leaf, pull = hidden.detach().requires_grad_(), torch.zeros_like(hidden)
     top = Head(student.walk, State({**student.state.inputs, name: leaf}))
     noise = reference.uniform_of_tokens() if isinstance(reference, Draws) else None
-    for start in range(0, hidden.shape[1], chunk):
-        tokens = slice(start, start + chunk)
-        counted, share = batch.counted[:, tokens], shares[:, tokens].unsqueeze(-1)
+    for tokens, counted, shares in in_chunks(batch.counted, chunk):
         with torch.enable_grad():
-            predicted = top(batch, chunk, start)
+            predicted = top(batch, chunk, tokens.start)
         if noise is not None:
-            gradient = gradient_of_draw(predicted.logits, noise[:, tokens], loss.temperature) * share
+            gradient = gradient_of_draw(predicted.logits, noise[:, tokens], loss.temperature)
+            gradient = gradient * shares.unsqueeze(-1)
             pull += torch.autograd.grad(predicted.logits, leaf, gradient)[0]
         elif isinstance(reference, Head):
             with torch.no_grad():
-                expected = reference(batch, chunk, start)
-            losses = loss(predicted, expected, counted) * share.sum((1, 2))
+                expected = reference(batch, chunk, tokens.start)
+            losses = loss(predicted, expected, counted) * shares.sum(1)
             pull += torch.autograd.grad(losses.sum(), leaf)[0]
     return pull
 

@@ -170,7 +170,7 @@ class Calibration:
         self.step: Callable[[float], None] = lambda _: None
         self.phase: Callable[[str], AbstractContextManager[None]] = untimed
         self.batches: list[Batch] = []
-        self.sublayers = find_sublayers(model, args.head_unit, args.expert_unit)
+        self.sublayers = find_sublayers(model, *args.units)
         # whose tokens the outputs are of, also where other towers alone are pruned
         self.last = last_stack(model) if args.towers else self.sublayers[-1]
         self.sizes: dict[str, torch.Size] = {}
@@ -353,7 +353,7 @@ class Calibration:
             sublayers: Its sublayers, if they are at hand already.
         """
         if sublayers is None:
-            sublayers = find_sublayers(model, self.args.head_unit, self.args.expert_unit)
+            sublayers = find_sublayers(model, *self.args.units)
         return Walk(model, sublayers, [batch.inputs for batch in self.batches])
 
     def advance(self, walk: Walk) -> None:

@@ -137,7 +137,7 @@ def try_loss(
         CalibrationError: If activations below it are not finite.
     """
     args = calibration.args
-    sublayers = find_sublayers(model, args.head_unit, args.expert_unit)
+    sublayers = find_sublayers(model, *args.units)
     for batch in calibration.batches[:1]:
         # the caller's own loss may count on many rows
         sample = batch if loss.kinds is None else batch.part(0, min(2, batch.samples))

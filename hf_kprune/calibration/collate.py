@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, default_data_collator
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
 from ..structure.facts import input_names, is_causal, label_names, main_input
-from .processed import Processed, joined
+from .processed import Processed
 from .rows import Rows, has_choices
 from .tasks import needs_targets
 
@@ -44,6 +44,29 @@ def pad_pictures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def join_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of rows of a processor: what there is for each token, (B, T), padded on the right, and the
+    other tensors one after the other.
+
+    Raises:
+        ArgumentError: If some have other shapes than others, beyond their first dimension.
+    """
+    batch: dict[str, Tensor] = {}
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        if not isinstance(first, Tensor):
+            batch[key] = pad(values, pad_token_id if key == "input_ids" else 0)
+        elif len({value.shape[1:] for value in values}) == 1:
+            batch[key] = torch.cat(values)
+        else:
+            shapes = ", ".join(sorted({str(tuple(value.shape)) for value in values}))
+            raise ArgumentError(
+                f"the {key} of calibration rows are {shapes}, which do not go into one batch; set "
+                "per_device_batch_size=1, give images of one size, or pass a data_collator"
+            )
+    return batch
+
+
 def pad_rows(rows: list[dict[str, Any]], processing_class: object, pad_token_id: int) -> dict[str, Any]:
     """One tensor per column: what the decoder reads or gives, then what the tokenizer pads, then floats."""
     rows = [dict(row) for row in rows]
@@ -64,9 +87,8 @@ def pad_rows(rows: list[dict[str, Any]], processing_class: object, pad_token_id:
             inputs[key] = torch.stack(values)
         else:
             extractor = getattr(processing_class, "feature_extractor", processing_class)
-            if key == "pixel_values" or not hasattr(
-                extractor, "pad"
-            ):  # that of images pads others than these
+            # that of images pads others than these
+            if key == "pixel_values" or not hasattr(extractor, "pad"):
                 raise ArgumentError(
                     f"the calibration rows' {key} differ in shape and there is nothing to pad them with; "
                     "pass processing_class (the feature extractor) or data_collator"
@@ -163,17 +185,16 @@ def collate(
     """
     labels = label_names(model)
     accepted = input_names(model)
+    pad_token_id = getattr(text_config(model.config), "pad_token_id", None) or 0
     if collator is not None:
         batch = collator([dict(row) for row in rows])
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"the data collator returned {batch!r:.80}, expected a dict of tensors")
         inputs = dict(batch)
     elif isinstance(rows[0], Processed):
-        inputs = dict(joined(rows, getattr(text_config(model.config), "pad_token_id", None) or 0))
+        inputs = dict(join_rows(rows, pad_token_id))
     else:
-        inputs = pad_rows(
-            rows, processing_class, getattr(text_config(model.config), "pad_token_id", None) or 0
-        )
+        inputs = pad_rows(rows, processing_class, pad_token_id)
     inputs = real_first(inputs, main_input(model), is_causal(model))
     targets, counted = inputs.get("labels"), None
     if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():

@@ -21,7 +21,7 @@ from ..structure.walk import Walk
 from .backward import Head
 from .batches import Batch, Calibration
 from .knowledge import Knowledge
-from .outputs import chunk_of, losses_of, outputs_for
+from .outputs import chunk_of, in_chunks, losses_of, outputs_for
 
 
 Outputs = Callable[[int, int], Any]
@@ -108,14 +108,11 @@ def losses_in_parts(loss: Knowledge, student: Outputs, teacher: Outputs, batch: 
     over tokens, of `chunk` at a time, so that not all logits of a large vocabulary exist at once."""
     if not chunk:
         return losses_of(loss, student(0, 0), teacher(0, 0), batch)
-    counted = batch.counted
-    shares = counted / counted.sum(1, True).clamp(min=1)
-    losses = torch.zeros(len(counted), device=counted.device)
-    for start in range(0, counted.shape[1], chunk):
-        tokens = slice(start, start + chunk)
-        part = replace(batch, counted=counted[:, tokens])
-        each = losses_of(loss, student(chunk, start), teacher(chunk, start), part)
-        losses += each * shares[:, tokens].sum(1)
+    losses = torch.zeros(len(batch.counted), device=batch.counted.device)
+    for tokens, counted, shares in in_chunks(batch.counted, chunk):
+        part = replace(batch, counted=counted)
+        predicted, expected = student(chunk, tokens.start), teacher(chunk, tokens.start)
+        losses += losses_of(loss, predicted, expected, part) * shares.sum(1)
     return losses
 
 

@@ -4,7 +4,7 @@ loss of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -73,6 +73,15 @@ def narrowed(model: PreTrainedModel, chunk: int, start: int = 0) -> AbstractCont
     if not chunk:
         return nullcontext()
     return only_tokens(model.get_output_embeddings(), start, start + chunk)
+
+
+def in_chunks(counted: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The tokens of a batch, `chunk` at a time: their places, which of them count, (B, chunk), and the
+    share that each has in a mean over those of its sequence that count, (B, chunk)."""
+    shares = counted / counted.sum(1, True).clamp(min=1)
+    for start in range(0, counted.shape[1], chunk):
+        tokens = slice(start, start + chunk)
+        yield tokens, counted[:, tokens], shares[:, tokens]
 
 
 def losses_of(loss: Knowledge, student: object, teacher: object, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 What a processor makes of one row has no one form: pixels of (1, channels, height, width), patches of all
 images as (patches, width) beside the sizes of the images, tiles of which each image has another number. All
-of them are what a batch of one row is, and batches are joined along their first dimension.
+of them are what a batch of one row is; `collate.join_rows` joins such batches along their first dimension.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from ..errors import ArgumentError, CalibrationError
+from ..errors import CalibrationError
 from .nested import Row
 
 
@@ -47,13 +46,13 @@ def has_pictures(chat: object) -> bool:
     )
 
 
-def asked(text: str | None, images: Sequence[Any]) -> Chat:
+def question_about(text: str | None, images: Sequence[Any]) -> Chat:
     """A chat of one message about images."""
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in images]
     return [{"role": "user", "content": parts + ([{"type": "text", "text": text}] if text else [])}]
 
 
-def processed(processor: Any, chat: Chat, images: Sequence[Any]) -> Processed:
+def process(processor: Any, chat: Chat, images: Sequence[Any]) -> Processed:
     """What a processor makes of a chat.
 
     Args:
@@ -102,30 +101,3 @@ def processed(processor: Any, chat: Chat, images: Sequence[Any]) -> Processed:
             if isinstance(value, Tensor)
         }
     )
-
-
-def joined(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """A batch of rows of a processor: what there is for each token, (B, T), padded on the right, and the
-    other tensors one after the other.
-
-    Raises:
-        ArgumentError: If some have other shapes than others, beyond their first dimension.
-    """
-    batch: dict[str, Tensor] = {}
-    for key, first in rows[0].items():
-        values = [row[key] for row in rows]
-        if not isinstance(first, Tensor):
-            batch[key] = torch.nn.utils.rnn.pad_sequence(
-                [torch.as_tensor(value) for value in values],
-                batch_first=True,
-                padding_value=pad_token_id if key == "input_ids" else 0,
-            )
-        elif len({value.shape[1:] for value in values}) == 1:
-            batch[key] = torch.cat(values)
-        else:
-            shapes = ", ".join(sorted({str(tuple(value.shape)) for value in values}))
-            raise ArgumentError(
-                f"the {key} of calibration rows are {shapes}, which do not go into one batch; set "
-                "per_device_batch_size=1, give images of one size, or pass a data_collator"
-            )
-    return batch

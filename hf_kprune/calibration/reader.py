@@ -25,7 +25,7 @@ from ..structure.facts import (
     vocabulary,
 )
 from .nested import Row, depth, flat, floats, plain, shape_of, strays
-from .processed import Processed, asked, has_pictures, pictures_of, processed
+from .processed import Processed, has_pictures, pictures_of, process, question_about
 from .rows import TokensPerRow, row_length, row_tokens
 from .sources import CHAT_COLUMNS, split_rows, text_columns
 from .tasks import needs_targets, task_of
@@ -288,8 +288,8 @@ class Reader:
             return columns
         chats = [name for name in CHAT_COLUMNS if columns.get(name) is not None]  # it is in a row of text
         chat = chats[0] if chats and chosen is None else None
-        if self.sees(columns, columns.get(chat) if chat else None):
-            return self.seen(columns, chat)
+        if self.has_images(columns, columns.get(chat) if chat else None):
+            return self.process(columns, chat)
         if self.sense in columns:
             inputs = self.features(columns)
         elif self.main != "input_ids":
@@ -326,7 +326,7 @@ class Reader:
             return self.texts.words(texts[0])
         return self.texts.tokens(texts[0] if len(texts) == 1 else tuple(texts))
 
-    def sees(self, columns: Row, chat: object) -> bool:
+    def has_images(self, columns: Row, chat: object) -> bool:
         """Whether a row of a language model has images, of which a processor makes tokens."""
         there = bool(pictures_of(columns)) or has_pictures(chat)
         return (
@@ -337,7 +337,7 @@ class Reader:
             and (chat is not None or getattr(self.processing_class, "chat_template", None) is not None)
         )
 
-    def seen(self, columns: Row, chat: str | None) -> Processed:
+    def process(self, columns: Row, chat: str | None) -> Processed:
         """The row that the processor makes of images and the chat or the text beside them."""
         processor = self.processing_class
         if getattr(processor, "chat_template", None) is None:
@@ -346,7 +346,7 @@ class Reader:
                 "chat_template: set it, or pass rows as the processor makes them"
             )
         images, text = pictures_of(columns), columns.get("text")
-        encoded = processed(processor, columns[chat] if chat else asked(text, images), images)
+        encoded = process(processor, columns[chat] if chat else question_about(text, images), images)
         if self.limit is not None and len(encoded["input_ids"]) > self.limit:
             raise CalibrationError(
                 f"a calibration row has {len(encoded['input_ids'])} tokens with its images, {self.name} "

@@ -91,8 +91,8 @@ def describe(
             prove(keep(evaluation_copy(model), families), inputs, head_unit)
     except UnsupportedArchitectureError as error:
         model.__dict__.pop(IDLE, None)
-        seen = GUESSED if guessed else ""
-        raise UnsupportedArchitectureError(way_out(model, families, error, seen)) from error
+        remark = GUESSED if guessed else ""
+        raise UnsupportedArchitectureError(way_out(model, families, error, remark)) from error
     keep(model, families)
 
 
@@ -110,21 +110,21 @@ def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[st
             hooks.callback(module.register_forward_hook(lambda m, *_: ran.add(id(m))).remove)
         with step("running it", "it does not run on these inputs, as the error above shows"):
             dense(**to_model(inputs, dense))
-    listed = {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
-    idle = [name for name, m in inner.items() if not any(id(part) in ran | listed for part in m.modules())]
+    kept = ran | {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
+    idle = [name for name, m in inner.items() if not any(id(part) in kept for part in m.modules())]
     outermost = [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
     return dict.fromkeys((f"{name}." for name in outermost), "it does not run on the inputs it was tried on")
 
 
-def way_out(model: PreTrainedModel, families: Families, error: Exception, seen: str = "") -> str:
-    """What to do about a model whose layers could not be described for this error, `seen` on such inputs:
-    describe one by hand, from what was detected."""
+def way_out(model: PreTrainedModel, families: Families, error: Exception, remark: str = "") -> str:
+    """What to do about a model whose layers could not be described for this error, of which there may be a
+    remark: describe one by hand, from what was detected."""
     start = "".join(
         f"\n\n{as_code(_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
     )
     return (
         f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
-        f"was not found out what its layers do; {error}.{seen} Describe one of them in ten lines with "
+        f"was not found out what its layers do; {error}.{remark} Describe one of them in ten lines with "
         "hf_kprune.register_family: "
         f"docs/add_a_family.md{' has the steps; to start from:' if start else ''}{start}"
     )

@@ -36,8 +36,8 @@ def matrix_flops(model: nn.Module, inputs: Mapping[str, object]) -> float:
                 2 * cast(Tensor, weight).numel() * arguments[0].shape[:-1].numel()
             )  # routers give more than a product
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            made = output if isinstance(output, Tensor) else output[0]  # some give a mask beside it
-            total += 2 * module.weight.numel() * made.numel() / module.out_channels
+            result = output if isinstance(output, Tensor) else output[0]  # some give a mask beside it
+            total += 2 * module.weight.numel() * result.numel() / module.out_channels
         elif arguments:
             routes = [value for value in arguments if value.dtype in (torch.int64, torch.int32)]
             rows = routes[0].numel() if routes else arguments[0][..., 0].numel()
