@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -19,13 +22,29 @@ from zoo import make
 import hf_kprune
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
 from hf_kprune.cli.terminal import main
-from hf_kprune.runtimes.gguf import NAME, SPLITTING, head_size, layout, rotated, splitting, verify
+from hf_kprune.runtimes.gguf import (
+    NAME,
+    SPLITTING,
+    check_type,
+    head_size,
+    layout,
+    rotated,
+    splitting,
+    verify,
+)
 from hf_kprune.runtimes.graphs import EXACT, compare
+
+
+TEXTS = ("a warm film", "That's 12345 films,  isn't it?\n\nYes: Käse!", "nothing<|end|>")
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
 
 
 def uneven(model_type: str, **more: Any) -> Any:
     """A tiny language model that lost all heads of its first layer, all neurons of its second, and some elsewhere."""
     model = make(model_type)
+    if model_type == "qwen3":  # which llama.cpp has with the output of the embeddings alone
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
     for module in (model.model.layers[0].self_attn, model.model.layers[1].mlp):  # so that they are the least
         for parameter in module.parameters():
             parameter.data *= 1e-6
@@ -84,6 +103,28 @@ def test_rows_that_are_rotated_together_become_neighbours() -> None:
     assert rotated(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+def test_queries_keys_and_values_are_one_tensor_where_they_have_norms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = uneven("qwen3", sparsity=0.4)
+    (tensors, heads, kv_heads, _), size = layout(model), head_size(model.config)
+    empty, whole = (f"blk.{layer}.{{}}.weight".format for layer in range(2))
+    assert not tensors[empty("attn_qkv")].any()
+    assert tensors[empty("attn_qkv")].shape == (3 * size, model.config.hidden_size)
+    assert torch.equal(tensors[empty("attn_q_norm")], torch.ones(size))
+    attention = model.model.layers[1].self_attn
+    parts = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
+    assert torch.equal(tensors[whole("attn_qkv")], torch.cat(parts))
+    assert len(tensors[whole("attn_qkv")]) == (heads[1] + 2 * kv_heads[1]) * size
+    assert torch.equal(tensors[whole("attn_k_norm")], attention.k_norm.weight)
+    attention.k_proj.bias = torch.nn.Parameter(torch.zeros(len(parts[1])))
+    with pytest.raises(ArgumentError, match=r"no place for attn_k\.bias"):
+        layout(model)
+    monkeypatch.setattr(model.config, "tie_word_embeddings", False)
+    with pytest.raises(ArgumentError, match="output projection is a tensor of its own, and 'openelm'"):
+        check_type(model)
+
+
 def test_the_layout_of_a_gguf_names_every_tensor_and_fills_what_is_empty() -> None:
     model = uneven("llama")
     tensors, heads, kv_heads, neurons = layout(model)
@@ -103,7 +144,7 @@ def test_the_layout_of_a_gguf_names_every_tensor_and_fills_what_is_empty() -> No
         layout(model)
 
 
-@pytest.mark.parametrize("model_type", slow_unless_in(("llama",), ("llama", "qwen2")))
+@pytest.mark.parametrize("model_type", slow_unless_in(("llama",), ("llama", "qwen2", "qwen3")))
 def test_a_gguf_holds_the_model(tmp_path: Path, model_type: str) -> None:
     gguf = pytest.importorskip("gguf")
     model = uneven(model_type)
@@ -117,7 +158,7 @@ def test_a_gguf_holds_the_model(tmp_path: Path, model_type: str) -> None:
     assert {tensor.name for tensor in reader.tensors} == set(tensors)
     for tensor in reader.tensors:
         assert np.array_equal(tensor.data, tensors[tensor.name].detach().float().numpy()), tensor.name
-    with pytest.raises(CheckpointError, match="attention.head_count of layer 0"):
+    with pytest.raises(CheckpointError, match=r"layer 0 has \d+ heads, .* but its attn_\w+ has"):
         verify(tmp_path / "out" / NAME, 2 * head_size(model.config))
 
 
@@ -154,19 +195,20 @@ def test_a_gguf_carries_the_tokenizer_as_transformers_reads_it(tmp_path: Path, e
     (tmp_path / "alone").mkdir()
     (tmp_path / "out" / NAME).rename(tmp_path / "alone" / NAME)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path / "alone", gguf_file=NAME)
-    for text in ("a warm film", "That's 12345 films,  isn't it?\n\nYes: Käse!", "nothing<|end|>"):
+    for text in TEXTS:
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"], text
     assert again.eos_token_id == tokenizer.eos_token_id
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path / "pruned")
+    with pytest.raises(ArgumentError, match="its tokenizer has .* and its embeddings are those of 20"):
+        hf_kprune.export(str(tmp_path / "pruned"), str(tmp_path / "small"), "gguf")
 
 
 def test_what_llama_cpp_calls_the_ways_to_split_texts() -> None:
-    digits, by_bytes = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for split, name in (
         ([by_bytes], "gpt-2"),
-        ([digits, by_bytes], "smollm"),
+        ([DIGITS, by_bytes], "smollm"),
         (split_by(PRETOKENIZE_REGEX), "qwen2"),
         (split_by(r"\w+"), None),
         ([pre_tokenizers.Whitespace()], None),
@@ -205,27 +247,67 @@ def test_graphs_give_what_the_model_gives(tmp_path: Path, format: str, package: 
             )
 
 
+@contextmanager
+def llama_cpp(path: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
+    """What the server of llama.cpp answers where a model is."""
+    package = pytest.importorskip("xllamacpp")
+    options = package.CommonParams()
+    options.model.path, options.n_ctx, options.warmup = str(path), 64, False
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    server = package.Server(options)
+
+    def ask(what: str, body: dict[str, Any]) -> Any:
+        request = Request(
+            f"{server.listening_address}/{what}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    yield ask
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_llama_cpp_gives_the_same_greedy_tokens(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(("model_type", "sparsity"), [("llama", 0.7), ("qwen2", 0.7), ("qwen3", 0.4)])
+def test_llama_cpp_gives_the_same_greedy_tokens(tmp_path: Path, model_type: str, sparsity: float) -> None:
     """A model that lost all heads of its first layer, too, where llama.cpp reads the size of a head from."""
-    llama_cpp = pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    model = uneven(model_type)
-    hf_kprune.export(model, str(tmp_path / "out"), "gguf")
-    prompt = [7, 11, 13, 17]
+    tokenizer, model = bytes_tokenizer(split_by(PRETOKENIZE_REGEX)), uneven(model_type, sparsity=sparsity)
+    model.resize_token_embeddings(len(tokenizer) + 4, mean_resizing=False)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "pruned")
+    hf_kprune.export(str(tmp_path / "pruned"), str(tmp_path / "out"), "gguf")
+    prompt, count = [7, 11, 13, 17], 12
     tokens = torch.tensor([prompt])
-    for _ in range(12):  # without a word that ends it
-        logits = model(input_ids=tokens).logits[:, -1]
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
-    runtime = llama_cpp.Llama(str(tmp_path / "out" / NAME), n_ctx=32, verbose=True)
-    given = list(prompt)
-    while len(given) < tokens.shape[1]:
-        runtime.reset()
-        runtime.eval(given)
-        scores = np.ctypeslib.as_array(runtime._ctx.get_logits(), shape=(model.config.vocab_size,))
-        given.append(int(scores.argmax()))
-    assert given == tokens[0].tolist()
-    np.testing.assert_allclose(
-        scores, model(input_ids=tokens[:, :-1]).logits[0, -1].detach(), rtol=1e-2, atol=1e-2
-    )
+    for _ in range(count):  # without a word that ends it
+        logits = model(input_ids=tokens).logits
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    with llama_cpp(tmp_path / "out" / NAME) as ask:
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": 1, "ignore_eos": True}
+        given = ask("completion", body)["completion_probabilities"]
+    assert [token["id"] for token in given] == tokens[0, len(prompt) :].tolist()
+    wanted = logits[0, len(prompt) - 1 :].log_softmax(-1).amax(-1)
+    np.testing.assert_allclose([token["logprob"] for token in given], wanted.detach(), rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "split",
+    [
+        *(pytest.param(split_by(expression), id=name) for expression, name in SPLITTING.items()),
+        pytest.param([pre_tokenizers.ByteLevel(add_prefix_space=False)], id="gpt-2"),
+        pytest.param([DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False)], id="smollm"),
+    ],
+)
+def test_llama_cpp_splits_texts_as_the_tokenizer_does(tmp_path: Path, split: list[Any]) -> None:
+    pytest.importorskip("gguf")
+    tokenizer, model = bytes_tokenizer(split), uneven("llama")
+    model.resize_token_embeddings(len(tokenizer) + 4, mean_resizing=False)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "pruned")
+    hf_kprune.export(str(tmp_path / "pruned"), str(tmp_path / "out"), "gguf")
+    with llama_cpp(tmp_path / "out" / NAME) as ask:
+        for text in TEXTS:
+            tokens = ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+            assert tokens == tokenizer(text)["input_ids"], text

@@ -207,9 +207,14 @@ ROWS = [
     ),
     Row("gguf", "`hf-kprune export --format gguf`", "test_runtimes.py::test_a_gguf_holds_the_model"),
     Row(
-        "llama-cpp-python",
-        "the same greedy tokens (where it is installed; it is built from its sdist)",
+        "xllamacpp",
+        "the same greedy tokens in the server of llama.cpp, which it has in its wheel",
         "test_runtimes.py::test_llama_cpp_gives_the_same_greedy_tokens",
+    ),
+    Row(
+        "xllamacpp",
+        "the same tokens of texts, by the tokenizer that was exported",
+        "test_runtimes.py::test_llama_cpp_splits_texts_as_the_tokenizer_does",
     ),
     Row(
         "fastapi",

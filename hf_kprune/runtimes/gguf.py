@@ -1,8 +1,9 @@
 """Language models as GGUF for llama.cpp, with heads and neurons per layer.
 
-llama.cpp has one architecture, `deci`, in which each layer may have its own number of heads and neurons and
-which otherwise computes what Llama does. A sublayer without units is written with zeros, which compute
-nothing, exactly: one head, or 32 neurons, a multiple of the blocks that quantised types are made of.
+llama.cpp has two architectures in which each layer may have its own number of heads and neurons: `deci`
+otherwise computes what Llama does, and `openelm`, with norms of queries and keys, what Qwen3 does. A sublayer
+without units is written with zeros, which compute nothing, exactly: one head, or 32 neurons, a multiple of
+the blocks that quantised types are made of.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import ArgumentError, CheckpointError
 
 
 NAME = "model.gguf"
-ARCHITECTURE = "deci"
-TYPES = ("llama", "mistral", "qwen2")
-"""The model types that compute what llama.cpp computes for `deci`."""
+NORMED = "openelm"
+"""The architecture that has norms of queries and keys. Their projections and that of values are one tensor
+there, without biases; what is rotated together lies half a head apart; the embeddings are the output, too."""
+TYPES = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": NORMED}
+"""The architecture of llama.cpp that computes what a model type does."""
 LEAST = 32
 """Neurons of an FFN that has none left."""
 WHOLE = {
@@ -38,6 +41,8 @@ LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -45,6 +50,7 @@ LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 """The same, of tensors of a layer."""
+PARTS = ("weight", "bias")
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITTING = {
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|{WORDS % digits}": name
@@ -58,7 +64,8 @@ def write_gguf(model: PreTrainedModel, folder: Path) -> None:
     splits texts, and compare its metadata with its tensors.
 
     Raises:
-        ArgumentError: If the package gguf is not there, or if `deci` does not compute what the model does.
+        ArgumentError: If the package gguf is not there, if llama.cpp does not compute what the model does, or
+            if the tokenizer has tokens that the model has not.
         CheckpointError: If what was written contradicts itself.
     """
     if find_spec("gguf") is None:
@@ -68,7 +75,7 @@ def write_gguf(model: PreTrainedModel, folder: Path) -> None:
 
     config: Any = model.config
     tensors, heads, kv_heads, neurons = layout(model)
-    writer = GGUFWriter(folder / NAME, ARCHITECTURE)
+    writer = GGUFWriter(folder / NAME, TYPES[config.model_type])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -99,6 +106,11 @@ def check_type(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is of type {config.model_type!r}, expected a language model of one of "
         )
         reason += ", ".join(TYPES)
+    elif TYPES[config.model_type] == NORMED and not config.tie_word_embeddings:
+        reason = (
+            f"its output projection is a tensor of its own, and {NORMED!r}, the only architecture with norms "
+            "of queries and keys and with heads per layer, has none"
+        )
     elif config.rope_parameters.get("rope_type", "default") != "default":
         reason = f"its rotations are of type {config.rope_parameters['rope_type']!r}, expected 'default'"
     elif getattr(config, "use_sliding_window", getattr(config, "sliding_window", None)):
@@ -123,19 +135,19 @@ def layout(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[int], list[i
         ArgumentError: If the model has a tensor that there is no name for.
     """
     state, size, width = model.state_dict(), head_size(model.config), model.config.hidden_size
+    normed = TYPES[model.config.model_type] == NORMED
     tensors = {f"{new}.weight": state.pop(old) for old, new in WHOLE.items() if old in state}
     if model.config.tie_word_embeddings:
         tensors.pop("output.weight", None)
     heads, kv_heads, neurons = list[int](), list[int](), list[int]()
     for layer in range(model.config.num_hidden_layers):
         of_layer = tensors_of_layer(state, layer, size, width)
+        if normed and (biases := [name for name in of_layer if name.endswith(".bias")]):
+            raise ArgumentError(f"format 'gguf' cannot hold this model: there is no place for {biases[0]}")
         heads.append(len(of_layer["attn_q.weight"]) // size)
         kv_heads.append(len(of_layer["attn_k.weight"]) // size)
         neurons.append(len(of_layer["ffn_up.weight"]))
-        for name, count in (("attn_q", heads[-1]), ("attn_k", kv_heads[-1])):
-            for part in (f"{name}.weight", f"{name}.bias"):
-                if part in of_layer:
-                    of_layer[part] = rotated(of_layer[part], count)
+        of_layer = join(of_layer, size) if normed else rotate(of_layer, heads[-1], kv_heads[-1])
         tensors |= {f"blk.{layer}.{name}": tensor for name, tensor in of_layer.items()}
     unnamed = [name for name, tensor in state.items() if tensor.numel() and "rotary_emb" not in name]
     if unnamed:
@@ -154,7 +166,7 @@ def tensors_of_layer(state: dict[str, Tensor], layer: int, size: int, width: int
     """
     of_layer = {}
     for old, new in LAYER.items():
-        for part in ("weight", "bias"):
+        for part in PARTS:
             tensor = state.pop(f"model.layers.{layer}.{old}.{part}", None)
             if tensor is not None and tensor.numel():
                 of_layer[f"{new}.{part}"] = tensor
@@ -165,6 +177,20 @@ def tensors_of_layer(state: dict[str, Tensor], layer: int, size: int, width: int
         of_layer |= dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), torch.zeros(LEAST, width))
         of_layer |= {"ffn_down.weight": torch.zeros(width, LEAST)}
     return of_layer
+
+
+def join(of_layer: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The tensors of a layer with queries, keys and values in one, and with norms of queries and keys, also
+    where there are no heads; a head has `size` columns."""
+    parts = [of_layer.pop(f"attn_{name}.weight") for name in "qkv"]
+    ones = dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), torch.ones(size))
+    return {**ones, **of_layer, "attn_qkv.weight": torch.cat(parts)}
+
+
+def rotate(of_layer: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """The tensors of a layer with queries and keys in the order of llama.cpp."""
+    counts = {f"{name}.{part}": n for name, n in (("attn_q", heads), ("attn_k", kv_heads)) for part in PARTS}
+    return {name: rotated(t, counts[name]) if name in counts else t for name, t in of_layer.items()}
 
 
 def rotated(tensor: Tensor, heads: int) -> Tensor:
@@ -205,12 +231,27 @@ def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
         writer.add_tokenizer_model("none")
         return
     tokens = [(text, kind) for text, _, kind in BpeVocab(folder).all_tokens()]
+    if len(tokens) > size:
+        raise ArgumentError(
+            f"format 'gguf' cannot hold this model: its tokenizer has {len(tokens)} tokens, and its "
+            f"embeddings are those of {size}, expected as many or more"
+        )
     tokens += [(f"[UNUSED{i}]", TokenType.UNUSED) for i in range(len(tokens), size)]
     writer.add_tokenizer_model(BpeVocab.tokenizer_model)
     writer.add_tokenizer_pre(split)
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
-    SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = SpecialVocab(folder, load_merges=True, n_vocab=size)
+    special.add_special_token = added_around(folder)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def added_around(folder: Path) -> dict[str, bool]:
+    """Whether the tokenizer in a folder puts its tokens for the beginning and the end around a text, which
+    llama.cpp would else decide by the way in which texts are split."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("a")["input_ids"]
+    return {"bos": ids[0] == tokenizer.bos_token_id, "eos": ids[-1] == tokenizer.eos_token_id}
 
 
 def splitting(tokenizer: Mapping[str, Any]) -> str | None:
@@ -241,11 +282,18 @@ def verify(path: Path, size: int) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
     shapes = {tensor.name: [int(length) for length in tensor.shape] for tensor in reader.tensors}
-    units = {"attn_q": ("attention.head_count", size), "attn_k": ("attention.head_count_kv", size)}
-    for name, (key, width) in (units | {"ffn_up": ("feed_forward_length", 1)}).items():
-        counts = reader.fields[f"{ARCHITECTURE}.{key}"].contents()
-        for layer, count in enumerate(counts):
-            rows = shapes[f"blk.{layer}.{name}.weight"][1]  # a GGUF names the columns first
-            if rows != count * width:
-                raise CheckpointError(f"{key} of layer {layer} is {count}, but its {name} has {rows} rows")
+    keys = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    counts = (reader.fields[f"{architecture}.{key}"].contents() for key in keys)
+    for layer, (heads, kv_heads, neurons) in enumerate(zip(*counts, strict=True)):
+        rows = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads}
+        rows = {"attn_qkv": heads + 2 * kv_heads} if architecture == NORMED else rows
+        wanted = {(name, 1): count * size for name, count in rows.items()}
+        wanted |= {("attn_output", 0): heads * size, ("ffn_up", 1): neurons, ("ffn_down", 0): neurons}
+        for (name, axis), length in wanted.items():  # a GGUF names the columns first
+            if (there := shapes[f"blk.{layer}.{name}.weight"][axis]) != length:
+                raise CheckpointError(
+                    f"layer {layer} has {heads} heads, {kv_heads} key-value heads and {neurons} neurons, but "
+                    f"its {name} has {there} {'rows' if axis else 'columns'}"
+                )
