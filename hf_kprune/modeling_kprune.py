@@ -61,6 +61,8 @@ kernels that compute all at once read rows of whole 16 bytes."""
 WHOLE = "expert"
 """What the units of a mixture of experts are where whole experts have gone: `BlockPlan.by`."""
 
+Layers = nn.ModuleList | nn.Sequential
+
 Returns = str | Sequence[str | None] | None
 """What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, `"[y]"` a list of it,
 None is None."""
@@ -350,7 +352,7 @@ def pad_logits(router: nn.Module, of: int | None) -> None:
         router.register_forward_hook(functools.partial(padded, of))
 
 
-def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
+def find_layers(model: nn.Module, path: str) -> Layers | None:
     """The list of layers at `path` in `model`, or in the base model inside it; None if there is none."""
     prefixes = ["", getattr(model, "base_model_prefix", "") + "."]
     for (
@@ -366,7 +368,7 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList | None:
             layers = model.get_submodule(prefix + path)
         except AttributeError:
             continue
-        if isinstance(layers, nn.ModuleList):
+        if isinstance(layers, (nn.ModuleList, nn.Sequential)):
             return layers
     return None
 
@@ -417,7 +419,7 @@ def kind_of(module: nn.Module) -> str:
     )
 
 
-def give_tables(layers: nn.ModuleList, block: BlockPlan) -> None:
+def give_tables(layers: Layers, block: BlockPlan) -> None:
     """Give every layer its own table of relative positions, of which the dense model has one for all (T5)."""
     for path in block["table"]:
         owner, _, name = path.rpartition(".")
@@ -549,7 +551,7 @@ def dense_sizes(layer: nn.Module, block: BlockPlan) -> Iterator[tuple[str, Any, 
             yield path, parameter.shape[dim], width, 0
 
 
-def check_plan(stack: StackPlan, layers: nn.ModuleList) -> None:
+def check_plan(stack: StackPlan, layers: Layers) -> None:
     """Refuse a stack of the plan that does not fit the dense `layers`, before anything is built from it."""
     where = f"config.json: the kprune plan of {stack['layers']}"
     for block in stack["blocks"]:

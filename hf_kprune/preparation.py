@@ -25,14 +25,14 @@ from transformers.utils import logging
 from .arguments import LATENCY_BATCH, KPruneArguments
 from .budgets import BudgetWarning, Timing, budget_of
 from .calibration.batches import Calibration, tokens_of
-from .calibration.checks import try_loss
+from .calibration.checks import gives_embeddings, try_loss
 from .calibration.collate import collate
 from .calibration.draw import draw_rows
 from .calibration.knowledge import Knowledge
 from .calibration.loss_check import BY_PRODUCTS
 from .calibration.rows import row_tokens
 from .calibration.sources import first_label
-from .calibration.tasks import knowledge_loss, text_inputs
+from .calibration.tasks import EMBEDDINGS, knowledge_loss, knowledge_of_hidden_states, text_inputs
 from .checkpoint.lineage import earlier_cuts, write_cuts
 from .combinations import TIMES
 from .errors import ArgumentError
@@ -175,6 +175,10 @@ class Run:
         for remark in dict.fromkeys(remarks):
             warnings.warn(remark, BudgetWarning, stacklevel=6)
         loss = self.knowledge(calibration.sublayers)
+        if loss.kinds is EMBEDDINGS:
+            embeds = broadcast_object_list([gives_embeddings(calibration, model)])[0]
+            if not embeds:
+                loss = knowledge_of_hidden_states(model, args.temperature, calibration.sublayers)
         if self.pruner.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         work = Work(lambda done: self.tell("on_progress", done), len(self.budgets))

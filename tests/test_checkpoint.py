@@ -48,7 +48,7 @@ from models import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -75,7 +75,7 @@ from hf_kprune import (
 from hf_kprune.checkpoint.exporters import EXPORTERS
 from hf_kprune.checkpoint.patches import install
 from hf_kprune.checkpoint.saving import save_atomically
-from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE
+from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE, Layers
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -168,7 +168,7 @@ def test_a_new_head_on_a_pruned_model(tmp_path: Path, model_type: str, head: str
     assert other(**collate(rows(3))).logits.shape[-1] == 7
 
 
-def layers(model: PreTrainedModel) -> nn.ModuleList:
+def layers(model: PreTrainedModel) -> Layers:
     return find_sublayers(model)[0].layers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ from hf_kprune import (
 )
 from hf_kprune.modeling_kprune import get_size
 from hf_kprune.structure.configs import read
+from hf_kprune.structure.coverage import untouched
 from hf_kprune.structure.detect import as_code, describe, detect, keep
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
 from hf_kprune.structure.proof import prove, step
+from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.runs import run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import twin
@@ -165,15 +168,35 @@ def test_heads_that_cannot_be_told_apart_stay_together(name: str) -> None:
 REFUSALS = {
     "t5": "emptied: encoder.block.1.attention is ",  # the table of positions that layer 0 holds for all
     "mt5": "emptied: encoder.block.1.attention is ",
-    "mixtral": "mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight are weights of neither",
-    "qwen2_moe": "mlp.shared_expert_gate open or close no sublayer",
-    "siglip_vision_model": "head is like what its layers are made of, and lies outside of them",
-    "deberta": "no attributes of DebertaConfig tell a number and size of heads that fit",
-    "deberta-v2:v3": "attention.self.key_proj, attention.self.query_proj run more than once",
 }
 
+LEFT: dict[str, tuple[str, str]] = {
+    "mixtral": ("mlp.experts.down_proj", "it is a weight of neither nn.Linear nor an attention"),
+    "qwen2_moe": ("mlp.shared_expert_gate", "it opens and closes no sublayer"),
+    "siglip_vision_model": ("head.", "it is like what its layers are made of, and lies outside of them"),
+    "deberta": ("attention.self.in_proj", "no attributes of DebertaConfig tell a number and size of heads"),
+    "deberta-v2:v3": ("attention.self.key_proj", "it runs more than once in a layer"),
+}
+"""What stays as it is where the rest is described, and why."""
 
-@pytest.mark.parametrize("name", slow_unless_in(("mixtral", "deberta"), REFUSALS))
+
+@pytest.mark.parametrize("name", slow_unless_in(("mixtral", "deberta"), LEFT))
+def test_what_cannot_be_described_stays_and_the_rest_is_proved(name: str) -> None:
+    model = make(name)
+    inputs = inputs_for(model, ZOO[name][2], batch=3)
+    detected = detect(model, inputs)
+    prove(keep(twin(model), detected), inputs)
+    (stacks,) = detected.families.values()
+    left, why = LEFT[name]
+    reasons = dict(detected.rest)
+    for stack in stacks:
+        assert isinstance(stack.untouched, Mapping)
+        reasons |= stack.untouched
+    assert reasons[left].startswith(why)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSALS)
 def test_refused_with_the_reason(name: str) -> None:
     model = make(name)
     inputs = inputs_for(model, ZOO[name][2], batch=3)
@@ -330,17 +353,42 @@ def test_a_model_of_no_known_type_is_described_proved_and_pruned(tmp_path: Path)
 
 
 ODDITIES = {
-    "normed neurons": "layers.*.down: odd units cut: ",
-    "unused": "in layers.0, spare do not run on these inputs",
-    "experts": "in layers.0, experts are weights of neither nn.Linear nor an attention",
-    "gate": "in layers.0, gate open or close no sublayer, or several",
     "shared layers": "layers.0 runs more than once",
     "shared weights": "layers.1.up.weight and layers.2.up.weight are one and the same weight",
-    "of its own": "pool is like what its layers are made of, and lies outside of them",
-    "sequence": "layers holds layers and is no nn.ModuleList",
-    "dead": "layers.1.ffn gave the same without what was cut",
     "chance": "of its largest value off",
 }
+
+PARTS = {
+    "normed neurons": (
+        "attention",
+        "layers.*.down",
+        "of all that was tried, nothing was right: layers.*.down: odd units",
+    ),
+    "unused": ("attention ffn", "layers.*.spare", "it does not run on these inputs"),
+    "experts": ("attention ffn", "layers.*.experts", "it is a weight of neither nn.Linear nor an attention"),
+    "gate": ("attention ffn", "layers.*.gate", "it opens and closes no sublayer"),
+    "of its own": (
+        "attention ffn",
+        "pool.",
+        "it is like what its layers are made of, and lies outside of them",
+    ),
+    "sequence": ("attention ffn", "", ""),
+    "dead": (
+        "attention",
+        "layers.*.down",
+        "of all that was tried, nothing was right: layers.*.down: odd units",
+    ),
+}
+"""The kinds of sublayers that are described of odd models, what of them stays as it is, and why."""
+
+
+@pytest.mark.parametrize("oddity", PARTS)
+def test_oddities_stay_and_the_rest_is_described(oddity: str) -> None:
+    model, (kinds, left, why) = toy(oddity), PARTS[oddity]
+    describe(model)
+    assert [s.kind for s in find_sublayers(model)] == kinds.split() * 3
+    reasons = {**untouched(model), **parts_left_alone(model)}
+    assert reasons[left].startswith(why) if left else not reasons
 
 
 @pytest.mark.parametrize("oddity", ODDITIES)
@@ -369,7 +417,7 @@ def test_a_refusal_prints_what_was_found() -> None:
     code = str(error.value).split("to start from:")[1]
     registered: dict[str, Any] = {}
     exec(code, {"register_family": lambda t, *s: registered.update({t: s}), "Stack": Stack, "Block": Block})
-    (stacks,) = detect(model, example_inputs(model)).values()
+    (stacks,) = detect(model, example_inputs(model)).families.values()
     assert registered == {"toy": stacks}
     assert as_code("toy", stacks) in code
 
@@ -445,10 +493,10 @@ def test_a_size_that_differs_from_layer_to_layer_is_named(monkeypatch: pytest.Mo
     layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
     config = {**DECODER, **layers, "head_dim": 4, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
     model = Gemma4ForCausalLM(Gemma4TextConfig(**config, vocab_size_per_layer_input=60))
-    with pytest.raises(
-        UnsupportedArchitectureError, match="detection: the layers differ in head_dim, for which Gemma4Text"
-    ):
-        describe(model, inputs_for(model, "text", batch=3))
+    describe(model, inputs_for(model, "text", batch=3))
+    assert {s.kind for s in find_sublayers(model)} == {"ffn"}
+    why = parts_left_alone(model)["layers.*.self_attn.o_proj"]
+    assert why.startswith("the layers differ in head_dim, for which Gemma4Text")
 
 
 class Unreadable(PreTrainedConfig):

@@ -104,6 +104,8 @@ class Batch:
         """
         valid = self.valid[stack or sublayer.stack_name]
         more = like.shape[1] - valid.shape[1]
+        if more and not sublayer.stack.mask and bool(valid.all()):  # windows on a picture, or pooled tokens
+            return valid.new_ones(like.shape[:2])
         if more < 0 or (more and not sublayer.stack.pads):
             raise UnsupportedModelError(
                 f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have "

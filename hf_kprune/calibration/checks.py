@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedArchitectureError, UnsupportedModelError
 from ..processes import together
 from ..structure.checks import prove_projections
-from ..structure.facts import first_run
+from ..structure.facts import first_run, in_eval_mode
 from ..structure.hooks import State
 from ..structure.probes import check_order, outputs_of
 from ..structure.proof import prove_router
@@ -125,6 +125,20 @@ def check_head(walk: Walk, top: State, sample: Batch) -> None:
                     "head reads lower layers too, which is not carried here; use a head on the last layer "
                     "(for instance use_weighted_layer_sum=False)"
                 )
+
+
+@torch.no_grad()
+def gives_embeddings(calibration: Calibration, model: PreTrainedModel) -> bool:
+    """Whether outputs of `model`, which has no head, hold what `losses.of_embeddings` compares."""
+    for batch in calibration.batches[:1]:
+        sample = batch.part(0, 1)
+        with in_eval_mode(model), first_run(model, sample.inputs):
+            outputs = model(**sample.inputs, return_dict=True)
+        hidden = outputs.get("last_hidden_state")
+        if hidden is None:
+            return bool(outputs.keys() & {"text_embeds", "pooler_output"})
+        return bool(hidden.dim() == 3)
+    return True
 
 
 @torch.no_grad()

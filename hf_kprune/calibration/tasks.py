@@ -236,11 +236,11 @@ def knowledge_loss(
     if task.variant in PROBLEMS:
         task = task_of(model, problem_type(model.config, label), pooling)
     if task.loss is None or (task.tables == EMBEDDING_TABLES and parts_above(model)):
-        return _knowledge_of_hidden_states(model, temperature, sublayers)
+        return knowledge_of_hidden_states(model, temperature, sublayers)
     return Knowledge(task.name, partial(task.loss, temperature), temperature, task.draws, task.per_token)
 
 
-def _knowledge_of_hidden_states(
+def knowledge_of_hidden_states(
     model: PreTrainedModel, temperature: float, sublayers: Sequence[Sublayer]
 ) -> Knowledge:
     """The distance of hidden states above the stacks that no other one reads, with a warning."""

@@ -27,10 +27,13 @@ def family_of(model: PreTrainedModel) -> tuple[Stack, ...] | None:
 
 def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
     """The models whose layers can be pruned as a family describes them, by path: `model` itself, or else
-    those inside it."""
-    if _has_layers(model):
-        return [("", model)]
-    return [(path, tower) for path, tower in _towers(model) if path not in _alike(model)]
+    those inside it; both, those inside it first, where that was detected."""
+    own = [("", model)] if _has_layers(model) else []
+    if own and not _is_detected(model):
+        return own
+    parts = {path: tower for path, tower in _towers(model) if path not in _alike(model)}
+    kind = model.config.model_type if own else ""  # an encoder and a decoder have copies of the config
+    return [(path, tower) for path, tower in parts.items() if tower.config.model_type != kind] + own
 
 
 def untouched(model: PreTrainedModel) -> dict[str, str]:
@@ -42,7 +45,7 @@ def untouched(model: PreTrainedModel) -> dict[str, str]:
         if name and isinstance(module, PreTrainedModel) and module.config.model_type in reasons
     }
     towers |= parts_above(model) | model.__dict__.get(IDLE, {})
-    return towers if _has_layers(model) else towers | _alike(model)
+    return towers if _has_layers(model) and not _is_detected(model) else towers | _alike(model)
 
 
 def parts_above(model: PreTrainedModel) -> dict[str, str]:
@@ -60,6 +63,11 @@ def _has_layers(model: PreTrainedModel) -> bool:
     """Whether a family describes layers of `model` itself, and not only of models inside it."""
     stacks = family_of(model) or ()
     return bool(stacks) and (any(find_layers(model, stack.layers) for stack in stacks) or not _towers(model))
+
+
+def _is_detected(model: PreTrainedModel) -> bool:
+    """Whether the layers of `model` itself were described by detect.py."""
+    return "kprune_family" in model.__dict__
 
 
 def _towers(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:

@@ -68,19 +68,34 @@ class State:
 
 
 def first(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
-    return cast(Tensor, args[0] if args else kwargs["hidden_states"])
+    """The hidden states in what a layer is called with."""
+    return cast(Tensor, args[0] if args else kwargs[name_of_first(kwargs)])
+
+
+def with_first(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer with other hidden states."""
+    return ((hidden, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, name_of_first(kwargs): hidden})
+
+
+def name_of_first(kwargs: Mapping[str, object]) -> str:
+    """The name of the hidden states of a layer that gets them by name: the usual one, or that which comes
+    first."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def by_token(tensor: Tensor, like: Tensor) -> Tensor:
-    """(B, T, C) from what some models flatten to (B * T, C), or arrange as the picture that it is of.
+    """(B, T, C) from what some models flatten to (B * T, C), or arrange as the picture that it is of, or as
+    windows on that.
 
     Args:
-        tensor: (B, T, C), (B * T, C) or (B, height, width, C).
-        like: Of the same tokens, (B, T, ...) or (B, height, width, ...).
+        tensor: (B, T, C), (B * T, C), (B, height, width, C) or (B * windows, height, width, C).
+        like: Of the same samples, (B, ...).
     """
     if tensor.dim() == 3:
         return tensor
-    return tensor.reshape(len(like), like.shape[1:-1].numel(), tensor.shape[-1])
+    return tensor.reshape(len(like), tensor.shape[:-1].numel() // len(like), tensor.shape[-1])
 
 
 def hidden_states(returns: Any, output: Any) -> Tensor:
@@ -225,9 +240,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                     sublayer: Sublayer = sublayer,
                 ) -> tuple[Any, dict[str, Any]]:
                     share(sublayer, kwargs, state)
-                    return (
-                        ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
-                    )
+                    return with_first(args, kwargs, stream)
 
                 stack.enter_context(hooked(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
             for layer in layers:

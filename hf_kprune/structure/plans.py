@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import WHOLE, BlockPlan, get_size, has, stacks_of
+from ..modeling_kprune import WHOLE, BlockPlan, Layers, get_size, has, stacks_of
 from . import experts
 from .configs import at_layer
 from .coverage import has_block
@@ -42,7 +42,7 @@ class Group:
 def plans_of(
     config: Any,
     stack: Stack,
-    layers: nn.ModuleList,
+    layers: Layers,
     block: Block,
     head_unit: str | None,
     expert_unit: str | None,
@@ -123,7 +123,7 @@ def _unit_of_experts(
     return whole, before
 
 
-def _block_plan(layers: nn.ModuleList, block: Block, group: Group) -> BlockPlan:
+def _block_plan(layers: Layers, block: Block, group: Group) -> BlockPlan:
     """The entry of `config.kprune` for a block, with the sizes that the layers of a group have now."""
     unit, head_unit, before = group.unit, group.head_unit, group.before
     if before is not None and unit.heads > 1 and before["by"] != head_unit:

@@ -80,7 +80,7 @@ def towers_not_asked_for(model: PreTrainedModel, wanted: Sequence[str] | None) -
                 + (f"; {out}" if out else "")
             )
     reason = f"towers asks for {', '.join(wanted)} alone"
-    return {path: reason for path, known in names.items() if not {*wanted} & {*known}}
+    return {path: reason for path, _ in described(model) if not {*wanted} & {*names.get(path, ())}}
 
 
 def towers_left_alone(

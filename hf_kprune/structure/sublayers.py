@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import BlockPlan, find_layers, get_size, has
+from ..modeling_kprune import BlockPlan, Layers, find_layers, get_size, has
 from . import experts
 from .configs import read
 from .coverage import check_experts, check_nothing_left_out, check_projections, described, family_of
@@ -52,7 +52,7 @@ class Sublayer:
 
     name: str
     owner: PreTrainedModel = field(repr=False)
-    layers: nn.ModuleList = field(repr=False)
+    layers: Layers = field(repr=False)
     stack: Stack
     block: Block
     plan: BlockPlan
@@ -314,7 +314,7 @@ def _sublayers_in(
     path: str,
     owner: PreTrainedModel,
     stack: Stack,
-    layers: nn.ModuleList,
+    layers: Layers,
     head_unit: str | None,
     expert_unit: str | None,
 ) -> Iterator[Sublayer]:

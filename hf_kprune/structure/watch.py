@@ -10,7 +10,7 @@ is an FFN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import parameter_names
 from .facts import floats
 from .families import Block, Kind, Layout
+from .hooks import first, with_first
 from .units import UNITS
 
 
@@ -77,12 +77,15 @@ class Observation:
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     arguments: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def projections(self) -> set[str]:
+        """Paths of those that open it and of the one that closes it."""
+        return {*self.rows, self.block.output}
+
 
 class Watch:
-    """Hooks on one layer. Once it has run, they know its sublayers, in their order, and what it returns.
-
-    The forward pass raises `UnsupportedArchitectureError` if the layer does not consist of such sublayers
-    alone.
+    """Hooks on one layer. Once it has run, they know its sublayers, in their order, what else it has, and
+    what it returns.
 
     Args:
         name: Path of the layer in the model.
@@ -91,6 +94,11 @@ class Watch:
 
     def __init__(self, name: str, layer: nn.Module):
         self.name, self.layer = name, layer
+        self.trouble = f"{name} does not run on these inputs"
+        """Why it cannot be described at all; `""` if it can."""
+        self.rest: dict[str, str] = {}
+        """The projections and other weights of it that are of no sublayer, path to reason."""
+        self.entered = False
         self.runs, self.tokens, self.parallel = 0, 0, False
         self.returns: Any = None
         self.sublayers: list[Observation] = []
@@ -102,39 +110,37 @@ class Watch:
             yield module.register_forward_pre_hook(partial(self.on_entry, path), with_kwargs=True)
             yield module.register_forward_hook(partial(self.on_exit, path))
 
-    def refuse(self, which: set[str], why: str) -> None:
-        """Raise `UnsupportedArchitectureError` if there are modules of which something is wrong."""
-        if which:
-            raise UnsupportedArchitectureError(f"in {self.name}, {', '.join(sorted(which))} {why}")
-
     def on_entry(
         self, path: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Any:
         if path == "":
-            if self.runs:
-                raise UnsupportedArchitectureError(
-                    f"{self.name} runs more than once: its weights are those of several layers"
-                )
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[1] < 2:
-                what = f"{tuple(hidden.shape)}, no" if isinstance(hidden, Tensor) else "by that name no"
-                raise UnsupportedArchitectureError(
-                    f"{self.name} takes {what} hidden_states of (batch, several tokens, width)"
-                )
-            self.runs, self.tokens, self.calls = self.runs + 1, hidden.shape[1], []
+            self.entered = True
+            hidden: Any = first(args, kwargs) if args or kwargs else None
+            self.trouble = self.trouble_with(hidden)
+            if self.trouble:
+                return None
+            self.runs, self.tokens = 1, hidden.shape[1:-1].numel()
             self.leaf = hidden.detach().requires_grad_()
-            hidden = self.leaf.clone()
-            args, kwargs = (
-                ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-            )
-        elif not self.runs:
-            raise UnsupportedArchitectureError(
-                f"{path} of {self.name} runs without it: it is a list of modules, no layer"
-            )
+            args, kwargs = with_first(args, kwargs, self.leaf.clone())
+        elif not self.entered:
+            self.trouble = f"{path} of {self.name} runs without it: it is a list of modules, no layer"
+        if self.trouble:
+            return None
         self.calls.append(Call(path, {**dict(zip(parameter_names(module), args, strict=False)), **kwargs}))
         return args, kwargs
 
+    def trouble_with(self, hidden: Any) -> str:
+        """Why the layer cannot be described that now runs on `hidden`; `""` if it can."""
+        if self.runs:
+            return f"{self.name} runs more than once: its weights are those of several layers"
+        if not isinstance(hidden, Tensor) or hidden.dim() < 3 or hidden.shape[1:-1].numel() < 2:
+            what = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            return f"{self.name} takes {what}, no hidden states of (batch, several tokens, width)"
+        return ""
+
     def on_exit(self, path: str, module: nn.Module, _: tuple[object, ...], output: object) -> Any:
+        if self.trouble:
+            return None
         call = next(c for c in reversed(self.calls) if c.path == path and c.output is None)
         call.output = output
         if isinstance(module, PROJECTIONS) and isinstance(output, Tensor):
@@ -163,31 +169,42 @@ class Watch:
 
     def close(self, last: Call) -> None:
         """Note the sublayer that the projection `last` ends."""
-        first = list(
-            {c.path: c for c in self.calls if c.path in last.sources and c.leaf is not None}.values()
-        )
-        features = last.input.flatten(0, -2)
-        self.refuse(
-            set() if torch.is_grad_enabled() else {last.path},
-            "runs where gradients are turned off, so that it cannot be seen what feeds it",
-        )
-        self.refuse(
-            {last.path} if len(features) < self.tokens else set(), "reads fewer tokens than the layer"
-        )
-        rows, columns = {c.path: cast(Tensor, c.leaf).shape[-1] for c in first}, features.shape[1]
-        tokens = self.tokens_read(features, [cast(Tensor, c.leaf) for c in first])
+        opening = {c.path: c for c in self.calls if c.path in last.sources and c.leaf is not None}
+        features, which = last.input.flatten(0, -2), (*opening, last.path)
+        if not torch.is_grad_enabled():
+            why = f"{last.path} runs where gradients are turned off, so that it cannot be seen what feeds it"
+            return self.leave(which, why)
+        if not bool(features.isfinite().all()):
+            return self.leave(which, f"{last.path} reads NaN or infinity on these inputs")
+        if len(features) < 2 * len(self.leaf):
+            return self.leave(which, f"{last.path} reads a single token")
+        leaves = [cast(Tensor, c.leaf) for c in opening.values()]
+        rows = {path: leaf.shape[-1] for path, leaf in zip(opening, leaves, strict=True)}
+        columns = features.shape[1]
+        tokens = self.tokens_read(features, leaves)
         kind: Kind = "attention" if max(tokens) > 1 else "ffn"
         layouts: list[Layout]
         if kind == "attention":
-            layouts = ["qkv"] if len(first) == 1 else ["kv" if n > 1 else "q" for n in tokens]
+            layouts = ["qkv"] if len(opening) == 1 else ["kv" if n > 1 else "q" for n in tokens]
         else:
-            layouts = ["2f" if len(first) == 1 and n == 2 * columns else "f" for n in rows.values()]
-        others = [c for c, layout in zip(first, layouts, strict=True) if layout == "kv" and not c.sources]
+            layouts = ["2f" if len(opening) == 1 and n == 2 * columns else "f" for n in rows.values()]
+        others = [
+            c for c, layout in zip(opening.values(), layouts, strict=True) if layout == "kv" and not c.sources
+        ]
         memory = 0
         if 0 < len(others) == layouts.count("kv"):
             kind, memory = "cross_attention", others[0].input.shape[-2]
         block = Block(kind, dict(zip(rows, layouts, strict=True)), last.path)
         self.sublayers.append(Observation(block, rows, columns, len(self.leaf), memory))
+        return None
+
+    def leave(self, which: Iterable[str], why: str) -> None:
+        """Leave the projections or other weights at these paths as they are, and every sublayer that one of
+        them is of."""
+        self.rest = {**dict.fromkeys(which, why), **self.rest}
+        while lost := next((s for s in self.sublayers if self.rest.keys() & s.projections), None):
+            self.sublayers.remove(lost)
+            self.rest = {**dict.fromkeys(sorted(lost.projections), why), **self.rest}
 
     def tokens_read(self, features: Tensor, leaves: list[Tensor]) -> list[int]:
         """On how many tokens of each leaf the features of one token depend: the first token of three to
@@ -198,10 +215,11 @@ class Watch:
             leaves: What the opening projections gave.
         """
         counts = [0]
-        for token in (self.tokens - 1, self.tokens // 2, 0):
+        tokens = min(self.tokens, len(features) // len(self.leaf))
+        for token in (tokens - 1, tokens // 2, 0):
             total = features[token] @ torch.linspace(1, 2, features.shape[1]).to(features)
-            slopes = torch.autograd.grad(total, leaves, retain_graph=True)
-            counts = [int((slope.flatten(0, -2) != 0).any(1).sum()) for slope in slopes]
+            slopes = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            counts = [0 if s is None else int((s.flatten(0, -2) != 0).any(1).sum()) for s in slopes]
             if max(counts) > 1:
                 break
         return counts
@@ -209,30 +227,34 @@ class Watch:
     def end(self) -> None:
         """Complete the sublayers, now that the layer has run, and drop the tensors."""
         ran = [c.path for c in self.calls]
-        ends = [path for s in self.sublayers for path in (*s.rows, s.block.output)]
         names = {name for name, module in self.layer.named_modules() if isinstance(module, PROJECTIONS)}
-        self.refuse(names - {*ran}, "do not run on these inputs")
-        self.refuse({path for path in names if ran.count(path) > 1}, "run more than once")
-        self.refuse(
-            {path for path in names if ends.count(path) != 1}, "open or close no sublayer, or several"
-        )
+        self.leave(sorted(names - {*ran}), "it does not run on these inputs")
+        self.leave(sorted(path for path in names if ran.count(path) > 1), "it runs more than once in a layer")
         calls = {c.path: c for c in self.calls}
+        ends = [path for s in self.sublayers for path in (*s.rows, s.block.output)]
+        shared = sorted(path for path in names if ends.count(path) > 1)
+        self.leave(shared, "it opens or closes several sublayers")
+        for s in [s for s in self.sublayers if UNITS[s.block.kind].has_heads]:
+            self.complete(s, calls)
         closing = {s.block.output for s in self.sublayers}
         sources = [calls[path].sources for s in self.sublayers for path in s.rows]
         self.parallel = len(closing) > 1 and not any(closing & paths for paths in sources)
-        self.returns = template(calls[""].output, lambda t: "y" if t.shape == self.leaf.shape else None)
-        self.sublayers = [self.complete(s, calls) for s in self.sublayers]
+        self.sublayers = [
+            replace(s, block=replace(s.block, stream=self.stream(calls[s.block.output])))
+            for s in self.sublayers
+        ]
+        self.leave(sorted(names - {*ends}), "it opens and closes no sublayer")
+        output, like = calls[""].output, self.leaf
+        alike = template(output, lambda t: "y" if t.shape == like.shape else None)
+        narrower = template(
+            output, lambda t: "y" if t.is_floating_point() and t.dim() == like.dim() else None
+        )
+        self.returns = alike if "y" in str(alike) else narrower  # layers may pool tokens
         attentions = tuple(f"{s.block.core}." for s in self.sublayers if s.block.core)
         weights = {name for name, parameter in self.layer.named_parameters() if parameter.dim() > 1}
-        weights = {
-            name
-            for name in weights
-            if name.rpartition(".")[0] not in names and not name.startswith(attentions)
-        }
-        self.refuse(
-            {name for name in weights if not self.aside(name)},
-            "are weights of neither nn.Linear nor an attention",
-        )
+        others = {name for name in weights if name.rpartition(".")[0] not in names and not self.aside(name)}
+        others = {name for name in others if not name.startswith(attentions)}
+        self.leave(sorted(others), "it is a weight of neither nn.Linear nor an attention")
         self.calls = []
 
     def aside(self, name: str) -> bool:
@@ -242,34 +264,32 @@ class Watch:
             owner, "in_channels", 0
         )
 
-    def complete(self, observation: Observation, calls: Mapping[str, Call]) -> Observation:
-        """Add the stream, and to an attention the smallest module that returns its output or its features."""
-        last = calls[observation.block.output]
-        block = replace(observation.block, stream=self.stream(last))
-        if not UNITS[block.kind].has_heads:
-            return replace(observation, block=block)
+    def complete(self, observation: Observation, calls: Mapping[str, Call]) -> None:
+        """Add to an attention the smallest module that returns its output or its features, or leave it."""
+        block, last = observation.block, calls[observation.block.output]
         parts = zip(*(path.split(".")[:-1] for path in observation.rows), strict=False)
         shared = [names[0] for names in parts if len(set(names)) == 1]
+        why = f"{last.path} is in or after no module that takes the hidden states and returns what it gives"
         for core in (".".join(shared[:depth]) for depth in range(len(shared), 0, -1)):
             y = last.leaf if last.path.startswith(f"{core}.") else last.input
             call = calls.get(core, Call(core, {}))
             returns = template(call.output, partial(sum_with, cast(Tensor, y), call.arguments))
             if "y" in str(returns):
-                return self.with_core(
-                    replace(observation, block=replace(block, core=core, returns=returns)), call
-                )
-        self.refuse(
-            {last.path},
-            "is in or after no module that takes the hidden states and returns what it gives or reads",
-        )
-        return observation
+                inner = self.layer.get_submodule(core).named_modules(prefix=core)
+                others = [n for n, m in inner if not isinstance(m, PROJECTIONS) and hasattr(m, "kernel_size")]
+                if not others:
+                    whole = replace(observation, block=replace(block, core=core, returns=returns))
+                    self.sublayers[self.sublayers.index(observation)] = self.with_core(whole, call)
+                    return
+                why = f"{', '.join(others)} makes something else of an attention"
+                break
+        self.leave((*observation.rows, last.path), why)
 
     def with_core(self, observation: Observation, call: Call) -> Observation:
         """Add what the attention module, which made this call, and the modules inside it hold."""
         core = observation.block.core
         module = self.layer.get_submodule(core)
         inner = [(n, m) for n, m in module.named_modules(prefix=core) if not isinstance(m, PROJECTIONS)]
-        self.refuse({n for n, m in inner if hasattr(m, "kernel_size")}, "make something else of an attention")
         tensors = {n: v for n, v in call.arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
         return replace(
             observation,
