@@ -31,7 +31,7 @@ from .calibration.draw import draw_rows
 from .calibration.knowledge import Knowledge
 from .calibration.loss_check import BY_PRODUCTS
 from .calibration.rows import row_tokens
-from .calibration.sources import first_label
+from .calibration.sources import first_label, is_sized
 from .calibration.tasks import EMBEDDINGS, knowledge_loss, knowledge_of_hidden_states, text_inputs
 from .checkpoint.lineage import earlier_cuts, write_cuts
 from .combinations import TIMES
@@ -80,6 +80,20 @@ MAY_CHANGE = (
 )
 """Options that a run which goes on may have otherwise than it began with: the result is the same, up to
 rounding where batches are of another size."""
+
+
+SEVERAL = 3
+"""Rows of a batch that a model is proved on."""
+
+
+def first_batch(pruner: Pruner, model: PreTrainedModel) -> dict[str, Any] | None:
+    """What a model that is to be pruned is called with on a few calibration rows; None if these are a stream,
+    which can be read only once, or not there yet."""
+    dataset, collator, reader = pruner.calibration_dataset, pruner.data_collator, pruner.processing_class
+    if dataset is None or not is_sized(dataset):
+        return None
+    rows = draw_rows(model, dataset, reader, pruner.args, collator is not None, lambda _: 1, most=SEVERAL)
+    return collate(rows.rows, collator, reader, model)[0]
 
 
 class Run:

@@ -19,7 +19,7 @@ from .callbacks import CallbackHandler, KPruneCallback, default_callbacks
 from .checkpoint.loading import Offload, check_is_model, check_offload, load_model, load_tokenizer
 from .evaluation import Evaluator
 from .hyperparameters import Search
-from .preparation import Run, warn_of
+from .preparation import Run, first_batch, warn_of
 from .publication import push, save, tell_of_the_save, write_card
 from .recovery import Learner
 from .report import PruningReport
@@ -114,11 +114,11 @@ class KPrunePruner(Evaluator, Learner):
         self.sentence_folder = folder_of(model) if parts is None else parts[2]
         if self.sentence_folder is not None:
             self.sentence_folder.check(self.args, compute_loss is not None)
-        describe_units(model, self.args.head_unit)
-        self.model = model if is_dispatched(model) else model.to(self.accelerator.device)
-        self.dense_model: PreTrainedModel | None = None  # once it is kept, by `prune(inplace=False)`
         self.calibration_dataset = calibration_dataset
         self.data_collator, self.processing_class = data_collator, processing_class
+        describe_units(model, self.args.head_unit, lambda: first_batch(self, model))
+        self.model = model if is_dispatched(model) else model.to(self.accelerator.device)
+        self.dense_model: PreTrainedModel | None = None  # once it is kept, by `prune(inplace=False)`
         self.eval_dataset, self.compute_metrics = eval_dataset, compute_metrics
         self.compute_loss = compute_loss
         self.report: PruningReport | None = None

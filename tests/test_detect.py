@@ -352,6 +352,33 @@ def test_a_model_of_no_known_type_is_described_proved_and_pruned(tmp_path: Path)
         describe(again)
 
 
+class ToyOfSignals(ToyModel):
+    """It runs on nothing that is made up."""
+
+    main_input_name = "signals"
+
+    def forward(self, signals: Tensor, return_dict: bool = True) -> BaseModelOutput:  # type: ignore[override]
+        for layer in self.layers:
+            signals = layer(signals)
+        return BaseModelOutput(signals)
+
+
+def test_a_model_is_proved_on_the_rows_that_it_is_pruned_with() -> None:
+    torch.manual_seed(0)
+    args = KPruneArguments(sparsity=0.5, num_tokens=400, seed=0)
+    with pytest.raises(UnsupportedArchitectureError, match="runs on none of the inputs that were made up"):
+        KPrunePruner(ToyOfSignals(ToyConfig()), args)
+    signals = [{"signals": torch.randn(6, 16)} for _ in range(100)]
+    pruner = KPrunePruner(
+        ToyOfSignals(ToyConfig()),
+        args,
+        signals,
+        compute_loss=lambda s, t, _: (s[0] - t[0]).square().sum((1, 2)),
+    )
+    assert [s.num_units for s in find_sublayers(pruner.model)] == [4, 12] * 3
+    assert pruner.prune().sparsity >= 0.5
+
+
 ODDITIES = {
     "shared layers": "layers.0 runs more than once",
     "shared weights": "layers.1.up.weight and layers.2.up.weight are one and the same weight",

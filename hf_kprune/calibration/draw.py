@@ -23,6 +23,7 @@ def draw_rows(
     args: KPruneArguments,
     keep_labels: bool,
     tokens_per_row: TokensPerRow | None = None,
+    most: int | None = None,
 ) -> Rows:
     """Draw rows without replacement until they hold `args.num_tokens` tokens, and check them.
 
@@ -37,6 +38,7 @@ def draw_rows(
             Else they are dropped, unless they are a decoder's targets, or mark by -100 tokens of a causal
             model that do not count.
         tokens_per_row: Counts the tokens of rows without `input_ids`. None: such rows are refused.
+        most: Rows that are enough, whatever tokens they hold.
     """
     reader = Reader(model, processing_class, args, keep_labels)
     source = getattr(dataset, "_fingerprint", None) or type(dataset).__name__
@@ -50,7 +52,7 @@ def draw_rows(
         if tokens < (args.num_measure_tokens or args.num_tokens):
             measured = len(rows)
         tokens += count
-        if tokens >= args.num_tokens:
+        if tokens >= args.num_tokens or len(rows) == most:
             break
     if not rows:
         why = f": none of its {reader.count} rows has a token that is not padding" if reader.count else ""

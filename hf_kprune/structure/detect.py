@@ -7,7 +7,7 @@ tried, and proof.py decides.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
@@ -52,6 +52,11 @@ GUESSED = (
     "otherwise: hf_kprune.describe(model, batch), or hf-kprune inspect MODEL --batch FILE.safetensors."
 )
 """What is said of a failure where the caller gave no inputs."""
+
+NOT_RUN = "it does not run on the inputs it was tried on"
+
+MakeBatch = Callable[[], Mapping[str, object] | None]
+"""Makes what a model is called with, of the caller's data; None if there are none."""
 
 OBSTACLE = "cutting one of its heads changes others"
 
@@ -106,6 +111,46 @@ def describe(
         remark = GUESSED if guessed else ""
         raise UnsupportedArchitectureError(way_out(model, detected.families, error, remark)) from error
     keep(model, detected)
+
+
+def describe_on(model: PreTrainedModel, batch: MakeBatch, head_unit: str) -> None:
+    """As `describe` does, and, where inputs that are made up do not prove a model or do not run all of it, on
+    those that it is to be used with.
+
+    Args:
+        model: Dense; not changed.
+        batch: Makes them, once they are needed.
+        head_unit: `KPruneArguments.head_unit`.
+
+    Raises:
+        UnsupportedArchitectureError: If its layers cannot be described or the proof fails on both.
+    """
+    failure: UnsupportedArchitectureError | None = None
+    try:
+        describe(model, head_unit=head_unit)
+    except UnsupportedArchitectureError as error:
+        if model.config.model_type in {*FAMILIES, *REFUSED}:
+            raise
+        failure = error
+    rest = model.__dict__.get(IDLE, {})
+    inputs = batch() if failure or NOT_RUN in rest.values() else None
+    if inputs is None:
+        if failure:
+            raise failure
+        return
+    families = {
+        name: m.__dict__["kprune_family"]
+        for name, m in model.named_modules()
+        if "kprune_family" in m.__dict__
+    }
+    keep(model, Detected({}, {}))
+    try:
+        describe(model, inputs, head_unit)
+    except UnsupportedArchitectureError as error:
+        if failure:
+            raise
+        why = f"on the calibration rows {str(error).split('; ', 1)[-1].split('. Describe one')[0]}"
+        keep(model, Detected(families, {p: why if r == NOT_RUN else r for p, r in rest.items()}))
 
 
 def _proved(
@@ -164,7 +209,7 @@ def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[st
     kept = ran | {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
     idle = [name for name, m in inner.items() if not any(id(part) in kept for part in m.modules())]
     outermost = [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
-    return dict.fromkeys((f"{name}." for name in outermost), "it does not run on the inputs it was tried on")
+    return dict.fromkeys((f"{name}." for name in outermost), NOT_RUN)
 
 
 def way_out(model: PreTrainedModel, families: Families, error: Exception, remark: str = "") -> str:

@@ -7,7 +7,7 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from .checks import check_described, check_model, unwrapped
-from .detect import describe
+from .detect import MakeBatch, describe_on
 from .surroundings import plain_modes
 
 
@@ -23,8 +23,14 @@ def bare_model(model: object) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def describe_units(model: PreTrainedModel, head_unit: str) -> None:
-    """See to it that heads and neurons are known and can be cut, and that what is saved can be loaded."""
+def describe_units(model: PreTrainedModel, head_unit: str, batch: MakeBatch = lambda: None) -> None:
+    """See to it that heads and neurons are known and can be cut, and that what is saved can be loaded.
+
+    Args:
+        model: Any.
+        head_unit: What a unit is where queries are grouped.
+        batch: See `describe_on`.
+    """
     with plain_modes():
-        describe(model, head_unit=head_unit)
+        describe_on(model, batch, head_unit)
         check_described(model, head_unit)
