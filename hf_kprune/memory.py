@@ -90,7 +90,8 @@ def memory_of(  # noqa: PLR0913
         return sum(4 * b.valid[name].numel() * d for b in batches if chosen(b) for name, d in widths.items())
 
     tokens = max((sum(v.numel() for v in batch.valid.values()) for batch in batches), default=0)
-    rows, narrow = max((b.samples for b in batches), default=0), 4 * tokens * (6 * width + 3 * columns)
+    seen = tokens * max(s.uses for s in sublayers)  # all runs of a layer are there at once
+    rows, narrow = max((b.samples for b in batches), default=0), 4 * seen * (6 * width + 3 * columns)
     waiting = 2 * 4 * BLOCK * (2 * width * max(s.experts for s in sublayers) + columns)
     head = model.get_output_embeddings()
     words = len(head.weight) if head is not None and loss.per_token else 0
@@ -102,7 +103,7 @@ def memory_of(  # noqa: PLR0913
     square, flat = 8 * max(s.shape[1] ** 2 // s.experts for s in sublayers), 8 * columns * width
     phases = {"measure": states + layer + max(logits, graph) + (4 * square + 3 * flat if curved else 0)}
     if tunes:
-        every = stream(lambda _: True)
+        every = stream(lambda _: True) * max(s.uses for s in sublayers)
         fit = (
             (4 if method.ridge is None else 3) * square
             + 4 * flat

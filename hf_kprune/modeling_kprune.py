@@ -99,6 +99,9 @@ class BlockPlan(TypedDict):
     """The module that is replaced where no unit is kept; `""` if there is none."""
     returns: Returns
     """What the core returns."""
+    norm: NotRequired[str]
+    """The module of the core that reads the sum of the output and the core's first argument, if there is
+    one."""
     weights: NotRequired[bool]
     """Whether the model can take the attention weights of no heads. Default: True."""
     router: NotRequired[str]
@@ -192,6 +195,7 @@ class EmptyAttention(nn.Module):
             block.get("weights", True),
         )
         self.output, self.parameter_names = output, parameter_names(attention)
+        self.norm = block.get("norm", "").removeprefix(f"{block['core']}.")
         self.config = vars(attention).get("config")
         self.dispatches = hasattr(sys.modules.get(type(attention).__module__), "ALL_ATTENTION_FUNCTIONS")
         for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
@@ -201,6 +205,8 @@ class EmptyAttention(nn.Module):
         self._is_hf_initialized = True  # the initialisation of its class would look for projections
         if output is not None:  # the projection keeps its name, so its bias keeps its key in the state dict
             self.add_module(output, attention.get_submodule(output))
+        if self.norm:
+            self.add_module(self.norm, attention.get_submodule(self.norm))
 
     def __reduce__(self) -> Any:
         return empty_like, (type(self).__bases__[1],), self.__dict__
@@ -214,6 +220,7 @@ class EmptyAttention(nn.Module):
             if isinstance(value, Cache):
                 keys = self.keep_in_step(value, hidden) or keys
         y = hidden[..., :0] if self.output is None else getattr(self, self.output)(hidden[..., :0])
+        y = getattr(self, self.norm)(hidden + y) if self.norm else y
         asked = arguments.get("output_attentions", True)
         if self.dispatches:  # then it is the implementation that decides whether there are weights
             asked = getattr(self.config, "_attn_implementation", "eager") == "eager"

@@ -171,9 +171,10 @@ def test_masks_of_ones_change_nothing_and_gradients_of_features_are_those_of_mas
     masks = [torch.ones(s.weight.shape[1], requires_grad=True) for s in sublayers]
     with masked(sublayers, masks):
         by_mask = torch.autograd.grad(model(**inputs).logits.square().sum(), masks)
-    with probed(sublayers) as features:
+    with probed(sublayers) as each_time:
         logits = model(**inputs).logits
     torch.testing.assert_close(logits, model(**inputs).logits)
+    features = {place: tensor for place, (tensor,) in each_time.items()}
     by_feature = torch.autograd.grad(logits.square().sum(), list(features.values()))
     assert list(features) == list(range(len(sublayers)))
     for mask, a, gradient in zip(by_mask, features.values(), by_feature, strict=True):
@@ -184,7 +185,7 @@ def test_probing_without_gradients_builds_no_graph() -> None:
     model = tiny()
     with torch.no_grad(), probed(find_sublayers(model)) as features:
         assert not model(**batch()).logits.requires_grad
-    assert not any(f.requires_grad for f in features.values())
+    assert not any(f.requires_grad for (f,) in features.values())
 
 
 def below(sublayers: list[Sublayer]) -> State:

@@ -1026,6 +1026,12 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
         {**AUDIO, "do_stable_layer_norm": True, "feat_extract_norm": "layer", "adapter_attn_dim": 4},
         "audio_values",
     ),
+    "wavlm": ("WavLMForCTC", AUDIO, "audio_values"),
+    "wavlm:stable": (
+        "WavLMForSequenceClassification",
+        {**AUDIO, "do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        "audio_values",
+    ),
     # more decoders
     "afmoe": (
         "AfmoeForCausalLM",
@@ -1110,6 +1116,18 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2_5_omni_text": ("Qwen2_5OmniThinkerTextModel", ROTATING, "text"),
     "qwen3_omni_moe_text": ("Qwen3OmniMoeThinkerTextModel", {**ROTATING, **MOE, "head_dim": 4}, "text"),
     # more encoders
+    "albert": ("AlbertForSequenceClassification", {**ENCODER, "embedding_size": 8}, "text"),
+    "albert:groups": (
+        "AlbertForMaskedLM",
+        {
+            **ENCODER,
+            "embedding_size": 8,
+            "num_hidden_layers": 4,
+            "num_hidden_groups": 2,
+            "inner_group_num": 2,
+        },
+        "text",
+    ),
     "align_text_model": ("AlignTextModel", ENCODER, "text"),
     "big_bird": ("BigBirdForSequenceClassification", {**ENCODER, "attention_type": "original_full"}, "text"),
     "bigbird_pegasus": (

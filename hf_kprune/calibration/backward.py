@@ -8,14 +8,15 @@ exists at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..structure.hooks import State, resumed
+from ..structure.hooks import State, in_turn, resumed
 from ..structure.probes import outputs_of, probed
 from ..structure.runs import run_to_top
 from ..structure.shelf import Shelf
@@ -61,16 +62,44 @@ class Pass:
     features: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
-    def see(self, calibration: Calibration, walk: Walk, place: int, features: Tensor) -> None:
-        """Note the features of the sublayer at `place`.
+    def see(self, calibration: Calibration, walk: Walk, place: int, features: Sequence[Tensor]) -> None:
+        """Note the features of the sublayer at `place`, of each time that it ran.
 
         Raises:
             CalibrationError: If they are not finite.
         """
         sublayer = walk.sublayers[walk.position + place]
-        a = self.batch.by_token(features.detach(), sublayer.stack_name)
+        a = in_turn([self.batch.by_token(each.detach(), sublayer.stack_name) for each in features])
         calibration.check_finite(sublayer, (a[self.batch.tokens(sublayer, a)].sum(),))
         self.features[place] = a
+
+    def pull(
+        self,
+        walk: Walk,
+        points: Mapping[int, Sequence[Tensor]],
+        tops: Tensor | Sequence[Tensor],
+        pull: Tensor | Sequence[Tensor] | None,
+        more: Sequence[Tensor] = (),
+    ) -> list[Tensor | None]:
+        """Note the gradients to what sublayers read or gave each time that they ran, and return those to
+        `more`.
+
+        Args:
+            walk: The model.
+            points: What is pulled at, by place.
+            tops: What depends on it.
+            pull: The gradients to that; None: 1.
+            more: Other tensors.
+        """
+        ends = [*chain.from_iterable(points.values()), *more]
+        gradients = iter(torch.autograd.grad(tops, ends, pull, allow_unused=True))
+        for place, parts in points.items():
+            pairs = list(zip(parts, islice(gradients, len(parts)), strict=True))
+            if any(gradient is not None for _, gradient in pairs):
+                stack = walk.sublayers[walk.position + place].stack_name
+                whole = (torch.zeros_like(part) if g is None else g for part, g in pairs)
+                self.gradients[place] = in_turn([self.batch.by_token(each, stack) for each in whole])
+        return list(gradients)
 
 
 def backward(
@@ -94,7 +123,8 @@ def backward(
         tops: States of the teacher above its highest sublayer, one for each batch.
     """
     model, targets, args = walk.model, walk.rest, calibration.args
-    slices = -(-len(targets) // (2 * GRAPH_LAYERS)) if loss is not None else 1
+    runs = sum(target.uses for target in targets)
+    slices = -(-runs // (2 * GRAPH_LAYERS)) if loss is not None else 1
     for i, batch, start, samples in slices_of(calibration, slices):
         stop = start + batch.samples
         chunk = chunk_of(model, batch) if loss is not None and loss.per_token else 0
@@ -123,10 +153,7 @@ def backward(
                     total = top.inputs[walk.sublayers[-1].stack_name]
                     pull = pull_on_top(Head(walk, top), reference, batch, loss, chunk)
             leaves = features if points == "features" else outputs
-            gradients = torch.autograd.grad(total, list(leaves.values()), pull, allow_unused=True)
-            for place, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
-                    result.gradients[place] = batch.by_token(gradient, targets[place].stack_name)
+            result.pull(walk, leaves, total, pull)
         calibration.step((3 if loss is not None else 1) * len(targets) * batch.samples / samples)
         yield result
 
@@ -259,7 +286,7 @@ def pull_through(  # noqa: PLR0913
         points: What gradients are taken to.
     """
     targets, leaves = [walk.sublayers[position] for position in positions], leaves_of(state)
-    stack, result, places = targets[-1].stack_name, Pass(batch[1]), walk.places(positions)
+    result, places = Pass(batch[1]), walk.places(positions)
     with (
         torch.enable_grad(),
         calibration.autocast(),
@@ -274,16 +301,13 @@ def pull_through(  # noqa: PLR0913
     pulled = {name: (above[name], pulls.pop(name)) for name in fresh if name in pulls}
     pulled = {name: pair for name, pair in pulled.items() if pair[0].requires_grad}
     if pulled:
-        wanted = features if points == "features" else outputs
-        ends = [*wanted.values(), *leaves.inputs.values()]
+        seen = features if points == "features" else outputs
+        wanted = {places[place]: parts for place, parts in seen.items()}
         tops, pull = zip(*((tensor, pull.to(tensor.dtype)) for tensor, pull in pulled.values()), strict=True)
-        gradients = list(torch.autograd.grad(tops, ends, pull, allow_unused=True))
-        for name, gradient in zip(leaves.inputs, gradients[len(wanted) :], strict=True):
+        gradients = result.pull(walk, wanted, tops, pull, list(leaves.inputs.values()))
+        for name, gradient in zip(leaves.inputs, gradients, strict=True):
             if gradient is not None:  # a decoder reads the encoder in each of its layers
                 pulls[name] = pulls[name] + gradient if name in pulls else gradient
-        for place, gradient in zip(wanted, gradients[: len(wanted)], strict=True):
-            if gradient is not None:
-                result.gradients[places[place]] = batch[1].by_token(gradient, stack)
     calibration.step(3 * len(targets))
     return result
 

@@ -103,6 +103,8 @@ class Batch:
         Raises `UnsupportedModelError` if the model has added tokens of its own that are no padding.
         """
         valid = self.valid[stack or sublayer.stack_name]
+        if like.shape[1] == sublayer.uses * valid.shape[1]:
+            return valid.repeat(1, sublayer.uses)
         more = like.shape[1] - valid.shape[1]
         if more and not sublayer.stack.mask and bool(valid.all()):  # windows on a picture, or pooled tokens
             return valid.new_ones(like.shape[:2])
@@ -331,7 +333,7 @@ class Calibration:
         determine, of experts if each were sent as many."""
         tunes = self.args.tune and METHODS[self.args.method].tunes
         for sublayer in self.sublayers if tunes else ():
-            tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences)
+            tokens = round(self.lengths[sublayer.stack_name] * self.rows.sequences * sublayer.uses)
             reach, columns = round(tokens * sublayer.share), sublayer.shape[1] // sublayer.experts
             if reach < columns:
                 part = f", of which {reach} reach an expert on average," if sublayer.is_mixture else ""

@@ -14,7 +14,7 @@ from ..errors import UnsupportedArchitectureError, UnsupportedModelError
 from ..processes import together
 from ..structure.checks import prove_projections
 from ..structure.facts import first_run, in_eval_mode
-from ..structure.hooks import State
+from ..structure.hooks import State, in_turn
 from ..structure.probes import check_order, outputs_of
 from ..structure.proof import prove_router
 from ..structure.runs import Tap
@@ -86,7 +86,7 @@ def readers_of(batch: Batch, sublayer: Sublayer, tap: Tap) -> list[list[str]]:
     """
     groups: dict[tuple[int, bool], list[str]] = {}
     for path, tensors in tap.reads.items():
-        if len(tensors) == 1 and reads_tokens(batch, sublayer, path, tensors[0]):
+        if len(tensors) == sublayer.uses and reads_tokens(batch, sublayer, path, tensors[0]):
             biased = sublayer.layer.get_submodule(path).bias is not None
             groups.setdefault((id(tensors[0]), biased), []).append(path)
     return list(groups.values())
@@ -163,8 +163,8 @@ def try_loss(
             outputs_of(sublayers) as activations,
         ):
             outputs = outputs_for(loss, model, sublayers, sample)
-        for place, y in activations.items():
-            y = sample.by_token(y, sublayers[place].stack_name)
+        for place, each in activations.items():
+            y = in_turn([sample.by_token(part, sublayers[place].stack_name) for part in each])
             calibration.check_finite(sublayers[place], (y[sample.tokens(sublayers[place], y)].sum(),))
         return check_loss(loss, outputs, counted, Draws(args.seed, sample.rows, counted), sample.samples)
     return [], []

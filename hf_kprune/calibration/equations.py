@@ -11,6 +11,7 @@ from torch import Tensor
 from ..methods.least_squares import NormalEquations
 from ..processes import together
 from ..structure.experts import shares
+from ..structure.hooks import in_turn
 from ..structure.projections import oriented
 from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer
@@ -65,25 +66,37 @@ class Reference:
         self.teacher, self.shared = teacher, shared
         self._streams: dict[int, Tensor] = {}
         self._reads: dict[int, dict[str, Tensor]] = {}
+        self._runs: dict[int, list[Tensor]] = {}
 
     def _step(self, batch: int) -> None:
         """Carry a batch of the teacher above the sublayer, unless it is there."""
         if batch not in self._streams:
             tap = self.teacher.step(batch)
             self._streams[batch] = tap.stream + tap.output
-            self._reads[batch] = {path: tensors[0] for path, tensors in tap.reads.items()}
+            uses = self.teacher.sublayer.uses
+            self._runs[batch] = tap.runs if uses > 1 else []
+            self._reads[batch] = {path: in_turn(tensors[:uses]) for path, tensors in tap.reads.items()}
 
     def reads(self, batch: int) -> dict[str, Tensor]:
         """What the input projections read of a batch, (B, T, ...), by path."""
         self._step(batch)
         return self._reads[batch] if self.shared else self._reads.pop(batch)
 
+    def runs(self, batch: int) -> list[Tensor]:
+        """What a layer that runs several times reads of a batch each time, (B, T, D); else nothing.
+
+        Students are fitted on it: what their own layer gives before it is tuned is not what it will read.
+        """
+        self._step(batch)
+        return self._runs[batch]
+
     def stream(self, batch: int) -> Tensor:
         """X_T + Sub_T(X_T) of a batch, (B, T, D)."""
         self._step(batch)
         if self.shared:
             return self._streams[batch]
-        self._reads.pop(batch, None)
+        for kept in (self._reads, self._runs):
+            kept.pop(batch, None)
         return self._streams.pop(batch)
 
 
@@ -102,7 +115,8 @@ class Sample:
     def __init__(self, calibration: Calibration, sublayer: Sublayer):
         self.calibration, self.sublayer = calibration, sublayer
         stack = sublayer.stack_name
-        self.stride = max(1, round(calibration.lengths[stack] * calibration.rows.sequences / SAMPLE))
+        tokens = sublayer.uses * calibration.lengths[stack] * calibration.rows.sequences
+        self.stride = max(1, round(tokens / SAMPLE))
         self.tokens = list[tuple[Tensor, Tensor, Tensor]]()
 
     def add(self, batch: Batch, valid: Tensor, features: Tensor, stream: Tensor, reference: Tensor) -> None:
@@ -165,7 +179,8 @@ def normal_equations(
         for i, batch in enumerate(calibration.batches):
             if not batch.fitted:
                 continue
-            stream, tap = reference.stream(i), student.tap(i)
+            tap = student.tap(i, reference.runs(i))
+            stream = reference.stream(i)
             valid = batch.tokens(sublayer, stream)
             if sample is not None:
                 sample.add(batch, valid, tap.features, tap.stream, stream)
@@ -233,7 +248,7 @@ def input_equations(
         for i, batch in enumerate(calibration.batches):
             if not (groups and batch.fitted):
                 continue
-            teacher_reads, student_reads = reference.reads(i), student.reads(i, first)
+            teacher_reads, student_reads = reference.reads(i), student.reads(i, first, reference.runs(i))
             for path, parts in zip(first, sums, strict=True):
                 stack = sublayer.source_of(path)
                 x, y = (batch.by_token(read, stack) for read in (student_reads[path], teacher_reads[path]))

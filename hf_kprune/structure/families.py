@@ -100,6 +100,8 @@ class Block:
             says whether they cannot. Then all of them are one unit. `""` if they can.
         stays: An attribute, `"path.of.module.attribute"`, of layers where it stays as it is, if it is true
             there: attentions whose keys and values later layers read.
+        norm: A module of `core` that reads the sum of the output and the first argument of `core`, where the
+            output joins the stream inside of it; `""` if it does so outside.
         weights: Whether its model can take the attention weights of no heads, (B, 0, T, T). If not, it
             refuses `output_attentions=True` once an attention is emptied.
 
@@ -123,6 +125,7 @@ class Block:
     table: str = ""
     obstacle: str = ""
     stays: str = ""
+    norm: str = ""
     weights: bool = True
 
 
@@ -151,9 +154,12 @@ class Stack:
         mask: Model input that marks padding of this stack's tokens; `""` if there is none.
         reads: Path of the stack that the keys and values of cross-attention come from. Where the model has
             no such stack and is a part of another one, they come from elsewhere in that.
-        shares: Argument of a layer that holds what layers make for later ones, a mapping from names to
-            tuples of tensors, (B, ...); `""` if there is none. An attention that finds its keys and values
-            there has no projections for them, and each of its units is a query head of every group.
+        shares: Argument of a layer that holds what layers make for later ones, a tensor or a mapping from
+            names to tuples of tensors, (B, ...) or (B * n, ...); `""` if there is none. An attention that
+            finds its keys and values there has no projections for them, and each of its units is a query head
+            of every group.
+        runs: Config attribute with the number of layers that run, where that may be more than there are, as
+            each runs several times in turn: number i is layer i * layers // runs. `""` if each runs once.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
             shifted.
         pads: Whether the model itself pads sequences further, at their end.
@@ -185,6 +191,7 @@ class Stack:
     mask: str = "attention_mask"
     reads: str = ""
     shares: str = ""
+    runs: str = ""
     shifts: bool = False
     pads: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -210,6 +217,16 @@ def _bert(
     sizes: dict[str, Size] = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
     attention = _attention(core, "attention.output.dense", "query key value", sizes=sizes)
     return replace(attention, **rest), _ffn("intermediate.dense", "output.dense", reads)
+
+
+def _albert(layer: str) -> tuple[Block, Block]:
+    """One of the layers of a group of ALBERT's, which run in turn and as often as the group does."""
+    core = f"{layer}.attention"
+    sizes: dict[str, Size] = {f"{core}.num_attention_heads": "heads", f"{core}.all_head_size": "width"}
+    attention = _attention(
+        core, f"{core}.dense", "query key value", stream=core, norm=f"{core}.LayerNorm", sizes=sizes
+    )
+    return attention, _ffn(f"{layer}.ffn", f"{layer}.ffn_output", f"{layer}.ffn")
 
 
 def _bart(
@@ -1623,6 +1640,15 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen3_5_moe_text": (_QWEN3_NEXT,),
     "qwen3_next": (_QWEN3_NEXT,),
     "recurrent_gemma": (_RECURRENT_GEMMA,),
+    # layers that run several times
+    "albert": (
+        Stack(
+            "encoder.albert_layer_groups",
+            tuple(block for number in range(4) for block in _albert(f"albert_layers.{number}")),
+            runs="num_hidden_layers",
+            uniform=_FFN_SIZE,
+        ),
+    ),
     # types of which parts stay
     "big_bird": (replace(_BERT, refuses=_BIG_BIRD),),
     "bigbird_pegasus": (
@@ -1746,6 +1772,18 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             },
         ),
     ),
+    "wavlm": (
+        replace(
+            _WAV2VEC2,
+            blocks=_WAV2VEC2.blocks[1:],
+            returns=("y", None),
+            shares="position_bias",
+            untouched={
+                "attention": "it is one torch function that takes no narrower projections",
+                "adapter_layer": "",
+            },
+        ),
+    ),
     # conformers
     "lasr_encoder": (_PARAKEET,),
     "wav2vec2-conformer": (_CONFORMER,),
@@ -1755,7 +1793,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
 
 
 REFUSED: dict[str, str] = {
-    "albert": "its layers share one set of weights",
     "cpmant": "it puts tokens of a prompt before those that it is given",
     "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
@@ -1768,7 +1805,6 @@ REFUSED: dict[str, str] = {
     "squeezebert": "its projections are grouped convolutions",
     "vilt": "it draws anew in every pass which patches of an image it sees, and in which order",
     "vit_mae": "it hides other patches in every pass; load its encoder as a ViTModel",
-    "wavlm": "its attention is one torch function that takes no narrower projections",
     "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "xlnet": "its attention weights are no projections, and it has two streams",
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -41,10 +42,13 @@ class State:
         inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it
             gave: (B, T, D). And what layers below have made for later ones, see `shared_in`.
         outputs: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
+        later: Of a layer that runs several times, what it is to read instead of what it gave before, each
+            time after the first, (B, T, D). Where it is run by itself, there is none.
     """
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    later: Sequence[Tensor] = ()
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +102,12 @@ def by_token(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(len(like), tensor.shape[:-1].numel() // len(like), tensor.shape[-1])
 
 
+def in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """What was seen of a sublayer each time that it ran, (B, T, ...), one after the other: (B, T * times,
+    ...)."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
 def hidden_states(returns: Any, output: Any) -> Tensor:
     """The hidden states in what a layer returned, see `Stack.returns`."""
     return cast(Tensor, output if isinstance(output, Tensor) else output[list(returns).index("y")])
@@ -127,7 +137,9 @@ def form_of(sublayer: Sublayer) -> Any:
 def shared_in(sublayer: Sublayer, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """What layers have made for later ones of their stack (`Stack.shares`), tensor by tensor, by names that
     begin with that of the stack."""
-    states = kwargs.get(sublayer.stack.shares) or {}
+    states = kwargs.get(sublayer.stack.shares)
+    if not isinstance(states, Mapping):
+        states = {} if states is None else {sublayer.stack.shares: (states,)}
     return {
         f"{sublayer.stack_name}/{name}/{place}": tensor
         for name, tensors in states.items()
@@ -135,7 +147,7 @@ def shared_in(sublayer: Sublayer, kwargs: Mapping[str, Any]) -> dict[str, Tensor
     }
 
 
-def share(sublayer: Sublayer, kwargs: Mapping[str, Any], state: State) -> None:
+def share(sublayer: Sublayer, kwargs: dict[str, Any], state: State) -> None:
     """Give the layers of a stack what those below them have made, as `shared_in` has seen it."""
     shared: dict[str, list[Tensor]] = {}
     for path, tensor in state.inputs.items():
@@ -143,7 +155,10 @@ def share(sublayer: Sublayer, kwargs: Mapping[str, Any], state: State) -> None:
         if stack == sublayer.stack_name and names:
             shared.setdefault(names[0], []).append(tensor)
     for name, tensors in shared.items():
-        kwargs[sublayer.stack.shares][name] = tuple(tensors)
+        if name == sublayer.stack.shares:  # a tensor by itself
+            (kwargs[name],) = tensors
+        else:
+            kwargs[sublayer.stack.shares][name] = tuple(tensors)
 
 
 @contextmanager
@@ -192,7 +207,8 @@ def featured(sublayer: Sublayer, function: Callable[[Tensor], Tensor]) -> Iterat
 def answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:
     """Let a sublayer that has already run answer with its `output`, without computing it."""
     block = sublayer.block
-    if not block.core:
+    inside = bool(block.core) and not block.norm  # what the core gives follows from this output alone
+    if not inside:
         for path in sublayer.input_projections:
             projection = sublayer.layer.get_submodule(path)
             rows, zero = len(oriented(projection)), output.new_zeros(())
@@ -201,7 +217,7 @@ def answer(stack: ExitStack, sublayer: Sublayer, output: Tensor) -> None:
                 return zero.expand(*x.shape[:-1], rows)
 
             stack.enter_context(forward_as(projection, nothing))
-    if block.core:
+    if inside:
         core = sublayer.layer.get_submodule(block.core)
         names = parameter_names(core)
         y = output if block.output.startswith(block.core + ".") else output[..., :0]
@@ -230,7 +246,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                 continue
             stream, layers = state.inputs[name], list(sublayer.layers)
             if target is not None and name == target.stack_name:
-                layers = layers[: target.index]
+                layers, times = layers[: target.index], count()
 
                 def replace(
                     _: nn.Module,
@@ -238,7 +254,13 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                     kwargs: dict[str, object],
                     stream: Tensor = stream,
                     sublayer: Sublayer = sublayer,
+                    times: Iterator[int] = times,
+                    uses: int = target.uses,
                 ) -> tuple[Any, dict[str, Any]]:
+                    if run := next(times) % uses:
+                        if not state.later:  # it reads what it gave
+                            return args, kwargs
+                        stream = state.later[run - 1]
                     share(sublayer, kwargs, state)
                     return with_first(args, kwargs, stream)
 

@@ -164,6 +164,8 @@ def _block_plan(layers: Layers, block: Block, group: Group) -> BlockPlan:
             for argument, where in block.select.items()
         },
     }
+    if block.norm:
+        plan["norm"] = block.norm
     if not block.weights:
         plan["weights"] = False
     if isinstance(unit, Expert):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -56,7 +57,8 @@ def matrix_flops(model: nn.Module, inputs: Mapping[str, object]) -> float:
 
 @torch.no_grad()
 def check_order(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]) -> None:
-    """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run once, in their order."""
+    """Raise `UnsupportedArchitectureError` unless the sublayers of each stack run in their order, and as
+    often as their family says."""
     ran: list[int] = []
     with ExitStack() as hooks:
         for place, sublayer in enumerate(sublayers):
@@ -65,7 +67,9 @@ def check_order(model: nn.Module, inputs: Mapping[str, object], sublayers: Seque
             )
         run_to_top(model, inputs, sublayers)
     for stack in dict.fromkeys(s.stack_name for s in sublayers):
-        expected = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
+        places = [place for place, s in enumerate(sublayers) if s.stack_name == stack]
+        layers = [list(layer) for _, layer in groupby(places, key=lambda place: sublayers[place].index)]
+        expected = [place for layer in layers for place in layer * sublayers[layer[0]].uses]
         order = [place for place in ran if sublayers[place].stack_name == stack]
         if order != expected:
             names = [sublayers[place].name for place in order]
@@ -89,14 +93,14 @@ def only_tokens(module: nn.Module, start: int, stop: int) -> Iterator[None]:
 
 
 @contextmanager
-def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, by its place
-    in `sublayers`.
+def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, list[Tensor]]]:
+    """Collect the features, (B, T, C) or (B * T, C), of each sublayer in the next forward pass, each time
+    that it runs, by its place in `sublayers`.
 
     With gradients enabled they are part of the graph. As the features a_tc enter multiplied by a mask m_c =
     1, the gradient to that mask is sum_t a_tc dL/da_tc: no mask is needed, and no gradient of any weight.
     """
-    features: dict[int, Tensor] = {}
+    features: dict[int, list[Tensor]] = {}
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):
 
@@ -105,7 +109,7 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
                     torch.is_grad_enabled() and not tensor.requires_grad
                 ):  # the lowest one, where the graph begins
                     tensor = tensor.detach().requires_grad_()
-                features[place] = tensor
+                features.setdefault(place, []).append(tensor)
                 return tensor
 
             stack.enter_context(featured(sublayer, show))
@@ -113,15 +117,15 @@ def probed(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
 
 
 @contextmanager
-def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, Tensor]]:
-    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, by place
-    in `sublayers`."""
-    outputs: dict[int, Tensor] = {}
+def outputs_of(sublayers: Sequence[Sublayer]) -> Iterator[dict[int, list[Tensor]]]:
+    """Collect what the output projections give, (B, T, D) or (B * T, D), in the next forward pass, each time
+    that they run, by place in `sublayers`."""
+    outputs: dict[int, list[Tensor]] = {}
     with ExitStack() as stack:
         for place, sublayer in enumerate(sublayers):
 
             def note(_: nn.Module, _args: tuple[object, ...], output: Tensor, place: int = place) -> None:
-                outputs[place] = output
+                outputs.setdefault(place, []).append(output)
 
             stack.enter_context(hooked(sublayer.output.register_forward_hook(note)))
         yield outputs

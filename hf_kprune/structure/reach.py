@@ -116,11 +116,11 @@ def towers_left_alone(
     for path, sublayers in reversed(towers.items()):
         if path in spared:
             continue
-        counts = {runs[s.name] for s in sublayers}
+        counts = {runs[s.name] / s.uses for s in sublayers}
         if counts == {0}:
             reasons[path] = "it does not run on the calibration rows"
         elif counts != {1}:
-            reasons[path] = "on the calibration rows not all of its layers run once"
+            reasons[path] = "on the calibration rows not all of its layers run as often as in one pass"
         elif not walks(model, inputs, head_unit, towers.keys() - {*walkable, path}):
             reasons[path] = "the model looks into it, so that its layers cannot be carried one by one"
         else:

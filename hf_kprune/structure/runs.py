@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .hooks import (
     first,
     hidden_states,
     hooked,
+    in_turn,
     note_form,
     passing,
     resumed,
@@ -31,7 +33,8 @@ from .sublayers import Sublayer
 
 @dataclass
 class Tap:
-    """What one sublayer did with a batch of B sequences of T tokens.
+    """What one sublayer did with a batch of B sequences of T tokens, those of each time that it ran one after
+    the other.
 
     Args:
         stream: Residual input X of the sublayer, (B, T, D), in units of `output`; zero if that
@@ -42,6 +45,7 @@ class Tap:
         reads: What each of its input projections has read, each time it ran, by path, (B, T, ...).
         entry: What the output projection was called with: the features in the shape in which it read them, or
             what experts were.
+        runs: What its layer read each time that it ran, (B, T, D).
     """
 
     stream: Tensor
@@ -50,6 +54,7 @@ class Tap:
     above: State
     reads: dict[str, list[Tensor]]
     entry: tuple[Tensor, ...]
+    runs: list[Tensor]
 
 
 def run(model: nn.Module, inputs: Mapping[str, object]) -> None:
@@ -76,23 +81,27 @@ def run_sublayer(
     following = sublayers[position + 1] if position + 1 < len(sublayers) else None
     block = sublayer.block
     tensors: dict[str, Tensor] = {}
+    runs, streams, features, outputs = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     reads: dict[str, list[Tensor]] = {}
     entries: list[tuple[Tensor, ...]] = []
 
     def on_entry(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors["input"] = first(args, kwargs)
+        runs.append(first(args, kwargs))
+        tensors["input"] = runs[0]
 
     def on_stream(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors.setdefault("stream", first(args, kwargs))
+        if len(streams) < len(runs):
+            streams.append(first(args, kwargs))
 
-    def on_features(features: Tensor) -> Tensor:
-        tensors["features"] = features
-        return features
+    def on_features(read: Tensor) -> Tensor:
+        features.append(read)
+        return read
 
     def on_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         entries.append(args)
-        tensors["output"] = output.clone()  # some models go on in place
-        if following is not None and following.layer is sublayer.layer:
+        outputs.append(output.clone())  # some models go on in place
+        last = len(outputs) == sublayer.uses
+        if last and following is not None and following.layer is sublayer.layer:
             raise Stop
 
     def on_layer(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
@@ -111,10 +120,15 @@ def run_sublayer(
         hooks.enter_context(passing(sublayers, position, state))
         run(model, inputs)
 
-    output = by_token(tensors["output"], tensors["input"])
-    stream = _stream_below(sublayers, position, state, tensors, output)
-    features = by_token(tensors["features"], tensors["input"])
-    return Tap(stream, features, output, _state_above(sublayer, state, tensors), reads, entries[0])
+    output, feature, stream = (
+        in_turn([by_token(tensor, tensors["input"]) for tensor in each])
+        for each in (outputs, features, streams or map(torch.zeros_like, outputs))
+    )
+    if streams:
+        stream = stream / sublayer.residual + _beside(sublayers, position, state)
+    tensors["output"] = outputs[0]
+    above = _state_above(sublayer, state, tensors)
+    return Tap(stream, feature, output, above, reads, entries[0], runs)
 
 
 def run_layer(
@@ -174,9 +188,12 @@ def _stopping_above(
         tensors.update(shared_in(sublayer, kwargs))
         raise Stop
 
+    times = count(1)
+
     def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        tensors["above"] = hidden_states(sublayer.stack.returns, output)
-        raise Stop
+        if next(times) == sublayer.runs[-1]:
+            tensors["above"] = hidden_states(sublayer.stack.returns, output)
+            raise Stop
 
     with ExitStack() as hooks:
         if following is None or following.layers is not sublayer.layers:
@@ -187,16 +204,10 @@ def _stopping_above(
         yield
 
 
-def _stream_below(
-    sublayers: Sequence[Sublayer], position: int, state: State, tensors: Mapping[str, Tensor], output: Tensor
-) -> Tensor:
-    """The residual input of a sublayer in units of its output, (B, T, D), see `Tap.stream`."""
-    if "stream" not in tensors:
-        return torch.zeros_like(output)
-    sublayer = sublayers[position]
-    below = sublayers[:position] if sublayer.stack.parallel else ()
-    earlier = [state.outputs[s.name] for s in below if s.name in state.outputs]
-    return by_token(tensors["stream"], tensors["input"]) / sublayer.residual + sum(earlier)
+def _beside(sublayers: Sequence[Sublayer], position: int, state: State) -> Tensor | int:
+    """What the sublayers beside a sublayer that have run add to its stream, (B, T, D)."""
+    below = sublayers[:position] if sublayers[position].stack.parallel else ()
+    return sum(state.outputs[s.name] for s in below if s.name in state.outputs)
 
 
 def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]) -> State:
@@ -208,7 +219,10 @@ def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]
     kept = {n: t for n, t in state.inputs.items() if not (top and n.startswith(f"{sublayer.stack_name}/"))}
     shared = {n: t for n, t in tensors.items() if n.startswith(f"{sublayer.stack_name}/")}
     inputs = {**kept, **shared, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
-    return State(inputs, {} if "above" in tensors else {**state.outputs, sublayer.name: tensors["output"]})
+    if "above" in tensors:
+        return State(inputs)
+    # of a layer that runs several times, the next sublayer needs all of it to run again
+    return State(inputs, {**state.outputs, sublayer.name: tensors["output"]} if sublayer.uses == 1 else {})
 
 
 @contextmanager
@@ -216,13 +230,13 @@ def _reading(
     sublayer: Sublayer, paths: Sequence[str], reads: dict[str, list[Tensor]], stop: bool = False
 ) -> Iterator[None]:
     """Collect what the input projections of `sublayer` at `paths` read, and, if told to, `stop` once each has
-    been reached."""
+    been reached each time."""
     with ExitStack() as hooks:
         for path in paths:
 
             def see(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
                 reads.setdefault(path, []).append(args[0])
-                if stop and len(reads) == len(paths):
+                if stop and len(reads) == len(paths) and min(map(len, reads.values())) >= sublayer.uses:
                     raise Stop
 
             hooks.enter_context(hooked(sublayer.layer.get_submodule(path).register_forward_pre_hook(see)))
@@ -238,12 +252,12 @@ def run_to_inputs(
     state: State,
     paths: Sequence[str],
 ) -> dict[str, Tensor]:
-    """What the input projections at `paths` of one sublayer of `model` read first on the state below it, (B,
-    T, ...)."""
+    """What the input projections at `paths` of one sublayer of `model` read on the state below it, (B, T,
+    ...): first, of several ends that they serve."""
     reads: dict[str, list[Tensor]] = {}
     with resumed(sublayers, position, state), _reading(sublayers[position], paths, reads, stop=True):
         run(model, inputs)
-    return {path: tensors[0] for path, tensors in reads.items()}
+    return {path: in_turn(tensors[: sublayers[position].uses]) for path, tensors in reads.items()}
 
 
 @torch.no_grad()
@@ -276,7 +290,11 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequen
     stacks = {s.stack_name: s for s in sublayers}
 
     def on_end(name: str, sublayer: Sublayer) -> Callable[..., None]:
+        times = count(1)
+
         def see(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
+            if next(times) < sublayer.runs[-1]:
+                return
             note_form(sublayer, output)
             tops[name] = hidden_states(sublayer.stack.returns, output)
             if len(tops) == len(stacks):

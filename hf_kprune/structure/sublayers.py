@@ -64,6 +64,19 @@ class Sublayer:
         return self.layers[self.index]
 
     @property
+    def runs(self) -> list[int]:
+        """How often each layer of its list runs in a forward pass."""
+        layers = len(self.layers)
+        total = int(getattr(self.owner.config, self.stack.runs)) if self.stack.runs else layers
+        return [sum(number * layers // total == index for number in range(total)) for index in range(layers)]
+
+    @property
+    def uses(self) -> int:
+        """How often its own layer does. What is seen of it each time lies one after the other, as if a
+        sequence had so many times as many tokens."""
+        return self.runs[self.index] if self.stack.runs else 1
+
+    @property
     def kind(self) -> str:
         """`"attention"`, `"cross_attention"`, `"ffn"` or `"experts"`."""
         return self.block.kind
@@ -228,25 +241,25 @@ class Sublayer:
         so that gated FFNs, grouped queries and cross-attention, whose keys and values are those of the other
         stack's tokens, come out right. A neuron of an expert counts for the share of the tokens that pass one
         of E experts if each passes k, which is k / E, and so does a whole expert: without some of E, the
-        others are passed by more.
+        others are passed by more. Where its layer runs several times, so does it.
 
         Args:
             lengths: Tokens of a sequence, for each stack.
         """
-        tokens = lengths[self.stack_name]
+        tokens = self.uses * lengths[self.stack_name]
         if self.is_mixture:
             neurons = 1 if self.unit.in_experts else experts.size_of(self.output)[1]
             return 2 * tokens * neurons * experts.entries_of(self.output) * self.share
         entries = tokens * self.unit_width * self.shape[0]
         for path in self.input_projections:
             width, _ = self.plan["rows"].get(path, (0, 0))
-            length = lengths[self.source_of(path)]
+            length = self.uses * lengths[self.source_of(path)]
             entries += length * width * oriented(self.layer.get_submodule(path)).shape[1]
         return 2 * entries + self.unit_products(lengths)
 
     def unit_products(self, lengths: Mapping[str, float]) -> float:
         """FLOPs of one unit between tokens, where no weight takes part, see `Unit.token_flops`."""
-        return self.unit.token_flops(lengths[self.stack_name], lengths[self.reads])
+        return self.uses * self.unit.token_flops(lengths[self.stack_name], lengths[self.reads])
 
 
 # ------------------------------------------------------------------------------------------------------------

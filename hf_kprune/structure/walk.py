@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -68,12 +69,19 @@ class Walk:
         """The sublayers that have not been passed yet, from the one that has been reached up."""
         return self.sublayers[self.position :]
 
-    def tap(self, batch: int) -> Tap:
+    def tap(self, batch: int, runs: Sequence[Tensor] = ()) -> Tap:
         """Run the sublayer on a batch, which stays below it.
 
         Its features are kept for `lift`, so until then nothing but the output projection may change.
+
+        Args:
+            batch: Number of the batch.
+            runs: Of a layer that runs several times, what it is to read each time after the first, see
+                `Tap.runs`. None: what it gave.
         """
-        tap = self._run(batch)
+        tap = self._run(batch, runs)
+        if self.sublayer.uses > 1:  # what it reads the second time hangs on its output projection
+            return tap
         entries = [*self._entries.values(), tap.entry]
         room = ENTRIES * room_on(tap.entry[0].device)
         if sum(tensor.nbytes for entry in entries for tensor in entry) <= room:
@@ -96,8 +104,17 @@ class Walk:
         self.states[batch] = run_above(self.model, self.inputs[batch], *about, entry)
         self._ahead.add(batch)
 
-    def _run(self, batch: int) -> Tap:
-        return run_sublayer(self.model, self.inputs[batch], self.sublayers, self.position, self.states[batch])
+    def _run(self, batch: int, runs: Sequence[Tensor] = ()) -> Tap:
+        state = self._led(batch, runs)
+        return run_sublayer(self.model, self.inputs[batch], self.sublayers, self.position, state)
+
+    def _led(self, batch: int, runs: Sequence[Tensor]) -> State:
+        """The state of a batch in which its layer reads these `runs` after the first."""
+        state = self.states[batch]
+        if not runs:
+            return state
+        # below the lowest layer there is no state yet, and the first run reads what that of any model does
+        return replace(state, inputs={self.sublayer.stack_name: runs[0], **state.inputs}, later=runs[1:])
 
     @property
     def behind(self) -> list[int]:
@@ -119,9 +136,10 @@ class Walk:
         """Stand where `other` stands. This holds as long as both models compute the same."""
         self.position, self.states = other.position, other.states.copy()
 
-    def reads(self, batch: int, paths: Sequence[str]) -> dict[str, Tensor]:
-        """What the input projections of the sublayer at `paths` read of a batch, (B, T, ...)."""
-        state = self.states[batch]
+    def reads(self, batch: int, paths: Sequence[str], runs: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+        """What the input projections of the sublayer at `paths` read of a batch, (B, T, ...); `runs` as for
+        `tap`."""
+        state = self._led(batch, runs)
         return run_to_inputs(self.model, self.inputs[batch], self.sublayers, self.position, state, paths)
 
     def layers(self) -> list[range]:
