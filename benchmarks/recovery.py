@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, line: dict[str, Any]) -> dict[str, Any]:
         "processor_seconds": time.process_time() - begin,
         "seconds": recovery.seconds,
         "steps": recovery.steps,
+        "looks": recovery.looks,
         "distances": [recovery.distance_before, recovery.distance_after],
         "arguments": recovery.arguments,
         "threads": torch.get_num_threads(),

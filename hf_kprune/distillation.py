@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
@@ -33,11 +34,14 @@ from .structure.sublayers import Sublayer, find_sublayers
 LOOKS = 8
 """How many times a model is judged on them at most."""
 
-PATIENCE = 3
-"""Training ends when so many looks have found nothing better."""
-
 WARM_UP = 20
 """Steps in which the learning rate rises to its value. It falls from there to 0 at the end of the time."""
+
+LOST = 2.0
+"""A student that is so many times as far away as at first does not come back as the learning rate falls."""
+
+STEP_BACK = 1 / 3
+"""What the learning rate is multiplied by when a look has found the student lost."""
 
 COUNTED = "counted"
 """Name, beside the inputs of a batch, of the tokens that count."""
@@ -82,7 +86,8 @@ class Lesson:
 
 class Watch(TrainerCallback):
     """Judges the student from time to time, remembers it at its best, and ends the training when the time is
-    up, or when `PATIENCE` looks have found nothing better.
+    up, never before: most is learnt at the end, when the learning rate falls. A student that is lost goes
+    back to its best, and goes on with a lower learning rate.
 
     Args:
         pruner: Whose listeners are told how much is done.
@@ -94,7 +99,8 @@ class Watch(TrainerCallback):
     def __init__(self, pruner: Pruner, lesson: Lesson, recovery: Recovery, end: float):
         self.pruner, self.lesson, self.recovery = pruner, lesson, recovery
         self.begin, self.end, self.next = time.monotonic(), end, 1 / LOOKS
-        self.best: dict[str, Tensor] = {}
+        self.factor = 1.0
+        self.best = self.weights()
 
     def share(self, state: TrainerState, arguments: TrainingArguments) -> float:
         """The share of the training that is done, by its time or by its steps, whichever is more."""
@@ -102,26 +108,35 @@ class Watch(TrainerCallback):
         steps_gone = state.global_step / arguments.max_steps if arguments.max_steps > 0 else 0.0
         return min(1.0, max(time_gone, steps_gone))
 
-    def look(self, step: int) -> None:
-        """Judge the student, and remember it if it is better than before."""
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights that are trained."""
+        trained = ((n, p) for n, p in self.lesson.student.named_parameters() if p.requires_grad)
+        return {name: parameter.detach().clone() for name, parameter in trained}
+
+    def look(self, step: int) -> bool:
+        """Judge the student, remember it if it is better than before, and say whether it is lost."""
         distance = self.lesson.distance()
         self.recovery.looks.append([step, distance])
         if distance < self.recovery.distance_after:
-            self.recovery.distance_after = distance
-            trained = ((n, p) for n, p in self.lesson.student.named_parameters() if p.requires_grad)
-            self.best = {name: parameter.detach().clone() for name, parameter in trained}
+            self.recovery.distance_after, self.best = distance, self.weights()
+        return distance > LOST * self.recovery.distance_before
+
+    def go_back(self, optimizer: Optimizer) -> None:
+        """Put the student back to its best, and lower the learning rate."""
+        self.lesson.student.load_state_dict(self.best, strict=False)
+        optimizer.state.clear()  # its averages are of the way that was wrong
+        self.factor *= STEP_BACK
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         share = self.share(state, args)
         tell(self.pruner, "on_progress", share)
         if share >= self.next and share < 1:
             self.next = share + 1 / LOOKS
-            self.look(state.global_step)
-        late = [distance for _, distance in self.recovery.looks[-PATIENCE:]]
-        lost = len(late) == PATIENCE and min(late) > self.recovery.distance_after
-        control.should_training_stop |= share >= 1 or lost
+            if self.look(state.global_step):
+                self.go_back(others["optimizer"])
+        control.should_training_stop |= share >= 1
 
 
 class Distillation(Trainer):
@@ -159,7 +174,8 @@ class Distillation(Trainer):
         """A learning rate that rises at first and falls to 0 as the time runs out."""
 
         def rate(step: int) -> float:
-            return min(1.0, (step + 1) / WARM_UP) * (1 - self.watch.share(self.state, self.args))
+            left = 1 - self.watch.share(self.state, self.args)
+            return self.watch.factor * min(1.0, (step + 1) / WARM_UP) * left
 
         self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rate)
         return self.lr_scheduler

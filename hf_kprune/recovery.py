@@ -40,6 +40,13 @@ from .validation import checked_arguments
 HELD_OUT = 4_000
 """Tokens of the rows that are held out, at most."""
 
+TOKENS_OF_STEP = 1_000
+"""Tokens of a step, about, where rows are long: in minutes, many small steps teach more than few large
+ones."""
+
+LEAST_ROWS = 8
+"""Rows of a step, at least."""
+
 
 def recover(
     pruner: Pruner,
@@ -135,7 +142,8 @@ def learn(pruner: Pruner, lesson: Lesson, minutes: float, options: Mapping[str, 
     if not before:  # there is nothing to learn
         return recovery
     with tempfile.TemporaryDirectory() as unused, undisturbed(student), lesson.flags():
-        arguments = arguments_of(pruner, unused, "input_ids" in train[0], options)
+        rows_of_step = max(LEAST_ROWS, round(TOKENS_OF_STEP * len(train) / max(1, rows.tokens)))
+        arguments = arguments_of(pruner, unused, "input_ids" in train[0], rows_of_step, options)
         watch = Watch(pruner, lesson, recovery, begin + 60 * minutes)
         trainer = Distillation(lesson, watch, arguments, train)
         trainer.remove_callback(PrinterCallback)
@@ -149,14 +157,14 @@ def learn(pruner: Pruner, lesson: Lesson, minutes: float, options: Mapping[str, 
 
 
 def arguments_of(
-    pruner: Pruner, output_dir: str, texts: bool, options: Mapping[str, Any]
+    pruner: Pruner, output_dir: str, texts: bool, rows_of_step: int, options: Mapping[str, Any]
 ) -> TrainingArguments:
     """The options of the training: those of the caller, and else those that serve short ones."""
     device = pruner.accelerator.device.type
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and multiplies_bfloat16()
     defaults = {
         "learning_rate": 3e-4,
-        "per_device_train_batch_size": pruner.args.per_device_batch_size,
+        "per_device_train_batch_size": min(pruner.args.per_device_batch_size, rows_of_step),
         "num_train_epochs": 1e6,  # the watch ends it
         "bf16": fast and not options.get("fp16"),
         "train_sampling_strategy": "group_by_length" if texts else "random",
@@ -204,7 +212,7 @@ class Learner:
         `Trainer` makes its outputs, and what leaves its highest layers, like those of the dense model on the
         calibration rows. Of these a tenth, and 4,000 tokens at most, are held out; by the distance there,
         the model is left as it was at its best, so never worse than it was. Layers are trained, embeddings
-        and heads stay. It takes memory for the dense model, and four times that of the pruned one.
+        and heads stay. It takes memory for the dense model, and five times that of the pruned one.
 
         Args:
             minutes: How long it takes, about.

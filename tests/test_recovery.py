@@ -13,6 +13,7 @@ from data import rows
 from models import shallow
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
+from hf_kprune.distillation import LOST, STEP_BACK, Watch
 
 
 def pruner_of(model: Any, sparsity: float = 0.6, count: int = 40, **options: Any) -> KPrunePruner:
@@ -62,6 +63,24 @@ def test_what_was_learnt_wrongly_is_left_out() -> None:
     assert min(distance for _, distance in recovery.looks) > recovery.distance_before
     assert recovery.distance_after == recovery.distance_before
     assert all(torch.equal(pruned[name], value) for name, value in pruner.model.state_dict().items())
+
+
+def test_a_student_that_is_lost_goes_back_and_learns_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = pruner_of(shallow(num_hidden_layers=1))
+    pruner.prune(inplace=False)
+    pruned, go_back = copy.deepcopy(pruner.model.state_dict()), Watch.go_back
+    factors = []
+
+    def watched(self: Watch, optimizer: torch.optim.Optimizer) -> None:
+        assert self.recovery.looks[-1][1] > LOST * self.recovery.distance_before
+        go_back(self, optimizer)
+        student = self.lesson.student.state_dict()
+        assert all(torch.equal(student[name], value) for name, value in pruned.items())
+        factors.append(self.factor)
+
+    monkeypatch.setattr(Watch, "go_back", watched)
+    pruner.recover(minutes=5, max_steps=3, learning_rate=1e6)
+    assert factors == [STEP_BACK, STEP_BACK**2]
 
 
 def test_the_dense_model_is_kept_loaded_again_or_asked_for(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -13,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from data import collate, rows
-from models import pruned_layer, shallow, slow_unless_in
+from models import cut_randomly, pruned_layer, shallow, slow_unless_in
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from zoo import make
 
 import hf_kprune
-from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner
+from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPrunePruner, UnsupportedModelError
 from hf_kprune.cli.terminal import main
 from hf_kprune.runtimes.gguf import (
     NAME,
@@ -33,6 +35,7 @@ from hf_kprune.runtimes.gguf import (
     verify,
 )
 from hf_kprune.runtimes.graphs import EXACT, compare
+from hf_kprune.runtimes.vllm import layer_configs, register
 
 
 TEXTS = ("a warm film", "That's 12345 films,  isn't it?\n\nYes: Käse!", "nothing<|end|>")
@@ -245,6 +248,62 @@ def test_graphs_give_what_the_model_gives(tmp_path: Path, format: str, package: 
             torch.testing.assert_close(
                 exported(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4
             )
+
+
+class Convertor:
+    """What vLLM reads configs by, as far as it is asked for those of layers."""
+
+    def __init__(self, hf_config: Any, hf_text_config: Any):
+        self.hf_config, self.hf_text_config = hf_config, hf_text_config
+
+    def get_per_layer_hf_configs(self) -> None:
+        return None
+
+
+def as_vllm(monkeypatch: pytest.MonkeyPatch, convertor: type) -> None:
+    for name in ("vllm", "vllm.config", "vllm.transformers_utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    convertors = ModuleType("vllm.transformers_utils.model_arch_config_convertor")
+    convertors.ModelArchConfigConvertorBase = convertor  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, convertors.__name__, convertors)
+
+
+def test_vllm_is_told_the_heads_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_vllm(monkeypatch, Convertor)
+    register()
+    once = Convertor.get_per_layer_hf_configs
+    register()
+    assert Convertor.get_per_layer_hf_configs is once
+    dense = make("llama").config
+    assert Convertor(dense, dense).get_per_layer_hf_configs() is None
+    model = cut_randomly(make("llama"), (2, 9, 1, 5, 2, 1))
+    config, size = model.config, head_size(model.config)
+    config.architectures = ["LlamaForCausalLM"]
+    layers = Convertor(config, config).get_per_layer_hf_configs()
+    assert config.architectures == ["TransformersForCausalLM"]
+    heads = [(one.num_attention_heads, one.num_key_value_heads) for one, same in layers if one is same]
+    attentions = [layer.self_attn for layer in model.model.layers]
+    assert heads == [(len(a.q_proj.weight) // size, len(a.k_proj.weight) // size) for a in attentions]
+    assert config.num_attention_heads == dense.num_attention_heads
+
+
+def test_what_vllm_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_vllm(monkeypatch, type("Convertor", (), {}))
+    with pytest.warns(UserWarning, match="this version of vLLM has one number of heads for all layers"):
+        register()
+    config = make("llama").config
+    plan: Any = cut_randomly(make("llama"), (2, 0, 1, 5, 2, 1)).config.kprune
+    with pytest.raises(
+        UnsupportedModelError, match="without neurons, expected min_heads=1 and min_neurons=1"
+    ):
+        layer_configs(config, plan)
+    plan = cut_randomly(make("llama"), (2, 9, 1, 5, 2, 1)).config.kprune
+    plan["stacks"][0]["blocks"][0]["by"] = "query"
+    with pytest.raises(UnsupportedModelError, match="expected head_unit='group'"):
+        layer_configs(config, plan)
+    plan["stacks"] *= 2
+    with pytest.raises(UnsupportedModelError, match="more was pruned than the attentions and FFNs"):
+        layer_configs(config, plan)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from data import PLAIN, ROOT, word_tokenizer
 from forks import free_port
 from models import cut_randomly, pruned
-from transformers import AutoModelForCausalLM, pipeline
-from zoo import make
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from zoo import ZOO, make
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -96,3 +97,56 @@ def test_fastapi_answers_as_the_pruned_pipeline_does(tmp_path: Path) -> None:
     assert [each["label"] for each in answers] == [each["label"] for each in expected]
     scores = [torch.tensor([each["score"] for each in some]) for some in (answers, expected)]
     torch.testing.assert_close(*scores)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@torch.no_grad()
+def test_vllm_gives_the_same_greedy_tokens(tmp_path: Path, model_type: str) -> None:
+    """In a process of its own, which vLLM changes a lot of."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    sizes = {
+        "head_dim": 32,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }  # of its kernels
+    config = AutoConfig.for_model(model_type, **{**ZOO[model_type][1], **sizes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    kept = (1, 9, 2, 5, 4, 1)
+    model = cut_randomly(model, kept)
+    model.save_pretrained(tmp_path / "pruned")
+    prompt, count = [7, 11, 13, 17], 12
+    wanted = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    script = f"""
+import json
+from hf_kprune.runtimes.vllm import register
+register()
+from vllm import LLM, SamplingParams
+server = LLM("pruned", enforce_eager=True, dtype="float32", skip_tokenizer_init=True, max_model_len=32)
+sampling = SamplingParams(temperature=0, max_tokens={count}, ignore_eos=True, detokenize=False)
+answers = server.generate([dict(prompt_token_ids={prompt})], sampling)
+print("tokens", json.dumps(list(answers[0].outputs[0].token_ids)))
+"""
+    settings = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("tokens ")]
+    assert lines, run.stderr[-3000:]
+    assert json.loads(lines[-1].removeprefix("tokens ")) == wanted[0, len(prompt) :].tolist()

