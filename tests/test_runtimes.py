@@ -256,7 +256,7 @@ class Convertor:
     def __init__(self, hf_config: Any, hf_text_config: Any):
         self.hf_config, self.hf_text_config = hf_config, hf_text_config
 
-    def get_per_layer_hf_configs(self) -> None:
+    def get_per_layer_hf_configs(self) -> Any:
         return None
 
 
