@@ -17,10 +17,14 @@ import importlib
 import inspect
 import random
 import re
+import resource
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator
-from typing import Any
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -34,6 +38,7 @@ from hf_kprune import KPruneArguments, KPruneError, KPrunePruner, UnsupportedArc
 from hf_kprune.structure.configs import text_config
 from hf_kprune.structure.detect import describe
 from hf_kprune.structure.facts import example_inputs
+from hf_kprune.structure.families import FAMILIES, REFUSED, UNTOUCHED
 from hf_kprune.structure.sublayers import find_sublayers
 
 
@@ -166,6 +171,70 @@ DRAWN_2 = [
 ]
 """The second draw, from 397 types."""
 
+SEED_3 = 43
+DRAWN_3 = [
+    "beam",
+    "canary_decoder",
+    "clvp",
+    "cohere_compass",
+    "cohere_compass_vision",
+    "colmodernvbert",
+    "cvt",
+    "deepseek_ocr2",
+    "depth_pro",
+    "dia_decoder",
+    "dinat",
+    "dots3_note",
+    "edgetam_video_prompt_encoder",
+    "efficientloftr",
+    "embedding_gemma2",
+    "ernie4_5_vl_moe_vision",
+    "falcon_mamba",
+    "flava",
+    "flava_multimodal_model",
+    "florence_vision",
+    "gemma4",
+    "gemma4_unified_assistant",
+    "git",
+    "instructblipvideo_qformer",
+    "instructblipvideo_vision_model",
+    "kimi_k25",
+    "kosmos_2_5_vision_model",
+    "mimo_v2_flash",
+    "moss_transcribe_diarize",
+    "moss_transcribe_diarize_audio",
+    "muse_glimmer_vision",
+    "musicgen_melody_decoder",
+    "nemotron3_5_transcribe_asr_audio",
+    "pe_audio_encoder",
+    "pe_audio_video",
+    "pe_video",
+    "poolformer",
+    "pp_chart2table_vision",
+    "pp_doclayout_v4",
+    "qwen2_5_omni_talker",
+    "qwen2_5_omni_token2wav",
+    "qwen3_omni_moe_audio_encoder",
+    "qwen3_omni_moe_vision_encoder",
+    "qwen4_exp_vision",
+    "sam2",
+    "sam2_video",
+    "sam3_mask_decoder",
+    "slanext",
+    "slanext_vision",
+    "step3p5_vision",
+    "swiftformer",
+    "timm_backbone",
+    "timm_wrapper",
+    "unlimited_ocr",
+    "vibevoice",
+    "vibevoice_acoustic_tokenizer",
+    "voxtral",
+    "voxtral_realtime",
+    "xclip",
+    "zaya",
+]
+
 SIZES: dict[int, str] = {
     60: "vocab_size",
     64: "max_position_embeddings n_positions max_target_positions",
@@ -212,10 +281,25 @@ INPUTS: dict[str, dict[str, Tensor]] = {
 }
 """Inputs of models for which none are guessed."""
 
-LARGEST = 30_000_000
+LARGEST = 60_000_000
 """Parameters of a model that is tried."""
 
-TABLES = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL")
+MEMORY = 16 * 2**30
+"""Bytes of a process that tries a type."""
+
+TABLES = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT", "MODEL")
+
+
+def named() -> set[str]:
+    """What families, tests and the earlier lists name: every listed type, and every word in quotes."""
+    root = Path(__file__).parent.parent
+    files = [
+        root / "hf_kprune/structure/families.py",
+        *(root / "tests").glob("*.py"),
+        *(root / "benchmarks").glob("*.py"),
+    ]
+    words = {word for file in files for word in re.findall(r'"([\w-]+?)(?::[^"]*)?"', file.read_text())}
+    return words | {*FAMILIES, *REFUSED, *UNTOUCHED}
 
 
 def drawn(known: Collection[str], seed: int) -> list[str]:
@@ -276,23 +360,55 @@ def tiny_like(config: Any) -> dict[str, Any]:
     return values
 
 
+KEPT = (
+    r"image|patch|kernel|window|stride|groups|channels$|token|_id$|_index$|layer_id|version|theta|bins|max_"
+)
+"""Names of whole numbers that are no widths."""
+
+
+def scaled(config: Any, factor: int) -> dict[str, Any]:
+    """Two layers of a config, of at most 500 words and four experts, whose widths are divided by a factor, so that
+    their ratios stay."""
+    values: dict[str, Any] = {}
+
+    def small(name: str, value: int) -> int:
+        if re.search(r"layers?$|blocks?$|depths?$", name):
+            return min(value, 2)
+        if re.search(r"vocab|entity_", name):
+            return min(value, 500)
+        if re.search(r"experts", name) and "tok" not in name:
+            return min(value, 4)
+        if re.search(KEPT, name) or value < 8 * factor or value % factor:
+            return value
+        return value // factor
+
+    for name, value in config.to_dict().items():
+        inner = vars(config).get(name)
+        if isinstance(value, dict) and hasattr(inner, "to_dict"):
+            values[name] = {**value, **scaled(inner, factor)}
+        elif isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
+            values[name] = {**value, "mrope_section": [v // factor for v in value["mrope_section"]]}
+        elif isinstance(value, bool) or name in ("dtype", "model_type"):
+            continue
+        elif isinstance(value, int):
+            id_of_word = name.endswith("_token_id") and value >= 500
+            values[name] = 499 if id_of_word else small(name, value)
+        elif name == "layer_types" and value:
+            kinds = list(dict.fromkeys(value))
+            values[name] = [kinds[i % len(kinds)] for i in range(2)]
+        elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
+            values[name] = [small(name, v) for v in value]
+    return values
+
+
 def configs_of(model_type: str) -> Iterator[dict[str, Any]]:
-    """What a config of a type may be made of, one rule after the other; the last one leaves all but depths."""
+    """What a config of a type may be made of, one rule after the other; the last ones keep ratios of widths."""
     config = AutoConfig.for_model(model_type)
     yield tiny(config)
     yield tiny_like(config)
     yield {k: v for k, v in tiny_like(config).items() if not isinstance(v, (list, tuple))}
-    depths = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "depth")
-
-    def shallow(each: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {name: 2 for name in depths if isinstance(vars(each).get(name), int)}
-        for name, value in each.to_dict().items():
-            inner = vars(each).get(name)
-            if isinstance(value, dict) and hasattr(inner, "to_dict"):
-                values[name] = {**value, **shallow(inner)}
-        return values
-
-    yield shallow(config)
+    for factor in (8, 4, 1):
+        yield scaled(config, factor)
 
 
 def merged(config: dict[str, Any], amendments: dict[str, Any]) -> dict[str, Any]:
@@ -305,12 +421,14 @@ def merged(config: dict[str, Any], amendments: dict[str, Any]) -> dict[str, Any]
     return {**config, **amendments, **inner}
 
 
-def class_of(model_type: str) -> Any:
-    """The model class of a type: that of an Auto table, or the one in its module with such a config."""
+def classes_of(model_type: str) -> list[Any]:
+    """The model classes of a type: those of the Auto tables, or else those in its module with such a config."""
+    names: list[str] = []
     for table in TABLES:
         name = getattr(modeling_auto, f"{table}_MAPPING_NAMES").get(model_type)
-        if name is not None:
-            return getattr(transformers, name if isinstance(name, str) else name[0])
+        names += [] if name is None else [name if isinstance(name, str) else name[0]]
+    if names:
+        return [getattr(transformers, name) for name in dict.fromkeys(names)]
     config_class = CONFIG_MAPPING[model_type]
     module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
     classes = [
@@ -323,12 +441,13 @@ def class_of(model_type: str) -> Any:
     ]
     if not classes:
         raise LookupError("Transformers has no model of this type alone")
-    return min(classes, key=lambda found: (not found.__name__.endswith("Model"), len(found.__name__)))
+    return sorted(classes, key=lambda found: (not found.__name__.endswith("Model"), len(found.__name__)))
 
 
-def build(model_type: str, config: dict[str, Any], seed: int) -> PreTrainedModel:
-    """A random model of a config, with biases and norms away from their initial values too."""
-    kind, small = class_of(model_type), AutoConfig.for_model(model_type, **copy.deepcopy(config))
+def build(model_type: str, config: dict[str, Any], seed: int, kind: Any = None) -> PreTrainedModel:
+    """A random model of a config, and of a class, with biases and norms away from their initial values too."""
+    kind = kind or classes_of(model_type)[0]
+    small = AutoConfig.for_model(model_type, **copy.deepcopy(config))
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(copy.deepcopy(small)).parameters())
     if size > LARGEST:
@@ -338,8 +457,42 @@ def build(model_type: str, config: dict[str, Any], seed: int) -> PreTrainedModel
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter += 0.2 * torch.randn_like(parameter)
+                scale = min(0.2, 0.8 * parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else 0.2
+                parameter += scale * torch.randn_like(parameter)
     return model
+
+
+def words_but(token: int, *shape: int) -> Tensor:
+    """Random words that are not this one."""
+    words = torch.randint(4, 50, shape, generator=torch.Generator().manual_seed(shape[-1]))
+    return torch.where(words == token, 50, words)
+
+
+def image_token(config: Any) -> int:
+    """The word that stands for an image in texts; -1 if there is none."""
+    tokens = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+    return next((t for t in tokens if isinstance(t, int)), -1)
+
+
+def texts_with(model: PreTrainedModel, images: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Texts with the places of images in them, as many as the model makes features of these."""
+    token, features = image_token(model.config), getattr(model, "get_image_features", None)
+    if features is None or not 0 <= token < getattr(text_config(model.config), "vocab_size", 0):
+        return None
+    takes = inspect.signature(features).parameters
+    try:
+        with torch.no_grad():
+            made = features(**{name: value for name, value in images.items() if name in takes})
+    except Exception:  # it wants others
+        return None
+    made = getattr(made, "pooler_output", made)
+    made = torch.cat([part.flatten(0, -2) for part in made]) if isinstance(made, (list, tuple)) else made
+    if not isinstance(made, Tensor) or made.shape[:-1].numel() % 3:
+        return None
+    places = torch.full((3, made.shape[:-1].numel() // 3), token)
+    before, after = words_but(token, 3, 4), words_but(token, 3, 7)
+    ids = torch.cat([before, places, after], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
 
 
 def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
@@ -372,7 +525,12 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
         grid = torch.tensor([[1, 4, 4]] * 3)
         packed = noise(48, channels * folded * patch**2)
         for main in ("pixel_values", "hidden_states"):
-            grids = {"grid_thw": grid, "image_grid_thw": grid, "grid_hws": grid[:, 1:]}
+            grids = {
+                "grid_thw": grid,
+                "image_grid_thw": grid,
+                "grid_hws": grid[:, 1:],
+                "image_grid_hw": grid[:, 1:],
+            }
             yield {main: packed, **grids, "target_sizes": grid[:, 1:]}
     yield {
         "pixel_values": noise(3, 9, channels * patch**2),
@@ -388,8 +546,16 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
                 "spectrogram": features,
                 **{f"decoder_{k}": v for k, v in texts.items()},
             }
+    for books in (4, 8, 16, 32):
+        codes = torch.randint(4, 50, (3, 11, books), generator=generator)
+        yield {"input_ids": codes, "attention_mask": texts["attention_mask"]}
+        yield {
+            "audio_codes": codes.transpose(1, 2),
+            "input_ids": codes.transpose(1, 2),
+            "codes": codes.transpose(1, 2),
+        }
     for sound in (noise(3, 6400), noise(3, 1, 6400)):
-        yield {"input_values": sound, "decoder_input_ids": ids}
+        yield {"input_values": sound, "decoder_input_ids": ids, "decoder_input_values": noise(3, 7, bins)}
     past = noise(3, size(config, "context_length", 32), size(config, "num_input_channels", 1))
     yield {"past_values": past, "past_observed_mask": torch.ones_like(past)}
     yield {**texts, "decoder_input_ids": ids, "bbox": torch.tensor([1, 2, 9, 12]).expand(3, 11, 4).clone()}
@@ -401,18 +567,25 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         UnsupportedArchitectureError: If it runs on none that were tried.
     """
+    parameters = inspect.signature(model.forward).parameters
+    for images in usual_inputs(model.config) if {"input_ids", "pixel_values"} <= parameters.keys() else ():
+        if "pixel_values" in images and "input_ids" not in images:
+            shown = texts_with(model, {k: v for k, v in images.items() if k in parameters})
+            with suppress(Exception):  # it wants others
+                if shown is not None:
+                    outputs_of(model, shown)
+                    return {**shown, **({"use_cache": False} if "use_cache" in parameters else {})}
     try:
         return example_inputs(model)
     except UnsupportedArchitectureError:
-        parameters = inspect.signature(model.forward).parameters
         needed = {
             p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
         }
         for usual in usual_inputs(model.config):
             inputs: dict[str, Any] = {name: value for name, value in usual.items() if name in parameters}
-            for name in ("use_cache",) if "use_cache" in parameters else ():
-                inputs[name] = False
-            if not inputs or not needed <= inputs.keys():
+            inputs |= {"use_cache": False} if "use_cache" in parameters else {}
+            read = [name for name in inputs if "mask" not in name and name != "use_cache"]
+            if not read or not needed <= inputs.keys():
                 continue
             try:
                 outputs_of(model, inputs)
@@ -422,55 +595,70 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
         raise
 
 
-def built(model_type: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config by which a model of a type is built and runs, and inputs for it.
+def built(model_type: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A class and a config by which a model of a type is built and runs, and inputs for it.
 
     Raises:
         Exception: What the first rule failed with, if none does.
     """
     if model_type in DRAWN:
         config = merged(tiny(AutoConfig.for_model(model_type)), AMENDED.get(model_type, {}))
-        model = build(model_type, config, seed=0)
-        return config, INPUTS.get(model_type) or example_inputs(model)
+        kind = classes_of(model_type)[0]
+        return kind, config, INPUTS.get(model_type) or example_inputs(build(model_type, config, 0, kind))
     first: Exception | None = None
     for config in configs_of(model_type):
-        try:
-            model = build(model_type, config, seed=0)
-            inputs = inputs_of(model)
-            outputs_of(model, inputs)
-            return config, inputs
-        except Exception as error:
-            first = (
-                first if first is not None and not isinstance(error, UnsupportedArchitectureError) else error
-            )
+        for kind in classes_of(model_type):
+            try:
+                model = build(model_type, config, 0, kind)
+                inputs = inputs_of(model)
+                if not all(bool(t.isfinite().all()) for t in outputs_of(model, inputs)):
+                    raise ValueError("what it gives is not finite")
+                return kind, config, inputs
+            except Exception as error:
+                known = first is not None and not isinstance(error, UnsupportedArchitectureError)
+                first = first if known else error
     assert first is not None
     raise first
 
 
-def other_inputs(inputs: dict[str, Any], samples: int) -> dict[str, Any]:
-    """Inputs of the same kind, of so many samples and with other values."""
+def other_inputs(inputs: dict[str, Any], samples: int, token: int = -1) -> dict[str, Any]:
+    """Inputs of the same kind, of so many samples and with other values; images are where this word is."""
     generator = torch.Generator().manual_seed(samples)
 
     def other(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        shape = (samples, *value.shape[1:])
+        shape = (samples * len(value) // 3, *value.shape[1:])  # those of three samples may be packed
         if value.is_floating_point():
             return torch.randn(shape, generator=generator)
-        if "position" in name:
+        if "position" in name or "grid" in name or name == "target_sizes":
             return value[:1].expand(shape).clone()
         if name.endswith("mask"):
             return torch.ones(shape, dtype=value.dtype)
-        return torch.randint(4, 60, shape, generator=generator)
+        words = torch.randint(4, 50, shape, generator=generator)
+        words = torch.where(words == token, 50, words)
+        return torch.where(value[:1] == token, value[:1], words)
 
     return {name: other(name, value) for name, value in inputs.items()}
 
 
+def row_of(batch: dict[str, Tensor], number: int, samples: int) -> dict[str, Tensor]:
+    """One sample of a batch, in which those of a packed input lie one after the other."""
+    packed = any(len(value) != samples for value in batch.values())
+    each = {name: len(value) // samples for name, value in batch.items()}
+    return {
+        name: value[number * each[name] : (number + 1) * each[name]]
+        if packed and not name.endswith(("_ids", "_mask"))
+        else value[number]
+        for name, value in batch.items()
+    }
+
+
 def prune(model: PreTrainedModel, inputs: dict[str, Any]) -> str:
     """What happens when a model is pruned by half: `""`, or why it was refused."""
-    batch = other_inputs(inputs, 48)
+    batch = other_inputs(inputs, 48, image_token(model.config))
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    rows = [{name: value[i] for name, value in tensors.items()} for i in range(48)]
+    rows = [row_of(tensors, number, 48) for number in range(48)]
     with tempfile.TemporaryDirectory() as folder:
         args = KPruneArguments(output_dir=folder, sparsity=0.5, disable_tqdm=True, use_cpu=True)
         pruner = KPrunePruner(model, args, rows)
@@ -486,8 +674,8 @@ def prune(model: PreTrainedModel, inputs: dict[str, Any]) -> str:
 def outcome(model_type: str) -> tuple[str, str, str]:
     """The counts of what was found in a model, the result, and a remark."""
     try:
-        config, inputs = built(model_type)
-        model = build(model_type, config, seed=0)
+        kind, config, inputs = built(model_type)
+        model = build(model_type, config, 0, kind)
     except Exception as error:
         return "-", "not tried", f"{type(error).__name__}: {error}"
     try:
@@ -500,7 +688,12 @@ def outcome(model_type: str) -> tuple[str, str, str]:
     ffns = sum(not s.unit.has_heads for s in sublayers)
     counts = len(sublayers) - ffns, ffns
     try:
-        why = judge(model, build(model_type, config, seed=10), other_inputs(inputs, 5), counts)
+        why = judge(
+            model,
+            build(model_type, config, 10, kind),
+            other_inputs(inputs, 5, image_token(model.config)),
+            counts,
+        )
         if why:
             return f"{counts[0]}, {counts[1]}", "**wrong**", why
         why = prune(model, inputs)
@@ -509,20 +702,41 @@ def outcome(model_type: str) -> tuple[str, str, str]:
     return f"{counts[0]}, {counts[1]}", "refused by prune()" if why else "pruned", why
 
 
+def limited(model_type: str, seconds: float) -> tuple[str, str, str]:
+    """`outcome` in a process of its own, which may take so long, and `MEMORY`."""
+    context = get_context("fork")
+    mine, its = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        its.send(outcome(model_type))
+
+    process = context.Process(target=work)
+    process.start()
+    result = (
+        mine.recv() if mine.poll(seconds) else ("-", "too slow", f"it was not through in {seconds:.0f} s")
+    )
+    process.kill()
+    process.join()
+    return cast(tuple[str, str, str], result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draw", type=int, choices=(1, 2), default=2, help="Which of the draws.")
+    parser.add_argument("--draw", type=int, choices=(1, 2, 3), default=3, help="Which of the draws.")
     parser.add_argument("--only", nargs="*", help="Try these types of it alone.")
+    parser.add_argument("--seconds", type=float, default=300, help="How long a type may take.")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     tally: dict[str, int] = {}
     print("| model type | attentions, FFNs | result | |\n| --- | --- | --- | --- |")
-    for model_type in args.only or {1: DRAWN, 2: DRAWN_2}[args.draw]:
-        counts, result, why = outcome(model_type)
+    for model_type in args.only or {1: DRAWN, 2: DRAWN_2, 3: DRAWN_3}[args.draw]:
+        counts, result, why = limited(model_type, args.seconds)
         tally[result] = tally.get(result, 0) + 1
         shown = " ".join(why.split()).replace("|", "\\|")
         print(f"| {model_type} | {counts} | {result} | {shown[:400]} |", flush=True)
