@@ -13,19 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from .arguments import KPruneArguments
+from .calibration.losses import embedding
 from .calibration.tasks import task_of, text_inputs
 from .checkpoint.loading import load_tokenizer
 from .entries import Size
 from .errors import ArgumentError
-from .evaluation import plain_figures
+from .evaluation import plain_figures, trainer_of
 from .latency.timing import WARM_UP, take_turns
 from .pruner import KPrunePruner
 from .reports import Document, Table, fragment, to_markdown
 from .sizes import model_size
-from .structure.facts import in_eval_mode
+from .structure.facts import in_eval_mode, to_model
 from .structure.probes import matrix_flops
 from .structure.sublayers import find_sublayers
 from .structure.surroundings import plain_modes
@@ -37,6 +40,9 @@ FASTER = 1.1
 
 ROUNDS = 20
 """Timed passes of each model, in turns."""
+
+ROWS_AT_A_TIME = 1_000
+"""Rows whose nearest ones are looked for at once."""
 
 
 @dataclass
@@ -70,8 +76,8 @@ class Comparison:
         timings: For each size of batch and length.
         circumstances: Device, threads, rounds and the like.
         metrics: Figures of both models by name, where rows with labels were passed.
-        agreement: The share of the answers, of all rows, that are the same, or the correlation of numbers.
-            None if it was not measured.
+        agreement: The share of the answers, of all rows, that are the same, or the correlation of numbers; of
+            embeddings, the share of the rows whose nearest one is the same. None if it was not measured.
         remarks: Where no speed-up is to be expected, and why.
 
     Example:
@@ -231,10 +237,55 @@ def judge(pruners: Sequence[KPrunePruner], eval_dataset: Any) -> tuple[dict[str,
     if {"exact_match", "perplexity"} & set(task_of(pruners[0].model).figures):
         figures = [plain_figures(pruner.evaluate(eval_dataset), "eval") for pruner in pruners]
         return {name: [each[name] for each in figures] for name in figures[0]}, None
+    embeddings = [embeddings_of(pruner, eval_dataset) for pruner in pruners if embeds(pruner)]
+    agreed = same_neighbours(*embeddings) if embeddings else None
+    if embeddings and pruners[0].compute_metrics is None:
+        return {}, agreed
     results = [pruner.predict(eval_dataset) for pruner in pruners]
     figures = [plain_figures(dict(result.metrics or {}), "test") for result in results]
     answers = [np.asarray(first_of(result.predictions)) for result in results]
-    return {name: [each[name] for each in figures] for name in figures[0]}, agreement(*answers)
+    agreed = agreed if embeddings else agreement(*answers)
+    return {name: [each[name] for each in figures] for name in figures[0]}, agreed
+
+
+def embeds(pruner: KPrunePruner) -> bool:
+    """Whether the model of a pruner is used for one embedding of each row, made of its hidden states."""
+    if pruner.sentence_folder is not None:
+        return pruner.sentence_folder.task == "feature-extraction" and not pruner.sentence_folder.unknown
+    pooling = pruner.args.pooling or "mean"
+    return pooling != "none" and task_of(pruner.model, pooling=pooling).variant == pooling
+
+
+@torch.no_grad()
+def embeddings_of(pruner: KPrunePruner, dataset: Any) -> Tensor:
+    """The embeddings of all rows, (N, E), of length 1."""
+    model, folder, embeddings = pruner.model, pruner.sentence_folder, []
+    pooling = pruner.args.pooling or "mean"
+    with trainer_of(pruner) as trainer, in_eval_mode(model):
+        for batch in trainer.get_test_dataloader(dataset):
+            inputs = to_model({name: value for name, value in batch.items() if name != "labels"}, model)
+            outputs = model(**inputs)
+            valid = inputs.get("attention_mask", torch.ones_like(inputs[model.main_input_name])).bool()
+            each = folder.embed(outputs, valid) if folder else embedding(outputs, valid, pooling)
+            embeddings.append(F.normalize(each.float(), dim=-1).cpu())
+    return torch.cat(embeddings)
+
+
+def same_neighbours(first: Tensor, second: Tensor) -> float | None:
+    """The share of the rows whose nearest other one is the same by both embeddings, (N, E) each, of length 1.
+    None for fewer than three rows."""
+    if len(first) < 3:
+        return None
+    same = [nearest(first, start) == nearest(second, start) for start in range(0, len(first), ROWS_AT_A_TIME)]
+    return float(torch.cat(same).float().mean())
+
+
+def nearest(embeddings: Tensor, start: int) -> Tensor:
+    """The other row that is nearest to each of some rows, from `start` on."""
+    some = embeddings[start : start + ROWS_AT_A_TIME]
+    cosines = some @ embeddings.T
+    cosines[torch.arange(len(some)), start + torch.arange(len(some))] = -2.0
+    return cosines.argmax(-1)
 
 
 def first_of(predictions: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from data import collate, rows, save_with_words, texts
 from models import cut_randomly, shallow
 
-from hf_kprune import ArgumentError, comparison
+from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, comparison
 from hf_kprune.cli.terminal import main
-from hf_kprune.comparison import Timing, agreement, compare, reasons
+from hf_kprune.comparison import Timing, agreement, compare, embeddings_of, reasons, same_neighbours
 from hf_kprune.sizes import prunable_flops
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -93,6 +94,26 @@ def test_padding_is_no_agreement_and_numbers_agree_by_their_correlation() -> Non
     assert agreement(numbers, 2 * numbers + 1) == pytest.approx(1)
     assert agreement(numbers, -numbers) == pytest.approx(-1)
     assert agreement(numbers, numbers[:2]) is None
+
+
+def test_embeddings_agree_where_the_nearest_row_is_the_same() -> None:
+    first = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]))
+    turned = first[[0, 2, 1, 3]]
+    assert same_neighbours(first, first) == 1
+    assert same_neighbours(first, turned) == 0
+    assert same_neighbours(first[:2], first[:2]) is None
+
+
+def test_the_embeddings_of_a_base_model_are_compared_without_padding() -> None:
+    dense = shallow().base_model.eval()
+    data = rows(7)
+    pruner = KPrunePruner(dense, KPruneArguments(disable_tqdm=True, per_device_batch_size=3), None, collate)
+    found = embeddings_of(pruner, data)
+    for row, one in zip(data, found, strict=True):
+        alone = dense(**collate([row])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(one, alone / alone.norm(), rtol=1e-4, atol=1e-5)
+    same = compare(dense, copy.deepcopy(dense), data, lengths=[4], batch_sizes=[1], data_collator=collate)
+    assert (same.agreement, same.metrics) == (1.0, {})
 
 
 def test_no_round_is_refused() -> None:

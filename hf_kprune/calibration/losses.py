@@ -145,7 +145,7 @@ def of_embeddings(
         valid = valid_of(student.last_hidden_state, valid)
     if pooling == "none":
         return mean_over_tokens(squared_error(student.last_hidden_state, teacher.last_hidden_state), valid)
-    return (_embedding(student, valid, pooling) - _embedding(teacher, valid, pooling)).square().sum(-1)
+    return (embedding(student, valid, pooling) - embedding(teacher, valid, pooling)).square().sum(-1)
 
 
 def valid_of(hidden: Tensor, valid: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def of_hidden_states(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor
     return torch.stack(distances).sum(0)
 
 
-def _embedding(outputs: Outputs, valid: Tensor, pooling: str) -> Tensor:
+def embedding(outputs: Outputs, valid: Tensor, pooling: str) -> Tensor:
     """The embedding of each sequence, of length 1: (B, D)."""
     if pooling == "mean":
         return F.normalize(mean_over_tokens(outputs.last_hidden_state, valid), dim=-1)
