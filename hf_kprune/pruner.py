@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,6 +18,7 @@ from .calibration.knowledge import KnowledgeLoss
 from .calibration.sources import check_processing_class, check_rows
 from .callbacks import CallbackHandler, KPruneCallback, default_callbacks
 from .checkpoint.loading import Offload, check_is_model, check_offload, load_model, load_tokenizer
+from .errors import ArgumentError
 from .evaluation import Evaluator
 from .hyperparameters import Search
 from .preparation import Run, first_batch, warn_of
@@ -239,6 +241,7 @@ class KPrunePruner(Evaluator, Learner):
         refine: int = 2,
         output_dir: str | None = None,
         resume_from_checkpoint: bool | str | None = None,
+        inplace: bool = True,
     ) -> Sweep:
         """Prune for many budgets from shared measurements, and compare the models.
 
@@ -257,11 +260,13 @@ class KPrunePruner(Evaluator, Learner):
             output_dir: Directory of directories, named by sparsity, to save models in. Default: none.
             resume_from_checkpoint: As for `prune()`; models that an interrupted sweep has judged are not made
                 again. With True states lie beside `output_dir`, or else beside that of the options.
+            inplace: As for `prune()`, of the model that `max_drop` finds.
 
         Raises:
             ArgumentError: If options contradict each other, or the metric is no number.
         """
-        options = metric, greater_is_better, max_drop, refine, output_dir
+        check_inplace(self.model, inplace)
+        options = metric, greater_is_better, max_drop, refine, output_dir, inplace
         place = output_dir
         if output_dir is None and (max_drop is not None or resume_from_checkpoint):
             place = self.args.output_dir
@@ -350,13 +355,23 @@ class KPrunePruner(Evaluator, Learner):
         dataset_args: str | list[str] | None = None,
         *,
         output_dir: str | None = None,
+        comparison: Any = None,
     ) -> None:
         """Write README.md, a model card, into an existing directory (default: `output_dir` of the options).
 
-        The other arguments are those of `Trainer.create_model_card`.
+        The other arguments are those of `Trainer.create_model_card`, and `comparison`: what
+        `hf_kprune.compare` gives for the dense model and this one, whose measured times the card shows then.
+
+        Raises:
+            ArgumentError: If there is no such directory, or `comparison` is something else.
         """
+        if comparison is not None and not hasattr(comparison, "timings"):
+            raise ArgumentError(
+                f"comparison is a {type(comparison).__name__}, expected what hf_kprune.compare gives"
+            )
         source = finetuned_from, tasks, dataset_tags, dataset, dataset_args
-        write_card(self, output_dir, language, license, tags, model_name, *source)
+        measured = "" if comparison is None else replace(comparison, names=["dense", "pruned"]).to_markdown()
+        write_card(self, output_dir, language, license, tags, model_name, *source, measured)
 
     @checked_arguments()
     def push_to_hub(

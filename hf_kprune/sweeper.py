@@ -52,6 +52,7 @@ class Sweeper:
     max_drop: float | None
     refine: int
     output_dir: str | None
+    inplace: bool
     states: States
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ class Sweeper:
             point, student, report = self.best
             assert point is self.table.points[self.table.best]
             warn_of(report)
-            adopt(self.pruner, student, report)
+            adopt(self.pruner, student, report, self.inplace)
         return self.table
 
     # ----------------------------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ def test_with_max_drop_the_model_becomes_the_smallest_good_enough() -> None:
     assert swept.best == 0
     assert all(torch.equal(before[name], value) for name, value in untouched.state_dict().items())
     assert len(swept.points) == 1 + 2 + 2
+    pruner.sweep([0.8], max_drop=1e9, refine=0, inplace=False)
+    assert id(pruner.dense_model) == id(untouched)
+    assert pruner.model.num_parameters() < untouched.num_parameters()
+    assert all(torch.equal(before[name], value) for name, value in untouched.state_dict().items())
 
 
 @given(

@@ -66,12 +66,14 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     dataset_tags: str | list[str] | None = None,
     dataset: str | list[str] | None = None,
     dataset_args: str | list[str] | None = None,
+    measured: str = "",
 ) -> str:
     """Text of a model card: how to load the model, and the report of how it was pruned.
 
     `metadata` are fields for its head; they give way to the other arguments, which are those of
     `Trainer.create_model_card`, and what the dense model's card says gives way to both. `processor` says
-    whether there is a tokenizer, or what else prepares inputs, beside the model.
+    whether there is a tokenizer, or what else prepares inputs, beside the model. `measured` are tables, in
+    Markdown, of how the dense and the pruned model compare.
     """
     pruned = is_pruned(model.config) or (report is not None and report.cut_something)
     title = printable(model_name or type(model).__name__ + (", pruned" if pruned else ""))
@@ -99,6 +101,7 @@ def model_card(  # noqa: PLR0913, as Trainer.create_model_card
     parts = [summary(report)] if pruned and report is not None else []
     parts.append(loading(model, processor))
     parts += [f"The dense model was trained on {trained}."] if trained else []
+    parts += [f"## Beside the dense model\n\n{measured}"] if measured else []
     parts += history(model, report) if pruned else []
     body = "\n\n".join(part.strip() for part in parts if part)
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{body}\n"
