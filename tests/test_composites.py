@@ -11,7 +11,7 @@ import torch
 import transformers
 from models import IMAGE_TOKEN, SEEING, TOKENS, seeing, slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, make
+from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, ZOO, inputs_for, make
 
 from hf_kprune import (
     ArgumentError,
@@ -244,6 +244,32 @@ def test_the_parts_that_are_asked_for_are_pruned_and_the_others_stay(
     assert not any(stays in entry.name.split(".") for entry in report.sublayers)
     for name, tensor in student.state_dict().items():
         assert stays not in name.split(".") or torch.equal(tensor, before[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["bart", "t5", "whisper"])
+def test_the_encoder_or_the_decoder_alone_is_pruned(name: str, side: str, tmp_path: Path) -> None:
+    model, other = make(name), "decoder" if side == "encoder" else "encoder"
+    before, inputs = copy.deepcopy(model.state_dict()), inputs_for(make(name), ZOO[name][2], batch=30)
+    labels = inputs["decoder_input_ids"]
+    first = {
+        key: value
+        for key, value in inputs.items()
+        if not key.startswith("decoder") and torch.is_tensor(value)
+    }
+    data = [{"labels": labels[i], **{key: value[i] for key, value in first.items()}} for i in range(30)]
+    one = pruner(model, data, towers=[side], method="surgeon", num_tokens=100)
+    with pytest.warns(BudgetWarning, match=f"{other}.[a-z]* is left alone, as towers asks for {side} alone"):
+        report = one.prune()
+    assert report.sparsity >= 0.4
+    assert {entry.name.split(".")[0] for entry in report.sublayers} == {side}
+    for key, tensor in model.state_dict().items():
+        assert other not in key.split(".") or torch.equal(tensor, before[key])
+    one.save_model(str(tmp_path))
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs)[0], model(**inputs)[0])
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def towers_not_asked_for(model: PreTrainedModel, wanted: Sequence[str] | None) -
     """
     if wanted is None:
         return {}
-    names = {path: names_of(path, tower) for path, tower in described(model) if path}
+    names = {path: names_of(path, tower) for path, tower in described(model) if path} or names_of_lists(model)
     for name in wanted:
         if not any(name in known for known in names.values()):
             parts = [f"{' or '.join(known[:-1])} ({known[-1]})" for known in names.values()]
@@ -80,7 +80,18 @@ def towers_not_asked_for(model: PreTrainedModel, wanted: Sequence[str] | None) -
                 + (f"; {out}" if out else "")
             )
     reason = f"towers asks for {', '.join(wanted)} alone"
-    return {path: reason for path, _ in described(model) if not {*wanted} & {*names.get(path, ())}}
+    towers = [path for path, _ in described(model)]
+    parts = list(names) if towers == [""] else towers
+    return {path: reason for path in parts if not {*wanted} & {*names.get(path, ())}}
+
+
+def names_of_lists(model: PreTrainedModel) -> dict[str, list[str]]:
+    """What users may call the lists of layers of `model`, where it has several, such as an encoder and a
+    decoder: by the part of it that they are in."""
+    with leaving(model, ()):
+        lists = dict.fromkeys(s.stack_name for s in find_sublayers(model))
+    names = {f"{path}.": [path.partition(".")[0], path] for path in lists}
+    return names if len({name for name, _ in names.values()}) == len(names) > 1 else {}
 
 
 def towers_left_alone(
@@ -109,6 +120,11 @@ def towers_left_alone(
         towers[next(path for path in towers if sublayer.name.startswith(path))].append(sublayer)
     spared = towers_not_asked_for(model, wanted)
     reasons = {**untouched(model), **parts_left_alone(model), **spared}
+    if len(towers) == 1 and spared and not walks(model, inputs, head_unit, spared):
+        raise UnsupportedModelError(
+            f"towers asks for {', '.join(wanted or ())} alone, but the layers of {type(model).__name__} "
+            "cannot be carried one by one without the others; leave towers at None"
+        )
     if len(towers) == 1:
         return reasons
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])

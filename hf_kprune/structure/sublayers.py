@@ -28,7 +28,8 @@ from .units import WHOLE_EXPERTS, Expert, ExpertNeuron, Unit
 
 
 LEFT_ALONE = "kprune_left_alone"
-"""Where a model is noted, while it is pruned, which of its towers are not: by their paths. See reach.py."""
+"""Where a model is noted, while it is pruned, which of its towers or of its lists of layers are not: by their
+paths. See reach.py."""
 
 
 MEMORY = "memory"
@@ -296,7 +297,12 @@ def find_sublayers(
     sublayers = {path: _sublayers_of(path, owner, *units) for path, owner in owners}
     check_nothing_left_out(model, {id(s.layers) for tower in sublayers.values() for s in tower})
     left_alone = model.__dict__.get(LEFT_ALONE, ())
-    return [s for path, tower in sublayers.items() for s in tower if path not in left_alone]
+    return [
+        s
+        for path, tower in sublayers.items()
+        for s in tower
+        if path not in left_alone and f"{s.stack_name}." not in left_alone
+    ]
 
 
 def _sublayers_of(
