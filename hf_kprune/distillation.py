@@ -28,6 +28,7 @@ from .calibration.outputs import losses_of, outputs_for
 from .history import Recovery
 from .state import Pruner, tell
 from .structure.facts import in_eval_mode, same_modes, to_model
+from .structure.hooks import carried
 from .structure.sublayers import Sublayer, find_sublayers
 
 
@@ -204,10 +205,11 @@ def hidden_states(tops: Mapping[str, Sublayer]) -> Iterator[dict[str, Tensor]]:
     """What leaves the highest layer of each stack in the forward passes of this context, by its name."""
     states: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for name, top in tops.items():
+        for top in tops.values():
 
-            def keep(_module: object, _inputs: object, output: Any, name: str = name) -> None:
-                states[name] = output if isinstance(output, Tensor) else output[0]
+            def keep(_module: object, _inputs: object, output: Any, top: Sublayer = top) -> None:
+                hidden = output if isinstance(output, Tensor) else output[0]
+                states[top.stack_name] = carried(top, hidden)
 
             stack.callback(top.layers[-1].register_forward_hook(keep).remove)
         yield states

@@ -63,6 +63,9 @@ WHOLE = "expert"
 
 Layers = nn.ModuleList | nn.Sequential
 
+BORROWED = "borrowed"
+"""What the units of an attention are whose keys and values are another layer's: `BlockPlan.by`."""
+
 Returns = str | Sequence[str | None] | None
 """What a module returns: `"y"` is its output, `"y+x"` that with its argument `x` added, `"[y]"` a list of it,
 None is None."""
@@ -102,6 +105,8 @@ class BlockPlan(TypedDict):
     norm: NotRequired[str]
     """The module of the core that reads the sum of the output and the core's first argument, if there is
     one."""
+    stays: NotRequired[list[int]]
+    """The numbers of layers that have the block and keep it as it is."""
     weights: NotRequired[bool]
     """Whether the model can take the attention weights of no heads. Default: True."""
     router: NotRequired[str]
@@ -196,6 +201,7 @@ class EmptyAttention(nn.Module):
         )
         self.output, self.parameter_names = output, parameter_names(attention)
         self.norm = block.get("norm", "").removeprefix(f"{block['core']}.")
+        self.borrows = block.get("by") == BORROWED
         self.config = vars(attention).get("config")
         self.dispatches = hasattr(sys.modules.get(type(attention).__module__), "ALL_ATTENTION_FUNCTIONS")
         for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
@@ -217,7 +223,7 @@ class EmptyAttention(nn.Module):
         sources = [arguments.get(name) for name in ("key_value_states", "encoder_hidden_states")]
         keys = next((source for source in sources if source is not None), hidden).shape[1]
         for value in arguments.values():
-            if isinstance(value, Cache):
+            if isinstance(value, Cache) and not self.borrows:  # its keys are in another layer's slot
                 keys = self.keep_in_step(value, hidden) or keys
         y = hidden[..., :0] if self.output is None else getattr(self, self.output)(hidden[..., :0])
         y = getattr(self, self.norm)(hidden + y) if self.norm else y
@@ -569,7 +575,8 @@ def check_plan(stack: StackPlan, layers: Layers) -> None:
             others = (b for b in stack["blocks"] if b is not block and output_of(b) == output_of(block))
             apart = any(other["kept"][index : index + 1] not in ([], [None]) for other in others)
             paths = (output_of(block), *block["rows"])
-            if units is None and (apart or not all(has(layer, path) for path in paths)):
+            stays = apart or index in block.get("stays", ())
+            if units is None and (stays or not all(has(layer, path) for path in paths)):
                 continue
             for path, size, width, fixed in dense_sizes(layer, block):
                 if size != of * width + fixed:

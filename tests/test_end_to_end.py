@@ -36,7 +36,9 @@ def as_a_whole(rows_: Calibration, walk: Walk, loss: Knowledge, points: Any) -> 
     yield list(range(len(walk.sublayers))), backward(rows_, walk, loss, points)
 
 
-@pytest.mark.parametrize("name", slow_unless_in(WALKED, [*DISTINCT, "albert", "gemma4_text:shared"]))
+@pytest.mark.parametrize(
+    "name", slow_unless_in(WALKED, [*DISTINCT, "albert", "gemma3n_text", "gemma4_text:shared"])
+)
 def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kind = make(name), ZOO[name][2]
     args = KPruneArguments(sparsity=0.3, num_tokens=60, tune=False, disable_tqdm=True, use_cpu=True)

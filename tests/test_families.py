@@ -607,3 +607,13 @@ def test_grouped_queries_leave_by_groups_and_cost_what_they_have() -> None:
     cut(attention, torch.tensor([False, True]))
     module: Any = attention.layer.self_attn
     assert (module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features) == (8, 4, 4)
+
+
+def test_heads_that_read_the_keys_of_another_layer_are_units() -> None:
+    """One of every group; the attentions that make those keys stay, and are told apart in the plan from layers without."""
+    for name in ("gemma4_text:shared", "gemma3n_text"):
+        sublayers = find_sublayers(make(name))
+        heads = [s for s in sublayers if s.unit.has_heads]
+        assert [(s.index, s.num_units, s.unit.heads) for s in heads] == [(2, 2, 2), (3, 2, 2)]
+        assert heads[0].plan["stays"] == [0, 1]
+        assert heads[0].plan["by"] == "borrowed"

@@ -142,7 +142,7 @@ def test_an_emptied_attention_has_its_place_among_the_attention_weights(name: st
                 name in ("yoso", "longt5", "mvp:prompt", *PARTS) or None in dense[stack]
             )  # weights of (B, heads, T, keys), of attentions that do not stay
             for index, (some, before) in enumerate(zip(weights, dense[stack], strict=True)):
-                if usual and before is not None and some is not None and index == 0:
+                if usual and lowest and before is not None and some is not None and index == 0:
                     assert some.shape == (len(before), 0, *before.shape[2:]), stack
                 elif 0 < index < len(weights) - 1 and before is not None and not attentions[0].stack.runs:
                     assert some is not None

@@ -343,6 +343,35 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "gemma3_text": ("Gemma3ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "gemma4_text": ("Gemma4ForCausalLM", GEMMA4, "text"),
+    "gemma3n_text": (
+        "Gemma3nForCausalLM",
+        {
+            **HEAD_DIM,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 4,
+            "num_kv_shared_layers": 2,
+            "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+            "vocab_size_per_layer_input": 60,
+            "hidden_size_per_layer_input": 4,
+            "altup_num_inputs": 3,
+            "laurel_rank": 4,
+        },
+        "text",
+    ),
+    "gemma3n_text:unshared": (
+        "Gemma3nForCausalLM",
+        {
+            **HEAD_DIM,
+            **SLIDING,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 60,
+            "hidden_size_per_layer_input": 4,
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+        },
+        "text",
+    ),
     "gemma4_text:shared": (
         "Gemma4ForCausalLM",
         {

@@ -92,7 +92,9 @@ def has_block(layer: nn.Module, block: Block) -> bool:
     """Whether a layer has a block: its output and, of an attention, what makes keys, unless it is emptied."""
     keys = [path for path, layout in block.inputs.items() if "kv" in layout]
     emptied = get_size(layer, f"{block.core}.is_kprune_stand_in")
-    return has(layer, block.output) and bool(not keys or emptied or any(has(layer, path) for path in keys))
+    borrows = bool(block.stays)  # of such a block some layers make keys for the others
+    there = not keys or emptied or borrows or any(has(layer, path) for path in keys)
+    return has(layer, block.output) and bool(there)
 
 
 def check_projections(model: PreTrainedModel, layer: nn.Module, stack: Stack) -> None:

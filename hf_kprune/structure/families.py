@@ -160,6 +160,7 @@ class Stack:
             of every group.
         runs: Config attribute with the number of layers that run, where that may be more than there are, as
             each runs several times in turn: number i is layer i * layers // runs. `""` if each runs once.
+        versions: Whether its layers hand on several versions of the hidden states, (V, B, T, D).
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
             shifted.
         pads: Whether the model itself pads sequences further, at their end.
@@ -192,6 +193,7 @@ class Stack:
     reads: str = ""
     shares: str = ""
     runs: str = ""
+    versions: bool = False
     shifts: bool = False
     pads: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -453,6 +455,12 @@ _GEMMA4 = replace(
     routes="top_k_experts",
     shares="shared_kv_states",
     uniform={},
+)
+_GEMMA3N = replace(
+    _GEMMA4,
+    blocks=(_GEMMA4.blocks[0], replace(_GEMMA4.blocks[1], stays="mlp.activation_sparsity")),
+    untouched=("altup", "laurel", "per_layer_input_gate", "per_layer_projection"),
+    versions=True,
 )
 _SHARED_EXPERT, _SHARED_EXPERTS = (
     _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)
@@ -1393,6 +1401,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "gemma2": (_NORM_AFTER,),
     "gemma3_text": (_NORM_AFTER,),
     "gemma4_text": (_GEMMA4,),
+    "gemma3n_text": (_GEMMA3N,),
     "glm": (_LLAMA,),
     "glm4": (_NORM_AFTER,),
     "glm4_moe": (_MOE,),
@@ -1796,9 +1805,8 @@ REFUSED: dict[str, str] = {
     "cpmant": "it puts tokens of a prompt before those that it is given",
     "flaubert": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "fsmt": "its layers put time before the batch and reshape heads to the hidden size",
-    "funnel": "it pools tokens between layers and its position attention is computed for all heads at once",
-    "gemma3n_text": "its layers hand on several versions of the hidden states, which lie before the batch",
-    "ibert": "its projections are integer ones, not nn.Linear",
+    "funnel": "it pools tokens between layers, and what its heads know of positions lies in no projections",
+    "ibert": "its projections are modules of its own that can compute with integers, not nn.Linear",
     "reformer": "its layers are reversible and hash the queries",
     "sew": "its layers run on fewer tokens than its heads read",
     "sew-d": "its layers run on fewer tokens than its heads read",

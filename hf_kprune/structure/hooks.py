@@ -113,6 +113,20 @@ def hidden_states(returns: Any, output: Any) -> Tensor:
     return cast(Tensor, output if isinstance(output, Tensor) else output[list(returns).index("y")])
 
 
+def carried(sublayer: Sublayer, hidden: Tensor) -> Tensor:
+    """What a layer of the stack of `sublayer` reads or gives, as it is carried: (B, T, D) as it is, and the V
+    versions of it that some hand on, (V, B, T, D), side by side, (B, T, V * D)."""
+    return hidden.permute(1, 2, 0, 3).flatten(2) if sublayer.stack.versions else hidden
+
+
+def handed(sublayer: Sublayer, hidden: Tensor) -> Tensor:
+    """What a layer of the stack of `sublayer` reads or gives, from how it is carried."""
+    if not sublayer.stack.versions:
+        return hidden
+    versions: Tensor = hidden.unflatten(2, (-1, sublayer.shape[0]))
+    return versions.permute(2, 0, 1, 3)
+
+
 def note_form(sublayer: Sublayer, output: Any) -> None:
     """Note what a layer of the stack of `sublayer` has returned, where it is not what its family says.
 
@@ -244,7 +258,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
         for name, sublayer in stacks.items():
             if name not in state.inputs:  # the model comes to its first layer by itself
                 continue
-            stream, layers = state.inputs[name], list(sublayer.layers)
+            stream, layers = handed(sublayer, state.inputs[name]), list(sublayer.layers)
             if target is not None and name == target.stack_name:
                 layers, times = layers[: target.index], count()
 
@@ -260,7 +274,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                     if run := next(times) % uses:
                         if not state.later:  # it reads what it gave
                             return args, kwargs
-                        stream = state.later[run - 1]
+                        stream = handed(sublayer, state.later[run - 1])
                     share(sublayer, kwargs, state)
                     return with_first(args, kwargs, stream)
 

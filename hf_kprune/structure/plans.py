@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from ..modeling_kprune import WHOLE, BlockPlan, Layers, get_size, has, stacks_of
+from ..modeling_kprune import BORROWED, WHOLE, BlockPlan, Layers, get_size, has, stacks_of
 from . import experts
 from .configs import at_layer
 from .coverage import has_block
 from .families import Block, Dimension, Stack
 from .projections import oriented, shape_of
-from .units import BORROWED, UNITS, Expert, Unit
+from .units import UNITS, Expert, Unit
 
 
 @dataclass
@@ -65,7 +65,7 @@ def plans_of(
     groups: dict[object, Group] = {}
     for index, layer in enumerate(layers):
         columns = _columns(layer, block)
-        if columns is None or (block.stays and get_size(layer, block.stays)):
+        if columns is None or stays_in(layer, block):
             continue
         before = next((plan for plan in alike if plan["kept"][index] is not None), None)
         here, has_heads = at_layer(config, index, names), UNITS[block.kind].has_heads
@@ -164,6 +164,8 @@ def _block_plan(layers: Layers, block: Block, group: Group) -> BlockPlan:
             for argument, where in block.select.items()
         },
     }
+    if stays := [i for i, layer in enumerate(layers) if has_block(layer, block) and stays_in(layer, block)]:
+        plan["stays"] = stays
     if block.norm:
         plan["norm"] = block.norm
     if not block.weights:
@@ -190,6 +192,11 @@ def _router(layer: nn.Module, block: Block) -> str:
     path = next(path for path in block.router if get_size(layer, path) is not None)
     name = path.removeprefix(f"{around}.").partition(".")[0]
     return f"{around}.{name}" if around else name
+
+
+def stays_in(layer: nn.Module, block: Block) -> bool:
+    """Whether a layer keeps a block as it is, see `Block.stays`."""
+    return bool(block.stays and get_size(layer, block.stays))
 
 
 def _makes_keys(layer: nn.Module, block: Block) -> bool:

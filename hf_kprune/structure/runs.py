@@ -17,6 +17,7 @@ from .hooks import (
     Stop,
     answer,
     by_token,
+    carried,
     featured,
     first,
     hidden_states,
@@ -86,7 +87,7 @@ def run_sublayer(
     entries: list[tuple[Tensor, ...]] = []
 
     def on_entry(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        runs.append(first(args, kwargs))
+        runs.append(carried(sublayer, first(args, kwargs)))
         tensors["input"] = runs[0]
 
     def on_stream(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -184,7 +185,7 @@ def _stopping_above(
     following sublayer is in the same layer, nothing stops."""
 
     def on_next(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors["above"] = first(args, kwargs)
+        tensors["above"] = carried(sublayer, first(args, kwargs))
         tensors.update(shared_in(sublayer, kwargs))
         raise Stop
 
@@ -192,7 +193,7 @@ def _stopping_above(
 
     def on_end(_: nn.Module, _args: tuple[object, ...], output: object) -> None:
         if next(times) == sublayer.runs[-1]:
-            tensors["above"] = hidden_states(sublayer.stack.returns, output)
+            tensors["above"] = carried(sublayer, hidden_states(sublayer.stack.returns, output))
             raise Stop
 
     with ExitStack() as hooks:
@@ -266,7 +267,7 @@ def run_to_bottom(model: nn.Module, inputs: Mapping[str, object], sublayer: Subl
     streams: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        streams.append(first(args, kwargs))
+        streams.append(carried(sublayer, first(args, kwargs)))
         raise Stop
 
     with hooked(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
@@ -296,7 +297,7 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequen
             if next(times) < sublayer.runs[-1]:
                 return
             note_form(sublayer, output)
-            tops[name] = hidden_states(sublayer.stack.returns, output)
+            tops[name] = carried(sublayer, hidden_states(sublayer.stack.returns, output))
             if len(tops) == len(stacks):
                 raise Stop
 

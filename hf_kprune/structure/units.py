@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import BORROWED
 from .configs import ask, read
 from .families import KEYS, Block, Stack
 
@@ -327,9 +328,6 @@ class BorrowingHead(QueryHead):
     def cached(self, _: int) -> int:
         return 0
 
-
-BORROWED = "borrowed"
-"""What decides what a unit is where keys and values are another layer's."""
 
 LATENT = "kv:latent"
 """Layout of a projection from a latent vector to keys and values, in multi-head latent attention."""
