@@ -3,7 +3,7 @@
     python benchmarks/int8.py examples/sst2-tiny --calibration examples/data/sst2_calibration.parquet \
         --validation examples/data/sst2_validation.parquet --output benchmarks/results/int8.jsonl
 
-It takes `pip install onnx onnxscript onnxruntime torchao`. Each line has the accuracy on all validation rows, the
+It takes `pip install nncf onnx onnxscript onnxruntime openvino torchao`. Each line has the accuracy on all validation rows, the
 bytes of the file, and the median of the CPU milliseconds of a batch of 8 rows of 32 tokens, all models in turns.
 """
 
@@ -20,8 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nncf
 import numpy as np
 import onnxruntime
+import openvino
 import pandas as pd
 import torch
 import torchao
@@ -61,8 +63,21 @@ def of_onnx(path: Path) -> tuple[Run, int]:
     return run, sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
-def forms(folder: str, scratch: Path) -> dict[str, tuple[Run, int]]:
-    """A model in each form, by the name of the form."""
+def of_openvino(model: Any, path: Path) -> tuple[Run, int]:
+    openvino.save_model(model, path, compress_to_fp16=False)
+    # where it may, OpenVINO computes in bfloat16; all forms are to compute in float32, but for int8
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    names = [each.any_name for each in compiled.inputs]
+
+    def run(batch: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+        return compiled({name: batch[name].numpy() for name in names})["logits"]
+
+    return run, sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
+
+
+def forms(folder: str, scratch: Path, batches: list[dict[str, torch.Tensor]]) -> dict[str, tuple[Run, int]]:
+    """A model in each form, by the name of the form; batches of calibration rows are for one that takes them."""
 
     def load() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -72,7 +87,15 @@ def forms(folder: str, scratch: Path) -> dict[str, tuple[Run, int]]:
     hf_kprune.export(load(), str(scratch / "onnx"), "onnx")
     (scratch / "int8").mkdir()
     quantize_dynamic(scratch / "onnx" / "model.onnx", scratch / "int8" / "model.onnx")
+    hf_kprune.export(load(), str(scratch / "openvino"), "openvino")
+    (written,) = (scratch / "openvino").glob("*.xml")
+    graph = openvino.Core().read_model(written)
+    names = [each.any_name for each in graph.inputs]
+    data = nncf.Dataset([{name: batch[name].numpy() for name in names} for batch in batches])
+    small = nncf.quantize(graph, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
     return {
+        "OpenVINO": of_openvino(graph, scratch / "float32.xml"),
+        "OpenVINO int8": of_openvino(small, scratch / "int8.xml"),
         "PyTorch": of_torch(load()),
         "torchao int8": of_torch(quantised),
         "ONNX Runtime": of_onnx(scratch / "onnx" / "model.onnx"),
@@ -113,9 +136,12 @@ def main() -> None:
         pruner.prune()
         pruner.save_model(f"{scratch}/pruned")
         models = {}
+        batches = [
+            dict(tokenizer(texts[i : i + 8], padding=True, return_tensors="pt")) for i in range(0, 800, 8)
+        ]
         for name, folder in (("dense", options.model), ("pruned", f"{scratch}/pruned")):
             Path(scratch, name + "-forms").mkdir()
-            for form, pair in forms(folder, Path(scratch, name + "-forms")).items():
+            for form, pair in forms(folder, Path(scratch, name + "-forms"), batches).items():
                 models[name, form] = pair
         ids = torch.randint(1000, len(tokenizer), (8, 32), generator=torch.Generator().manual_seed(0))
         batch = {
@@ -144,7 +170,8 @@ def main() -> None:
                     "rounds": options.rounds,
                     "threads": torch.get_num_threads(),
                     "versions": {
-                        m.__name__: m.__version__ for m in (torch, torchao, onnxruntime, transformers)
+                        m.__name__: m.__version__
+                        for m in (torch, torchao, onnxruntime, openvino, nncf, transformers)
                     },
                 }
                 print(line)
