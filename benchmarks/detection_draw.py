@@ -1,6 +1,6 @@
 """Sixty model types drawn by lot, as users would bring them: pruned, refused, or worse.
 
-    python benchmarks/detection_draw.py --draw 2   the table of the last draw in benchmarks/results/detection_draw.md
+    python benchmarks/detection_draw.py --draw 3   the table of the last draw in benchmarks/results/detection_draw.md
 
 The types of a draw were drawn by `drawn` from all that Transformers has and that no family, no test and no earlier list named, after
 the last family was added and before any of them was tried. Configs are made by a rule: sizes that a config class has by default

@@ -325,7 +325,8 @@ def detect(
         if layers.stack.blocks:
             settled.append(layers)
         else:
-            rest[f"{layers.name}."] = f"nothing of its layers can be cut: {next(iter(layers.rest.values()))}"
+            why = "; ".join(dict.fromkeys(layers.rest.values()))
+            rest[f"{layers.name}."] = f"nothing of its layers can be cut: {why}"
     lists = settled
     if not lists and not any(kind in leave for kind in types.values()):
         raise UnsupportedArchitectureError(
@@ -406,8 +407,8 @@ def _trouble(layers: LayerList) -> str:
     if "y" not in str(most.returns):
         troubles.append(f"{most.name} returns no hidden states, alone or in a tuple")
     if not troubles and not others:
-        reasons = [f"{path}: {why}" for w in layers.watches for path, why in w.rest.items()]
-        troubles.append(f"nothing in {layers.name} is an attention or an FFN of nn.Linear; {reasons[:1]}")
+        why = "; ".join(dict.fromkeys(why for w in layers.watches for why in w.rest.values()))
+        troubles.append(f"nothing in {layers.name} is an attention or an FFN of nn.Linear: {why}")
     if not troubles:
         _merge(layers)
     return troubles[0] if troubles else ""
