@@ -49,7 +49,8 @@ class KPrunePruner(Evaluator, Learner):
         calibration_dataset: Tokenised rows, or texts, pairs of texts or chats, which `processing_class`
             tokenises: a `datasets.Dataset`, a list, a generator, a `DataLoader`, a dict of columns, a table
             of pandas, a list of tensors (1, L) or (L,), ... `KPruneArguments.text_columns` names the columns
-            of texts. Labels in it are ignored. If None, it must be passed to `prune()`.
+            of texts. Labels in it are ignored. If None, it must be passed to `prune()`, and a model whose
+            type is not listed is proved on inputs made up from its config alone.
         data_collator: Makes batches of rows. Default: pads with `processing_class`.
         eval_dataset: For `evaluate()`, as in `Trainer`.
         processing_class: Tokenizer, saved with the model. Default, if `model` is a name: the one there.

@@ -208,6 +208,10 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
         ({"input_ids": [5, 60]}, "token ids 5 to 60, the model's vocabulary has 60"),
         ({"input_ids": [5, -1]}, "token ids -1 to 5, the model's vocabulary has 60"),
         ({"phrase": "w5"}, r"has the columns \['phrase'\].*tokenise the texts"),
+        (
+            {"inputs_embeds": [[0.5]]},
+            r"\['inputs_embeds'\].*, and no row is read without input_ids; tokenise",
+        ),
         (5 * ("w5",), r"expected a string or a pair of strings"),
         (
             (3, "w5", "w6", "w7"),

@@ -23,6 +23,7 @@ from transformers import (
     ViTMAEModel,
     XLNetModel,
 )
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.modeling_outputs import BaseModelOutput
 from zoo import DECODER, IMAGE, ZOO, inputs_for, make
 
@@ -38,14 +39,14 @@ from hf_kprune import (
 from hf_kprune.modeling_kprune import get_size
 from hf_kprune.structure.configs import read
 from hf_kprune.structure.coverage import untouched
-from hf_kprune.structure.detect import as_code, describe, detect, keep
+from hf_kprune.structure.detect import Detected, as_code, describe, detect, keep
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
 from hf_kprune.structure.proof import prove, step
 from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.runs import run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers
-from hf_kprune.structure.surgery import twin
+from hf_kprune.structure.surgery import cut_twin, twin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_heads_that_cannot_be_told_apart_stay_together(name: str) -> None:
     keep(model, detect(model, inputs))
     assert {s.num_units for s in find_sublayers(model) if s.kind == "attention"} == {1}
     assert all(
-        s.block.obstacle == "cutting one of its heads changes others"
+        s.block.obstacle == "its heads cannot be cut one by one"
         for s in find_sublayers(model)
         if s.kind != "ffn"
     )
@@ -434,6 +435,31 @@ def test_mixed_heads_are_cut_together() -> None:
     model = toy("mixed heads")
     describe(model)
     assert [s.num_units for s in find_sublayers(model)] == [1, 12] * 3
+
+
+class Interleaved(ConversionOps):
+    """Rows of the two halves of each head, in turn, of as many heads as the config says."""
+
+    def convert(self, input_dict: dict[str, Any], config: Any, **_: object) -> dict[str, Tensor]:
+        rows = {key: w[0] if isinstance(w, list) else w for key, w in input_dict.items()}
+        shapes = {key: (config.num_attention_heads, 2, len(w) // 8, 16) for key, w in rows.items()}
+        return {key: w.view(shapes[key]).transpose(1, 2).reshape(w.shape) for key, w in rows.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def test_heads_that_checkpoints_hold_in_another_form_are_cut_as_far_as_they_fit_it(tmp_path: Path) -> None:
+    model, name = toy(), "to_qkv.weight"
+    describe(model)
+    model._weight_conversions = [WeightConverter(name, name, operations=[Interleaved()])]
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        cut_twin(model, [s.numbers == 0 for s in find_sublayers(model)]).save_pretrained(tmp_path)
+    keep(model, Detected({}, {}))
+    describe(model)
+    assert [s.num_units for s in find_sublayers(model)] == [1, 12] * 3
+    cut_twin(model, [s.numbers < 0 for s in find_sublayers(model)]).save_pretrained(tmp_path)
 
 
 def test_a_refusal_prints_what_was_found() -> None:

@@ -386,10 +386,11 @@ def test_an_unknown_layout_is_an_error() -> None:
 
 
 def test_an_unknown_architecture_is_refused_and_told_the_way_out() -> None:
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
-    model = transformers.CanineModel(AutoConfig.for_model("canine", **sizes))
+    config = AutoConfig.for_model("poolformer", depths=[1] * 4, hidden_sizes=[8] * 4)
+    model = transformers.PoolFormerModel(config)
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"(?s)'canine' \(CanineModel\); known: .*bert, .*register_family"
+        UnsupportedArchitectureError,
+        match=r"(?s)'poolformer' \(PoolFormerModel\); known: .*bert, .*register_family",
     ):
         find_sublayers(model)
     with pytest.raises(UnsupportedArchitectureError, match=r"docs/add_a_family\.md"):

@@ -267,6 +267,17 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
         run_sublayer(model, inputs, sublayers, 4, State())
 
 
+def test_inputs_that_do_not_run_a_tower_are_named() -> None:
+    model = make("clip")
+    texts = {k: v for k, v in inputs_for(model, ZOO["clip"][2]).items() if k != "pixel_values"}
+    model.forward = model.get_text_features
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"CLIPModel does not run vision_model\.encoder\.layers to the end on inputs of input_ids",
+    ):
+        run_to_top(model, texts, find_sublayers(model))
+
+
 @pytest.mark.parametrize(
     ("name", "declared"),
     [("gptj", "y"), ("bert", ("y", None)), ("bart", ("y",)), ("t5", "y"), ("llama", ("y", None, None))],

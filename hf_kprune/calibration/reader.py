@@ -144,7 +144,9 @@ class Reader:
             drop = ", and drop the other columns or set remove_unused_columns=True"
             raise CalibrationError(
                 f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes "
-                f"{sorted(self.accepted)}; "
+                f"{sorted(self.accepted)}"
+                + ("" if self.main in columns else f", and no row is read without {self.main}")
+                + "; "
                 + (text if self.main == "input_ids" else other)
                 + ("" if self.args.remove_unused_columns else drop)
             )

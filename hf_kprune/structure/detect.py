@@ -23,7 +23,7 @@ from ..progress import unwarned
 from .coverage import IDLE, family_of
 from .facts import evaluation_copy, example_inputs, masks_frames, to_model
 from .families import FAMILIES, REFUSED, Block, Stack
-from .proof import implementations, prove, prove_cuts, step, trial_masks
+from .proof import implementations, prove, prove_cuts, prove_saving, step, trial_masks
 from .sublayers import find_sublayers
 from .units import UNITS
 from .variants import HeadNames, head_names, variants
@@ -49,7 +49,8 @@ class Detected:
 
 GUESSED = (
     " That was tried on inputs made up from its config; on a batch like those that it is used with it may go "
-    "otherwise: hf_kprune.describe(model, batch), or hf-kprune inspect MODEL --batch FILE.safetensors."
+    "otherwise: KPrunePruner(model, args, calibration_dataset), hf_kprune.describe(model, batch), or "
+    "hf-kprune inspect MODEL --batch FILE.safetensors."
 )
 """What is said of a failure where the caller gave no inputs."""
 
@@ -58,7 +59,7 @@ NOT_RUN = "it does not run on the inputs it was tried on"
 MakeBatch = Callable[[], Mapping[str, object] | None]
 """Makes what a model is called with, of the caller's data; None if there are none."""
 
-OBSTACLE = "cutting one of its heads changes others"
+OBSTACLE = "its heads cannot be cut one by one"
 
 
 def describe(
@@ -549,13 +550,15 @@ def _head_names(layers: LayerList) -> Iterator[HeadNames]:
 
 
 def _try(dense: PreTrainedModel, inputs: Mapping[str, object], name: str, block: Block) -> None:
-    """Prove that cutting one block of the layers at `name`, and nothing else, equals masking it."""
+    """Prove that cutting one block of the layers at `name`, and nothing else, equals masking it, and that
+    what is left can be saved."""
     sublayers, layers = find_sublayers(dense), dense.get_submodule(name)
     mine = [s.layers is layers and s.block.output == block.output for s in sublayers]
     for what, masks in list(trial_masks([s.numbers for s in sublayers]).items())[:3]:
         masks = [mask if cut else torch.ones_like(mask) for mask, cut in zip(masks, mine, strict=True)]
         for attention in implementations(dense):
             prove_cuts(attention, inputs, {what: masks}, generate=False)
+    prove_saving(dense, mine)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ All that pruning needs of a description is checked here, on one batch, before an
                      cut once and kept once), with sublayers emptied (each once, others not), with all of them
     not by chance    what was cut had contributed, and without it the outputs are others
     carried == run   sublayer by sublayer as from end to end; also where sublayers are empty
-    saved == loaded  the config alone makes a model of the sizes that the cut one has
+    saved == loaded  the config alone makes a model of the sizes that the cut one has, and its weights fit the
+                     form in which checkpoints of the model type hold them
 
 What it takes beyond that for whole experts to go, `prove_router` checks when a run is to take some.
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
@@ -78,6 +80,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str =
             "its config makes no such model, as the error above shows",
         ):
             _prove_loading(emptied)
+        prove_saving(dense, [True] * len(sublayers), head_unit)
 
 
 def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -318,3 +321,22 @@ def _prove_loading(student: PreTrainedModel) -> None:
     if shapes != expected:
         which = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
         raise UnsupportedArchitectureError(f"{', '.join(which[:3])} would have another size")
+
+
+@torch.no_grad()
+def prove_saving(dense: PreTrainedModel, chosen: Sequence[bool], head_unit: str = "group") -> None:
+    """Prove that the weights of `dense`, with one unit or none of the chosen sublayers, can be written as the
+    checkpoints of its model type hold them: Transformers may put them together or in another order there, by
+    sizes in the config. Here it does so with tensors that have shapes alone."""
+    with step(
+        "saved as the checkpoints of its model type are",
+        "Transformers gives its weights another form there, which they do not fit, as the error above shows",
+    ):
+        for units in (0, 1):
+            masks = [
+                s.numbers < units if cut else s.numbers >= 0
+                for s, cut in zip(find_sublayers(dense, head_unit), chosen, strict=True)
+            ]
+            student = cut_twin(dense, masks, head_unit)
+            shapes = {name: tensor.to("meta") for name, tensor in student.state_dict().items()}
+            revert_weight_conversion(student, shapes)

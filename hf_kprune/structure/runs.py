@@ -306,5 +306,12 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequen
     with ExitStack() as hooks:
         for name, sublayer in stacks.items():
             hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
-        run(model, inputs)
-    return State(tops)
+        try:
+            model(**inputs)
+        except Stop:
+            return State(tops)
+    raise UnsupportedArchitectureError(
+        f"{type(model).__name__} does not run {' and '.join(name for name in stacks if name not in tops)} to "
+        f"the end on inputs of {', '.join(inputs)}; give those that run all of it, or mend the family that "
+        "describes it"
+    )
