@@ -867,7 +867,7 @@ def test_the_file_that_travels_is_short_and_needs_torch_and_transformers_only() 
     text = Path(modeling_kprune.__file__).read_text()
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
     assert imported - set(sys.stdlib_module_names) == {"safetensors", "torch", "transformers"}
-    assert len(text.splitlines()) < 860
+    assert len(text.splitlines()) < 880
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import cut_all, slow_unless_in, tiny
 from torch import Tensor
@@ -24,10 +24,6 @@ from hf_kprune.latency.table import AT_ONCE, FAINT, Curve, LatencyTable, counts_
 from hf_kprune.latency.timing import compare, cut_to, time_model
 from hf_kprune.methods.search import group_sizes, threshold_search
 from hf_kprune.structure.sublayers import find_sublayers
-
-
-settings.register_profile("latency", deadline=None, database=None, derandomize=True, max_examples=40)
-settings.load_profile("latency")
 
 
 def seconds(curves: Sequence[Curve], counts: Sequence[int]) -> float:

@@ -964,7 +964,7 @@ def test_models_spoilt_after_the_pruner_was_made_are_refused_too() -> None:
 
 
 def test_unsupported_architecture_says_how_to_add_it() -> None:
-    model = MambaModel(MambaConfig(num_hidden_layers=1, hidden_size=8, state_size=4, vocab_size=20))
+    model = MambaModel(MambaConfig(num_hidden_layers=1, hidden_size=8, state_size=4, vocab_size=100))
     message = "(?s)no family describes model_type 'mamba'.*register_family"
     with unchanged(model), pytest.raises(UnsupportedArchitectureError, match=message):
         make_pruner(model)

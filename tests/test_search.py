@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_kprune.methods.search import TOLERANCE, group_sizes, split, threshold_search
-
-
-settings.register_profile("search", deadline=None, database=None, derandomize=True, max_examples=100)
-settings.load_profile("search")
 
 
 def spent(masks: Sequence[Tensor], costs: Sequence[float]) -> float:
