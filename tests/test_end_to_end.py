@@ -55,7 +55,7 @@ def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: 
     layers, at_once = sides
     assert layers.keys() == at_once.keys()
     for position, one in layers.items():
-        for field in ("energy", "feature_sum", "gram", "metric", "fisher", "absolute"):
+        for field in ("energy", "feature_sum", "gram", "weighted_sum", "metric", "fisher", "absolute"):
             a, b = getattr(one, field), getattr(at_once[position], field)
             assert bool(b.any()) or field not in ("energy", "metric")
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))

@@ -186,7 +186,8 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
     curved, fisher = (
         dense_statistics(model, data, {needs}, per_device_batch_size=4) for needs in ("curvature", "fisher")
     )
-    zeros = {"energy": 0.0, "gram": 0.0, "feature_sum": 0.0, "metric": 0.0, "fisher": 0.0, "absolute": 0.0}
+    curvature, by_unit = ("gram", "weighted_sum", "metric"), ("fisher", "absolute")
+    zeros = dict.fromkeys(("energy", "feature_sum", *curvature, *by_unit), 0.0)
     expected: list[dict[str, Any]] = [dict(zeros) for _ in sublayers]
     masks: list[Tensor] = []
     features: dict[int, Tensor] = {}
@@ -213,13 +214,14 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
         for i, sums in enumerate(expected):
             g, t = gradients[i].double(), gradients[len(masks) + i][0].double()
             sums["energy"] += features[i].square().sum(0)
-            sums["gram"] += features[i].T @ features[i]
+            weights = t.square().sum(1, keepdim=True)
+            sums["gram"] += features[i].T @ (weights * features[i])
+            sums["weighted_sum"] += (weights * features[i]).sum(0)
             sums["feature_sum"] += features[i].sum(0)
             sums["metric"] += t.T @ t
             sums["fisher"] += torch.outer(g, g)
             sums["absolute"] += g.abs()
-    curvature, by_unit = ("energy", "gram", "feature_sum", "metric"), ("energy", "fisher", "absolute")
-    for made_of, names in ((curved, curvature), (fisher, by_unit)):
+    for made_of, names in ((curved, ("energy", "feature_sum", *curvature)), (fisher, ("energy", *by_unit))):
         for statistics, sums in zip(made_of, expected, strict=True):
             for name in names:
                 scale = float(sums[name].abs().max())

@@ -25,8 +25,8 @@ from .batches import Calibration, untimed
 from .knowledge import Knowledge
 
 
-OF_GRADIENTS = {"metric", "fisher", "absolute", "fisher_by_token"}
-"""Sums of gradients; the others are of features."""
+OF_GRADIENTS = {*("gram", "weighted_sum", "total_weight", "metric"), "fisher", "absolute", "fisher_by_token"}
+"""Sums in which gradients are; the others are of features alone."""
 
 KNOWLEDGE = ("gradient_sum", "gradient_square")
 """Sums of gradients to each column's mask."""
@@ -156,6 +156,7 @@ def sums_of(calibration: Calibration, sublayer: Sublayer, needs: Collection[str]
     elif "curvature" in needs:
         count, each = sublayer.experts, columns // sublayer.experts
         sums |= {"gram": calibration.zeros(count, each, each), "metric": calibration.zeros(width, width)}
+        sums |= {"weighted_sum": calibration.zeros(columns), "total_weight": calibration.zeros()}
     if "fisher" in needs:
         count, each = sublayer.parts, units // sublayer.parts
         sums |= {"fisher": calibration.zeros(count, each, each), "absolute": calibration.zeros(units)}
@@ -173,14 +174,23 @@ def add_pass(
     sums["energy"] += a.double().square().sum(0)
     sums["feature_sum"] += a.sum(0, dtype=torch.float64)
     sums["tokens"] += len(a)
-    if "gram" in sums:
-        for gram, part in zip(sums["gram"], a.unflatten(1, (len(sums["gram"]), -1)).unbind(1), strict=True):
-            of_experts = part[part.any(1)] if sublayer.unit.in_experts else part
-            centred = Centred.of(of_experts.float(), calibration.dtype)
-            add_products(gram, centred, centred)
     if gradient is None:
         return
     g = gradient.float()
+    if "gram" in sums:
+        weights = g[valid].square().sum(1)
+        parts = zip(
+            sums["gram"],
+            sums["weighted_sum"].view(len(sums["gram"]), -1),
+            a.float().unflatten(1, (len(sums["gram"]), -1)).unbind(1),
+            strict=True,
+        )
+        for gram, weighted_sum, part in parts:
+            there = part.any(1) if sublayer.unit.in_experts else slice(None)
+            centred = Centred.of(part[there], calibration.dtype, weights[there])
+            add_products(gram, centred, centred)
+            weighted_sum += centred.total()
+        sums["total_weight"] += weights.sum(dtype=torch.float64)
     if "fisher" in sums:
         by_sample = mask_gradients(sublayer, features.float(), g * valid.unsqueeze(-1), batch.samples)
         parts = by_sample.unflatten(1, (sublayer.parts, -1))
@@ -200,7 +210,8 @@ def statistics_of(
     if sublayer.unit.in_experts:  # of which a bias is a column, but no unit
         order = sublayer.columns.flatten().to(weight.device)
         first, weight = slice(None, len(order) // count), weight[:, order]
-    by_column = {name: sums[name][order] for name in ("energy", "feature_sum", *KNOWLEDGE) if name in sums}
+    names = ("energy", "feature_sum", "weighted_sum", *KNOWLEDGE)
+    by_column = {name: sums[name][order] for name in names if name in sums}
     by_two = {name: sums[name] for name in BY_TWO if name in sums}
     if "gram" in sums:  # which is not to be there twice
         by_two["gram"] = sums.pop("gram")[:, first][:, :, first]

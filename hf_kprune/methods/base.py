@@ -16,7 +16,7 @@ from .search import common_scores, threshold_search
 
 BY_COLUMN = (
     *("weight", "magnitude", "energy", "feature_sum", "gradient_sum", "gradient_square", "absolute"),
-    "fisher_by_token",
+    *("weighted_sum", "fisher_by_token"),
 )
 """Statistics whose last dimension is that of columns or of units."""
 
@@ -45,7 +45,9 @@ class Statistics:
             float64. Zero as long as the student is the teacher (there it is zero by definition and not
             measured).
         gradient_square: Sum over sequences of its square, (C,), float64.
-        gram: Sum over tokens of features' products, (C, C), float64.
+        gram: Sum over tokens of |g|^2 a a^T, with a the features and g as for `metric`, (C, C), float64.
+        weighted_sum: Sum over tokens of |g|^2 a, (C,), float64.
+        total_weight: Sum over tokens of |g|^2, (), float64.
         metric: Fisher information of the sublayer's output, the sum over tokens of g g^T with g the gradient
             to it of the loss against outputs drawn from what the dense model predicts
             (`Knowledge.draw`), (D, D), float64.
@@ -85,6 +87,8 @@ class Statistics:
     gradient_sum: Tensor | None = None
     gradient_square: Tensor | None = None
     gram: Tensor | None = None
+    weighted_sum: Tensor | None = None
+    total_weight: Tensor | None = None
     metric: Tensor | None = None
     fisher: Tensor | None = None
     absolute: Tensor | None = None

@@ -40,37 +40,45 @@ ROUNDING = 1e-12
 
 @dataclass
 class Centred:
-    """Tokens (n, C) less a centre that is near to their mean.
+    """Tokens (n, C) less a centre that is near to their mean; each counts by its weight, or once.
 
     In float32, features that hardly vary about a large mean would lose in their products all that tells how
     they vary.
 
     Args:
-        rest: What is left, (n, C), in the precision of the products.
+        rest: What is left, times the root of the weights, (n, C), in the precision of the products.
         centre: (C,), float64; zero for products in float64, which need none.
-        rest_sum: The sum of what is left, (C,), float64.
+        rest_sum: The weighted sum of what is left, (C,), float64.
+        weight: The sum of the weights, (), float64.
     """
 
     rest: Tensor
     centre: Tensor
     rest_sum: Tensor
+    weight: Tensor
 
     @classmethod
-    def of(cls, tokens: Tensor, dtype: torch.dtype) -> Centred:
+    def of(cls, tokens: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> Centred:
         centre = tokens.new_zeros(tokens.shape[1])
         if dtype != torch.float64 and len(tokens):
             centre = tokens.mean(0, dtype=torch.float64).to(tokens.dtype)
         rest = (tokens - centre).to(dtype)
-        return cls(rest, centre.double(), rest.sum(0, dtype=torch.float64))
+        if weights is None:
+            weight = rest.new_tensor(len(rest), dtype=torch.float64)
+            return cls(rest, centre.double(), rest.sum(0, dtype=torch.float64), weight)
+        rest_sum = weights.double() @ rest.double()
+        return cls(
+            rest * weights.sqrt().unsqueeze(1).to(dtype), centre.double(), rest_sum, weights.double().sum()
+        )
 
     def total(self) -> Tensor:
-        """The sum of the tokens themselves, (C,), float64."""
-        return self.rest_sum + len(self.rest) * self.centre
+        """The weighted sum of the tokens themselves, (C,), float64."""
+        return self.rest_sum + self.weight * self.centre
 
 
 def add_products(sums: Tensor, a: Centred, b: Centred) -> None:
-    """Add A^T B of as many tokens A (n, C) and B (n, D) to float64 sums (C, D): what is left of the centres
-    is multiplied in its own precision, the centres themselves in float64."""
+    """Add A^T B of as many tokens A (n, C) and B (n, D), of the same weights, to float64 sums (C, D): what is
+    left of the centres is multiplied in its own precision, the centres themselves in float64."""
     if a is b:
         add_gram(sums, a.rest)
     else:

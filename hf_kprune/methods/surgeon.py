@@ -46,7 +46,7 @@ class Surgeon(Method):
     needs = frozenset({"curvature"})
     options = frozenset({"ridge", "tune_bias", "tune_inputs"})
     ranges: ClassVar = {"ridge": (1e-4, 1.0)}
-    exponents = (0.5, 0.7, 1.0)
+    exponents = (0.6, 0.8, 1.0)
     tunes = True
     measure_tokens = 10_000
     in_time = True
@@ -63,9 +63,13 @@ class Surgeon(Method):
         if s.fisher_by_token is not None:
             return s.fisher_by_token / (2 * s.samples) / s.cost
         assert s.gram is not None
+        assert s.weighted_sum is not None
+        assert s.total_weight is not None
         assert s.metric is not None
         centred = self.tune_bias and s.has_bias
-        inverse, s.damping = inverse_covariance(s.gram, s.feature_sum, s.tokens, centred, SHRINKAGE)
+        inverse, s.damping = inverse_covariance(
+            s.gram, s.weighted_sum, float(s.total_weight), centred, SHRINKAGE
+        )
         root = self.root(s.metric) / s.samples**0.5
         return eliminate(inverse, s.weight, root, s.unit_width) / s.cost
 
@@ -80,19 +84,21 @@ class Surgeon(Method):
 
 
 def inverse_covariance(
-    gram: Tensor, feature_sum: Tensor, tokens: int, centred: bool, ridge: float
+    gram: Tensor, feature_sum: Tensor, total: float, centred: bool, ridge: float
 ) -> tuple[Tensor, float]:
-    """The inverse of the second moments of features per token, (C, C), about their mean if `centred`, with
+    """The inverse of the second moments of features, (C, C), about their mean if `centred`, with
     `ridge` relative to their mean square, and the damping beyond it, relative as well, that makes them
     positive definite.
+
+    The sums are over tokens of which each counts by its weight, and `total` is the sum of all weights.
 
     What an intercept can take over costs nothing, so moments about the mean are what counts where the bias is
     tuned.
     """
-    moments = gram / tokens
+    moments = gram / (total or 1.0)
     square = float(moments.diagonal().mean()) if len(moments) else 0.0
     if centred:
-        mean = feature_sum / tokens
+        mean = feature_sum / (total or 1.0)
         moments.addr_(mean, mean, alpha=-1)
     scale = max(float(moments.diagonal().mean()) if len(moments) else 0.0, ROUNDING * square) or 1.0
     factor, damping = damped_cholesky(moments, scale, ridge * scale)
