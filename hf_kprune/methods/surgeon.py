@@ -34,6 +34,8 @@ class Surgeon(Method):
     the budget over depth that is tried out, and tuning of output and of input projections.
 
     The loss of a sublayer's output changing by e is 1/2 e^T F e, F its Fisher information (K-FAC's factor).
+    Tokens count by the square of the gradient at them, so that of features and gradients only the latter's
+    direction is taken for independent.
     Units are eliminated one after the other, those first that cost least of it *after* the rest has taken
     over their work by least squares (Hassibi and Stork 1993; Kurtic et al. 2023, ZipLM). The losses of a
     sublayer's units so add up to a curve, and all sublayers' curves have one unit, so that one threshold
