@@ -25,7 +25,10 @@ from .batches import Calibration, untimed
 from .knowledge import Knowledge
 
 
-OF_GRADIENTS = {*("gram", "weighted_sum", "total_weight", "metric"), "fisher", "absolute", "fisher_by_token"}
+CURVATURE = ("gram", "weighted_sum", "total_weight", "metric")
+"""Sums that are the curvature of the loss in a sublayer's output weights."""
+
+OF_GRADIENTS = {*CURVATURE, "fisher", "absolute", "fisher_by_token"}
 """Sums in which gradients are; the others are of features alone."""
 
 KNOWLEDGE = ("gradient_sum", "gradient_square")
