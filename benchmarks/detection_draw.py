@@ -441,7 +441,7 @@ def classes_of(model_type: str) -> list[Any]:
     ]
     if not classes:
         raise LookupError("Transformers has no model of this type alone")
-    return sorted(classes, key=lambda found: (not found.__name__.endswith("Model"), len(found.__name__)))
+    return sorted(classes, key=lambda each: (not each.__name__.endswith("Model"), len(each.__name__)))
 
 
 def build(model_type: str, config: dict[str, Any], seed: int, kind: Any = None) -> PreTrainedModel:

@@ -345,29 +345,29 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int, batch: int, longer:
         mask[1, -2:] = 0
         return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
 
-    made: dict[str, Any]
+    inputs: dict[str, Any]
     length = 9 + longer
     if kind in ("text", "characters"):
-        made = text(length if kind == "text" else 32 + 16 * longer)
+        inputs = text(length if kind == "text" else 32 + 16 * longer)
     elif kind == "nine":
-        made = {"input_ids": text(9)["input_ids"]}
+        inputs = {"input_ids": text(9)["input_ids"]}
     elif kind in ("page", "boxes"):
         corners = torch.randint(0, 30, (batch, length, 2), generator=generator)
-        made = {**text(length), "bbox": torch.cat([corners, corners + 10], -1)}
-        made |= {"pixel_values": noise(3, 8, 8)} if kind == "page" else {}
+        inputs = {**text(length), "bbox": torch.cat([corners, corners + 10], -1)}
+        inputs |= {"pixel_values": noise(3, 8, 8)} if kind == "page" else {}
     elif kind == "corners":
-        made = {**text(length), "bbox": torch.rand(batch, length, 8, generator=generator)}
+        inputs = {**text(length), "bbox": torch.rand(batch, length, 8, generator=generator)}
     elif kind == "entities":
         places = torch.tensor([[0, 1, -1], [3, -1, -1]]).expand(batch, 2, 3)
-        made = {**text(length), "entity_ids": torch.ones(batch, 2).long(), "entity_position_ids": places}
+        inputs = {**text(length), "entity_ids": torch.ones(batch, 2).long(), "entity_position_ids": places}
     elif kind == "features":
-        made = {"inputs": noise(length, 16)}
+        inputs = {"inputs": noise(length, 16)}
     elif kind == "seq2seq":
-        made = {**text(length), **text(6 + longer, "decoder_")}
+        inputs = {**text(length), **text(6 + longer, "decoder_")}
     elif kind == "series":
         config = model.config
         past = config.context_length + max(config.lags_sequence)
-        made = {
+        inputs = {
             "past_values": noise(past),
             "past_time_features": noise(past, 2),
             "past_observed_mask": torch.ones(batch, past),
@@ -375,24 +375,24 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int, batch: int, longer:
             "future_time_features": noise(config.prediction_length, 2),
         }
     elif kind == "piano":
-        made = {"input_features": noise(length, 16), **text(6 + longer, "decoder_")}
+        inputs = {"input_features": noise(length, 16), **text(6 + longer, "decoder_")}
     elif kind == "speech":
-        made = {"input_values": noise(3000 + 400 * longer), **text(6 + longer, "decoder_")}
+        inputs = {"input_values": noise(3000 + 400 * longer), **text(6 + longer, "decoder_")}
     elif kind == "waves":
-        made = {"input_values": noise(400 + 100 * longer)}
+        inputs = {"input_values": noise(400 + 100 * longer)}
     elif kind == "filterbanks":
-        made = {"input_features": noise(length, 8)}
+        inputs = {"input_features": noise(length, 8)}
     elif kind == "clip":
-        made = {**text(length), "pixel_values": noise(3, 8, 8)}
+        inputs = {**text(length), "pixel_values": noise(3, 8, 8)}
     elif kind == "image":
-        made = {"pixel_values": noise(3, 8, 8)}
+        inputs = {"pixel_values": noise(3, 8, 8)}
     elif kind == "video":
-        made = {"pixel_values": noise(2, 3, 8, 8)}
+        inputs = {"pixel_values": noise(2, 3, 8, 8)}
     else:
-        made = {"pixel_values": noise(3, 64, 64)}
+        inputs = {"pixel_values": noise(3, 64, 64)}
     takes = inspect.signature(model.forward).parameters
     return {
-        **{k: v for k, v in made.items() if k in takes},
+        **{k: v for k, v in inputs.items() if k in takes},
         **({"use_cache": False} if "use_cache" in takes else {}),
     }
 

@@ -90,8 +90,8 @@ def memory_of(  # noqa: PLR0913
         return sum(4 * b.valid[name].numel() * d for b in batches if chosen(b) for name, d in widths.items())
 
     tokens = max((sum(v.numel() for v in batch.valid.values()) for batch in batches), default=0)
-    seen = tokens * max(s.uses for s in sublayers)  # all runs of a layer are there at once
-    rows, narrow = max((b.samples for b in batches), default=0), 4 * seen * (6 * width + 3 * columns)
+    in_runs = tokens * max(s.uses for s in sublayers)  # all runs of a layer are there at once
+    rows, narrow = max((b.samples for b in batches), default=0), 4 * in_runs * (6 * width + 3 * columns)
     waiting = 2 * 4 * BLOCK * (2 * width * max(s.experts for s in sublayers) + columns)
     head = model.get_output_embeddings()
     words = len(head.weight) if head is not None and loss.per_token else 0

@@ -301,8 +301,8 @@ def pull_through(  # noqa: PLR0913
     pulled = {name: (above[name], pulls.pop(name)) for name in fresh if name in pulls}
     pulled = {name: pair for name, pair in pulled.items() if pair[0].requires_grad}
     if pulled:
-        seen = features if points == "features" else outputs
-        wanted = {places[place]: parts for place, parts in seen.items()}
+        taps = features if points == "features" else outputs
+        wanted = {places[place]: parts for place, parts in taps.items()}
         tops, pull = zip(*((tensor, pull.to(tensor.dtype)) for tensor, pull in pulled.values()), strict=True)
         gradients = result.pull(walk, wanted, tops, pull, list(leaves.inputs.values()))
         for name, gradient in zip(leaves.inputs, gradients, strict=True):

@@ -313,7 +313,7 @@ def detect(
     types = {name: m.config.model_type for name, m in dense.named_modules() if isinstance(m, PreTrainedModel)}
     listed = tuple(f"{name}.".lstrip(".") for name, kind in types.items() if kind in leave)
     with torch.random.fork_rng():
-        lists = _seen(dense, inputs, _outermost(dense, (*rest, *listed)), rest)
+        lists = _innermost(dense, inputs, _outermost(dense, (*rest, *listed)), rest)
     rest |= _apart(dense, lists, (*rest, *listed))
     rest |= _nested(lists)
     lists = [layers for layers in lists if f"{layers.name}." not in rest]
@@ -342,22 +342,22 @@ def _families(lists: Sequence[LayerList]) -> Families:
     return {owner: tuple(layers.stack for layers in lists if layers.owner == owner) for owner in owners}
 
 
-def _seen(
+def _innermost(
     model: PreTrainedModel, inputs: Mapping[str, object], names: Sequence[str], rest: dict[str, str]
 ) -> list[LayerList]:
     """The lists of layers at these paths, or, where more sublayers are seen in those, lists inside them. What
     has none is added to the `rest`."""
     if not names:
         return []
-    seen = [_layer_list(model, name) for name in names]
-    _watch(model, inputs, seen)
-    failures = {layers.name: why for layers in seen if (why := _trouble(layers))}
-    doubtful = [layers.name for layers in seen if layers.name in failures or layers.rest]
+    outer = [_layer_list(model, name) for name in names]
+    _watch(model, inputs, outer)
+    failures = {layers.name: why for layers in outer if (why := _trouble(layers))}
+    doubtful = [layers.name for layers in outer if layers.name in failures or layers.rest]
     inner = {name: _outermost(model.get_submodule(name), (), name) for name in doubtful}
     below = dict[str, str]()
-    lower = _seen(model, inputs, [name for names in inner.values() for name in names], below)
+    lower = _innermost(model, inputs, [name for names in inner.values() for name in names], below)
     lists: list[LayerList] = []
-    for layers in seen:
+    for layers in outer:
         inside = [other for other in lower if other.name.startswith(f"{layers.name}.")]
         if sum(map(len, inside)) > len(layers):
             lists += inside
