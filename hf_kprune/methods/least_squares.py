@@ -59,17 +59,15 @@ class Centred:
 
     @classmethod
     def of(cls, tokens: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> Centred:
-        centre = tokens.new_zeros(tokens.shape[1])
-        if dtype != torch.float64 and len(tokens):
-            centre = tokens.mean(0, dtype=torch.float64).to(tokens.dtype)
+        each = tokens.new_ones(len(tokens)) if weights is None else weights
+        each = each.double()
+        centre, weight = tokens.new_zeros(tokens.shape[1]), each.sum()
+        if dtype != torch.float64 and bool(weight):
+            centre = ((each / weight) @ tokens.double()).to(tokens.dtype)
         rest = (tokens - centre).to(dtype)
-        if weights is None:
-            weight = rest.new_tensor(len(rest), dtype=torch.float64)
-            return cls(rest, centre.double(), rest.sum(0, dtype=torch.float64), weight)
-        rest_sum = weights.double() @ rest.double()
-        return cls(
-            rest * weights.sqrt().unsqueeze(1).to(dtype), centre.double(), rest_sum, weights.double().sum()
-        )
+        rest_sum = rest.sum(0, dtype=torch.float64) if weights is None else each @ rest.double()
+        rest = rest if weights is None else rest * each.sqrt().unsqueeze(1).to(dtype)
+        return cls(rest, centre.double(), rest_sum, weight)
 
     def total(self) -> Tensor:
         """The weighted sum of the tokens themselves, (C,), float64."""
