@@ -482,14 +482,18 @@ def texts_with(model: PreTrainedModel, images: dict[str, Tensor]) -> dict[str, T
     takes = inspect.signature(features).parameters
     try:
         with torch.no_grad():
-            made = features(**{name: value for name, value in images.items() if name in takes})
+            patches = features(**{name: value for name, value in images.items() if name in takes})
     except Exception:  # it wants others
         return None
-    made = getattr(made, "pooler_output", made)
-    made = torch.cat([part.flatten(0, -2) for part in made]) if isinstance(made, (list, tuple)) else made
-    if not isinstance(made, Tensor) or made.shape[:-1].numel() % 3:
+    patches = getattr(patches, "pooler_output", patches)
+    patches = (
+        torch.cat([part.flatten(0, -2) for part in patches])
+        if isinstance(patches, (list, tuple))
+        else patches
+    )
+    if not isinstance(patches, Tensor) or patches.shape[:-1].numel() % 3:
         return None
-    places = torch.full((3, made.shape[:-1].numel() // 3), token)
+    places = torch.full((3, patches.shape[:-1].numel() // 3), token)
     before, after = words_but(token, 3, 4), words_but(token, 3, 7)
     ids = torch.cat([before, places, after], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}

@@ -455,10 +455,10 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
         with tempfile.TemporaryDirectory() as directory:
             student.save_pretrained(directory)
             loaded = type(model).from_pretrained(directory).eval()
-        for what, made in (("cut", outputs_of(student, inputs)), ("loaded", outputs_of(loaded, inputs))):
-            if [t.shape for t in made] != [t.shape for t in masked]:
+        for what, outputs in (("cut", outputs_of(student, inputs)), ("loaded", outputs_of(loaded, inputs))):
+            if [t.shape for t in outputs] != [t.shape for t in masked]:
                 return f"{what} returns other shapes than masked"
-            for one, other in zip(made, masked, strict=True):
+            for one, other in zip(outputs, masked, strict=True):
                 error = float(
                     (one - other).nan_to_num(0).abs().max() / other.nan_to_num(0).abs().max().clamp(min=1e-9)
                 )

@@ -124,14 +124,14 @@ def test_what_was_evaluated_is_in_report_and_card(tmp_path: Path) -> None:
 
 def test_the_card_shows_measured_times_and_no_paths(tmp_path: Path) -> None:
     dense, pruned = shallow(num_hidden_layers=1), pruned_layer()
-    found = compare(dense, pruned, batch_sizes=[2], lengths=[5], rounds=2)
-    found.names = ["/home/jane/dense", "/home/jane/pruned"]
+    comparison = compare(dense, pruned, batch_sizes=[2], lengths=[5], rounds=2)
+    comparison.names = ["/home/jane/dense", "/home/jane/pruned"]
     pruner = KPrunePruner(pruned, KPruneArguments(output_dir=str(tmp_path)))
-    pruner.create_model_card(comparison=found)
+    pruner.create_model_card(comparison=comparison)
     card = (tmp_path / "README.md").read_text()
     assert "## Beside the dense model" in card
-    assert f"| 2 x 5 | {found.timings[0].flops[0] / 1e9:.4g} |" in card
-    assert f" {found.timings[0].speedup:.2f}x |" in card
+    assert f"| 2 x 5 | {comparison.timings[0].flops[0] / 1e9:.4g} |" in card
+    assert f" {comparison.timings[0].speedup:.2f}x |" in card
     assert "jane" not in card
     with pytest.raises(ArgumentError, match="comparison is a str, expected what hf_kprune.compare gives"):
         pruner.create_model_card(comparison="fast")

@@ -108,8 +108,8 @@ def test_the_embeddings_of_a_base_model_are_compared_without_padding() -> None:
     dense = shallow().base_model.eval()
     data = rows(7)
     pruner = KPrunePruner(dense, KPruneArguments(disable_tqdm=True, per_device_batch_size=3), None, collate)
-    found = embeddings_of(pruner, data)
-    for row, one in zip(data, found, strict=True):
+    embeddings = embeddings_of(pruner, data)
+    for row, one in zip(data, embeddings, strict=True):
         alone = dense(**collate([row])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(one, alone / alone.norm(), rtol=1e-4, atol=1e-5)
     same = compare(dense, copy.deepcopy(dense), data, lengths=[4], batch_sizes=[1], data_collator=collate)

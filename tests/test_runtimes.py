@@ -344,10 +344,10 @@ def test_llama_cpp_gives_the_same_greedy_tokens(tmp_path: Path, model_type: str,
         tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     with llama_cpp(tmp_path / "out" / NAME) as ask:
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": 1, "ignore_eos": True}
-        given = ask("completion", body)["completion_probabilities"]
-    assert [token["id"] for token in given] == tokens[0, len(prompt) :].tolist()
+        answers = ask("completion", body)["completion_probabilities"]
+    assert [token["id"] for token in answers] == tokens[0, len(prompt) :].tolist()
     wanted = logits[0, len(prompt) - 1 :].log_softmax(-1).amax(-1)
-    np.testing.assert_allclose([token["logprob"] for token in given], wanted.detach(), rtol=1e-2)
+    np.testing.assert_allclose([token["logprob"] for token in answers], wanted.detach(), rtol=1e-2)
 
 
 @pytest.mark.slow

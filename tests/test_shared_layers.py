@@ -102,10 +102,10 @@ def test_weights_are_fitted_on_what_each_run_of_the_teacher_reads() -> None:
     for batch in data.batches:
         mask = torch.zeros(batch.counted.shape).masked_fill(~batch.counted, -1e30)[:, None, None]
         for x, y in runs_of(teacher, batch.inputs):
-            seen = features_of(student, x, mask)
-            a, target = (t[batch.counted].double() for t in (seen["features"], y - seen["stream"]))
+            tap = features_of(student, x, mask)
+            a, target = (t[batch.counted].double() for t in (tap["features"], y - tap["stream"]))
             gram, cross = gram + a.T @ a, cross + a.T @ target
-            moved = (seen["stream"] - features_of(teacher, x, mask)["stream"])[batch.counted]
+            moved = (tap["stream"] - features_of(teacher, x, mask)["stream"])[batch.counted]
             shift = shift + moved.double().square().sum()
     reference, data.readers = Reference(teacher), [[], [["albert_layers.0.ffn"]]]
     ((_, inputs),) = input_equations(data, student, reference)

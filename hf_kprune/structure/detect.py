@@ -36,7 +36,7 @@ Families = Mapping[str, tuple[Stack, ...]]
 
 @dataclass(frozen=True)
 class Detected:
-    """What was found out about a model.
+    """The layers of a model, as far as they could be described.
 
     Args:
         families: The stacks that were described.
@@ -150,7 +150,7 @@ def describe_on(model: PreTrainedModel, batch: MakeBatch, head_unit: str) -> Non
     except UnsupportedArchitectureError as error:
         if failure:
             raise
-        why = f"on the calibration rows {str(error).split('; ', 1)[-1].split('. Describe one')[0]}"
+        why = f"on the calibration rows {error.__cause__}"  # without the way out
         keep(model, Detected(families, {p: why if r == NOT_RUN else r for p, r in rest.items()}))
 
 
