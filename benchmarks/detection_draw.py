@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from hf_kprune import KPruneArguments, KPruneError, KPrunePruner, UnsupportedArchitectureError
 from hf_kprune.structure.configs import text_config
-from hf_kprune.structure.detect import describe
+from hf_kprune.structure.describe import describe
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.families import FAMILIES, REFUSED, UNTOUCHED
 from hf_kprune.structure.sublayers import find_sublayers

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.coverage import IDLE
-from hf_kprune.structure.detect import describe
+from hf_kprune.structure.describe import describe
 from hf_kprune.structure.families import FAMILIES, REFUSED
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut, write_plan

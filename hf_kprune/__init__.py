@@ -25,7 +25,7 @@ from .methods import Method, Statistics, register_method
 from .pruner import KPrunePruner
 from .report import PruningReport
 from .runtimes import export
-from .structure.detect import describe
+from .structure.describe import describe
 from .structure.families import Block, Stack, register_family
 from .version import __version__
 

@@ -13,7 +13,7 @@ from .calibration.distance import distance
 from .errors import ArgumentError
 from .methods import METHODS
 from .options import from_json
-from .preparation import Run
+from .run import Run
 from .state import Pruner, in_place
 from .validation import checked
 

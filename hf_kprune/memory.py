@@ -9,7 +9,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from .calibration.batches import Batch, Calibration
+from .calibration.batch import Batch
+from .calibration.batches import Calibration
 from .calibration.equations import BLOCK, SAMPLE
 from .calibration.knowledge import Knowledge
 from .calibration.outputs import logits_at_once

@@ -21,11 +21,12 @@ from .checkpoint.loading import Offload, check_is_model, check_offload, load_mod
 from .errors import ArgumentError
 from .evaluation import Evaluator
 from .hyperparameters import Search
-from .preparation import Run, first_batch, warn_of
+from .preparation import first_batch
 from .publication import push, save, tell_of_the_save, write_card
 from .recovery import Learner
 from .report import PruningReport
 from .resumption import States, states_of
+from .run import Run, warn_of
 from .state import adopt, check_inplace, check_place
 from .structure.offload import is_dispatched
 from .structure.readiness import bare_model, describe_units

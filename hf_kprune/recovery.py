@@ -27,7 +27,7 @@ from .checkpoint.loading import Offload, load_model
 from .distillation import Distillation, Lesson, Watch
 from .errors import ArgumentError
 from .history import Recovery
-from .preparation import Run
+from .preparation import calibrate, knowledge_of
 from .state import Pruner, begin_phase, one_run
 from .structure.offload import is_dispatched
 from .structure.reach import leaving
@@ -61,13 +61,14 @@ def recover(
     with one_run(pruner), leaving(model, ()):
         begin_phase(pruner, "recover")
         teacher = teacher_of(pruner, dense)
-        run = Run(pruner, dataset, [])
-        run.args = copy.copy(pruner.args)
-        run.args.num_measure_tokens = min(2 * HELD_OUT, max(1, run.args.num_tokens // 5))
-        calibration = run.calibrate()  # half as much as is measured is held out
+        args = copy.copy(pruner.args)
+        args.num_measure_tokens = min(2 * HELD_OUT, max(1, args.num_tokens // 5))
+        rows = pruner.calibration_dataset if dataset is None else dataset
+        calibration, _ = calibrate(pruner, args, rows)  # half as much as is measured is held out
         calibration.check_held_out()
         student = copy.deepcopy(model).float()
-        lesson = Lesson(calibration, run.knowledge(calibration.sublayers), student, teacher)
+        loss = knowledge_of(pruner, calibration, [dataset, pruner.calibration_dataset, pruner.eval_dataset])
+        lesson = Lesson(calibration, loss, student, teacher)
         recovery = learn(pruner, lesson, minutes, options)
         settle(student, model)
         if recovery.steps and model.dtype != torch.float32:  # rounded, it is another model

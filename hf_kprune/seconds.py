@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .algorithm import interval
-from .calibration.batches import Batch, Calibration, untimed
+from .calibration.batch import Batch
+from .calibration.batches import Calibration, untimed
 from .calibration.distance import Judge
 from .calibration.equations import joined, zeros
 from .calibration.knowledge import Knowledge

@@ -26,11 +26,11 @@ from .files.destination import as_text
 from .files.exchange import recover
 from .latency.timing import compare
 from .options import Unasked
-from .preparation import Run, warn_of
 from .processes import together
 from .publication import tell_of_the_save, write
 from .report import PruningReport
 from .resumption import Record, States
+from .run import Run, warn_of
 from .sizes import expected_bytes, model_size, prunable_flops
 from .state import Pruner, adopt, in_place, origins_of
 from .sweep import Sweep, SweepPoint, smallest_within

@@ -39,7 +39,9 @@ from hf_kprune import (
 from hf_kprune.modeling_kprune import get_size
 from hf_kprune.structure.configs import read
 from hf_kprune.structure.coverage import untouched
-from hf_kprune.structure.detect import Detected, as_code, describe, detect, keep
+from hf_kprune.structure.describe import describe
+from hf_kprune.structure.descriptions import Detected, as_code, keep
+from hf_kprune.structure.detect import detect
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
 from hf_kprune.structure.proof import prove, step

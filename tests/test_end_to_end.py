@@ -16,7 +16,7 @@ from hf_kprune.calibration.backward import backward, descend
 from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.knowledge import Knowledge
 from hf_kprune.calibration.measure import measure_dense
-from hf_kprune.preparation import Run
+from hf_kprune.run import Run
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.walk import Walk
 

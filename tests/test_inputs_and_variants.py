@@ -15,7 +15,8 @@ from transformers import AutoConfig, PreTrainedModel
 from zoo import AUDIO, DECODER, ENCODER, IMAGE, ZOO, inputs_for, make
 
 from hf_kprune import BudgetError, KPruneArguments, KPrunePruner, UnsupportedModelError
-from hf_kprune.calibration.batches import Batch, Calibration, tokens_of
+from hf_kprune.calibration.batch import Batch, tokens_of
+from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.collate import collate as make_batch
 from hf_kprune.calibration.collate import shifted_right
 from hf_kprune.calibration.draw import draw_rows

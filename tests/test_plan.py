@@ -25,7 +25,7 @@ from hf_kprune import (
     KPrunePruner,
     UnsupportedModelError,
 )
-from hf_kprune.calibration.batches import Batch
+from hf_kprune.calibration.batch import Batch
 from hf_kprune.entries import Size
 from hf_kprune.methods import METHODS
 from hf_kprune.preparation import PLAN_TOKENS

@@ -28,9 +28,9 @@ from hf_kprune import (
     KPrunePruner,
     pruning,
 )
-from hf_kprune.preparation import Run
 from hf_kprune.report import PruningReport
 from hf_kprune.resumption import States, states
+from hf_kprune.run import Run
 from hf_kprune.version import versions
 
 
@@ -357,7 +357,7 @@ def test_a_state_of_something_else_is_refused_with_the_difference(
     before = files(interrupted)
     if version := options.pop("torch", None):
         used = {**versions(), "torch": version}
-        monkeypatch.setattr("hf_kprune.preparation.versions", lambda: used)
+        monkeypatch.setattr("hf_kprune.prospect.versions", lambda: used)
     if processes := options.pop("processes", None):
         facts = Run.facts
         monkeypatch.setattr(Run, "facts", lambda *args: {**facts(*args), "number of processes": processes})

@@ -674,7 +674,7 @@ def test_the_readme_run_twice_does_not_prune_twice(tmp_path: Path, monkeypatch: 
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "config.json").write_text("{}")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.setattr("hf_kprune.preparation.Run.open", None)
+    monkeypatch.setattr("hf_kprune.run.Run.open", None)
     with pytest.raises(ArgumentError, match="output_dir 'pruned' is not empty"):
         exec(code.split("```")[0], {})
 

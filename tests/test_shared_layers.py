@@ -17,7 +17,7 @@ from zoo import ENCODER, make
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.equations import Reference, input_equations, normal_equations
 from hf_kprune.calibration.measure import measure_dense
-from hf_kprune.preparation import Run
+from hf_kprune.run import Run
 from hf_kprune.sizes import model_size, prunable_flops
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.walk import Walk

@@ -21,7 +21,8 @@ from ..structure.probes import outputs_of, probed
 from ..structure.runs import run_to_top
 from ..structure.shelf import Shelf
 from ..structure.walk import Walk
-from .batches import Batch, Calibration
+from .batch import Batch
+from .batches import Calibration
 from .knowledge import Draws, Knowledge, gradient_of_draw
 from .outputs import chunk_of, in_chunks, losses_of, narrowed, outputs_for
 

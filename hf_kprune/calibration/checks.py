@@ -22,7 +22,8 @@ from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from ..structure.workbench import workbench_of
 from .backward import Head
-from .batches import Batch, Calibration
+from .batch import Batch
+from .batches import Calibration
 from .knowledge import Draws, Knowledge
 from .loss_check import check_loss
 from .outputs import chunk_of, narrowed, outputs_for

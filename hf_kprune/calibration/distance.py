@@ -19,7 +19,8 @@ from ..structure.shelf import Shelf
 from ..structure.sublayers import find_sublayers
 from ..structure.walk import Walk
 from .backward import Head
-from .batches import Batch, Calibration
+from .batch import Batch
+from .batches import Calibration
 from .knowledge import Knowledge
 from .outputs import chunk_of, in_chunks, losses_of, outputs_for
 

@@ -16,7 +16,8 @@ from ..structure.projections import oriented
 from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer
 from ..structure.walk import Walk
-from .batches import Batch, Calibration
+from .batch import Batch
+from .batches import Calibration
 
 
 SAMPLE = 1_000

@@ -17,7 +17,7 @@ from ..structure.probes import only_tokens
 from ..structure.runs import run_to_top
 from ..structure.sublayers import Sublayer
 from ..structure.workbench import in_half_precision
-from .batches import Batch
+from .batch import Batch
 from .knowledge import Knowledge
 
 

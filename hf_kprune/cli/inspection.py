@@ -23,7 +23,7 @@ from ..modeling_kprune import HOW_TO_LOAD, has, is_pruned
 from ..report import HTML_NAME, JSON_NAME, PruningReport
 from ..reports import HINT, Table, can_draw, to_markdown
 from ..sizes import model_size
-from ..structure.detect import describe
+from ..structure.describe import describe
 from ..structure.families import FAMILIES, REFUSED
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..text import printable

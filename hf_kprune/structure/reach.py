@@ -67,7 +67,8 @@ def towers_not_asked_for(model: PreTrainedModel, wanted: Sequence[str] | None) -
     """
     if wanted is None:
         return {}
-    names = {path: names_of(path, tower) for path, tower in described(model) if path} or names_of_lists(model)
+    towers = dict(described(model))
+    names = {path: names_of(path, tower) for path, tower in towers.items() if path} or names_of_lists(model)
     for name in wanted:
         if not any(name in known for known in names.values()):
             parts = [f"{' or '.join(known[:-1])} ({known[-1]})" for known in names.values()]
@@ -80,9 +81,8 @@ def towers_not_asked_for(model: PreTrainedModel, wanted: Sequence[str] | None) -
                 + (f"; {out}" if out else "")
             )
     reason = f"towers asks for {', '.join(wanted)} alone"
-    towers = [path for path, _ in described(model)]
-    parts = list(names) if towers == [""] else towers
-    return {path: reason for path in parts if not {*wanted} & {*names.get(path, ())}}
+    paths = names.keys() if [*towers] == [""] else towers.keys()
+    return {path: reason for path in paths if not {*wanted} & {*names.get(path, ())}}
 
 
 def names_of_lists(model: PreTrainedModel) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from .checks import check_described, check_model, unwrapped
-from .detect import MakeBatch, describe_on
+from .describe import MakeBatch, describe_on
 from .surroundings import plain_modes
 
 

@@ -1,0 +1,186 @@
+"""One batch: some calibration rows as a model is called with them, and which of their tokens count."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..structure.facts import (
+    first_run,
+    floats,
+    frame_mask,
+    in_eval_mode,
+    main_input,
+    mask_of,
+    masks_frames,
+    to_model,
+)
+from ..structure.hooks import by_token, part_of
+from ..structure.runs import run_to_bottom, run_to_memory
+from ..structure.sublayers import Sublayer, find_sublayers
+from .collate import Collator, collate
+from .nested import Row
+from .rows import TokensPerRow
+
+
+def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
+    """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
+    shapes are not."""
+    sublayers, known, main = find_sublayers(model), {}, main_input(model)
+
+    def count(row: Row) -> int:
+        shape = tuple(row[main].shape)
+        if shape not in known:
+            inputs, _ = collate([row], collator, processing_class, model)
+            with in_eval_mode(model), first_run(model, inputs):
+                bottom = run_to_bottom(model, to_model(inputs, model), sublayers[0])
+                known[shape] = bottom.shape[1:-1].numel()
+        return int(known[shape])
+
+    return count
+
+
+@dataclass
+class Batch:
+    """Some rows on the device, and what they serve for.
+
+    Args:
+        inputs: What the model is called with.
+        valid: The tokens of each stack that are not padding, (B, T).
+        counted: The tokens whose outputs count for knowledge, (B, T).
+        rows: Which of all rows they are.
+        measured: Whether the model is measured on them.
+        sampled: Whether a plan measures on them, too.
+        tried: Whether students of trials are tuned on them.
+        held_out: Whether students of trials are compared on them.
+        fitted: Whether weights are tuned on them.
+    """
+
+    inputs: dict[str, Any]
+    valid: dict[str, Tensor]
+    counted: Tensor
+    rows: list[int] = field(default_factory=list)
+    measured: bool = False
+    sampled: bool = False
+    tried: bool = False
+    held_out: bool = False
+    fitted: bool = True
+
+    @property
+    def samples(self) -> int:
+        """Rows in the batch, which may be several sequences each (multiple choice)."""
+        return len(self.rows) or next(len(v) for v in self.inputs.values() if isinstance(v, Tensor))
+
+    def tokens(self, sublayer: Sublayer, like: Tensor, stack: str | None = None) -> Tensor:
+        """Which tokens of `like`, (B, T, ...), in the stack of `sublayer`, or the one named, are real.
+
+        Raises `UnsupportedModelError` if the model has added tokens of its own that are no padding.
+        """
+        valid = self.valid[stack or sublayer.stack_name]
+        if like.shape[1] == sublayer.uses * valid.shape[1]:
+            return valid.repeat(1, sublayer.uses)
+        more = like.shape[1] - valid.shape[1]
+        if more and not sublayer.stack.mask and bool(valid.all()):  # windows on a picture, or pooled tokens
+            return valid.new_ones(like.shape[:2])
+        if more < 0 or (more and not sublayer.stack.pads):
+            raise UnsupportedModelError(
+                f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have "
+                f"{valid.shape[1]}; which of them are real is not known. Calibrate without the inputs that "
+                "add tokens"
+            )
+        return F.pad(valid, (0, more))
+
+    def by_token(self, tensor: Tensor, stack: str) -> Tensor:
+        """(B, T, C) of the tokens of a stack, however a model arranges them."""
+        return by_token(tensor, self.valid[stack].unsqueeze(-1))
+
+    def halves(self, tokens: Tensor) -> list[Tensor]:
+        """`tokens`, boolean (B, T), of rows of even and of odd number, whatever batch they are in."""
+        odd = torch.tensor(self.rows, device=tokens.device) % 2 == 1
+        by_sequence = odd.repeat_interleave(len(tokens) // self.samples).unsqueeze(1)
+        return [tokens & ~by_sequence, tokens & by_sequence]
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The samples from `start` to `stop`."""
+        samples = self.samples
+
+        def of(tensor: object) -> Any:
+            return part_of(tensor, start, stop, samples) if isinstance(tensor, Tensor) else tensor
+
+        inputs, valid = ({k: of(v) for k, v in tensors.items()} for tensors in (self.inputs, self.valid))
+        return replace(self, inputs=inputs, valid=valid, counted=of(self.counted), rows=self.rows[start:stop])
+
+
+class BatchMaker:
+    """Makes batches of what `collate` gives.
+
+    Args:
+        device: Where batches are.
+        sublayers: Those that are pruned.
+        last: The last sublayer of the model, whose tokens its outputs are of.
+    """
+
+    def __init__(self, device: torch.device, sublayers: Sequence[Sublayer], last: Sublayer):
+        self.device, self.sublayers, self.last = device, sublayers, last
+        self.sizes: dict[str, torch.Size] = {}
+        self.stacks_of_ids: set[str] = set()
+
+    def batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
+        """A batch of what `collate` has made for `model`, on the device."""
+        inputs: dict[str, Any] = {key: value.to(self.device) for key, value in tensors.items()}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs["use_cache"] = False
+        valid = dict[str, Tensor]()
+        for sublayer in {s.stack_name: s for s in self.sublayers}.values():
+            valid[sublayer.stack_name] = self._valid(model, sublayer, inputs, mask_of(model, sublayer))
+        last = valid.get(self.last.stack_name)
+        if last is None:
+            last = self._valid(model, self.last, inputs, mask_of(model, self.last))
+        for sublayer in self.sublayers:
+            if sublayer.reads not in valid:
+                texts = "attention_mask" if mask_of(model, sublayer).startswith("decoder_") else ""
+                valid[sublayer.reads] = self._valid(model, sublayer, inputs, texts, memory=True)
+        return Batch(inputs, valid, last if counted is None else last & counted.to(last.device))
+
+    def _valid(
+        self,
+        model: PreTrainedModel,
+        sublayer: Sublayer,
+        inputs: dict[str, Any],
+        key: str,
+        memory: bool = False,
+    ) -> Tensor:
+        """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T), or in what its
+        cross-attention reads of another model. `key` is the input that marks them."""
+        name = sublayer.reads if memory else sublayer.stack_name
+        if key == "decoder_attention_mask" and "decoder_input_ids" not in inputs:
+            key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
+        mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
+        if ids is not None and key in ("attention_mask", "decoder_attention_mask"):
+            self.stacks_of_ids.add(name)
+            return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        samples = len(tensors[0])
+        # how many tokens an image or a sound makes is the model's business
+        shapes = [str(each.shape) for each in list(filter(floats, tensors)) or tensors]
+        form = " ".join([name, *shapes])
+        if mask is not None or form not in self.sizes:
+            with in_eval_mode(model), first_run(model, inputs):
+                run_to = run_to_memory if memory else run_to_bottom
+                below = run_to(model, to_model(inputs, model), sublayer)
+                self.sizes[form] = torch.Size((len(below), below.shape[1:-1].numel()))
+            tokens = self.sizes[form][1]
+            framing = next((module for module in model.modules() if masks_frames(module)), None)
+            if mask is not None and mask.shape != (samples, tokens) and framing is not None:
+                return frame_mask(framing, mask, tokens)
+            if mask is not None and mask.dim() == 2 and mask.shape[1] <= tokens:  # queries come first
+                return F.pad(mask.bool(), (tokens - mask.shape[1], 0), value=True)
+        return torch.ones(self.sizes[form], dtype=torch.bool, device=self.device)

@@ -1,0 +1,199 @@
+"""Make sure that the heads and neurons of a model are known: by the family of its type, or by what detect.py
+finds out, of which as much is kept as can be proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import find_layers, plan_of
+from ..progress import unwarned
+from .coverage import IDLE, family_of
+from .descriptions import Detected, Families, as_code, keep, model_at
+from .detect import detect
+from .facts import evaluation_copy, example_inputs, to_model
+from .families import FAMILIES, REFUSED, Stack
+from .proof import prove, step
+from .sublayers import find_sublayers
+
+
+GUESSED = (
+    " That was tried on inputs made up from its config; on a batch like those that it is used with it may go "
+    "otherwise: KPrunePruner(model, args, calibration_dataset), hf_kprune.describe(model, batch), or "
+    "hf-kprune inspect MODEL --batch FILE.safetensors."
+)
+"""What is said of a failure where the caller gave no inputs."""
+
+NOT_RUN = "it does not run on the inputs it was tried on"
+
+MakeBatch = Callable[[], Mapping[str, object] | None]
+"""Makes what a model is called with, of the caller's data; None if there are none."""
+
+
+def describe(
+    model: PreTrainedModel, inputs: Mapping[str, object] | None = None, head_unit: str = "group"
+) -> None:
+    """Make sure that hf_kprune knows where the heads and neurons of `model` are.
+
+    Nothing is done if a family describes its model type. Else its layers are detected, the description is
+    proved, and only then noted, on this model and its copies: others of the type have to be proved for
+    themselves.
+
+    Args:
+        model: Dense; not changed.
+        inputs: A small batch that runs all of it, with several tokens in each sample. Default:
+            `example_inputs(model)`.
+        head_unit: `KPruneArguments.head_unit`.
+
+    Raises:
+        UnsupportedArchitectureError: If its layers cannot be described or the proof fails, with a description
+            to start from if there is one.
+
+    Example:
+
+        >>> from transformers import BertConfig, BertModel
+        >>> from hf_kprune import describe
+        >>> config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> describe(BertModel(config))
+    """
+    try:
+        with step("", f"{type(model).__name__} is not built as its family says, as the error above shows"):
+            find_sublayers(model, head_unit)
+        return
+    except UnsupportedArchitectureError:
+        if model.config.model_type in {*FAMILIES, *REFUSED}:
+            raise
+    detected = Detected({}, {})
+    guessed = inputs is None
+    try:
+        unknown = "its modules or its config are of a kind that is not known, as the error above shows"
+        with unwarned(), step("detection", unknown):
+            if any(plan_of(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)):
+                raise UnsupportedArchitectureError(
+                    "it was pruned before, and its checkpoint tells sizes alone"
+                )
+            inputs = example_inputs(model) if inputs is None else inputs
+            detected = detect(model, inputs, leave=FAMILIES, idle=idle_towers(model, inputs))
+        with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
+            detected = _proved(model, detected, inputs, head_unit)
+    except UnsupportedArchitectureError as error:
+        remark = GUESSED if guessed else ""
+        raise UnsupportedArchitectureError(way_out(model, detected.families, error, remark)) from error
+    keep(model, detected)
+
+
+def describe_on(model: PreTrainedModel, batch: MakeBatch, head_unit: str) -> None:
+    """As `describe` does, and, where inputs that are made up do not prove a model or do not run all of it, on
+    those that it is to be used with.
+
+    Args:
+        model: Dense; not changed.
+        batch: Makes them, once they are needed.
+        head_unit: `KPruneArguments.head_unit`.
+
+    Raises:
+        UnsupportedArchitectureError: If its layers cannot be described or the proof fails on both.
+    """
+    failure: UnsupportedArchitectureError | None = None
+    try:
+        describe(model, head_unit=head_unit)
+    except UnsupportedArchitectureError as error:
+        if model.config.model_type in {*FAMILIES, *REFUSED}:
+            raise
+        failure = error
+    rest = model.__dict__.get(IDLE, {})
+    inputs = batch() if failure or NOT_RUN in rest.values() else None
+    if inputs is None:
+        if failure:
+            raise failure
+        return
+    families = {
+        name: m.__dict__["kprune_family"]
+        for name, m in model.named_modules()
+        if "kprune_family" in m.__dict__
+    }
+    keep(model, Detected({}, {}))
+    try:
+        describe(model, inputs, head_unit)
+    except UnsupportedArchitectureError as error:
+        if failure:
+            raise
+        why = f"on the calibration rows {error.__cause__}"  # without the way out
+        keep(model, Detected(families, {p: why if r == NOT_RUN else r for p, r in rest.items()}))
+
+
+def _proved(
+    model: PreTrainedModel, detected: Detected, inputs: Mapping[str, object], head_unit: str
+) -> Detected:
+    """What of it can be proved: all, or those lists of layers that can be by themselves."""
+
+    def holds(part: Detected) -> str:
+        try:
+            prove(keep(evaluation_copy(model), part), inputs, head_unit)
+        except UnsupportedArchitectureError as error:
+            return str(error)
+        return ""
+
+    every = [stack for stacks in detected.families.values() for stack in stacks]
+    why = holds(detected)
+    if why and len(every) > 1:
+        failures = [holds(_only(model, detected, [stack], "")) for stack in every]
+        right = [stack for stack, failure in zip(every, failures, strict=True) if not failure]
+        part = _only(model, detected, right, next((failure for failure in failures if failure), why))
+        if right and len(right) < len(every) and not holds(part):
+            return part
+    if why:
+        raise UnsupportedArchitectureError(why)
+    return detected
+
+
+def _only(model: PreTrainedModel, detected: Detected, chosen: Sequence[Stack], why: str) -> Detected:
+    """Some of the stacks that were detected, with those whose tokens they read; the others stay, as is
+    said."""
+    kept, rest = dict[str, tuple[Stack, ...]](), dict(detected.rest)
+    for owner, stacks in detected.families.items():
+        mine = [stack for stack in stacks if any(stack is other for other in chosen)]
+        reads = {stack.reads for stack in mine}
+        mine = [stack for stack in stacks if stack in mine or stack.layers in reads]
+        kept |= {owner: tuple(mine)} if mine else {}
+        gone = [find_layers(model_at(model, owner), stack.layers) for stack in stacks if stack not in mine]
+        rest |= {f"{name}.": why for name, m in model.named_modules() if any(m is layers for layers in gone)}
+    return Detected(kept, rest)
+
+
+def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, str]:
+    """The models inside `model` that do not run on these inputs and that no family describes, such as a tower
+    of images on texts, path to reason. They stay as they are.
+
+    Raises:
+        UnsupportedArchitectureError: If the model does not run on them.
+    """
+    dense, ran = evaluation_copy(model), set[int]()
+    inner = {name: m for name, m in dense.named_modules() if name and isinstance(m, PreTrainedModel)}
+    with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng():
+        for module in dense.modules():
+            hooks.callback(module.register_forward_hook(lambda m, *_: ran.add(id(m))).remove)
+        with step("running it", "it does not run on these inputs, as the error above shows"):
+            dense(**to_model(inputs, dense))
+    kept = ran | {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
+    idle = [name for name, m in inner.items() if not any(id(part) in kept for part in m.modules())]
+    outermost = [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
+    return dict.fromkeys((f"{name}." for name in outermost), NOT_RUN)
+
+
+def way_out(model: PreTrainedModel, families: Families, error: Exception, remark: str = "") -> str:
+    """What to do about a model whose layers could not be described for this error, of which there may be a
+    remark: describe one by hand, from what was detected."""
+    start = "".join(
+        f"\n\n{as_code(model_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
+    )
+    return (
+        f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
+        f"was not found out what its layers do; {error}.{remark} Describe one of them in ten lines with "
+        "hf_kprune.register_family: "
+        f"docs/add_a_family.md{' has the steps; to start from:' if start else ''}{start}"
+    )
