@@ -82,7 +82,7 @@ def measure(columns: int, device: torch.device) -> dict[str, Any]:
         eliminate(inverse, weight, root, 1)
         del inverse
     with Cost(device) as fit:
-        tune_weight(NormalEquations.joined(*halves), weight, None, None)
+        tune_weight(halves[1].join(halves[0]), weight, None, None)
     for name, cost in (("order", order), ("fit", fit)):
         line[name] = {"seconds": cost.seconds, "squares": cost.bytes / (8 * columns**2)}
     return line

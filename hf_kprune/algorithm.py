@@ -32,7 +32,7 @@ from .structure.hooks import State
 from .structure.sublayers import Sublayer
 from .structure.surgery import correct_inputs, frozen, has_bias, in_unit_order, set_output
 from .structure.walk import Walk
-from .structure.workbench import workbench_of
+from .structure.workbench import give_back_memory, leave_workbench, workbench_of
 
 
 MEASUREMENTS = 24
@@ -163,6 +163,7 @@ def choose(
             with few.phase("search"):
                 for name, student in zip(group, students, strict=True):
                     distances[name] = judge.distance(student)
+                    leave_workbench(student.model)  # which has its last layer in float32
     (best,) = broadcast_object_list([min(plans, key=lambda name: distances.get(name, 0.0))])
     return plans[best], distances
 
@@ -195,13 +196,11 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
     with calibration.phase("tune"):
         halved = method.ridge is None and not job.trial
         if method.tune_inputs and sublayer.num_units:
-            for paths, equations in input_equations(calibration, student, reference, halved):
-                drift = correct_drift(equations, method.ridge, has_bias(sublayer, paths))
-                shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
-                correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
+            tune_inputs(job, student, reference, halved)
         sample = None if job.trial else Sample(calibration, sublayer)
         sums = normal_equations(calibration, student, reference, halved, sample)
         weight, bias = in_unit_order(sublayer), sublayer.bias
+        give_back_memory()
         fit = method.fit(sums, weight, bias, sublayer.unit_width, sublayer.has_bias_columns)
         tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
         if sample is not None:
@@ -209,6 +208,15 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
             entry.error_after = sample.error(tuned[0], tuned[1] if tuned[1:] else bias)
         set_output(sublayer, *tuned)
     entry.damping, entry.undetermined = fit.damping, fit.undetermined
+
+
+def tune_inputs(job: Job, student: Walk, reference: Reference, halved: bool) -> None:
+    """Correct what the input projections read for drift."""
+    sublayer, calibration = student.sublayer, job.calibration
+    for paths, equations in input_equations(calibration, student, reference, halved):
+        drift = correct_drift(equations, job.method.ridge, has_bias(sublayer, paths))
+        shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
+        correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
 
 
 def follow(job: Job, students: Sequence[Walk], teacher: Walk) -> None:

@@ -102,11 +102,12 @@ def memory_of(  # noqa: PLR0913
     states = min(room, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
     # of experts there is a square for each
     square, flat = 8 * max(s.shape[1] ** 2 // s.experts for s in sublayers), 8 * columns * width
-    phases = {"measure": states + layer + max(logits, graph) + (4 * square + 3 * flat if curved else 0)}
+    sums, scoring = (square + 8 * width**2, 2 * square + 3 * flat) if curved else (0, 0)
+    phases = {"measure": states + layer + max(logits, graph + sums, scoring)}
     if tunes:
         every = stream(lambda _: True) * max(s.uses for s in sublayers)
         fit = (
-            (4 if method.ridge is None else 3) * square
+            (3 if method.ridge is None else 2) * square
             + 4 * flat
             + min(ENTRIES * room, every // width * columns)
         )
@@ -114,6 +115,6 @@ def memory_of(  # noqa: PLR0913
         phases["tune"] = 2 * min(room, every) + 2 * every + 2 * layer + changed + narrow + waiting + fit
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
-        each, fit = min(room, few) + layer + 4 * max(layers), waiting + 3 * square + 4 * flat
-        phases["try splits"] = (students + 1) * each + 2 * few + max(narrow, logits) + fit
+        each, fit = min(room, few) + 4 * max(layers), waiting + 2 * square + 4 * flat
+        phases["try splits"] = (students + 1) * each + 2 * few + max(narrow + fit, logits)
     return Memory({name: int(SLACK * (around + size)) for name, size in phases.items()})

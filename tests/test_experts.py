@@ -350,15 +350,14 @@ def test_the_bias_of_an_expert_stays_where_biases_do() -> None:
         left = NormalEquations.zeros(4, 3, torch.device("cpu"))
         left.add(features[rows_of, :-1], rest[rows_of], target[rows_of])
         expected.append(left)
-    reduced = without_bias(NormalEquations.joined(*sums), weight[:, -1])
-    assert reduced.halves is not None
-    for one, other in zip(
-        (reduced, *reduced.halves), (NormalEquations.joined(*expected), *expected), strict=True
-    ):
+    joint, reduced_sums = sums[1].join(sums[0]), expected[1].join(expected[0])
+    reduced = without_bias(joint, weight[:, -1])
+    assert reduced.first is not None
+    for one, other in ((reduced, reduced_sums), (reduced.first, expected[0])):
         torch.testing.assert_close(one.tensors(), other.tensors())
     for tune_bias in (False, True):
         method = METHODS["kprune"](KPruneArguments(method="kprune", sparsity=0.5, tune_bias=tune_bias))
-        tuned = method.fit([NormalEquations.joined(*sums)], weight, None, 1, True).weight
+        tuned = method.fit([joint], weight, None, 1, True).weight
         assert torch.equal(tuned[:, -1], weight[:, -1]) == (not tune_bias)
         columns, goal = (features, target) if tune_bias else (features[:, :-1], rest)
         explicit = torch.linalg.lstsq(columns, goal).solution.T

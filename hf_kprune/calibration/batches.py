@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..arguments import KPruneArguments
 from ..errors import ArgumentError, CalibrationError
 from ..methods import METHODS
+from ..methods.least_squares import all_finite
 from ..processes import together
 from ..structure.facts import max_positions
 from ..structure.probes import matrix_flops
@@ -251,7 +252,7 @@ class Calibration:
 
     def check_finite(self, sublayer: Sublayer, sums: Sequence[Tensor], what: str = "activations") -> None:
         """Raise `CalibrationError`, naming the sublayer, if any of its sums is NaN or infinite."""
-        if not all(bool(torch.isfinite(t).all()) for t in sums):
+        if not all_finite(sums):
             raise CalibrationError(
                 f"NaN or Inf in the {what} of {sublayer.name}; check that the model gives finite outputs on "
                 "the calibration data, and that its weights are finite"

@@ -18,6 +18,7 @@ from ..structure.hooks import State
 from ..structure.shelf import Shelf
 from ..structure.sublayers import find_sublayers
 from ..structure.walk import Walk
+from ..structure.workbench import give_back_memory
 from .backward import Head
 from .batch import Batch
 from .batches import Calibration
@@ -96,6 +97,7 @@ class Judge:
 
     def distance(self, student: Walk) -> float:
         """That of a student above its highest sublayer."""
+        give_back_memory()
         top = (
             predictor(student.model, self.loss)
             if self.needs_layers

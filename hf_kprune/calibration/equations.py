@@ -49,9 +49,9 @@ class Collector:
     def total(self) -> NormalEquations:
         """The sums over all tokens so far."""
         if self.waiting:
-            features, target, reference = (torch.cat(each) for each in zip(*self.waiting, strict=True))
-            self.sums.add(features, target, reference, self.dtype)
+            features, target, reference = [torch.cat(each) for each in zip(*self.waiting, strict=True)]
             self.waiting = []
+            self.sums.add(features, target, reference, self.dtype)
         return self.sums
 
 
@@ -276,8 +276,8 @@ def halves(batch: Batch, tokens: Tensor, halved: bool) -> list[Tensor]:
 
 
 def joined(parts: list[NormalEquations]) -> NormalEquations:
-    """The sums over all rows, with those over each half of them if these were taken."""
-    return parts[0] if len(parts) == 1 else NormalEquations.joined(*parts)
+    """The sums over all rows, with those over the first half of them if halves were taken."""
+    return parts[0] if len(parts) == 1 else parts[1].join(parts[0])
 
 
 def total_of(calibration: Calibration, parts: list[Collector]) -> NormalEquations:

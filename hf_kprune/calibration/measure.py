@@ -20,6 +20,7 @@ from ..structure.sublayers import Sublayer
 from ..structure.surgery import in_unit_order
 from ..structure.units import Expert
 from ..structure.walk import Walk
+from ..structure.workbench import give_back_memory
 from .backward import Pass, backward, climb, descend
 from .batches import Calibration, untimed
 from .knowledge import Knowledge
@@ -145,6 +146,7 @@ def measure_dense(
             measured.check_finite(sublayer, [each[name] for name in of_gradients], GRADIENTS)
             tokens = float(each.pop("tokens"))
             dense.bring(place)
+            give_back_memory()
             yield place, statistics_of(sublayer, costs[place], tokens, float(samples), each)
             sums[place] = {}
 

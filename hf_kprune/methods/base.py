@@ -289,8 +289,8 @@ def without_bias(equations: NormalEquations, bias: Tensor) -> NormalEquations:
         reference_square=e.reference_square,
         tokens=e.tokens,
     )
-    if e.halves is not None:
-        rest.halves = without_bias(e.halves[0], bias), without_bias(e.halves[1], bias)
+    if e.first is not None:
+        rest.first = without_bias(e.first, bias)
     return rest
 
 

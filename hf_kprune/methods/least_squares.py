@@ -9,6 +9,8 @@ Shapes: n tokens, C kept columns, D residual width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -107,7 +109,8 @@ class NormalEquations:
         target_square: ||Y||_F^2, ().
         reference_square: ||X_T + Sub_T(X_T)||_F^2, (), what errors are relative to.
         tokens: n, ().
-        halves: The same sums over half of the sequences each, by which a ridge can be chosen; else None.
+        first: The same sums over the first half of the sequences, if a ridge is to be chosen by halves; else
+            None.
     """
 
     gram: Tensor
@@ -117,14 +120,28 @@ class NormalEquations:
     target_square: Tensor
     reference_square: Tensor
     tokens: Tensor
-    halves: tuple[NormalEquations, NormalEquations] | None = field(default=None, init=False)
+    first: NormalEquations | None = field(default=None, init=False)
 
-    @classmethod
-    def joined(cls, first: NormalEquations, second: NormalEquations) -> NormalEquations:
-        """The sums over both of two halves, which it keeps."""
-        both = cls(*(a + b for a, b in zip(first.tensors(), second.tensors(), strict=True)))
-        both.halves = first, second
-        return both
+    def join(self, first: NormalEquations) -> NormalEquations:
+        """Add the sums over the first half of the sequences to these over the second, and keep them. The sums
+        over the second are not there any more: three matrices at once would be too many."""
+        for both, part in zip(self.tensors(), first.tensors(), strict=True):
+            both += part
+        self.first = first
+        return self
+
+    @contextmanager
+    def parted(self, first: NormalEquations) -> Iterator[tuple[NormalEquations, NormalEquations]]:
+        """Within this context, the sums over both halves of the sequences: these become those over the
+        second, to rounding, and those over all again in the end."""
+        pairs = list(zip(self.tensors(), first.tensors(), strict=True))
+        for both, part in pairs:
+            both -= part
+        try:
+            yield first, self
+        finally:
+            for both, part in pairs:
+                both += part
 
     @classmethod
     def zeros(cls, columns: int, width: int, device: torch.device) -> NormalEquations:
@@ -192,7 +209,7 @@ class Fit:
 def squared_error(equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> Tensor:
     """||Y - A W^T - 1 b^T||_F^2, (), from the sums alone."""
     e, w = equations, weight.to(equations.gram.dtype)
-    square = e.target_square - 2 * (e.cross * w.T).sum() + ((e.gram @ w.T) * w.T).sum()
+    square = e.target_square - 2 * (e.cross * w.T).sum() + (e.gram @ w.T).mul_(w.T).sum()
     if bias is not None:
         b = bias.to(w.dtype)
         square = square - 2 * e.target_sum @ b + 2 * (e.feature_sum @ w.T) @ b + e.tokens * b @ b
@@ -247,14 +264,14 @@ def tune_weight(
     Raises:
         ValueError: If the sums hold NaN or Inf.
     """
-    if not all(bool(torch.isfinite(t).all()) for t in equations.tensors()):
+    if not all_finite(equations.tensors()):
         raise ValueError("the normal equations hold NaN or Inf")
     w0 = weight.to(torch.float64)
     b0 = None if bias is None else bias.to(torch.float64)
     free = tune_bias and b0 is not None
     if ridge is None:
         ridge = choose_ridge(equations, w0, b0, free)
-    equations.halves = None  # they take as much memory as the sums
+    equations.first = None  # it takes as much memory as the sums
     error_before = relative_error(equations, w0, b0)
     w, b, floor, undetermined = solve(equations, residual_of(equations, w0, b0, free), w0, b0, ridge)
     return Fit(w, b, error_before, relative_error(equations, w, b), ridge + floor, undetermined)
@@ -269,7 +286,7 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     noise stays the same.
 
     Args:
-        equations: The sums, with their halves.
+        equations: The sums, with those over the first half.
         weight: W_0, (D, C).
         bias: b_0, (D,), or None.
         tune_bias: Whether b is free.
@@ -277,13 +294,21 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
     Returns:
         The ridge; `RIDGE` where a half has no tokens.
     """
-    halves = equations.halves
-    if halves is None or not all(bool(half.tokens) for half in halves):
+    first = equations.first
+    if first is None or not 0 < first.tokens < equations.tokens:
         return RIDGE
-    if len(weight) > DIRECTIONS:
-        axes = directions(len(weight)).to(weight.device)
-        halves = halves[0].along(axes), halves[1].along(axes)
-        weight, bias = axes.T @ weight, None if bias is None else bias @ axes
+    with equations.parted(first) as halves:
+        if len(weight) > DIRECTIONS:
+            axes = directions(len(weight)).to(weight.device)
+            halves = halves[0].along(axes), halves[1].along(axes)
+            weight, bias = axes.T @ weight, None if bias is None else bias @ axes
+        return best_ridge(halves, weight, bias, tune_bias) / 2
+
+
+def best_ridge(
+    halves: tuple[NormalEquations, NormalEquations], weight: Tensor, bias: Tensor | None, tune_bias: bool
+) -> float:
+    """The ridge with which fits to each half predict the other best."""
     residuals = [residual_of(half, weight, bias, tune_bias) for half in halves]
 
     def error(ridge: float) -> float:
@@ -301,7 +326,7 @@ def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None
             best, least = ridge, attempt
         if best != RIDGE:
             break
-    return best / 2
+    return best
 
 
 def directions(width: int) -> Tensor:
@@ -317,29 +342,28 @@ class Residual:
     """What W_0 and b_0 leave to a change of them, whatever the ridge. All float64.
 
     Args:
-        gram: A^T A, (C, C), of features about their mean if b is free.
-        change: A^T (Y - A W_0^T - 1 b_0^T), (C, D), of the same features.
+        change: A^T (Y - A W_0^T - 1 b_0^T), (C, D), of features about their mean if b is free.
         sum: 1^T (Y - A W_0^T - 1 b_0^T), (D,).
-        tune_bias: Whether b is free.
+        centre: c with  A^T A - c c^T  the moments of the same features, (C,); None where that is A^T A.
     """
 
-    gram: Tensor
     change: Tensor
     sum: Tensor
-    tune_bias: bool
+    centre: Tensor | None
 
 
 def residual_of(equations: NormalEquations, weight: Tensor, bias: Tensor | None, tune_bias: bool) -> Residual:
     """The residual of W_0 (D, C) and b_0 (D,)."""
     e = equations
-    gram, change = e.gram, e.cross - e.gram @ weight.T
+    change = torch.addmm(e.cross, e.gram, weight.T, alpha=-1)
     rest = e.target_sum - e.feature_sum @ weight.T
     if bias is not None:
-        change, rest = change - torch.outer(e.feature_sum, bias), rest - e.tokens * bias
-    if tune_bias:
-        gram = gram.addr(e.feature_sum, e.feature_sum / e.tokens, alpha=-1)
-        change = change.addr(e.feature_sum, rest / e.tokens, alpha=-1)
-    return Residual(gram, change, rest, tune_bias)
+        change.addr_(e.feature_sum, bias, alpha=-1)
+        rest = rest - e.tokens * bias
+    if not tune_bias:
+        return Residual(change, rest, None)
+    change.addr_(e.feature_sum, rest / e.tokens, alpha=-1)
+    return Residual(change, rest, e.feature_sum / e.tokens.sqrt())
 
 
 def solve(
@@ -347,19 +371,19 @@ def solve(
 ) -> tuple[Tensor, Tensor | None, float, int]:
     """W (D, C) and b (D,) of `tune_weight`, its damping beyond the ridge, and how many columns the data do
     not determine. All float64."""
-    e, b, undetermined = equations, bias, 0
-    gram, change = residual.gram, residual.change
-    delta, floor = torch.zeros_like(change), 0.0
-    scale = float(gram.diagonal().mean()) if len(gram) else 0.0
-    square = float(e.gram.diagonal().mean()) if len(gram) else 0.0
+    e, b, undetermined, centre = equations, bias, 0, residual.centre
+    delta, floor = torch.zeros_like(residual.change), 0.0
+    squares = e.gram.diagonal() if centre is None else e.gram.diagonal() - centre.square()
+    scale = float(squares.mean()) if len(squares) else 0.0
+    square = float(e.gram.diagonal().mean()) if len(squares) else 0.0
     if scale > ROUNDING * square:  # else features are constant: b does it all
-        pull = ridge * gram.diagonal().clamp(min=FAINT * scale)
-        factor, floor = damped_cholesky(gram, scale, pull)
-        delta = torch.cholesky_solve(change, factor)
+        pull = ridge * squares.clamp(min=FAINT * scale)
+        factor, floor = damped_cholesky(e.gram, scale, pull, centre)
+        delta = solve_factored(factor, residual.change)
         # a pivot is what is left of a column's norm once the columns before it are projected out: if they
         # give it with the coefficients c, floor * scale * (1 + |c|^2)
         undetermined = int((factor.diagonal().square() < 1e3 * floor * scale).sum())
-    if residual.tune_bias and bias is not None:
+    if centre is not None and bias is not None:
         b = bias + (residual.sum - e.feature_sum @ delta) / e.tokens
     return weight + delta.T, b, floor, undetermined
 
@@ -380,27 +404,46 @@ def correct_drift(equations: NormalEquations, ridge: float | None, tune_bias: bo
     return tune_weight(equations, identity, torch.zeros_like(identity[0]), ridge, tune_bias)
 
 
-def damped_cholesky(gram: Tensor, scale: float, pull: Tensor | float) -> tuple[Tensor, float]:
-    """The Cholesky factor of  G + diag(pull + floor * scale), and the floor: `DAMPING`, or as much more as
-    rounding asks for.
+def damped_cholesky(
+    gram: Tensor, scale: float, pull: Tensor | float, centre: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of  G - c c^T + diag(pull + floor * scale), and the floor: `DAMPING`, or as
+    much more as rounding asks for.
 
     Args:
-        gram: G, (C, C), float64, positive semidefinite up to rounding. Its diagonal is changed on the way,
-            and is as it was in the end.
+        gram: G, (C, C), float64.
         scale: What the floor is relative to, over 0.
         pull: The part of the damping that is wanted, (C,) or one number.
+        centre: c, (C,), float64, with  G - c c^T  positive semidefinite up to rounding; None: G is.
 
     Raises:
-        ValueError: If G is far from that, or holds NaN or Inf.
+        ValueError: If it is far from that, or holds NaN or Inf.
     """
-    floor, diagonal = DAMPING, gram.diagonal().clone()
-    try:  # a copy of the matrix would take as much memory as the factor
-        while floor < 1:
-            gram.diagonal().copy_(diagonal + pull + floor * scale)
-            factor, failed = torch.linalg.cholesky_ex(gram)
-            if not failed and bool(factor.isfinite().all()):  # on a GPU NaN has been seen with no failure
-                return factor, floor
-            floor *= 10
-    finally:
-        gram.diagonal().copy_(diagonal)
+    # LAPACK works on columns, and in the place of the matrix: so no further one is needed
+    factor = gram.new_empty(gram.shape).mT
+    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
+    floor = DAMPING
+    while floor < 1:
+        factor.copy_(gram)
+        if centre is not None:
+            factor.addr_(centre, centre, alpha=-1)
+        factor.diagonal().add_(pull).add_(floor * scale)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if not failed and all_finite([factor]):  # on a GPU NaN has been seen with no failure
+            return factor, floor
+        floor *= 10
     raise ValueError("a matrix of second moments is not positive semidefinite, or holds NaN or Inf")
+
+
+def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
+    """X with  L L^T X = B,  of a lower factor L (C, C) and B (C, K): as `torch.cholesky_solve`, which copies
+    the factor."""
+    solution: Tensor = torch.linalg.solve_triangular(factor, right, upper=False)
+    torch.linalg.solve_triangular(factor.mT, solution, upper=True, out=solution)
+    return solution
+
+
+def all_finite(sums: Iterable[Tensor]) -> bool:
+    """Whether sums, float64, hold no NaN or Inf. What is added to these stays one, and the squares of what
+    fits into float32 do not overflow; telling number by number takes a second copy."""
+    return all(bool(each.sum().isfinite()) for each in sums)

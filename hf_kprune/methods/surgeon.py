@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Method, Options, Statistics
-from .least_squares import ROUNDING, Fit, NormalEquations, damped_cholesky, tune_weight
+from .least_squares import ROUNDING, STRIP, Fit, NormalEquations, damped_cholesky, tune_weight
 from .search import convex_slopes
 
 
@@ -97,15 +97,13 @@ def inverse_covariance(
     What an intercept can take over costs nothing, so moments about the mean are what counts where the bias is
     tuned.
     """
-    moments = gram / (total or 1.0)
-    square = float(moments.diagonal().mean()) if len(moments) else 0.0
-    if centred:
-        mean = feature_sum / (total or 1.0)
-        moments.addr_(mean, mean, alpha=-1)
-    scale = max(float(moments.diagonal().mean()) if len(moments) else 0.0, ROUNDING * square) or 1.0
-    factor, damping = damped_cholesky(moments, scale, ridge * scale)
-    del moments  # three squares at once are enough
-    return torch.cholesky_inverse(factor), damping
+    total = total or 1.0
+    centre = feature_sum / total**0.5 if centred else None
+    squares = gram.diagonal() if centre is None else gram.diagonal() - centre.square()
+    square = float(gram.diagonal().mean()) if len(gram) else 0.0
+    scale = max(float(squares.mean()) if len(gram) else 0.0, ROUNDING * square) or 1.0
+    factor, damping = damped_cholesky(gram, scale, ridge * scale, centre)
+    return torch.cholesky_inverse(factor, out=factor).mul_(total).mT, damping
 
 
 def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tensor:
@@ -131,6 +129,7 @@ def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
         root: R, (D, D).
         width: w.
     """
+    inverse = inverse.contiguous()
     left = weight.to(inverse.dtype).T @ root  # (C, D)
     losses, order_gone = [inverse.new_zeros(1)], []
     units = torch.arange(len(inverse) // width, device=inverse.device)
@@ -138,7 +137,7 @@ def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
     columns = torch.arange(width, device=inverse.device)
     while n := int(stays.sum()):
         if width == 1:
-            each = left.square().sum(1) / inverse.diagonal()
+            each = torch.linalg.vector_norm(left, dim=1).square() / inverse.diagonal()
         else:
             blocks = inverse.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             parts = left.view(n, width, -1)
@@ -157,10 +156,21 @@ def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
         stays[gone] = False
         if width > 1 or int(stays.sum()) < DENSE * len(stays):  # what is gone has become zero
             q = (stays.nonzero() * width + columns).flatten()
-            inverse, left = inverse[q][:, q], left[q]
+            inverse, left = compact(inverse, q, q), compact(left, q)
             units, stays = units[stays], stays[stays]
     slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(inverse.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes
+
+
+def compact(matrix: Tensor, rows: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+    """Rows and columns of a matrix, their numbers rising, in the memory of the matrix itself."""
+    flat, place = matrix.view(-1), 0
+    for some in rows.split(STRIP):
+        # no row that is still to be read begins before those end that are written
+        strip = matrix[some][:, columns].flatten()
+        flat[place : place + len(strip)] = strip
+        place += len(strip)
+    return flat[:place].view(len(rows), matrix[:0, columns].shape[1])
 
 
 def root_of(metric: Tensor) -> Tensor:

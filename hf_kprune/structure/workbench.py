@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -60,7 +61,7 @@ class Workbench:
         self.on_disk = {number for number, _ in self.sources} if to_disk else set()
         self.current: int | None = None
         self.away: dict[str, Tensor] = {}
-        self.here: dict[str, Tensor] = {}
+        self.here: dict[str, weakref.ref[Tensor]] = {}
         for layer in self.layers:
             layer.register_forward_pre_hook(self.on_run, prepend=True)
 
@@ -79,8 +80,9 @@ class Workbench:
         for name, slot, key, tensor in slots(layer):
             source = self.sources.get((number, name))
             value = on_device(tensor if source is None else source.load(), self.device)
-            self.away[name], self.here[name] = tensor, value if value is tensor else as_stored(value, tensor)
-            slot[key] = self.here[name]
+            slot[key] = value if value is tensor else as_stored(value, tensor)
+            # what is cut away goes: only whether a tensor is still the same one is to be known
+            self.away[name], self.here[name] = tensor, weakref.ref(slot[key])
 
     def put_away(self) -> None:
         """Put the layer that is on the device where it came from."""
@@ -90,7 +92,8 @@ class Workbench:
         dtypes = [tensor.dtype for tensor in self.away.values() if in_half_precision(tensor)]
         changed = dict[str, Tensor]()
         for name, slot, key, tensor in slots(layer):
-            if self.here.get(name) is tensor:
+            here = self.here.get(name)
+            if here is not None and here() is tensor:
                 slot[key] = self.away[name]
                 continue
             before = self.away.get(name, tensor)
@@ -121,8 +124,8 @@ class Workbench:
 def give_back_memory() -> None:
     """Give memory that is free back to the system, where the C library would keep it.
 
-    States that stay come to lie in the gaps that a layer leaves, so that the next layer does not fit there
-    any more, and glibc's heap would grow with every layer.
+    What stays comes to lie in the gaps that a layer leaves, so that the next layer or matrix does not fit
+    there any more, and glibc's heap would grow with every layer.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
