@@ -184,7 +184,7 @@ class Distillation(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """The distances of the outputs and of what leaves the highest layers, as shares of the first ones."""
         lesson, counted = self.lesson, inputs.pop(COUNTED, None)
-        batch = lesson.calibration.maker.batch(lesson.student, inputs, counted)
+        batch = lesson.calibration.maker.batch(inputs, counted)
         with hidden_states(self.tops[0]) as ours, in_eval_mode(model):  # without dropout
             outputs = outputs_for(lesson.loss, model, [*self.tops[0].values()], batch)
         with torch.no_grad(), hidden_states(self.tops[1]) as theirs:

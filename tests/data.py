@@ -12,7 +12,7 @@ from models import VOCABULARY, tiny_of_class
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from zoo import inputs_for
+from zoo import MARKS, inputs_for
 
 from hf_kprune import KPruneArguments
 from hf_kprune.calibration.draw import draw_rows
@@ -39,6 +39,16 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
     """Rows as a dataset has them: one at a time, of different lengths where there is padding."""
     if kind in ("text", "unpadded") and type(model).__name__ != "LongformerForSequenceClassification":
         return rows(count, longest=9)
+    if kind == "packed":
+        made = (inputs_for(model, kind, seed, batch=1) for seed in range(count))
+        return [
+            {
+                "input_ids": each["input_ids"][each["attention_mask"].bool()].tolist(),
+                "pixel_values": each["pixel_values"],
+                "image_grid_thw": each["image_grid_thw"][0].tolist(),
+            }
+            for each in made
+        ]
     data = []
     for seed in range(count // 4):
         inputs = inputs_for(model, kind, seed=seed)
@@ -50,6 +60,21 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
                     row[f"{prefix}input_ids"] = row[f"{prefix}input_ids"][mask.bool()].tolist()
             data.append(row)
     return data
+
+
+def pack(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of kind packed as the processors of their models do; patches come first, so that no order of inputs is taken
+    for granted. Rows without an image are texts."""
+    padded = Padding().pad([{"input_ids": row["input_ids"]} for row in batch])
+    images = [row for row in batch if "pixel_values" in row]
+    if not images:
+        return padded
+    return {
+        "pixel_values": torch.cat([torch.as_tensor(row["pixel_values"]) for row in images]),
+        "image_grid_thw": torch.tensor([row["image_grid_thw"] for row in images]),
+        **padded,
+        "mm_token_type_ids": (padded["input_ids"] == MARKS["image_token_id"]).long(),
+    }
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

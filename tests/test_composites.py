@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from data import calibration_rows, pack
 from models import IMAGE_TOKEN, SEEING, TOKENS, seeing, slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import DECODER, DELTA, ENCODER, HEAD_DIM, IMAGE, MOE, ZOO, inputs_for, make
+from zoo import DECODER, ENCODER, IMAGE, PACKED, ZOO, inputs_for, make
 
 from hf_kprune import (
     ArgumentError,
@@ -282,9 +284,10 @@ def test_the_encoder_or_the_decoder_alone_is_pruned(name: str, side: str, tmp_pa
             "vision_tower .model.vision_tower., language or text or language_model .model.language_model.",
         ),
         (
-            lambda: packing("qwen3_vl"),
-            ["vision"],
-            "model.visual stays, as its layers read the patches of all",
+            lambda: make("qwen3_vl"),
+            ["audio"],
+            "vision or visual .model.visual., language or text or language_model .model.language_model.; "
+            "model.visual.deepstack_merger_list stays, as each of it",
         ),
         (lambda: make("bert"), ["language"], "not made of several models, so leave towers at None"),
     ],
@@ -363,127 +366,81 @@ def test_rows_with_any_number_of_images_are_batched_as_by_themselves() -> None:
     assert results[0] == results[1]
 
 
-PACKING: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {},
-    "qwen2_5_vl": {},
-    "qwen3_vl": {},
-    "glm4v": {},
-    "qwen3_5": {**HEAD_DIM, **DELTA},
-    "qwen3_vl_moe": {**MOE, "head_dim": 4},
-    "qwen3_5_moe": {**MOE, **DELTA, "head_dim": 4, "shared_expert_intermediate_size": 8},
-}
-"""Text configs beside models whose tower of images reads the patches of all of them as one sequence."""
-
-
-def packing(model_type: str) -> PreTrainedModel:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0}
-    vision: dict[str, Any] = {
-        **{
-            "depth": 2,
-            "embed_dim": 16,
-            "hidden_size": 16,
-            "out_hidden_size": 16,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-        },
-        **{
-            "intermediate_size": 12,
-            "patch_size": 4,
-            "in_channels": 3,
-            "in_chans": 3,
-            "spatial_merge_size": 2,
-        },
-        **{"temporal_patch_size": 2, "fullatt_block_indexes": [1], "window_size": 16},
-        **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-    }
-    tokens = {"image_token_id": IMAGE_TOKEN, "video_token_id": 71, "vision_start_token_id": 72}
-    config = AutoConfig.for_model(
-        model_type,
-        text_config={
-            **HEAD_DIM,
-            "num_hidden_layers": 2,
-            **PACKING[model_type],
-            "vocab_size": 80,
-            "rope_parameters": rope,
-        },
-        vision_config=vision,
-        vision_end_token_id=73,
-        **tokens,
-    )
-    torch.manual_seed(0)
-    model: PreTrainedModel = transformers.AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def packed_rows(count: int) -> list[dict[str, Any]]:
-    """Texts around an image each, of several sizes."""
-    generator = torch.Generator().manual_seed(0)
-    data = []
-    for i in range(count):
-        height, width = [(4, 4), (2, 4), (4, 2), (2, 2)][i % 4]
-        ids = torch.randint(4, 60, (9,), generator=generator).tolist()
-        image = [72, *[IMAGE_TOKEN] * (height * width // 4), 73]
-        patches = torch.randn(height * width, 96, generator=generator)
-        data.append(
-            {
-                "input_ids": [*ids[:3], *image, *ids[3:]],
-                "pixel_values": patches,
-                "image_grid_thw": [1, height, width],
-            }
-        )
-    return data
-
-
-def pack(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """As the processors of these models do; patches come first, so that no order of inputs is taken for granted."""
-    longest = max(len(row["input_ids"]) for row in batch)
-    ids, mask = (
-        torch.ones(len(batch), longest, dtype=torch.long),
-        torch.zeros(len(batch), longest, dtype=torch.long),
-    )
-    for i, row in enumerate(batch):
-        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        mask[i, : len(row["input_ids"])] = 1
-    return {
-        "pixel_values": torch.cat([torch.as_tensor(row["pixel_values"]) for row in batch]),
-        "image_grid_thw": torch.tensor([row["image_grid_thw"] for row in batch]),
-        "input_ids": ids,
-        "attention_mask": mask,
-        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
-    }
+def packed_rows(model_type: str, count: int = 20, images: bool = True) -> list[dict[str, Any]]:
+    """Texts around an image each, of several sizes, or the texts alone."""
+    data = calibration_rows(make(model_type), "packed", count)
+    words = [[token for token in row["input_ids"] if token < 60] for row in data]
+    return data if images else [{"input_ids": each} for each in words]
 
 
 @pytest.mark.parametrize(
     ("model_type", "images"),
-    slow_unless_in([("qwen3_vl", True)], [*((name, True) for name in PACKING), ("qwen2_vl", False)]),
+    slow_unless_in([("qwen3_vl", True)], [*((name, True) for name in PACKED), ("qwen2_vl", False)]),
 )
-def test_the_language_tower_is_pruned_beside_one_of_packed_images(
+def test_towers_of_packed_images_are_pruned_where_there_are_images(
     model_type: str, images: bool, tmp_path: Path
 ) -> None:
-    results, data = [], packed_rows(20)
-    if not images:
-        data = [{"input_ids": [token for token in row["input_ids"] if token < IMAGE_TOKEN]} for row in data]
+    results, data = [], packed_rows(model_type, images=images)
     for size in (1, 6):
-        model = packing(model_type)
+        model = make(model_type)
+        before = copy.deepcopy(model.state_dict())
         args = KPruneArguments(
-            sparsity=0.3, num_tokens=150, per_device_batch_size=size, disable_tqdm=True, use_cpu=True
+            sparsity=0.3, num_tokens=100, per_device_batch_size=size, disable_tqdm=True, use_cpu=True
         )
-        with pytest.warns(UserWarning, match="model.visual is left alone, as its layers read the patches"):
-            report = KPrunePruner(model, args, data, pack if images else None).prune()
-        assert set(report.left_alone) == {"model.visual"}
-        assert all(entry.name.startswith("model.language_model.") for entry in report.sublayers)
+        why = "model.visual is left alone, as it does not run on the calibration rows"
+        with nullcontext() if images else pytest.warns(BudgetWarning, match=why):
+            report = KPrunePruner(model, args, data, pack).prune()
+        towers = {".".join(entry.name.split(".")[:2]) for entry in report.sublayers}
+        if images:
+            assert towers == {"model.visual", "model.language_model"}
+        else:
+            assert towers == {"model.language_model"}
+            assert report.left_alone == {"model.visual": "it does not run on the calibration rows"}
+            for name, tensor in model.state_dict().items():
+                assert ".visual." not in name or torch.equal(tensor, before[name])
+        assert report.sparsity >= 0.3
         results.append((model, [entry.kept for entry in report.sublayers]))
     (model, kept), (other, kept_too) = results
     assert kept == kept_too
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    inputs = pack(packed_rows(4))
+    inputs = pack(packed_rows(model_type, 4))
     with torch.no_grad():
         logits = [each(**inputs).logits for each in (model, again, other)]
     torch.testing.assert_close(logits[0], logits[1])
     torch.testing.assert_close(logits[0], logits[2], rtol=1e-3, atol=1e-3)
     tokens = [each.generate(**inputs, max_new_tokens=5, do_sample=False) for each in (model, again)]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("towers", [["vision"], ["language"]])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_one_tower_of_packed_images_or_of_language_is_pruned_and_the_other_stays(
+    model_type: str, towers: list[str]
+) -> None:
+    model, stays = make(model_type), {"vision": "language_model", "language": "visual"}[towers[0]]
+    before = copy.deepcopy(model.state_dict())
+    args = KPruneArguments(sparsity=0.3, num_tokens=300, towers=towers, disable_tqdm=True, use_cpu=True)
+    with pytest.warns(BudgetWarning, match=f"{stays} is left alone, as towers asks for {towers[0]} alone"):
+        report = KPrunePruner(model, args, packed_rows(model_type), pack).prune()
+    assert report.sublayers
+    assert not any(stays in entry.name.split(".") for entry in report.sublayers)
+    for name, tensor in model.state_dict().items():
+        assert stays not in name.split(".") or torch.equal(tensor, before[name])
+
+
+@pytest.mark.slow
+def test_a_tower_that_runs_on_some_rows_alone_is_an_error_unless_it_is_to_stay() -> None:
+    """Which rows have an image is seen by the data collator alone."""
+    data = packed_rows("qwen2_vl", 12)
+    options: dict[str, Any] = {"sparsity": 0.3, "num_tokens": 150, "disable_tqdm": True, "use_cpu": True}
+
+    def some(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        words = [[token for token in row["input_ids"] if token < 60] for row in batch]
+        return pack([{"input_ids": words[0]}] if [len(each) for each in words] == [7] else batch)
+
+    with pytest.raises(CalibrationError, match=r"model.visual.blocks does not run on some calibration rows"):
+        KPrunePruner(make("qwen2_vl"), KPruneArguments(**options), data, some).prune()
+    with pytest.warns(BudgetWarning, match="visual is left alone, as towers asks for language alone"):
+        KPrunePruner(make("qwen2_vl"), KPruneArguments(**options, towers=["language"]), data, some).prune()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from data import Padding, calibration_rows
-from models import slow_unless_in
-from zoo import DISTINCT, ZOO, make, outputs_of
+from data import Padding, calibration_rows, pack
+from models import cut_all, slow_unless_in
+from zoo import DISTINCT, PACKED, ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.backward import backward, descend
@@ -37,12 +37,13 @@ def as_a_whole(rows_: Calibration, walk: Walk, loss: Knowledge, points: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "name", slow_unless_in(WALKED, [*DISTINCT, "albert", "gemma3n_text", "gemma4_text:shared"])
+    "name", slow_unless_in(WALKED, [*DISTINCT, "albert", "gemma3n_text", "gemma4_text:shared", *PACKED])
 )
 def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kind = make(name), ZOO[name][2]
     args = KPruneArguments(sparsity=0.3, num_tokens=60, tune=False, disable_tqdm=True, use_cpu=True)
-    pruner = KPrunePruner(model, args, calibration_rows(model, kind, 8), processing_class=Padding())
+    data, collator = calibration_rows(model, kind, 8), {"packed": pack}.get(kind)
+    pruner = KPrunePruner(model, args, data, collator, processing_class=Padding())
     sides = []
     with Run(pruner, None, [args]).open() as run:
         pruning = run.pruning
@@ -80,7 +81,8 @@ def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     args = KPruneArguments(sparsity=0.3, num_tokens=150, disable_tqdm=True, use_cpu=True, seed=1)
     loss = {"yolos": boxes_and_classes}.get(name)
     data = calibration_rows(model, kind, 40)
-    pruner = KPrunePruner(model, args, data, processing_class=Padding(), compute_loss=loss)
+    collator = {"packed": pack}.get(kind)
+    pruner = KPrunePruner(model, args, data, collator, processing_class=Padding(), compute_loss=loss)
     pruner.callback_handler.callbacks.clear()
     report = pruner.prune()
     assert 0.3 <= report.sparsity < 0.6
@@ -99,3 +101,15 @@ def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     pruner.save_model(str(tmp_path / "pruned"))
     again = type(model).from_pretrained(tmp_path / "pruned").eval()
     torch.testing.assert_close(outputs_of(again, kind), outputs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", slow_unless_in(("bert",), ("llama", "clip", "bart", "qwen2_vl")))
+def test_a_model_with_an_empty_attention_is_pruned_again(name: str) -> None:
+    model, kind = make(name), ZOO[name][2]
+    first = next(i for i, s in enumerate(find_sublayers(model)) if s.unit.has_heads)
+    student = cut_all(model, [s.numbers >= (i == first) * 99 for i, s in enumerate(find_sublayers(model))])
+    args = KPruneArguments(sparsity=0.3, num_tokens=100, disable_tqdm=True, use_cpu=True)
+    data, collator = calibration_rows(model, kind), {"packed": pack}.get(kind)
+    report = KPrunePruner(student, args, data, collator, processing_class=Padding()).prune()
+    assert 0.3 <= report.sparsity < 0.6
+    assert report.sublayers[first].kept == []

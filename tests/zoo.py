@@ -1323,6 +1323,43 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 
+PATCHES: dict[str, Any] = {
+    **{"depth": 2, "embed_dim": 16, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "mlp_ratio": 1},
+    **{"intermediate_size": 12, "patch_size": 4, "in_channels": 3, "spatial_merge_size": 2},
+    **{"temporal_patch_size": 2, "fullatt_block_indexes": [1], "window_size": 16},
+    **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+}
+"""A tower that reads the patches of all images as one sequence."""
+MARKS = {"image_token_id": 70, "video_token_id": 71, "vision_start_token_id": 72, "vision_end_token_id": 73}
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4v": ("Glm4vForConditionalGeneration", {}),
+    "glm4v_moe": (
+        "Glm4vMoeForConditionalGeneration",
+        {**SHARED_MOE, "partial_rotary_factor": 1.0},
+    ),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", {}),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {}),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", MOE),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", DELTA),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {**MOE, **DELTA, "shared_expert_intermediate_size": 8},
+    ),
+}
+ZOO |= {
+    name: (
+        class_name,
+        {
+            "text_config": {**ROTATING, **text, "head_dim": 4, "vocab_size": 80},
+            "vision_config": PATCHES,
+            **MARKS,
+        },
+        "packed",
+    )
+    for name, (class_name, text) in PACKED.items()
+}
+
 
 for unknown in [name for name in ZOO if name.split(":")[0] not in CONFIG_MAPPING]:
     del ZOO[unknown]  # a type that came with a later version of transformers than the one at hand
@@ -1379,7 +1416,8 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
     """Inputs of `batch` samples, of different lengths where there is padding.
 
     Kinds: text, unpadded (text without padding), ids (that without a mask), seq2seq,
-    pairs (that of a model which generates from something else), image, picture (of a model that takes any size), mel, audio_values, audio_features, frames, clip.
+    pairs (that of a model which generates from something else), image, picture (of a model that takes any size), mel, audio_values, audio_features, frames, clip,
+    packed (text around an image each, whose patches are one sequence).
     """
     torch.default_generator.manual_seed(seed)
 
@@ -1439,6 +1477,8 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
             **text(9),
             "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),
         }
+    if kind == "packed":
+        return packed_inputs(seed, batch)
     if kind == "frames":
         config = getattr(config, "encoder_config", config)
         size = getattr(config, "num_mel_bins", None) or config.feature_projection_input_dim
@@ -1450,6 +1490,26 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         ids = text(6, padded=False, prefix="decoder_")
         return {"input_features": torch.randn(batch, config.num_mel_bins, frames), **ids}
     raise ValueError(f"kind of inputs {kind!r}")
+
+
+def packed_inputs(seed: int, batch: int) -> dict[str, Tensor]:
+    """Texts around an image each, of several sizes. Patches come first, so that no order of inputs is taken for granted."""
+    numbers = range(seed, seed + batch)
+    grids = torch.tensor([[1, 2 + 2 * (number % 2), 4 - 2 * (number % 3 // 2)] for number in numbers])
+    patches = grids.prod(1)
+    texts = []
+    for number, size in zip(numbers, patches, strict=True):
+        words = torch.randint(4, 60, (9 - number % 3,)).tolist()
+        texts.append([*words[:3], 72, *[MARKS["image_token_id"]] * (int(size) // 4), 73, *words[3:]])
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [1] * (longest - len(text)) for text in texts])
+    return {
+        "pixel_values": torch.randn(int(patches.sum()), 96),
+        "image_grid_thw": grids,
+        "input_ids": ids,
+        "attention_mask": (ids != 1).long(),
+        "mm_token_type_ids": (ids == MARKS["image_token_id"]).long(),
+    }
 
 
 @torch.no_grad()

@@ -92,6 +92,7 @@ class Pass:
             pull: The gradients to that; None: 1.
             more: Other tensors.
         """
+        points = {place: parts for place, parts in points.items() if parts[0].requires_grad}  # or it is empty
         ends = [*chain.from_iterable(points.values()), *more]
         gradients = iter(torch.autograd.grad(tops, ends, pull, allow_unused=True))
         for place, parts in points.items():

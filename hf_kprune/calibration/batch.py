@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import CalibrationError, UnsupportedArchitectureError, UnsupportedModelError
 from ..structure.facts import (
     first_run,
     floats,
@@ -77,7 +77,8 @@ class Batch:
     @property
     def samples(self) -> int:
         """Rows in the batch, which may be several sequences each (multiple choice)."""
-        return len(self.rows) or next(len(v) for v in self.inputs.values() if isinstance(v, Tensor))
+        tensors = (self.inputs.get("input_ids"), *self.inputs.values())  # patches lie in no rows
+        return len(self.rows) or next(len(v) for v in tensors if isinstance(v, Tensor))
 
     def tokens(self, sublayer: Sublayer, like: Tensor, stack: str | None = None) -> Tensor:
         """Which tokens of `like`, (B, T, ...), in the stack of `sublayer`, or the one named, are real.
@@ -124,43 +125,40 @@ class BatchMaker:
 
     Args:
         device: Where batches are.
-        sublayers: Those that are pruned.
+        model: Whose inputs are prepared.
+        sublayers: Those of it that are pruned.
         last: The last sublayer of the model, whose tokens its outputs are of.
     """
 
-    def __init__(self, device: torch.device, sublayers: Sequence[Sublayer], last: Sublayer):
-        self.device, self.sublayers, self.last = device, sublayers, last
+    def __init__(
+        self, device: torch.device, model: PreTrainedModel, sublayers: Sequence[Sublayer], last: Sublayer
+    ):
+        self.device, self.model, self.sublayers, self.last = device, model, sublayers, last
         self.sizes: dict[str, torch.Size] = {}
         self.stacks_of_ids: set[str] = set()
 
-    def batch(self, model: PreTrainedModel, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
-        """A batch of what `collate` has made for `model`, on the device."""
+    def batch(self, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
+        """A batch of what `collate` has made, on the device."""
+        model = self.model
         inputs: dict[str, Any] = {key: value.to(self.device) for key, value in tensors.items()}
         if "use_cache" in inspect.signature(model.forward).parameters:
             inputs["use_cache"] = False
         valid = dict[str, Tensor]()
         for sublayer in {s.stack_name: s for s in self.sublayers}.values():
-            valid[sublayer.stack_name] = self._valid(model, sublayer, inputs, mask_of(model, sublayer))
+            valid[sublayer.stack_name] = self._valid(sublayer, inputs, mask_of(model, sublayer))
         last = valid.get(self.last.stack_name)
         if last is None:
-            last = self._valid(model, self.last, inputs, mask_of(model, self.last))
+            last = self._valid(self.last, inputs, mask_of(model, self.last))
         for sublayer in self.sublayers:
             if sublayer.reads not in valid:
                 texts = "attention_mask" if mask_of(model, sublayer).startswith("decoder_") else ""
-                valid[sublayer.reads] = self._valid(model, sublayer, inputs, texts, memory=True)
+                valid[sublayer.reads] = self._valid(sublayer, inputs, texts, memory=True)
         return Batch(inputs, valid, last if counted is None else last & counted.to(last.device))
 
-    def _valid(
-        self,
-        model: PreTrainedModel,
-        sublayer: Sublayer,
-        inputs: dict[str, Any],
-        key: str,
-        memory: bool = False,
-    ) -> Tensor:
+    def _valid(self, sublayer: Sublayer, inputs: dict[str, Any], key: str, memory: bool = False) -> Tensor:
         """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T), or in what its
         cross-attention reads of another model. `key` is the input that marks them."""
-        name = sublayer.reads if memory else sublayer.stack_name
+        model, name = self.model, sublayer.reads if memory else sublayer.stack_name
         if key == "decoder_attention_mask" and "decoder_input_ids" not in inputs:
             key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
         mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
@@ -175,7 +173,14 @@ class BatchMaker:
         if mask is not None or form not in self.sizes:
             with in_eval_mode(model), first_run(model, inputs):
                 run_to = run_to_memory if memory else run_to_bottom
-                below = run_to(model, to_model(inputs, model), sublayer)
+                try:
+                    below = run_to(model, to_model(inputs, model), sublayer)
+                except UnsupportedArchitectureError as error:
+                    raise CalibrationError(
+                        f"{sublayer.stack_name} does not run on some calibration rows, of which the model "
+                        f"gets {', '.join(inputs)}; give rows that all run it, or name in towers those parts "
+                        "of the model that run on all"
+                    ) from error
                 self.sizes[form] = torch.Size((len(below), below.shape[1:-1].numel()))
             tokens = self.sizes[form][1]
             framing = next((module for module in model.modules() if masks_frames(module)), None)

@@ -76,18 +76,20 @@ class Calibration:
         self.sublayers = find_sublayers(model, *args.units)
         # whose tokens the outputs are of, also where other towers alone are pruned
         self.last = last_stack(model) if args.towers else self.sublayers[-1]
-        self.maker = BatchMaker(accelerator.device, self.sublayers, self.last)
+        self.maker = BatchMaker(accelerator.device, model, self.sublayers, self.last)
         self.readers: list[list[list[str]]] = []
         tried, held_out = range(rows.measured // 2), rows.held_out
         ends = [0, tried.stop, held_out.start, held_out.stop, rows.measured, len(rows.rows)]
+        packed = any(s.stack.packed for s in self.sublayers)
+        size = 1 if packed else args.per_device_batch_size  # no part of a sequence of all rows could be told
         self.sample = rows.first(few, tokens_per_row) if few is not None else rows.measured
         for start, stop in pairwise(sorted([*ends, self.sample])):
             by_length = sorted(
                 range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i)
             )
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
-            for picked, (inputs, counted) in batches_of(rows, mine, args.per_device_batch_size, collate):
-                batch = self.maker.batch(model, inputs, counted)
+            for picked, (inputs, counted) in batches_of(rows, mine, size, collate):
+                batch = self.maker.batch(inputs, counted)
                 batch.rows, batch.measured = picked, start < rows.measured
                 batch.sampled = start < self.sample
                 batch.tried, batch.held_out = start in tried, start in held_out

@@ -14,7 +14,7 @@ from ..errors import UnsupportedArchitectureError, UnsupportedModelError
 from ..processes import together
 from ..structure.checks import prove_projections
 from ..structure.facts import first_run, in_eval_mode
-from ..structure.hooks import State, in_turn
+from ..structure.hooks import State, in_turn, stack_of
 from ..structure.probes import check_order, outputs_of
 from ..structure.proof import prove_router
 from ..structure.runs import Tap
@@ -61,10 +61,11 @@ def check_walk(
                 readers.append(readers_of(batch, sublayer, walk.step(0)))
                 walk.advance()
             for name, expected in top.inputs.items():
+                stack = stack_of(name)
                 carried, expected = (
-                    batch.by_token(hidden, name) for hidden in (walk.states[0].inputs[name], expected)
+                    batch.by_token(hidden, stack) for hidden in (walk.states[0].inputs[name], expected)
                 )
-                valid = batch.tokens(next(s for s in sublayers if s.stack_name == name), expected)
+                valid = batch.tokens(next(s for s in sublayers if s.stack_name == stack), expected)
                 error = (carried - expected)[valid].abs().max()
                 size = expected[valid].abs().max()
                 if error > 1e-3 * size:

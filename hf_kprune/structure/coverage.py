@@ -44,7 +44,9 @@ def untouched(model: PreTrainedModel) -> dict[str, str]:
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel) and module.config.model_type in reasons
     }
-    towers |= parts_above(model) | model.__dict__.get(IDLE, {})
+    owners = {"": model, **dict(described(model))}
+    towers |= {f"{path}{part}": why for path, m in owners.items() for part, why in parts_above(m).items()}
+    towers |= model.__dict__.get(IDLE, {})
     return towers if _has_layers(model) and not _is_detected(model) else towers | _alike(model)
 
 

@@ -161,6 +161,10 @@ class Stack:
         runs: Config attribute with the number of layers that run, where that may be more than there are, as
             each runs several times in turn: number i is layer i * layers // runs. `""` if each runs once.
         versions: Whether its layers hand on several versions of the hidden states, (V, B, T, D).
+        packed: Whether its layers read the tokens of all rows as one sequence, (T, D), so that each row is a
+            batch by itself.
+        outlets: Config attribute with the numbers of layers whose outputs the model reads beside that of the
+            last one; `""` if there are none.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
             shifted.
         pads: Whether the model itself pads sequences further, at their end.
@@ -194,6 +198,8 @@ class Stack:
     shares: str = ""
     runs: str = ""
     versions: bool = False
+    packed: bool = False
+    outlets: str = ""
     shifts: bool = False
     pads: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -895,6 +901,27 @@ _AIMV2 = replace(
 )
 _GATED = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "self_attn.gate_proj": "q"})
 _GATED_HEADS = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "self_attn.g_proj": "h"})
+
+
+def _packed(ffn: Block, width: str = "hidden_size", outlets: str = "") -> tuple[Stack]:
+    """A tower of images that reads the patches of all of them as one sequence."""
+    attention = Block(
+        "attention",
+        inputs={"attn.qkv": "qkv"},
+        output="attn.proj",
+        stream="norm1",
+        core="attn",
+        returns="y",
+        sizes={"attn.num_heads": "heads"},
+    )
+    stack = Stack("blocks", (attention, ffn), mask="", packed=True, outlets=outlets)
+    return (replace(stack, heads="num_heads", head_dim=f"{width} / num_heads"),)
+
+
+_PACKED = _packed(_ffn("mlp.linear_fc1", "mlp.linear_fc2", "norm2"))
+_PACKED_GATED = _packed(_ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "norm2"))
+_DEEPSTACK = _packed(_PACKED[0].blocks[1], outlets="deepstack_visual_indexes")
+
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     # BERT and its kin
@@ -1605,6 +1632,15 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen2_vl_text": (_LLAMA,),
     "qwen3_vl_moe_text": (_MOE,),
     "qwen3_vl_text": (_LLAMA,),
+    # towers of images in vision-language models
+    "glm4v_vision": _PACKED_GATED,
+    "glm4v_moe_vision": _PACKED_GATED,
+    "qwen2_vl_vision": _packed(_ffn("mlp.fc1", "mlp.fc2", "norm2"), width="embed_dim"),
+    "qwen2_5_vl_vision": _PACKED_GATED,
+    "qwen3_vl_vision": _DEEPSTACK,
+    "qwen3_vl_moe_vision": _DEEPSTACK,
+    "qwen3_5_vision": _PACKED,
+    "qwen3_5_moe_vision": _PACKED,
     # hybrids
     "bamba": (_BAMBA,),
     "falcon_h1": (
@@ -1818,25 +1854,13 @@ REFUSED: dict[str, str] = {
 }
 """Model types that cannot be described, and why."""
 
-_PACKED = "its layers read the patches of all images as one sequence"
 UNTOUCHED: dict[str, str] = {
-    f"{name}_vision": _PACKED
-    for name in (
-        "glm4v",
-        "glm4v_moe",
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "qwen3_vl_moe",
-        "qwen3_5",
-        "qwen3_5_moe",
-    )
+    "pixtral": "its layers read the patches of all images as one sequence",
+    **dict.fromkeys(
+        ("idefics3_vision", "smolvlm_vision", "internvl_vision"),
+        "images of a row are rows of its own, of which there may be any number",
+    ),
 }
-UNTOUCHED["pixtral"] = _PACKED
-UNTOUCHED |= dict.fromkeys(
-    ("idefics3_vision", "smolvlm_vision", "internvl_vision"),
-    "images of a row are rows of its own, of which there may be any number",
-)
 """Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
 
 
@@ -1848,6 +1872,10 @@ _JOINED = "it joins hidden states of several layers to an image"
 PARTS: dict[str, dict[str, str]] = {
     "dpt": {"neck": _JOINED},
     "segformer": {"decode_head": _JOINED},
+    **dict.fromkeys(
+        ("qwen3_vl_vision", "qwen3_vl_moe_vision"),
+        {"deepstack_merger_list": "each of it merges patches for one layer of language"},
+    ),
     "zoedepth": {"neck": _JOINED, "metric_head": "it makes depths of what the neck gives"},
     **dict.fromkeys(("d_fine", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2"), _BOXES),
     "mask2former": {

@@ -40,7 +40,8 @@ class State:
 
     Args:
         inputs: For each stack (by the path of its layers) what its current layer reads, or, above it, what it
-            gave: (B, T, D). And what layers below have made for later ones, see `shared_in`.
+            gave: (B, T, D). And what layers below have made for later ones, see `shared_in`, or have given
+            to the model, see `outlet`.
         outputs: Outputs of the sublayers of the current layer that have run, by name, (B, T, D).
         later: Of a layer that runs several times, what it is to read instead of what it gave before, each
             time after the first, (B, T, D). Where it is run by itself, there is none.
@@ -114,13 +115,18 @@ def hidden_states(returns: Any, output: Any) -> Tensor:
 
 
 def carried(sublayer: Sublayer, hidden: Tensor) -> Tensor:
-    """What a layer of the stack of `sublayer` reads or gives, as it is carried: (B, T, D) as it is, and the V
-    versions of it that some hand on, (V, B, T, D), side by side, (B, T, V * D)."""
+    """What a layer of the stack of `sublayer` reads or gives, as it is carried: (B, T, D) as it is, the V
+    versions of it that some hand on, (V, B, T, D), side by side, (B, T, V * D), and one sequence without a
+    batch, (T, D), as a batch of one."""
+    if sublayer.stack.packed:
+        return hidden.unsqueeze(0)
     return hidden.permute(1, 2, 0, 3).flatten(2) if sublayer.stack.versions else hidden
 
 
 def handed(sublayer: Sublayer, hidden: Tensor) -> Tensor:
     """What a layer of the stack of `sublayer` reads or gives, from how it is carried."""
+    if sublayer.stack.packed:
+        return hidden.squeeze(0)
     if not sublayer.stack.versions:
         return hidden
     versions: Tensor = hidden.unflatten(2, (-1, sublayer.shape[0]))
@@ -146,6 +152,16 @@ def form_of(sublayer: Sublayer) -> Any:
     """What a layer of the stack of `sublayer` returns: as the last one that ran did, or else as its family
     says."""
     return sublayer.layers.__dict__.get("kprune_form", sublayer.stack.returns)
+
+
+def outlet(stack: str, index: int) -> str:
+    """The name in a state of what the layer of a stack has given to the model, where it reads that too."""
+    return f"{stack}#{index}"
+
+
+def stack_of(name: str) -> str:
+    """The stack that what has this name in a state is of."""
+    return name.partition("#")[0]
 
 
 def shared_in(sublayer: Sublayer, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -279,8 +295,9 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                     return with_first(args, kwargs, stream)
 
                 stack.enter_context(hooked(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
-            for layer in layers:
-                result = fill(form_of(sublayer), stream, {})
+            for index, layer in enumerate(layers):
+                end = state.inputs.get(outlet(name, index))
+                result = fill(form_of(sublayer), stream if end is None else handed(sublayer, end), {})
                 stack.enter_context(forward_as(layer, lambda *_, result=result, **__: result))
         for below in sublayers[:position]:
             if below.name in state.outputs:

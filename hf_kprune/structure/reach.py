@@ -27,7 +27,7 @@ from .surgery import with_table_per_layer
 ROLES = {
     "language": {"input_ids"},
     "text": {"input_ids"},
-    "vision": {"pixel_values"},
+    "vision": {"pixel_values", "grid_thw"},
     "audio": {"input_values", "input_features"},
 }
 """What towers are called by the inputs that they read."""
@@ -126,7 +126,7 @@ def towers_left_alone(
             "cannot be carried one by one without the others; leave towers at None"
         )
     if len(towers) == 1:
-        return reasons
+        return outermost(reasons)
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
@@ -147,7 +147,16 @@ def towers_left_alone(
             f"no part of {type(model).__name__} can be pruned on these calibration rows, which have "
             f"{', '.join(inputs)} ({why}); give rows on which it runs as a whole, or prune a part by itself"
         )
-    return reasons
+    return outermost(reasons)
+
+
+def outermost(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Of what stays, path to reason, that which lies in nothing else that stays."""
+    return {
+        path: reason
+        for path, reason in reasons.items()
+        if not any(path != other and path.startswith(other) for other in reasons)
+    }
 
 
 def parts_left_alone(model: PreTrainedModel) -> dict[str, str]:

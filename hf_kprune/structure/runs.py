@@ -24,6 +24,7 @@ from .hooks import (
     hooked,
     in_turn,
     note_form,
+    outlet,
     passing,
     resumed,
     shared_in,
@@ -221,6 +222,8 @@ def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]
     shared = {n: t for n, t in tensors.items() if n.startswith(f"{sublayer.stack_name}/")}
     inputs = {**kept, **shared, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
     if "above" in tensors:
+        if sublayer.index in sublayer.outlets:
+            inputs[outlet(sublayer.stack_name, sublayer.index)] = tensors["above"]
         return State(inputs)
     # of a layer that runs several times, the next sublayer needs all of it to run again
     return State(inputs, {**state.outputs, sublayer.name: tensors["output"]} if sublayer.uses == 1 else {})
@@ -298,14 +301,16 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequen
                 return
             note_form(sublayer, output)
             tops[name] = carried(sublayer, hidden_states(sublayer.stack.returns, output))
-            if len(tops) == len(stacks):
+            if stacks.keys() <= tops.keys():
                 raise Stop
 
         return see
 
     with ExitStack() as hooks:
         for name, sublayer in stacks.items():
-            hooks.enter_context(hooked(sublayer.layers[-1].register_forward_hook(on_end(name, sublayer))))
+            ends = {outlet(name, index): sublayer.layers[index] for index in sublayer.outlets}
+            for end, layer in {**ends, name: sublayer.layers[-1]}.items():
+                hooks.enter_context(hooked(layer.register_forward_hook(on_end(end, sublayer))))
         try:
             model(**inputs)
         except Stop:

@@ -107,6 +107,11 @@ class Sublayer:
         """Whether keys and values come from what another model gives."""
         return self.kind == "cross_attention" and find_layers(self.owner, self.stack.reads) is None
 
+    @property
+    def outlets(self) -> list[int]:
+        """The numbers of the layers of its list whose outputs the model reads beside that of the last one."""
+        return list(getattr(self.owner.config, self.stack.outlets)) if self.stack.outlets else []
+
     def source_of(self, path: str) -> str:
         """The stack whose tokens the input projection at `path` reads."""
         return self.reads if self.block.inputs[path] in KEYS else self.stack_name

@@ -34,7 +34,7 @@ def uniform_names(sublayers: Sequence[Sublayer], options: object) -> list[tuple[
             raise UnsupportedArchitectureError(
                 f"uniform is True, but {type(s.owner.config).__name__} cannot say {s.unit.uniform_change}, "
                 f"so stock transformers could not load the result; pass {s.unit.prunes}=False to prune the "
-                "rest, or uniform=False"
+                "rest, towers to prune other parts alone, or uniform=False"
             )
         attribute = s.stack.uniform.get(s.unit.uniform, s.stack_name + s.kind)
         names.append((id(s.owner), attribute if _has_attribute(s) else s.name))  # without one all stay
