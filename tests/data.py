@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from models import VOCABULARY, tiny_of_class
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from zoo import MARKS, inputs_for
+from zoo import MARKS, ZOO, counted_batch, counted_rows, inputs_for
 
 from hf_kprune import KPruneArguments
 from hf_kprune.calibration.draw import draw_rows
@@ -49,6 +50,9 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
             }
             for each in made
         ]
+    if kind == "counted":
+        torch.manual_seed(0)
+        return counted_rows(model.config.model_type, 0, count)
     data = []
     for seed in range(count // 4):
         inputs = inputs_for(model, kind, seed=seed)
@@ -75,6 +79,14 @@ def pack(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         **padded,
         "mm_token_type_ids": (padded["input_ids"] == MARKS["image_token_id"]).long(),
     }
+
+
+def collator_for(name: str) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None:
+    """What makes batches of calibration rows of a model of the zoo, where it takes more than padding."""
+    kind = ZOO[name][2]
+    return (
+        partial(counted_batch, model_type=name) if kind == "counted" else pack if kind == "packed" else None
+    )
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from data import calibration_rows, pack
-from models import IMAGE_TOKEN, SEEING, TOKENS, seeing, slow_unless_in
+from data import calibration_rows, collator_for, pack
+from models import IMAGE_TOKEN, SEEING, seeing, slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import DECODER, ENCODER, IMAGE, PACKED, ZOO, inputs_for, make
+from zoo import COUNTED, ENCODER, IMAGE, PACKED, ZOO, inputs_for, make
 
 from hf_kprune import (
     ArgumentError,
@@ -297,29 +297,9 @@ def test_a_part_that_is_not_there_is_an_error(model: Any, towers: list[str], mes
         pruner(model(), rows(images=False), towers=towers).prune()
 
 
-COUNTING: dict[str, dict[str, Any]] = {
-    "idefics3": {"vision_config": IMAGE, "scale_factor": 2},
-    "smolvlm": {"vision_config": IMAGE, "scale_factor": 2},
-    "internvl": {
-        "vision_config": {**IMAGE, "image_size": [8, 8], "patch_size": [4, 4]},
-        "image_seq_length": 1,
-    },
-    "mistral3": {"vision_config": {**IMAGE, "head_dim": 4, "model_type": "pixtral"}, "spatial_merge_size": 1},
-}
-"""Models whose rows have any number of images."""
-
-
-def counting(model_type: str) -> PreTrainedModel:
-    text = {**DECODER, "num_hidden_layers": 1, "model_type": "llama", "vocab_size": 80}
-    config = AutoConfig.for_model(model_type, text_config=text, **COUNTING[model_type], **TOKENS)
-    torch.manual_seed(0)
-    model: PreTrainedModel = transformers.AutoModelForImageTextToText.from_config(config).eval()
-    return model
-
-
-@pytest.mark.parametrize("model_type", slow_unless_in(("mistral3",), COUNTING))
+@pytest.mark.parametrize("model_type", slow_unless_in(("mistral3",), COUNTED))
 def test_texts_alone_are_enough_for_language(model_type: str) -> None:
-    model = counting(model_type)
+    model = make(model_type)
     before = copy.deepcopy(model.state_dict())
     with pytest.warns(BudgetWarning, match="is left alone, as"):
         report = pruner(model, rows(images=False), towers=["language"], num_tokens=100).prune()
@@ -329,39 +309,17 @@ def test_texts_alone_are_enough_for_language(model_type: str) -> None:
         assert name.startswith(layers) or torch.equal(tensor, before[name])
 
 
-def pack_by_count(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """As the processor of Idefics 3 does: (rows, images, channels, height, width), with a mask of pixels."""
-    most = max(len(row["pixel_values"]) for row in batch)
-    pixels = torch.zeros(len(batch), most, 3, 8, 8)
-    for row, place in zip(batch, pixels, strict=True):
-        place[: len(row["pixel_values"])] = row["pixel_values"]
-    mask = pixels.any(2).long()
-    ids = torch.tensor([row["input_ids"] for row in batch])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": pixels,
-        "pixel_attention_mask": mask,
-    }
-
-
 @pytest.mark.slow
-def test_rows_with_any_number_of_images_are_batched_as_by_themselves() -> None:
-    generator, results = torch.Generator().manual_seed(0), []
-    data = [
-        {
-            "input_ids": [IMAGE_TOKEN] * count
-            + torch.randint(4, 60, (9 - count,), generator=generator).tolist(),
-            "pixel_values": torch.randn(count, 3, 8, 8, generator=generator),
-        }
-        for count in (1, 2, 1) * 8
-    ]
+@pytest.mark.parametrize("model_type", COUNTED)
+def test_rows_with_any_number_of_images_are_batched_as_by_themselves(model_type: str) -> None:
+    results, data = [], calibration_rows(make(model_type), "counted")
     for size in (1, 6):
-        args = KPruneArguments(
-            sparsity=0.4, num_tokens=150, per_device_batch_size=size, remove_unused_columns=True, use_cpu=True
+        args = KPruneArguments(sparsity=0.4, num_tokens=150, per_device_batch_size=size, use_cpu=True)
+        report = KPrunePruner(make(model_type), args, data, collator_for(model_type)).prune()
+        assert {entry.name.split(".")[1] for entry in report.sublayers} in (
+            {"vision_model", "text_model"},
+            {"vision_tower", "language_model"},
         )
-        with pytest.warns(BudgetWarning, match="vision_model is left alone, as images of a row"):
-            report = KPrunePruner(counting("idefics3"), args, data, pack_by_count).prune()
         results.append([entry.kept for entry in report.sublayers])
     assert results[0] == results[1]
 

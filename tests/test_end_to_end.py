@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from data import Padding, calibration_rows, pack
+from data import Padding, calibration_rows, collator_for
 from models import cut_all, slow_unless_in
-from zoo import DISTINCT, PACKED, ZOO, make, outputs_of
+from zoo import COUNTED, DISTINCT, PACKED, ZOO, make, outputs_of
 
 from hf_kprune import KPruneArguments, KPrunePruner
 from hf_kprune.calibration.backward import backward, descend
@@ -37,12 +37,13 @@ def as_a_whole(rows_: Calibration, walk: Walk, loss: Knowledge, points: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "name", slow_unless_in(WALKED, [*DISTINCT, "albert", "gemma3n_text", "gemma4_text:shared", *PACKED])
+    "name",
+    slow_unless_in(WALKED, [*DISTINCT, "albert", "gemma3n_text", "gemma4_text:shared", *PACKED, *COUNTED]),
 )
 def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kind = make(name), ZOO[name][2]
     args = KPruneArguments(sparsity=0.3, num_tokens=60, tune=False, disable_tqdm=True, use_cpu=True)
-    data, collator = calibration_rows(model, kind, 8), {"packed": pack}.get(kind)
+    data, collator = calibration_rows(model, kind, 8), collator_for(name)
     pruner = KPrunePruner(model, args, data, collator, processing_class=Padding())
     sides = []
     with Run(pruner, None, [args]).open() as run:
@@ -81,7 +82,7 @@ def test_prunes_end_to_end(name: str, tmp_path: Path) -> None:
     args = KPruneArguments(sparsity=0.3, num_tokens=150, disable_tqdm=True, use_cpu=True, seed=1)
     loss = {"yolos": boxes_and_classes}.get(name)
     data = calibration_rows(model, kind, 40)
-    collator = {"packed": pack}.get(kind)
+    collator = collator_for(name)
     pruner = KPrunePruner(model, args, data, collator, processing_class=Padding(), compute_loss=loss)
     pruner.callback_handler.callbacks.clear()
     report = pruner.prune()
@@ -109,7 +110,7 @@ def test_a_model_with_an_empty_attention_is_pruned_again(name: str) -> None:
     first = next(i for i, s in enumerate(find_sublayers(model)) if s.unit.has_heads)
     student = cut_all(model, [s.numbers >= (i == first) * 99 for i, s in enumerate(find_sublayers(model))])
     args = KPruneArguments(sparsity=0.3, num_tokens=100, disable_tqdm=True, use_cpu=True)
-    data, collator = calibration_rows(model, kind), {"packed": pack}.get(kind)
+    data, collator = calibration_rows(model, kind), collator_for(name)
     report = KPrunePruner(student, args, data, collator, processing_class=Padding()).prune()
     assert 0.3 <= report.sparsity < 0.6
     assert report.sublayers[first].kept == []

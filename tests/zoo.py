@@ -1360,6 +1360,36 @@ ZOO |= {
     for name, (class_name, text) in PACKED.items()
 }
 
+COUNTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "idefics3": ("Idefics3ForConditionalGeneration", {"vision_config": IMAGE, "scale_factor": 2}),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        {"vision_config": {**IMAGE, "image_size": [8, 8], "patch_size": [4, 4]}, "image_seq_length": 1},
+    ),
+    "internvl:qk-norm": (
+        "InternVLForConditionalGeneration",
+        {
+            "vision_config": {**IMAGE, "image_size": [8, 8], "patch_size": [4, 4], "use_qk_norm": True},
+            "image_seq_length": 1,
+        },
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {"vision_config": {**IMAGE, "head_dim": 4, "model_type": "pixtral"}, "spatial_merge_size": 1},
+    ),
+    "smolvlm": ("SmolVLMForConditionalGeneration", {"vision_config": IMAGE, "scale_factor": 2}),
+}
+"""Models whose rows have any number of images."""
+SEEN = {"image_token_index": MARKS["image_token_id"], "image_token_id": MARKS["image_token_id"]}
+ZOO |= {
+    name: (
+        class_name,
+        {"text_config": {**DECODER, "model_type": "llama", "vocab_size": 80}, **config, **SEEN},
+        "counted",
+    )
+    for name, (class_name, config) in COUNTED.items()
+}
+
 
 for unknown in [name for name in ZOO if name.split(":")[0] not in CONFIG_MAPPING]:
     del ZOO[unknown]  # a type that came with a later version of transformers than the one at hand
@@ -1417,7 +1447,7 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
 
     Kinds: text, unpadded (text without padding), ids (that without a mask), seq2seq,
     pairs (that of a model which generates from something else), image, picture (of a model that takes any size), mel, audio_values, audio_features, frames, clip,
-    packed (text around an image each, whose patches are one sequence).
+    packed (text around an image each, whose patches are one sequence), counted (text after any number of images).
     """
     torch.default_generator.manual_seed(seed)
 
@@ -1479,6 +1509,8 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         }
     if kind == "packed":
         return packed_inputs(seed, batch)
+    if kind == "counted":
+        return counted_batch(counted_rows(config.model_type, seed, batch), config.model_type)
     if kind == "frames":
         config = getattr(config, "encoder_config", config)
         size = getattr(config, "num_mel_bins", None) or config.feature_projection_input_dim
@@ -1490,6 +1522,30 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         ids = text(6, padded=False, prefix="decoder_")
         return {"input_features": torch.randn(batch, config.num_mel_bins, frames), **ids}
     raise ValueError(f"kind of inputs {kind!r}")
+
+
+def counted_rows(model_type: str, seed: int, count: int) -> list[dict[str, Any]]:
+    """Texts after one image or two."""
+    rows = []
+    for number in range(seed, seed + count):
+        images = 1 + number % 2
+        seen = [MARKS["image_token_id"]] * images * (4 if model_type == "mistral3" else 1)
+        words = torch.randint(4, 60, (9 - number % 3,)).tolist()
+        rows.append({"input_ids": [*seen, *words], "pixel_values": torch.randn(images, 3, 8, 8)})
+    return rows
+
+
+def counted_batch(rows: list[dict[str, Any]], model_type: str) -> dict[str, Tensor]:
+    """As the processors of these models do: images of all rows one after the other, or by row, with empty ones."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [1] * (longest - len(row["input_ids"])) for row in rows])
+    pixels = torch.nn.utils.rnn.pad_sequence([row["pixel_values"] for row in rows], batch_first=True)
+    batch = {"input_ids": ids, "attention_mask": (ids != 1).long(), "pixel_values": pixels}
+    if model_type in ("idefics3", "smolvlm"):
+        return {**batch, "pixel_attention_mask": pixels.any(2).long()}
+    batch["pixel_values"] = torch.cat([row["pixel_values"] for row in rows])
+    sizes = {"image_sizes": torch.tensor([[8, 8]] * len(batch["pixel_values"]))}
+    return {**batch, **(sizes if model_type == "mistral3" else {})}
 
 
 def packed_inputs(seed: int, batch: int) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ class BatchMaker:
         # how many tokens an image or a sound makes is the model's business
         shapes = [str(each.shape) for each in list(filter(floats, tensors)) or tensors]
         form = " ".join([name, *shapes])
-        if mask is not None or form not in self.sizes:
+        if mask is not None or sublayer.stack.packed or form not in self.sizes:
             with in_eval_mode(model), first_run(model, inputs):
                 run_to = run_to_memory if memory else run_to_bottom
                 try:

@@ -101,13 +101,21 @@ class Calibration:
         names = list(dict.fromkeys(name for s in self.sublayers for name in (s.stack_name, s.reads)))
         sums = [
             torch.tensor(
-                [sum(int(b.valid[n].sum()) for b in self.batches), sum(len(b.valid[n]) for b in self.batches)]
+                [
+                    sum(int(b.valid[n].sum()) for b in self.batches),
+                    sum(self.sequences(b, n) for b in self.batches),
+                ]
             )
             for n in names
         ]
         sums = [s.double().to(self.accelerator.device) for s in sums]
         self.reduce(sums)
         return {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
+
+    def sequences(self, batch: Batch, stack: str) -> int:
+        """Sequences of a batch in a stack, of which the images of a row are one."""
+        packed = any(s.stack.packed for s in self.sublayers if s.stack_name == stack)
+        return batch.samples if packed else len(batch.valid[stack])
 
     @cached_property
     def flops_lengths(self) -> dict[str, float]:
@@ -148,10 +156,10 @@ class Calibration:
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 row = self.batches[0].part(0, 1)
-                tokens = {name: float(valid.shape[1]) for name, valid in row.valid.items()}
+                counts = {name: self.sequences(row, name) for name in row.valid}
+                tokens = {name: valid.numel() / counts[name] for name, valid in row.valid.items()}
                 products = sum(s.num_units * s.unit_products(tokens) for s in sublayers)
-                sequences = max(len(valid) for valid in row.valid.values())
-                total = matrix_flops(model, row.inputs) / sequences + products
+                total = matrix_flops(model, row.inputs) / max(counts.values()) + products
                 prunable = sum(s.num_units * s.unit_flops(tokens) for s in sublayers)
                 other = max(total - prunable, 0.0) * sum(self.flops_lengths.values()) / sum(tokens.values())
         (other,) = broadcast_object_list([other])

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import find_layers, get_size, has
 from .experts import are_experts
-from .families import FAMILIES, PARTS, REFUSED, UNTOUCHED, Block, Stack
+from .families import FAMILIES, PARTS, REFUSED, Block, Stack
 
 
 IDLE = "kprune_idle"
@@ -38,11 +38,10 @@ def described(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
 
 def untouched(model: PreTrainedModel) -> dict[str, str]:
     """The towers of a model that stay as they are, by path, and why."""
-    reasons = {**REFUSED, **UNTOUCHED}
     towers = {
-        name + ".": reasons[module.config.model_type]
+        name + ".": REFUSED[module.config.model_type]
         for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.config.model_type in reasons
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type in REFUSED
     }
     owners = {"": model, **dict(described(model))}
     towers |= {f"{path}{part}": why for path, m in owners.items() for part, why in parts_above(m).items()}

@@ -56,6 +56,7 @@ from typing import Any, Literal
 Kind = Literal["attention", "cross_attention", "ffn", "experts"]
 Layout = Literal["q", "2q", "h", "kv", "2kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
+Packed = Literal["", "patches", "images"]
 Size = Literal["heads", "kv_heads", "groups", "width", "experts"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
 Dimension = Literal[0, 1, 2, "0", "1"]
@@ -161,8 +162,9 @@ class Stack:
         runs: Config attribute with the number of layers that run, where that may be more than there are, as
             each runs several times in turn: number i is layer i * layers // runs. `""` if each runs once.
         versions: Whether its layers hand on several versions of the hidden states, (V, B, T, D).
-        packed: Whether its layers read the tokens of all rows as one sequence, (T, D), so that each row is a
-            batch by itself.
+        packed: How images lie in its layers where it cannot be told there which row each is of, so that each
+            row is a batch by itself: `"patches"`, all as one sequence without a batch, (T, D); `"images"`, as
+            a batch that is not one of rows, (images, T, D), or of one sequence. `""` if rows can be told.
         outlets: Config attribute with the numbers of layers whose outputs the model reads beside that of the
             last one; `""` if there are none.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
@@ -198,7 +200,7 @@ class Stack:
     shares: str = ""
     runs: str = ""
     versions: bool = False
-    packed: bool = False
+    packed: Packed = ""
     outlets: str = ""
     shifts: bool = False
     pads: bool = False
@@ -358,6 +360,7 @@ _CLIP = Stack(
     uniform=_FFN_SIZE,
 )
 _CLIP_VISION = replace(_CLIP, mask="")
+_CLIP_COUNTED = replace(_CLIP_VISION, packed="images", uniform={})
 _BLIP_VISION = replace(
     _CLIP_VISION,
     blocks=(
@@ -914,7 +917,7 @@ def _packed(ffn: Block, width: str = "hidden_size", outlets: str = "") -> tuple[
         returns="y",
         sizes={"attn.num_heads": "heads"},
     )
-    stack = Stack("blocks", (attention, ffn), mask="", packed=True, outlets=outlets)
+    stack = Stack("blocks", (attention, ffn), mask="", packed="patches", outlets=outlets)
     return (replace(stack, heads="num_heads", head_dim=f"{width} / num_heads"),)
 
 
@@ -1633,6 +1636,37 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen3_vl_moe_text": (_MOE,),
     "qwen3_vl_text": (_LLAMA,),
     # towers of images in vision-language models
+    "idefics3_vision": (_CLIP_COUNTED,),
+    "internvl_vision": (
+        Stack(
+            "encoder.layer",
+            (
+                _attention(
+                    "attention",
+                    "attention.projection_layer",
+                    sizes={"attention.num_heads": "heads", "attention.embed_dim": "width"},
+                    stream=None,
+                    obstacle="use_qk_norm",
+                ),
+                _ffn("mlp.fc1", "mlp.fc2", None),
+            ),
+            mask="",
+            packed="images",
+        ),
+    ),
+    "pixtral": (
+        Stack(
+            "transformer.layers",
+            (
+                _attention("attention", "attention.o_proj", sizes={"attention.num_heads": "heads"}),
+                _ffn("feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj", "ffn_norm"),
+            ),
+            mask="",
+            packed="images",
+            head_dim="hidden_size / num_attention_heads",
+        ),
+    ),
+    "smolvlm_vision": (_CLIP_COUNTED,),
     "glm4v_vision": _PACKED_GATED,
     "glm4v_moe_vision": _PACKED_GATED,
     "qwen2_vl_vision": _packed(_ffn("mlp.fc1", "mlp.fc2", "norm2"), width="embed_dim"),
@@ -1853,15 +1887,6 @@ REFUSED: dict[str, str] = {
     "xlnet": "its attention weights are no projections, and it has two streams",
 }
 """Model types that cannot be described, and why."""
-
-UNTOUCHED: dict[str, str] = {
-    "pixtral": "its layers read the patches of all images as one sequence",
-    **dict.fromkeys(
-        ("idefics3_vision", "smolvlm_vision", "internvl_vision"),
-        "images of a row are rows of its own, of which there may be any number",
-    ),
-}
-"""Model types of towers that stay as they are inside other models, whose other towers are pruned, and why."""
 
 
 _BOXES = {
