@@ -29,13 +29,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def shape(layers: int, width: int, vocabulary: int) -> Any:
+def shape(layers: int, width: int, vocabulary: int, neurons: int | None = None) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=11 * width // 4,
+        intermediate_size=neurons or 11 * width // 4,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 256,
@@ -128,6 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
     parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--neurons", type=int, default=None, help="of an FFN; 11/4 of the width by default")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8_192])
     parser.add_argument("--sparsity", type=float, default=0.2)
@@ -143,7 +144,7 @@ def main() -> None:
             lines = []
             for layers in options.layers:
                 folder = Path(options.folder or temporary, f"llama-{layers}-{options.width}")
-                size = write(folder, shape(layers, options.width, options.vocabulary))
+                size = write(folder, shape(layers, options.width, options.vocabulary, options.neurons))
                 for tokens in options.tokens:
                     words = ["--child", str(folder), "--offload", offload, "--tokens", str(tokens)]
                     done = subprocess.run(

@@ -20,7 +20,7 @@ from .structure.offload import is_dispatched
 from .structure.shelf import room_on
 from .structure.sublayers import Sublayer
 from .structure.walk import ENTRIES
-from .structure.workbench import layers_of, needs_workbench, slots
+from .structure.workbench import layers_of, needs_workbench, slots, words_of
 
 
 SLACK = 1.1
@@ -81,7 +81,11 @@ def memory_of(  # noqa: PLR0913
     layers = [sum(t.numel() for _, _, _, t in slots(layer)) for layer in layers_of(sublayers)]
     width, columns = (max(s.shape[axis] for s in sublayers) for axis in (0, 1))
     layer = 4 * max(layers) if lifts else 0
-    around = 4 * (sum(p.numel() for p in model.parameters()) - sum(layers)) if lifts else 0
+    tables, head = words_of(model)
+    words = {id(tensor): tensor.numel() for each in tables + head for _, _, _, tensor in slots(each)}
+    around = sum(p.numel() for p in model.parameters()) - sum(layers) - sum(words.values())
+    over = sum(tensor.numel() for each in head for _, _, _, tensor in slots(each))
+    around, over = (4 * around, 4 * over) if lifts else (0, 0)
     weights = sum(s.num_units * s.unit_parameters * s.itemsize for s in sublayers)
     changed = 0 if is_dispatched(model) else weights
 
@@ -94,9 +98,9 @@ def memory_of(  # noqa: PLR0913
     in_runs = tokens * max(s.uses for s in sublayers)  # all runs of a layer are there at once
     rows, narrow = max((b.samples for b in batches), default=0), 4 * in_runs * (6 * width + 3 * columns)
     waiting = 2 * 4 * BLOCK * (2 * width * max(s.experts for s in sublayers) + columns)
-    head = model.get_output_embeddings()
-    words = len(head.weight) if head is not None and loss.per_token else 0
-    logits = 10 * 4 * min(max(logits_at_once(device), rows * words), tokens * words)
+    vocabulary = model.get_output_embeddings()
+    count = len(vocabulary.weight) if vocabulary is not None and loss.per_token else 0
+    logits = over + 10 * 4 * min(max(logits_at_once(device), rows * count), tokens * count)
     curved = "curvature" in method.needs
     graph = 2 * narrow if method.needs else narrow
     states = min(room, stream(lambda b: b.measured) * (len(layers) + 1)) if method.needs else 0
@@ -106,13 +110,11 @@ def memory_of(  # noqa: PLR0913
     phases = {"measure": states + layer + max(logits, graph + sums, scoring)}
     if tunes:
         every = stream(lambda _: True) * max(s.uses for s in sublayers)
-        fit = (
-            (3 if method.ridge is None else 2) * square
-            + 4 * flat
-            + min(ENTRIES * room, every // width * columns)
-        )
-        fit += 4 * SAMPLE * (columns + 2 * width)
-        phases["tune"] = 2 * min(room, every) + 2 * every + 2 * layer + changed + narrow + waiting + fit
+        halves = 2 if method.ridge is None else 1
+        collecting = 2 * layer + narrow + waiting + halves * (square + flat)
+        fitting = layer + (halves + 1) * square + 4 * flat
+        kept = min(ENTRIES * room, every // width * columns) + 4 * SAMPLE * (columns + 2 * width)
+        phases["tune"] = 2 * min(room, every) + 2 * every + changed + kept + max(collecting, fitting)
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
         each, fit = min(room, few) + 4 * max(layers), waiting + 2 * square + 4 * flat

@@ -170,6 +170,8 @@ class Pruning:
             head = not self.loss.of_hidden_states
             check_walk(self.calibration, self.teacher, self.references, head)
             self.all_flops = self.calibration.all_flops(self.teacher, self.references)
+            if (bench := workbench_of(self.teacher)) is not None:
+                bench.put_away()
             self.checked = True
             if self.dry:
                 self.fitted = self.calibration.only(lambda batch: batch.sampled)

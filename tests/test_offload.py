@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import signal
@@ -17,11 +18,12 @@ from checks import assert_same_state, kept
 from data import collate, rows
 from models import slow_unless_in
 from transformers import PreTrainedModel
-from zoo import make
+from zoo import DISTINCT, ZOO, make, outputs_of
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
 from hf_kprune.structure.offload import Folder, device_map
 from hf_kprune.structure.sublayers import find_sublayers
+from hf_kprune.structure.workbench import leave_workbench, on_workbench, words_of
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
@@ -83,6 +85,16 @@ def test_pruned_on_disk_is_pruned_in_memory(
     kind = type(model)
     one, other = (kind.from_pretrained(tmp_path / folder, dtype=dtype) for folder in ("spread", "whole"))
     assert_same_state(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("name", slow_unless_in(["llama"], dict.fromkeys(["llama", *DISTINCT])))
+def test_a_model_of_16_bits_computes_in_float32_while_its_words_stay_as_they_are(name: str) -> None:
+    model, kind = make(name, dtype=torch.bfloat16), ZOO[name][2]
+    student = on_workbench(model, find_sublayers(model), torch.device("cpu"))
+    assert all(table.weight.dtype == torch.bfloat16 for table in words_of(student)[0])
+    assert torch.equal(outputs_of(student, kind), outputs_of(copy.deepcopy(model).float(), kind))
+    leave_workbench(student)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
 
 
 @pytest.mark.slow

@@ -90,20 +90,19 @@ class Judge:
         self.needs_layers = loss.kinds is None
         batches = [] if self.needs_layers else enumerate(calibration.batches)
         walk = calibration.walk(teacher.model, teacher.sublayers)
-        tops = {i: walk.top(i) for i, batch in batches if batch.held_out}
-        self.expected = (
-            predictor(self.model, loss) if self.needs_layers else predictor_above(walk, tops, loss)
-        )
+        self.tops = {i: walk.top(i) for i, batch in batches if batch.held_out}
 
     def distance(self, student: Walk) -> float:
         """That of a student above its highest sublayer."""
         give_back_memory()
-        top = (
-            predictor(student.model, self.loss)
-            if self.needs_layers
-            else predictor_above(student, student.states, self.loss)
-        )
-        return mean_loss(self.calibration, self.model, top, self.expected, self.loss)
+        if self.needs_layers:
+            each = predictor(student.model, self.loss), predictor(self.model, self.loss)
+        else:  # nothing above the layers was cut: one head does for both
+            each = (
+                predictor_above(student, student.states, self.loss),
+                predictor_above(student, self.tops, self.loss),
+            )
+        return mean_loss(self.calibration, self.model, *each, self.loss)
 
 
 def losses_in_parts(loss: Knowledge, student: Outputs, teacher: Outputs, batch: Batch, chunk: int) -> Tensor:

@@ -3,7 +3,8 @@ one at a time.
 
 What is measured and fitted is computed in float32 on one device. A model that lies there as a whole needs no
 workbench. Of another one everything around the layers is brought there once and for all (`on_workbench`), and
-each layer when it is run, until the next one is.
+each layer when it is run, until the next one is. So is the head over a vocabulary; a table of words stays in
+16 bits, and what is looked up there goes on in float32.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ class Workbench:
     in its dtype, and on disk if it came from there.
 
     Args:
-        layers: All layers of a model.
+        layers: All layers of a model, and its head over a vocabulary.
         device: Where they are worked on.
         sources: Of those tensors that are not in memory, by number of the layer and name.
         to_disk: Whether the layers that have such tensors are stored on disk again, or else in memory.
+        tables: Of words, see `words_of`.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Workbench:
         device: torch.device,
         sources: Mapping[tuple[int, str], Source],
         to_disk: bool,
+        tables: Sequence[nn.Module] = (),
     ):
         self.layers, self.device, self.sources = list(layers), device, dict(sources)
         self.folder = Folder()
@@ -64,6 +67,9 @@ class Workbench:
         self.here: dict[str, weakref.ref[Tensor]] = {}
         for layer in self.layers:
             layer.register_forward_pre_hook(self.on_run, prepend=True)
+        self.tables = list(tables)
+        for table in self.tables:
+            table.register_forward_hook(as_float32)
 
     def on_run(self, layer: nn.Module, _args: object) -> None:
         """Bring a layer that is about to run, unless it is only to pass its input on."""
@@ -119,6 +125,15 @@ class Workbench:
             for key, hook in list(layer._forward_pre_hooks.items()):
                 if getattr(hook, "__self__", None) is self:
                     del layer._forward_pre_hooks[key]
+        for table in self.tables:
+            for key, lift in list(table._forward_hooks.items()):
+                if lift is as_float32:
+                    del table._forward_hooks[key]
+
+
+def as_float32(_table: nn.Module, _words: object, found: Tensor) -> Tensor:
+    """What is looked up in a table of 16 bits, as if the table were in float32."""
+    return found.float() if in_half_precision(found) else found
 
 
 def give_back_memory() -> None:
@@ -169,6 +184,18 @@ def layers_of(sublayers: Sequence[Sublayer]) -> list[nn.Module]:
     return [layer for stack in stacks.values() for layer in stack]
 
 
+def words_of(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The tables of words of a model, and its head over them: what need not be in float32 all the time. None,
+    if it has no such head, or a class of its own takes the same weights."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return [], []
+    weights = {id(head.weight), id(getattr(model.get_input_embeddings(), "weight", None))}
+    owners = [m for m in model.modules() if any(id(tensor) in weights for tensor in m._parameters.values())]
+    tables = [owner for owner in owners if owner is not head]
+    return (tables, [head]) if all(type(table) is nn.Embedding for table in tables) else ([], [])
+
+
 def needs_workbench(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a model is not on the device as a whole, or has weights of 16 bits."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -187,14 +214,16 @@ def on_workbench(
     """
     sources, layers = sources_of(model), layers_of(sublayers)
     inside = {id(tensor) for layer in layers for _, _, _, tensor in slots(layer)}
+    tables, head = words_of(model)
+    words = {id(tensor) for module in tables + head for _, _, _, tensor in slots(module)}
     memo: dict[int, Any] = plain_memo(model)
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
         if id(tensor) not in inside:
             source = sources.get(id(tensor))
-            memo[id(tensor)] = as_stored(
-                on_device(tensor.detach() if source is None else source.load(), device), tensor
-            )
+            value = tensor.detach() if source is None else source.load()
+            value = value.to(device) if id(tensor) in words else on_device(value, device)
+            memo[id(tensor)] = as_stored(value, tensor)
     copied = without_hooks(copy.deepcopy(model, memo))
     names = {id(module): name for name, module in model.named_modules()}
     elsewhere = {
@@ -204,8 +233,10 @@ def on_workbench(
         if id(tensor) in sources
     }
     to_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-    copies = [copied.get_submodule(names[id(layer)]) for layer in layers]
-    copied.__dict__[BENCH] = Workbench(copies, device, elsewhere, to_disk)
+    copies, looked_up = (
+        [copied.get_submodule(names[id(module)]) for module in modules] for modules in (layers + head, tables)
+    )
+    copied.__dict__[BENCH] = Workbench(copies, device, elsewhere, to_disk, looked_up)
     return copied
 
 
