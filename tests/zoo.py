@@ -1337,6 +1337,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4vMoeForConditionalGeneration",
         {**SHARED_MOE, "partial_rotary_factor": 1.0},
     ),
+    "glm_ocr": ("GlmOcrForConditionalGeneration", {}),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", {}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {}),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", {}),

@@ -1667,6 +1667,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ),
     ),
     "smolvlm_vision": (_CLIP_COUNTED,),
+    "glm_ocr_vision": _PACKED_GATED,
     "glm4v_vision": _PACKED_GATED,
     "glm4v_moe_vision": _PACKED_GATED,
     "qwen2_vl_vision": _packed(_ffn("mlp.fc1", "mlp.fc2", "norm2"), width="embed_dim"),
