@@ -1224,6 +1224,11 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "git_vision_model": ("GitVisionModel", IMAGE, "image"),
     "donut-swin": ("DonutSwinModel", SWIN, "image"),
     "swin": ("SwinForImageClassification", SWIN, "image"),
+    "swin2sr": (
+        "Swin2SRForImageSuperResolution",
+        {**SWIN, "num_heads": [2, 2], "patch_size": 1, "image_size": 8},
+        "image",
+    ),
     "swinv2": ("Swinv2ForImageClassification", SWIN, "image"),
     "pixio": ("PixioModel", IMAGE, "image"),
     "conditional_detr": ("ConditionalDetrForObjectDetection", DETR, "picture"),

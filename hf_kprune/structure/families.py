@@ -763,17 +763,19 @@ _FUSED_IN_FOUR = (
 _WINDOWS = "its windows lie beside the images of a batch, which are not what calibration tells apart"
 
 
-def _swin(*ffn: Block, returns: Returns = ("y",)) -> tuple[Stack, ...]:
-    """Swin's stages, each of which has its own width."""
+def _swin(
+    *ffn: Block, returns: Returns = ("y",), stages: str = "layers", layers: str = "blocks"
+) -> tuple[Stack, ...]:
+    """Swin's stages, each of which may have its own width."""
     return tuple(
         Stack(
-            f"encoder.layers.{stage}.blocks",
+            f"encoder.{stages}.{stage}.{layers}",
             ffn,
             returns=returns,
             mask="",
             untouched={"attention": _WINDOWS},
         )
-        for stage in range(4)
+        for stage in range(8)
     )
 
 
@@ -1838,6 +1840,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ),
     ),
     "swin": _SWIN,
+    "swin2sr": _swin(_ffn("intermediate.dense", "output.dense", None), stages="stages", layers="layers"),
     "swinv2": _swin(_ffn("intermediate.dense", "output.dense", None)),
     "timesformer": (
         replace(
@@ -1886,6 +1889,8 @@ REFUSED: dict[str, str] = {
     "vit_mae": "it hides other patches in every pass; load its encoder as a ViTModel",
     "xlm": "its attentions and FFNs lie in lists of their own and no module is a layer",
     "xlnet": "its attention weights are no projections, and it has two streams",
+    "zamba": "layers far apart, with Mamba between them, share one attention and one FFN",
+    "zamba2": "layers far apart, with Mamba between them, share attentions and FFNs, each with adapters",
 }
 """Model types that cannot be described, and why."""
 
