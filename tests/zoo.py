@@ -1383,6 +1383,17 @@ COUNTED: dict[str, tuple[str, dict[str, Any]]] = {
         "Mistral3ForConditionalGeneration",
         {"vision_config": {**IMAGE, "head_dim": 4, "model_type": "pixtral"}, "spatial_merge_size": 1},
     ),
+    **{
+        name: (
+            "LlavaForConditionalGeneration",
+            {
+                "vision_config": {**IMAGE, "model_type": "clip_vision_model"},
+                "image_seq_length": 4,
+                "vision_feature_layer": layer,
+            },
+        )
+        for name, layer in (("llava", -2), ("llava:several", [-1, 1]))
+    },
     "smolvlm": ("SmolVLMForConditionalGeneration", {"vision_config": IMAGE, "scale_factor": 2}),
 }
 """Models whose rows have any number of images."""
@@ -1535,7 +1546,7 @@ def counted_rows(model_type: str, seed: int, count: int) -> list[dict[str, Any]]
     rows = []
     for number in range(seed, seed + count):
         images = 1 + number % 2
-        seen = [MARKS["image_token_id"]] * images * (4 if model_type == "mistral3" else 1)
+        seen = [MARKS["image_token_id"]] * images * (4 if model_type in ("llava", "mistral3") else 1)
         words = torch.randint(4, 60, (9 - number % 3,)).tolist()
         rows.append({"input_ids": [*seen, *words], "pixel_values": torch.randn(images, 3, 8, 8)})
     return rows

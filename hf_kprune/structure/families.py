@@ -1895,6 +1895,10 @@ REFUSED: dict[str, str] = {
 """Model types that cannot be described, and why."""
 
 
+FEATURES = ("vision_feature_layer", "vision_feature_layers")
+"""Config attributes by which models say which hidden states of their tower of images they read."""
+
+
 _BOXES = {
     "decoder": "each of its layers moves the boxes that the next one looks at",
     "bbox_embed": "it makes boxes of what the layers give",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
 from typing import cast
@@ -21,7 +21,7 @@ from ..modeling_kprune import BlockPlan, Layers, find_layers, get_size, has
 from . import experts
 from .configs import read
 from .coverage import check_experts, check_nothing_left_out, check_projections, described, family_of
-from .families import FAMILIES, KEYS, REFUSED, Block, Stack
+from .families import FAMILIES, FEATURES, KEYS, REFUSED, Block, Stack
 from .plans import plans_of
 from .projections import bias_of, oriented, shape_of
 from .units import WHOLE_EXPERTS, Expert, ExpertNeuron, Unit
@@ -49,6 +49,8 @@ class Sublayer:
         plan: The entry of this block in `config.kprune`, which all layers share whose units are alike.
         index: The place of its layer in the list, and in the plan.
         unit: What one of its units is.
+        outlets: The numbers of the layers of the list whose outputs the model reads beside that of the last
+            one.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Sublayer:
     plan: BlockPlan
     index: int
     unit: Unit
+    outlets: tuple[int, ...] = ()
 
     @property
     def layer(self) -> nn.Module:
@@ -106,11 +109,6 @@ class Sublayer:
     def reads_outside(self) -> bool:
         """Whether keys and values come from what another model gives."""
         return self.kind == "cross_attention" and find_layers(self.owner, self.stack.reads) is None
-
-    @property
-    def outlets(self) -> list[int]:
-        """The numbers of the layers of its list whose outputs the model reads beside that of the last one."""
-        return list(getattr(self.owner.config, self.stack.outlets)) if self.stack.outlets else []
 
     def source_of(self, path: str) -> str:
         """The stack whose tokens the input projection at `path` reads."""
@@ -299,7 +297,7 @@ def find_sublayers(
             "one of its layers in ten lines with hf_kprune.register_family: docs/add_a_family.md"
         )
     units = head_unit, expert_unit
-    sublayers = {path: _sublayers_of(path, owner, *units) for path, owner in owners}
+    sublayers = {path: _sublayers_of(model, path, owner, *units) for path, owner in owners}
     check_nothing_left_out(model, {id(s.layers) for tower in sublayers.values() for s in tower})
     left_alone = model.__dict__.get(LEFT_ALONE, ())
     return [
@@ -311,9 +309,13 @@ def find_sublayers(
 
 
 def _sublayers_of(
-    path: str, owner: PreTrainedModel, head_unit: str | None, expert_unit: str | None
+    model: PreTrainedModel,
+    path: str,
+    owner: PreTrainedModel,
+    head_unit: str | None,
+    expert_unit: str | None,
 ) -> list[Sublayer]:
-    """The sublayers of one model, which lies at `path` inside another one, or at `""`."""
+    """The sublayers of one model, which lies at `path` inside `model`, or at `""`."""
     stacks = family_of(owner) or ()
     for flag, why in ((flag, why) for stack in stacks for flag, why in stack.refuses.items()):
         name, _, value = flag.partition("=")
@@ -331,7 +333,26 @@ def _sublayers_of(
             "hf_kprune.register_family: docs/add_a_family.md"
         )
     units = head_unit, expert_unit
-    return [s for stack, layers in lists for s in _sublayers_in(path, owner, stack, layers, *units)]
+    return [
+        replace(s, outlets=outlets)
+        for stack, layers in lists
+        for outlets in [outlets_of(model, owner, stack, layers)]
+        for s in _sublayers_in(path, owner, stack, layers, *units)
+    ]
+
+
+def outlets_of(
+    model: PreTrainedModel, owner: PreTrainedModel, stack: Stack, layers: Layers
+) -> tuple[int, ...]:
+    """The numbers of the layers of a list whose outputs are read beside that of the last one: by the model
+    that owns them, or, of a tower of images, by the one around it."""
+    numbers = set(getattr(owner.config, stack.outlets)) if stack.outlets else set[int]()
+    if owner is not model and owner.main_input_name == "pixel_values":
+        read_by_model = [read(model.config, name) for name in FEATURES]
+        states = [n for each in read_by_model for n in (each if isinstance(each, (list, tuple)) else [each])]
+        # of the hidden states the first is what the lowest layer reads
+        numbers |= {n % (len(layers) + 1) - 1 for n in states if isinstance(n, int)}
+    return tuple(sorted(numbers & set(range(len(layers) - 1))))
 
 
 def _sublayers_in(
