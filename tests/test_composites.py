@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 from data import calibration_rows, collator_for, pack
-from models import IMAGE_TOKEN, SEEING, seeing, slow_unless_in
+from models import IMAGE_TOKEN, SEEING, TOKENS, seeing, slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import COUNTED, ENCODER, IMAGE, PACKED, ZOO, inputs_for, make
+from zoo import COUNTED, DECODER, ENCODER, IMAGE, PACKED, ZOO, inputs_for, make
 
 from hf_kprune import (
     ArgumentError,
@@ -321,6 +321,43 @@ def test_rows_with_any_number_of_images_are_batched_as_by_themselves(model_type:
             {"vision_model", "text_model"},
             {"vision_tower", "language_model"},
         )
+        results.append([entry.kept for entry in report.sublayers])
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_rows_whose_images_are_cut_into_several_tiles_are_batched_as_by_themselves() -> None:
+    """Rows of one length, so that those of three tiles and of five would come into one batch."""
+
+    def tiling() -> Any:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            "llava_next",
+            text_config={**DECODER, "model_type": "llama", "vocab_size": 80},
+            vision_config={**IMAGE, "model_type": "clip_vision_model"},
+            image_grid_pinpoints=[[8, 16], [16, 16]],
+            **TOKENS,
+        )
+        return transformers.LlavaNextForConditionalGeneration(config).eval()
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = [row["pixel_values"] for row in batch]
+        columns = {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "image_sizes")}
+        return {**columns, "pixel_values": torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)}
+
+    results, data, model = [], list[dict[str, Any]](), tiling()
+    for number in range(20):
+        size, tiles = [((8, 16), 3), ((16, 16), 5)][number % 2]
+        pixels = torch.randn(tiles, 3, 8, 8)
+        with torch.no_grad():
+            seen = model.model.get_image_features(pixels[None], torch.tensor([size]), return_dict=True)
+        image = [IMAGE_TOKEN] * len(seen.pooler_output[0])
+        words = torch.randint(4, 60, (40 - len(image),)).tolist()
+        data.append({"input_ids": [*image, *words], "pixel_values": pixels, "image_sizes": list(size)})
+    for per_batch in (1, 6):
+        args = KPruneArguments(sparsity=0.4, num_tokens=400, per_device_batch_size=per_batch, use_cpu=True)
+        report = KPrunePruner(tiling(), args, data, collate).prune()
+        assert report.left_alone == {}
         results.append([entry.kept for entry in report.sublayers])
     assert results[0] == results[1]
 

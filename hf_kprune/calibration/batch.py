@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -26,9 +26,9 @@ from ..structure.facts import (
 from ..structure.hooks import by_token, part_of
 from ..structure.runs import run_to_bottom, run_to_memory
 from ..structure.sublayers import Sublayer, find_sublayers
-from .collate import Collator, collate
+from .collate import Collator, Inputs, collate
 from .nested import Row
-from .rows import TokensPerRow
+from .rows import Rows, TokensPerRow
 
 
 def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
@@ -155,6 +155,27 @@ class BatchMaker:
                 valid[sublayer.reads] = self._valid(sublayer, inputs, texts, memory=True)
         return Batch(inputs, valid, last if counted is None else last & counted.to(last.device))
 
+    def batches(
+        self, rows: Rows, numbers: Sequence[int], size: int, collate: Callable[[list[Any]], Inputs]
+    ) -> Iterator[Batch]:
+        """Batches of at most `size` of the rows that have these numbers.
+
+        A row is a batch by itself where several do not lie one by one, in the inputs or in a stack: patches
+        of all images as one sequence, or images of rows of which each has any number. No part of such a batch
+        could be told from the rest. Of token ids each row may have several sequences (choices).
+        """
+        for first in range(0, len(numbers), size):
+            picked = list(numbers[first : first + size])
+            made = collate([rows.rows[i] for i in picked])
+            if all(tensor.shape[:1] == (len(picked),) for tensor in made[0].values()) or len(picked) == 1:
+                batch = replace(self.batch(*made), rows=picked)
+                entries = [len(v) for name, v in batch.valid.items() if name not in self.stacks_of_ids]
+                if len(picked) == 1 or {*entries} <= {len(picked)}:
+                    yield batch
+                    continue
+            for i in picked:
+                yield replace(self.batch(*collate([rows.rows[i]])), rows=[i])
+
     def _valid(self, sublayer: Sublayer, inputs: dict[str, Any], key: str, memory: bool = False) -> Tensor:
         """Tokens of the batch that are not padding in the stack of `sublayer`, (B, T), or in what its
         cross-attention reads of another model. `key` is the input that marks them."""
@@ -166,11 +187,12 @@ class BatchMaker:
             self.stacks_of_ids.add(name)
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-        samples = len(tensors[0])
+        samples = len(inputs["input_ids"] if "input_ids" in inputs else tensors[0])
         # how many tokens an image or a sound makes is the model's business
         shapes = [str(each.shape) for each in list(filter(floats, tensors)) or tensors]
         form = " ".join([name, *shapes])
-        if mask is not None or sublayer.stack.packed or form not in self.sizes:
+        # of rows with several images, padding may be left out
+        if mask is not None or form not in self.sizes or self.sizes[form][0] != samples:
             with in_eval_mode(model), first_run(model, inputs):
                 run_to = run_to_memory if memory else run_to_bottom
                 try:

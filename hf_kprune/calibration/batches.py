@@ -32,7 +32,7 @@ from ..structure.reach import last_stack
 from ..structure.sublayers import Sublayer, find_sublayers
 from ..structure.walk import Walk
 from .batch import Batch, BatchMaker
-from .collate import Inputs, batches_of
+from .collate import Inputs
 from .rows import Rows, TokensPerRow, row_length
 
 
@@ -80,17 +80,14 @@ class Calibration:
         self.readers: list[list[list[str]]] = []
         tried, held_out = range(rows.measured // 2), rows.held_out
         ends = [0, tried.stop, held_out.start, held_out.stop, rows.measured, len(rows.rows)]
-        packed = any(s.stack.packed for s in self.sublayers)
-        size = 1 if packed else args.per_device_batch_size  # no part of a sequence of all rows could be told
         self.sample = rows.first(few, tokens_per_row) if few is not None else rows.measured
         for start, stop in pairwise(sorted([*ends, self.sample])):
             by_length = sorted(
                 range(start, stop), key=lambda i: (row_length(rows.rows[i], tokens_per_row), i)
             )
             mine = by_length[accelerator.process_index :: accelerator.num_processes]
-            for picked, (inputs, counted) in batches_of(rows, mine, size, collate):
-                batch = self.maker.batch(inputs, counted)
-                batch.rows, batch.measured = picked, start < rows.measured
+            for batch in self.maker.batches(rows, mine, args.per_device_batch_size, collate):
+                batch.measured = start < rows.measured
                 batch.sampled = start < self.sample
                 batch.tried, batch.held_out = start in tried, start in held_out
                 self.batches.append(batch)
@@ -114,8 +111,7 @@ class Calibration:
 
     def sequences(self, batch: Batch, stack: str) -> int:
         """Sequences of a batch in a stack, of which the images of a row are one."""
-        packed = any(s.stack.packed for s in self.sublayers if s.stack_name == stack)
-        return batch.samples if packed else len(batch.valid[stack])
+        return len(batch.valid[stack]) if stack in self.maker.stacks_of_ids else batch.samples
 
     @cached_property
     def flops_lengths(self) -> dict[str, float]:

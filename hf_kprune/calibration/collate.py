@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
 from ..structure.facts import input_names, is_causal, label_names, main_input
 from .processed import Processed
-from .rows import Rows, has_choices
+from .rows import has_choices
 from .tasks import needs_targets
 
 
@@ -227,20 +227,3 @@ def collate(
             "expected whole numbers, (rows, tokens)"
         )
     return inputs, counted
-
-
-def batches_of(
-    rows: Rows, numbers: Sequence[int], size: int, collate: Callable[[list[Any]], Inputs]
-) -> Iterator[tuple[list[int], Inputs]]:
-    """Batches of rows: the numbers of at most `size` rows, and the inputs that they make.
-
-    A row is a batch by itself where inputs of several do not lie row by row, as the patches of all images do
-    that some models take as one sequence: no part of such a batch could be told from the rest.
-    """
-    for first in range(0, len(numbers), size):
-        picked = list(numbers[first : first + size])
-        inputs = collate([rows.rows[i] for i in picked])
-        if all(tensor.shape[:1] == (len(picked),) for tensor in inputs[0].values()):
-            yield picked, inputs
-        else:
-            yield from (([i], collate([rows.rows[i]])) for i in picked)

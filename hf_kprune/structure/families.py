@@ -56,7 +56,6 @@ from typing import Any, Literal
 Kind = Literal["attention", "cross_attention", "ffn", "experts"]
 Layout = Literal["q", "2q", "h", "kv", "2kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
-Packed = Literal["", "patches", "images"]
 Size = Literal["heads", "kv_heads", "groups", "width", "experts"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
 Dimension = Literal[0, 1, 2, "0", "1"]
@@ -162,9 +161,7 @@ class Stack:
         runs: Config attribute with the number of layers that run, where that may be more than there are, as
             each runs several times in turn: number i is layer i * layers // runs. `""` if each runs once.
         versions: Whether its layers hand on several versions of the hidden states, (V, B, T, D).
-        packed: How images lie in its layers where it cannot be told there which row each is of, so that each
-            row is a batch by itself: `"patches"`, all as one sequence without a batch, (T, D); `"images"`, as
-            a batch that is not one of rows, (images, T, D), or of one sequence. `""` if rows can be told.
+        packed: Whether its layers read the tokens of all rows as one sequence without a batch, (T, D).
         outlets: Config attribute with the numbers of layers whose outputs the model reads beside that of the
             last one; `""` if there are none.
         shifts: Whether the base model, when it gets nothing for this decoder, passes on the encoder's tokens,
@@ -200,7 +197,7 @@ class Stack:
     shares: str = ""
     runs: str = ""
     versions: bool = False
-    packed: Packed = ""
+    packed: bool = False
     outlets: str = ""
     shifts: bool = False
     pads: bool = False
@@ -360,7 +357,6 @@ _CLIP = Stack(
     uniform=_FFN_SIZE,
 )
 _CLIP_VISION = replace(_CLIP, mask="")
-_CLIP_COUNTED = replace(_CLIP_VISION, packed="images", uniform={})
 _BLIP_VISION = replace(
     _CLIP_VISION,
     blocks=(
@@ -919,7 +915,7 @@ def _packed(ffn: Block, width: str = "hidden_size", outlets: str = "") -> tuple[
         returns="y",
         sizes={"attn.num_heads": "heads"},
     )
-    stack = Stack("blocks", (attention, ffn), mask="", packed="patches", outlets=outlets)
+    stack = Stack("blocks", (attention, ffn), mask="", packed=True, outlets=outlets)
     return (replace(stack, heads="num_heads", head_dim=f"{width} / num_heads"),)
 
 
@@ -1638,7 +1634,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen3_vl_moe_text": (_MOE,),
     "qwen3_vl_text": (_LLAMA,),
     # towers of images in vision-language models
-    "idefics3_vision": (_CLIP_COUNTED,),
+    "idefics3_vision": (_CLIP_VISION,),
     "internvl_vision": (
         Stack(
             "encoder.layer",
@@ -1653,7 +1649,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 _ffn("mlp.fc1", "mlp.fc2", None),
             ),
             mask="",
-            packed="images",
         ),
     ),
     "pixtral": (
@@ -1664,11 +1659,10 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
                 _ffn("feed_forward.gate_proj feed_forward.up_proj", "feed_forward.down_proj", "ffn_norm"),
             ),
             mask="",
-            packed="images",
             head_dim="hidden_size / num_attention_heads",
         ),
     ),
-    "smolvlm_vision": (_CLIP_COUNTED,),
+    "smolvlm_vision": (_CLIP_VISION,),
     "glm_ocr_vision": _PACKED_GATED,
     "glm4v_vision": _PACKED_GATED,
     "glm4v_moe_vision": _PACKED_GATED,

@@ -118,14 +118,14 @@ def carried(sublayer: Sublayer, hidden: Tensor) -> Tensor:
     """What a layer of the stack of `sublayer` reads or gives, as it is carried: (B, T, D) as it is, the V
     versions of it that some hand on, (V, B, T, D), side by side, (B, T, V * D), and one sequence without a
     batch, (T, D), as a batch of one."""
-    if sublayer.stack.packed == "patches":
+    if sublayer.stack.packed:
         return hidden.unsqueeze(0)
     return hidden.permute(1, 2, 0, 3).flatten(2) if sublayer.stack.versions else hidden
 
 
 def handed(sublayer: Sublayer, hidden: Tensor) -> Tensor:
     """What a layer of the stack of `sublayer` reads or gives, from how it is carried."""
-    if sublayer.stack.packed == "patches":
+    if sublayer.stack.packed:
         return hidden.squeeze(0)
     if not sublayer.stack.versions:
         return hidden
