@@ -45,7 +45,7 @@ TOKENS_OF_STEP = 1_000
 ones."""
 
 LEAST_ROWS = 8
-"""Rows of a step, at least."""
+"""Rows of a step, at least, where a row is one answer and not one by token."""
 
 
 def recover(
@@ -143,7 +143,8 @@ def learn(pruner: Pruner, lesson: Lesson, minutes: float, options: Mapping[str, 
     if not before:  # there is nothing to learn
         return recovery
     with tempfile.TemporaryDirectory() as unused, undisturbed(student), lesson.flags():
-        rows_of_step = max(LEAST_ROWS, round(TOKENS_OF_STEP * len(train) / max(1, rows.tokens)))
+        least = 1 if lesson.loss.per_token else LEAST_ROWS
+        rows_of_step = max(least, round(TOKENS_OF_STEP * len(train) / max(1, rows.tokens)))
         arguments = arguments_of(pruner, unused, "input_ids" in train[0], rows_of_step, options)
         watch = Watch(pruner, lesson, recovery, begin + 60 * minutes)
         trainer = Distillation(lesson, watch, arguments, train)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from data import rows
+from data import Padding, calibration_rows, rows
 from models import shallow
+from zoo import ZOO, make
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
 from hf_kprune.distillation import LOST, STEP_BACK, Watch
@@ -144,3 +145,20 @@ def test_figures_are_logged_and_saved_as_by_trainer(
     both = {"eval_accuracy": 0.5, "test_accuracy": 0.25}
     assert json.loads((tmp_path / "out" / "all_results.json").read_text()) == both
     assert "eval_accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "rows_of_step"), [("llama", 2), ("bert", 4)])
+def test_a_language_model_learns_from_few_long_rows_at_a_time(
+    name: str, rows_of_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits of a step over a large vocabulary are in memory, and each token of a row teaches something."""
+    model = make(name)
+    data = calibration_rows(model, ZOO[name][2], 40)
+    lengths = [len(row["input_ids"]) for row in data]
+    monkeypatch.setattr("hf_kprune.recovery.LEAST_ROWS", 4)
+    monkeypatch.setattr("hf_kprune.recovery.TOKENS_OF_STEP", 2 * sum(lengths) / len(lengths))
+    args = KPruneArguments(sparsity=0.5, method="magnitude", disable_tqdm=True, use_cpu=True)
+    pruner = KPrunePruner(model, args, data, processing_class=Padding())
+    pruner.prune(inplace=False)
+    recovery = pruner.recover(minutes=5, max_steps=1)
+    assert recovery.arguments["per_device_train_batch_size"] == str(rows_of_step)
