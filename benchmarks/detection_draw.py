@@ -235,34 +235,6 @@ DRAWN_3 = [
     "zaya",
 ]
 
-SIZES: dict[int, str] = {
-    60: "vocab_size",
-    64: "max_position_embeddings n_positions max_target_positions",
-    16: "hidden_size d_model n_embd dim embed_dim hidden_dim projection_dim encoder_hidden_size out_hidden_size",
-    12: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim n_inner d_ff mlp_dim",
-    8: "image_size moe_intermediate_size q_lora_rank kv_lora_rank num_mel_bins max_source_positions",
-    5: "v_head_dim",
-    4: "num_attention_heads n_head encoder_attention_heads decoder_attention_heads num_heads attention_heads head_dim "
-    "patch_size num_experts num_local_experts n_routed_experts d_kv sliding_window qk_nope_head_dim",
-    3: "eos_token_id",
-    2: "num_hidden_layers n_layer encoder_layers decoder_layers num_layers depth num_experts_per_tok "
-    "num_key_value_heads bos_token_id decoder_start_token_id qk_rope_head_dim",
-    1: "pad_token_id n_group topk_group n_shared_experts first_k_dense_replace",
-}
-SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0}
-AMENDED: dict[str, dict[str, Any]] = {
-    "axk2": {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 4},
-    "clvp_encoder": {"hidden_size": 128},
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "global_head_dim": 8},
-    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 4}},
-    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
-    "glm_ocr": {"text_config": {"rope_parameters": MROPE}},
-    "kyutai_speech_to_text": {"audio_pad_token_id": 1, "audio_bos_token_id": 2, "codebook_vocab_size": 60},
-    "levit": {"image_size": 224, "patch_size": 16},
-}
-"""What a config needs besides."""
-
 SEED_4 = 57
 DRAWN_4 = [
     "EvollaModel",
@@ -327,6 +299,34 @@ DRAWN_4 = [
     "video_llama_3",
 ]
 """The fourth draw, from 278 types."""
+
+SIZES: dict[int, str] = {
+    60: "vocab_size",
+    64: "max_position_embeddings n_positions max_target_positions",
+    16: "hidden_size d_model n_embd dim embed_dim hidden_dim projection_dim encoder_hidden_size out_hidden_size",
+    12: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim n_inner d_ff mlp_dim",
+    8: "image_size moe_intermediate_size q_lora_rank kv_lora_rank num_mel_bins max_source_positions",
+    5: "v_head_dim",
+    4: "num_attention_heads n_head encoder_attention_heads decoder_attention_heads num_heads attention_heads head_dim "
+    "patch_size num_experts num_local_experts n_routed_experts d_kv sliding_window qk_nope_head_dim",
+    3: "eos_token_id",
+    2: "num_hidden_layers n_layer encoder_layers decoder_layers num_layers depth num_experts_per_tok "
+    "num_key_value_heads bos_token_id decoder_start_token_id qk_rope_head_dim",
+    1: "pad_token_id n_group topk_group n_shared_experts first_k_dense_replace",
+}
+SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+MROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0}
+AMENDED: dict[str, dict[str, Any]] = {
+    "axk2": {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 4},
+    "clvp_encoder": {"hidden_size": 128},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "global_head_dim": 8},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 4}},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "glm_ocr": {"text_config": {"rope_parameters": MROPE}},
+    "kyutai_speech_to_text": {"audio_pad_token_id": 1, "audio_bos_token_id": 2, "codebook_vocab_size": 60},
+    "levit": {"image_size": 224, "patch_size": 16},
+}
+"""What a config needs besides."""
 
 PLACES = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(3), indexing="xy"), -1).flatten(0, 1)
 INPUTS: dict[str, dict[str, Tensor]] = {

@@ -61,9 +61,10 @@ def subject_of(args: argparse.Namespace, task: str, seed: int) -> Subject:
     """The subject of a task of the pack, or the language model `--model` on the test split of WikiText-2."""
     if task in TASKS:
         tokenizer, (train, test) = load_tokenizer(args.pack, task), splits(args.pack, task)
-        metric = partial(TASKS[task].metric, tokenizer=tokenizer, rows=test)
         rows, dense = calibration_texts(task, train), load_model(args.pack, task)
-        return Subject(dense, tokenizer, rows, MAX_LENGTH, {"num_tokens": 30_000}, metric)
+        metric = TASKS[task].metric
+        options = {"num_tokens": 30_000}
+        return Subject(dense, tokenizer, rows, MAX_LENGTH, options, lambda m: metric(m, tokenizer, test))
     train, test = (
         pd.read_parquet(args.pack / "data" / "wikitext2" / f"{name}.parquet")["text"].tolist()
         for name in ("train", "test")

@@ -44,6 +44,10 @@ TOKENS_OF_STEP = 1_000
 """Tokens of a step, about, where rows are long: in minutes, many small steps teach more than few large
 ones."""
 
+RATE, RATE_BY_TOKEN = 3e-4, 5e-5
+"""Learning rates, the second where each token is an answer, as in
+language models."""
+
 LEAST_ROWS = 8
 """Rows of a step, at least, where a row is one answer and not one by token."""
 
@@ -143,9 +147,13 @@ def learn(pruner: Pruner, lesson: Lesson, minutes: float, options: Mapping[str, 
     if not before:  # there is nothing to learn
         return recovery
     with tempfile.TemporaryDirectory() as unused, undisturbed(student), lesson.flags():
-        least = 1 if lesson.loss.per_token else LEAST_ROWS
+        least, rate = (1, RATE_BY_TOKEN) if lesson.loss.per_token else (LEAST_ROWS, RATE)
         rows_of_step = max(least, round(TOKENS_OF_STEP * len(train) / max(1, rows.tokens)))
-        arguments = arguments_of(pruner, unused, "input_ids" in train[0], rows_of_step, options)
+        sizes = {
+            "learning_rate": rate,
+            "per_device_train_batch_size": min(pruner.args.per_device_batch_size, rows_of_step),
+        }
+        arguments = arguments_of(pruner, unused, "input_ids" in train[0], {**sizes, **options})
         watch = Watch(pruner, lesson, recovery, begin + 60 * minutes)
         trainer = Distillation(lesson, watch, arguments, train)
         trainer.remove_callback(PrinterCallback)
@@ -159,14 +167,12 @@ def learn(pruner: Pruner, lesson: Lesson, minutes: float, options: Mapping[str, 
 
 
 def arguments_of(
-    pruner: Pruner, output_dir: str, texts: bool, rows_of_step: int, options: Mapping[str, Any]
+    pruner: Pruner, output_dir: str, texts: bool, options: Mapping[str, Any]
 ) -> TrainingArguments:
     """The options of the training: those of the caller, and else those that serve short ones."""
     device = pruner.accelerator.device.type
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and multiplies_bfloat16()
     defaults = {
-        "learning_rate": 3e-4,
-        "per_device_train_batch_size": min(pruner.args.per_device_batch_size, rows_of_step),
         "num_train_epochs": 1e6,  # the watch ends it
         "bf16": fast and not options.get("fp16"),
         "train_sampling_strategy": "group_by_length" if texts else "random",

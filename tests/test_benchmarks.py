@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 
@@ -25,7 +26,17 @@ from perplexity import draw_blocks, first_tokens, perplexity
 from zero_shot import Question, accuracy, log_likelihoods, of_paragraphs
 
 
+OF_EXTRAS = {"int8": "nncf", "peers": "torch_pruning"}
+"""Benchmarks that compare with a package which is in no extra."""
+
 WORDS = [f"w{4 + 7 * number % 50} " for number in range(2000)]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(name: str) -> None:
+    if name in OF_EXTRAS:
+        pytest.importorskip(OF_EXTRAS[name])
+    assert importlib.import_module(name).__doc__
 
 
 def test_perplexity_is_of_every_token_but_the_first_of_whole_windows() -> None:
