@@ -45,8 +45,7 @@ TOKENS_OF_STEP = 1_000
 ones."""
 
 RATE, RATE_BY_TOKEN = 3e-4, 5e-5
-"""Learning rates, the second where each token is an answer, as in
-language models."""
+"""Learning rates, the second where each token is an answer, as in language models."""
 
 LEAST_ROWS = 8
 """Rows of a step, at least, where a row is one answer and not one by token."""
