@@ -7,7 +7,8 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from data import collate, rows
 from models import shallow, slow_unless_in
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ShieldGemma2Config
 from transformers.utils import logging
 
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner, UnsupportedModelError
+from hf_kprune.structure.checks import unread
 
 
 DATA = rows(20)
@@ -547,3 +549,20 @@ def test_what_is_the_caller_s_is_as_it_was_after_every_call(call: str, fails: bo
                 of[kind] = {name: value for name, value in of[kind].items() if name in after[kind]}
     for name, value in before.items():
         assert after[name] == value, name
+
+
+def test_a_model_that_transformers_does_not_read_again_under_the_names_that_it_writes_is_refused(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 4}
+    words = {"vocab_size": 60, "num_key_value_heads": 2, "head_dim": 4, "pad_token_id": 1}
+    image = {"image_size": 8, "patch_size": 4, "model_type": "siglip_vision_model"}
+    text, image = {**sizes, **words, "model_type": "gemma3_text"}, {**sizes, **image}
+    config = ShieldGemma2Config(text_config=text, vision_config=image)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path)
+    _, names = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(unread(model)) == set(names["unexpected_keys"])
+    refused = pytest.raises(UnsupportedModelError, match="a name that it does not read there")
+    with refused if names["unexpected_keys"] else nullcontext():
+        KPrunePruner(model, KPruneArguments(sparsity=0.5, use_cpu=True), [{"input_ids": [5, 6, 7]}])

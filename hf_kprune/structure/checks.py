@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -342,6 +349,12 @@ def _check_built_again(model: PreTrainedModel) -> None:
             "tensors); merge or remove what was added (torch.nn.utils.prune.remove, "
             "parametrize.remove_parametrizations), and put back what was taken away"
         )
+    if strange := unread(model):
+        raise UnsupportedModelError(
+            f"Transformers writes {strange[0]} into a checkpoint of {kind}, a name that it does not read "
+            f"there, so what is saved could not be loaded, nor could the model as it is ({len(strange)} such "
+            "tensors); prune the model inside it by itself, or load the weights into another class"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for first, *others in ties:
         for other in others:
@@ -352,6 +365,19 @@ def _check_built_again(model: PreTrainedModel) -> None:
                     f"{first} and {other} differ, but {of} ties them, so one of them would be lost; set "
                     "config.tie_word_embeddings=False, or tie them: model.tie_weights()"
                 )
+
+
+def unread(model: PreTrainedModel) -> list[str]:
+    """Names that Transformers would write into a checkpoint of a model, where weights may have other ones,
+    and that it would not find in the model when it reads them again."""
+    shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    conversions = get_model_conversion_mapping(model)
+    renamings, converters = (
+        [each for each in conversions if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)
+    )
+    ways = renamings, converters, model.base_model_prefix, shapes
+    written = revert_weight_conversion(model, shapes) if conversions else {}
+    return sorted(n for n in written if not {n, rename_source_key(n, *ways)[0]} & shapes.keys())
 
 
 @lru_cache(maxsize=16)  # a pruner asks when it is made and for every run

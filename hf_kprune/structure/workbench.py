@@ -131,9 +131,9 @@ class Workbench:
                     del table._forward_hooks[key]
 
 
-def as_float32(_table: nn.Module, _words: object, found: Tensor) -> Tensor:
-    """What is looked up in a table of 16 bits, as if the table were in float32."""
-    return found.float() if in_half_precision(found) else found
+def as_float32(_table: nn.Module, _words: object, rows: Tensor) -> Tensor:
+    """Rows of a table of 16 bits, as if the table were in float32."""
+    return rows.float() if in_half_precision(rows) else rows
 
 
 def give_back_memory() -> None:
