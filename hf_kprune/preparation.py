@@ -27,7 +27,7 @@ from .latency.table import LatencyTable
 from .methods import METHODS
 from .processes import together
 from .state import Pruner, begin_phase
-from .structure.facts import in_eval_mode
+from .structure.facts import in_eval_mode, uncached
 from .structure.reach import last_stack, towers_left_alone
 from .structure.sublayers import LEFT_ALONE
 
@@ -46,7 +46,7 @@ def first_batch(pruner: Pruner, model: PreTrainedModel) -> dict[str, Any] | None
     if dataset is None or not is_sized(dataset):
         return None
     rows = draw_rows(model, dataset, reader, pruner.args, collator is not None, lambda _: 1, most=SEVERAL)
-    return collate(rows.rows, collator, reader, model)[0]
+    return uncached(model, collate(rows.rows, collator, reader, model)[0])
 
 
 def calibrate(
@@ -86,7 +86,7 @@ def calibrate(
         processing_class=pruner.processing_class,
         model=model,
     )
-    inputs, _ = make_batch(rows.rows[:2])
+    inputs = uncached(model, make_batch(rows.rows[:2])[0])
     with in_eval_mode(model):
         left_alone = towers_left_alone(model, inputs, args.head_unit, args.towers)
     model.__dict__[LEFT_ALONE] = frozenset(left_alone)

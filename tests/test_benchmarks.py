@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
+import subprocess
 import sys
+from importlib.util import find_spec
 
 import pandas as pd
 import pytest
@@ -32,11 +33,14 @@ OF_EXTRAS = {"int8": "nncf", "peers": "torch_pruning"}
 WORDS = [f"w{4 + 7 * number % 50} " for number in range(2000)]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
-def test_every_benchmark_finds_what_it_imports(name: str) -> None:
-    if name in OF_EXTRAS:
-        pytest.importorskip(OF_EXTRAS[name])
-    assert importlib.import_module(name).__doc__
+@pytest.mark.slow
+def test_every_benchmark_finds_what_it_imports() -> None:
+    """In a process of its own, as some of them register methods."""
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    names = [name for name in names if name not in OF_EXTRAS or find_spec(OF_EXTRAS[name])]
+    assert len(names) > len(OF_EXTRAS)
+    program = f"import {', '.join(names)}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT / "benchmarks", check=True)
 
 
 def test_perplexity_is_of_every_token_but_the_first_of_whole_windows() -> None:

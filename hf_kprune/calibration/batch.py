@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -22,6 +21,7 @@ from ..structure.facts import (
     mask_of,
     masks_frames,
     to_model,
+    uncached,
 )
 from ..structure.hooks import by_token, part_of
 from ..structure.runs import run_to_bottom, run_to_memory
@@ -39,7 +39,7 @@ def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_clas
     def count(row: Row) -> int:
         shape = tuple(row[main].shape)
         if shape not in known:
-            inputs, _ = collate([row], collator, processing_class, model)
+            inputs = uncached(model, collate([row], collator, processing_class, model)[0])
             with in_eval_mode(model), first_run(model, inputs):
                 bottom = run_to_bottom(model, to_model(inputs, model), sublayers[0])
                 known[shape] = bottom.shape[1:-1].numel()
@@ -140,9 +140,7 @@ class BatchMaker:
     def batch(self, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
         """A batch of what `collate` has made, on the device."""
         model = self.model
-        inputs: dict[str, Any] = {key: value.to(self.device) for key, value in tensors.items()}
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs["use_cache"] = False
+        inputs = uncached(model, {key: value.to(self.device) for key, value in tensors.items()})
         valid = dict[str, Tensor]()
         for sublayer in {s.stack_name: s for s in self.sublayers}.values():
             valid[sublayer.stack_name] = self._valid(sublayer, inputs, mask_of(model, sublayer))

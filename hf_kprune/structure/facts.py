@@ -202,6 +202,12 @@ def to_model(inputs: Mapping[str, object], model: PreTrainedModel) -> dict[str, 
     return {key: move(value) for key, value in inputs.items()}
 
 
+def uncached(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of `model` that make it fill no cache, which it may do by itself though nothing is generated."""
+    takes = inspect.signature(model.forward).parameters
+    return {**inputs, "use_cache": False} if "use_cache" in takes else dict(inputs)
+
+
 @contextmanager
 def first_run(model: PreTrainedModel, inputs: Mapping[str, object]) -> Iterator[None]:
     """Raise `CalibrationError` if `model` does not run on `inputs`, the first that it sees."""
@@ -242,8 +248,9 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """
     takes = inspect.signature(model.forward).parameters
     for guess in _guesses(model.config):
-        inputs: dict[str, Any] = {key: value.to(model.device) for key, value in guess.items() if key in takes}
-        inputs |= {"use_cache": False} if "use_cache" in takes else {}
+        inputs = uncached(
+            model, {key: value.to(model.device) for key, value in guess.items() if key in takes}
+        )
         try:
             with torch.no_grad():
                 evaluation_copy(model)(**inputs)
