@@ -87,7 +87,9 @@ def memory_of(  # noqa: PLR0913
     over = sum(tensor.numel() for each in head for _, _, _, tensor in slots(each))
     around, over = (4 * around, 4 * over) if lifts else (0, 0)
     weights = sum(s.num_units * s.unit_parameters * s.itemsize for s in sublayers)
-    changed = 0 if is_dispatched(model) else weights
+    # a student's weights are less by what goes, which other budgets do not say beforehand
+    share = 1 - (calibration.args.sparsity or 0.0)
+    changed = 0 if is_dispatched(model) else int(share * weights)
 
     def stream(chosen: Callable[[Batch], bool]) -> int:
         """Bytes of the states of the batches that are chosen, below one layer."""
@@ -113,8 +115,8 @@ def memory_of(  # noqa: PLR0913
         halves = 2 if method.ridge is None else 1
         collecting = 2 * layer + narrow + waiting + halves * (square + flat)
         fitting = layer + (halves + 1) * square + 4 * flat
-        kept = min(ENTRIES * room, every // width * columns) + 4 * SAMPLE * (columns + 2 * width)
-        phases["tune"] = 2 * min(room, every) + 2 * every + changed + kept + max(collecting, fitting)
+        features = min(ENTRIES * room, every // width * columns) + 4 * SAMPLE * (columns + 2 * width)
+        phases["tune"] = 2 * min(room, every) + 2 * every + changed + features + max(collecting, fitting)
     if tunes and len(method.exponents) > 1:
         few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
         each, fit = min(room, few) + 4 * max(layers), waiting + 2 * square + 4 * flat
