@@ -144,7 +144,7 @@ MUTANTS: list[tuple[str, str, tuple[str, ...]]] = [
     ('"2q": 2 * self.width, "h"', '"2q": self.width, "h"', FAMILIES),
     ('"h": self.heads}.get(layout)', '"h": self.width}.get(layout)', FAMILIES),
     ("key = (unit, columns) if before is None", "key = unit if before is None", FAMILIES),
-    ("all(tensor.shape[:1] == (len(picked),) for tensor in made[0].values())", "len(picked)", COMPOSITES),
+    ("all(tensor.shape[:1] == (count,) for tensor in inputs.values())", "count", COMPOSITES),
     ("if not failed and all_finite([factor])", "if not failed", LEAST_SQUARES),
     ("or not f.any():", "or False:", EXPERTS),
 ]

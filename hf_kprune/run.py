@@ -189,8 +189,8 @@ class Run:
             student = pruning.student(args, report, past)
         restore(student, model, pruning.modes)
         result = student if report.cut_something else model
-        left = find_sublayers(result, *args.units)
-        report.after = model_size(result, left, report.after.flops)
+        sublayers = find_sublayers(result, *args.units)
+        report.after = model_size(result, sublayers, report.after.flops)
         report.after.all_flops = report.before.all_flops - report.before.flops + report.after.flops
         report.achieved = pruning.achieved(student)
         total = self.seconds.get("prepare", 0.0) + time.perf_counter() - begin

@@ -41,14 +41,14 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
     if kind in ("text", "unpadded") and type(model).__name__ != "LongformerForSequenceClassification":
         return rows(count, longest=9)
     if kind == "packed":
-        made = (inputs_for(model, kind, seed, batch=1) for seed in range(count))
+        batches = (inputs_for(model, kind, seed, batch=1) for seed in range(count))
         return [
             {
                 "input_ids": each["input_ids"][each["attention_mask"].bool()].tolist(),
                 "pixel_values": each["pixel_values"],
                 "image_grid_thw": each["image_grid_thw"][0].tolist(),
             }
-            for each in made
+            for each in batches
         ]
     if kind == "counted":
         torch.manual_seed(0)

@@ -350,8 +350,8 @@ def test_rows_whose_images_are_cut_into_several_tiles_are_batched_as_by_themselv
         size, tiles = [((8, 16), 3), ((16, 16), 5)][number % 2]
         pixels = torch.randn(tiles, 3, 8, 8)
         with torch.no_grad():
-            seen = model.model.get_image_features(pixels[None], torch.tensor([size]), return_dict=True)
-        image = [IMAGE_TOKEN] * len(seen.pooler_output[0])
+            features = model.model.get_image_features(pixels[None], torch.tensor([size]), return_dict=True)
+        image = [IMAGE_TOKEN] * len(features.pooler_output[0])
         words = torch.randint(4, 60, (40 - len(image),)).tolist()
         data.append({"input_ids": [*image, *words], "pixel_values": pixels, "image_sizes": list(size)})
     for per_batch in (1, 6):

@@ -34,16 +34,16 @@ from .rows import Rows, TokensPerRow
 def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
     """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
     shapes are not."""
-    sublayers, known, main = find_sublayers(model), {}, main_input(model)
+    sublayers, sizes, main = find_sublayers(model), {}, main_input(model)
 
     def count(row: Row) -> int:
         shape = tuple(row[main].shape)
-        if shape not in known:
+        if shape not in sizes:
             inputs = uncached(model, collate([row], collator, processing_class, model)[0])
             with in_eval_mode(model), first_run(model, inputs):
                 bottom = run_to_bottom(model, to_model(inputs, model), sublayers[0])
-                known[shape] = bottom.shape[1:-1].numel()
-        return int(known[shape])
+                sizes[shape] = bottom.shape[1:-1].numel()
+        return int(sizes[shape])
 
     return count
 
@@ -163,15 +163,16 @@ class BatchMaker:
         could be told from the rest. Of token ids each row may have several sequences (choices).
         """
         for first in range(0, len(numbers), size):
-            picked = list(numbers[first : first + size])
-            made = collate([rows.rows[i] for i in picked])
-            if all(tensor.shape[:1] == (len(picked),) for tensor in made[0].values()) or len(picked) == 1:
-                batch = replace(self.batch(*made), rows=picked)
-                entries = [len(v) for name, v in batch.valid.items() if name not in self.stacks_of_ids]
-                if len(picked) == 1 or {*entries} <= {len(picked)}:
+            several = list(numbers[first : first + size])
+            count = len(several)
+            inputs, counts = collate([rows.rows[i] for i in several])
+            if count == 1 or all(tensor.shape[:1] == (count,) for tensor in inputs.values()):
+                batch = replace(self.batch(inputs, counts), rows=several)
+                entries = {len(v) for name, v in batch.valid.items() if name not in self.stacks_of_ids}
+                if count == 1 or entries <= {count}:
                     yield batch
                     continue
-            for i in picked:
+            for i in several:
                 yield replace(self.batch(*collate([rows.rows[i]])), rows=[i])
 
     def _valid(self, sublayer: Sublayer, inputs: dict[str, Any], key: str, memory: bool = False) -> Tensor:

@@ -154,15 +154,15 @@ def _proved(
 def _only(model: PreTrainedModel, detected: Detected, chosen: Sequence[Stack], why: str) -> Detected:
     """Some of the stacks that were detected, with those whose tokens they read; the others stay, as is
     said."""
-    kept, rest = dict[str, tuple[Stack, ...]](), dict(detected.rest)
+    families, rest = dict[str, tuple[Stack, ...]](), dict(detected.rest)
     for owner, stacks in detected.families.items():
         mine = [stack for stack in stacks if any(stack is other for other in chosen)]
         reads = {stack.reads for stack in mine}
         mine = [stack for stack in stacks if stack in mine or stack.layers in reads]
-        kept |= {owner: tuple(mine)} if mine else {}
+        families |= {owner: tuple(mine)} if mine else {}
         gone = [find_layers(model_at(model, owner), stack.layers) for stack in stacks if stack not in mine]
         rest |= {f"{name}.": why for name, m in model.named_modules() if any(m is layers for layers in gone)}
-    return Detected(kept, rest)
+    return Detected(families, rest)
 
 
 def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, str]:
@@ -179,8 +179,8 @@ def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[st
             hooks.callback(module.register_forward_hook(lambda m, *_: ran.add(id(m))).remove)
         with step("running it", "it does not run on these inputs, as the error above shows"):
             dense(**to_model(inputs, dense))
-    kept = ran | {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
-    idle = [name for name, m in inner.items() if not any(id(part) in kept for part in m.modules())]
+    modules = ran | {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
+    idle = [name for name, m in inner.items() if not any(id(part) in modules for part in m.modules())]
     outermost = [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
     return dict.fromkeys((f"{name}." for name in outermost), NOT_RUN)
 

@@ -177,14 +177,14 @@ def apart(model: PreTrainedModel, lists: Sequence[LayerList], rest: tuple[str, .
         *PROJECTIONS
     }
     parts = {kind for kind in parts if not kind.__module__.startswith("torch.")}
-    left: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         around = any(f"{layers.name}.".startswith(f"{name}." if name else "") for layers in lists)
-        inside = f"{name}.".startswith((*left, *rest, *(f"{layers.name}." for layers in lists)))
+        inside = f"{name}.".startswith((*reasons, *rest, *(f"{layers.name}." for layers in lists)))
         alike = type(module) in parts or "attention" in type(module).__name__.lower()
         if alike and not around and not inside and any(isinstance(p, PROJECTIONS) for p in module.modules()):
-            left[f"{name}."] = "it is like what its layers are made of, and lies outside of them"
-    return left
+            reasons[f"{name}."] = "it is like what its layers are made of, and lies outside of them"
+    return reasons
 
 
 def nested(lists: Sequence[LayerList]) -> dict[str, str]:

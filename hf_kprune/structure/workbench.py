@@ -233,10 +233,10 @@ def on_workbench(
         if id(tensor) in sources
     }
     to_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-    copies, looked_up = (
+    copies, copies_of_tables = (
         [copied.get_submodule(names[id(module)]) for module in modules] for modules in (layers + head, tables)
     )
-    copied.__dict__[BENCH] = Workbench(copies, device, elsewhere, to_disk, looked_up)
+    copied.__dict__[BENCH] = Workbench(copies, device, elsewhere, to_disk, copies_of_tables)
     return copied
 
 
