@@ -322,6 +322,8 @@ def test_counts_and_rows_of_the_table_are_those_of_the_zoo_and_the_readme() -> N
     page = (ROOT / "docs" / "supported_models.md").read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| ([\w:.-]+) \| yes", page, re.MULTILINE))
     assert set(ZOO) <= rows  # a later version of transformers has more
+    lines = [line for line in page.splitlines() if line]
+    assert sorted(lines) == sorted(set(lines))
     types = {name.split(":")[0] for name in rows}
     assert f"\n{len(rows)} of {len(rows)} green, {len(types)} model types.\n" in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
