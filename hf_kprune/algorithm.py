@@ -32,7 +32,7 @@ from .structure.hooks import State
 from .structure.sublayers import Sublayer
 from .structure.surgery import correct_inputs, frozen, has_bias, in_unit_order, set_output
 from .structure.walk import Walk
-from .structure.workbench import give_back_memory, leave_workbench, workbench_of
+from .structure.workbench import clear_workbench, give_back_memory, leave_workbench, workbench_of
 
 
 MEASUREMENTS = 24
@@ -200,7 +200,8 @@ def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -
         sample = None if job.trial else Sample(calibration, sublayer)
         sums = normal_equations(calibration, student, reference, halved, sample)
         weight, bias = in_unit_order(sublayer), sublayer.bias
-        rest(reference.teacher)
+        clear_workbench(reference.teacher.model)  # factors take the memory of a layer and more
+        give_back_memory()
         fit = method.fit(sums, weight, bias, sublayer.unit_width, sublayer.has_bias_columns)
         tuned = calibration.agree([fit.weight] + ([] if fit.bias is None else [fit.bias]))
         if sample is not None:
@@ -217,14 +218,6 @@ def tune_inputs(job: Job, student: Walk, reference: Reference, halved: bool) -> 
         drift = correct_drift(equations, job.method.ridge, has_bias(sublayer, paths))
         shift = torch.zeros_like(equations.target_sum) if drift.bias is None else drift.bias
         correct_inputs(sublayer, paths, *calibration.agree([drift.weight, shift]))
-
-
-def rest(walk: Walk) -> None:
-    """Let go of the layer that a walk has on its workbench, and give back memory that is free, before
-    matrices are factored."""
-    if (bench := workbench_of(walk.model)) is not None:
-        bench.put_away()
-    give_back_memory()
 
 
 def follow(job: Job, students: Sequence[Walk], teacher: Walk) -> None:

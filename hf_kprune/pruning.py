@@ -31,7 +31,7 @@ from .sizes import prunable_flops
 from .structure.sublayers import Sublayer, find_sublayers
 from .structure.surgery import cut, frozen, with_table_per_layer, write_plan
 from .structure.uniform import write_stock_config
-from .structure.workbench import needs_workbench, on_workbench, workbench_of
+from .structure.workbench import clear_workbench, needs_workbench, on_workbench, workbench_of
 
 
 PHASES = ("prepare", "measure", "search", "tune")
@@ -170,8 +170,7 @@ class Pruning:
             head = not self.loss.of_hidden_states
             check_walk(self.calibration, self.teacher, self.references, head)
             self.all_flops = self.calibration.all_flops(self.teacher, self.references)
-            if (bench := workbench_of(self.teacher)) is not None:
-                bench.put_away()
+            clear_workbench(self.teacher)
             self.checked = True
             if self.dry:
                 self.fitted = self.calibration.only(lambda batch: batch.sampled)

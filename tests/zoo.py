@@ -1546,9 +1546,9 @@ def counted_rows(model_type: str, seed: int, count: int) -> list[dict[str, Any]]
     rows = []
     for number in range(seed, seed + count):
         images = 1 + number % 2
-        seen = [MARKS["image_token_id"]] * images * (4 if model_type in ("llava", "mistral3") else 1)
+        marks = [MARKS["image_token_id"]] * images * (4 if model_type in ("llava", "mistral3") else 1)
         words = torch.randint(4, 60, (9 - number % 3,)).tolist()
-        rows.append({"input_ids": [*seen, *words], "pixel_values": torch.randn(images, 3, 8, 8)})
+        rows.append({"input_ids": [*marks, *words], "pixel_values": torch.randn(images, 3, 8, 8)})
     return rows
 
 

@@ -130,33 +130,33 @@ def eliminate(inverse: Tensor, weight: Tensor, root: Tensor, width: int) -> Tens
         width: w.
     """
     inverse = inverse.contiguous()
-    left = weight.to(inverse.dtype).T @ root  # (C, D)
+    effects = weight.to(inverse.dtype).T @ root  # (C, D)
     losses, order_gone = [inverse.new_zeros(1)], []
     units = torch.arange(len(inverse) // width, device=inverse.device)
     stays = torch.ones(len(units), dtype=torch.bool, device=inverse.device)
     columns = torch.arange(width, device=inverse.device)
     while n := int(stays.sum()):
         if width == 1:
-            each = torch.linalg.vector_norm(left, dim=1).square() / inverse.diagonal()
+            each = torch.linalg.vector_norm(effects, dim=1).square() / inverse.diagonal()
         else:
             blocks = inverse.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            parts = left.view(n, width, -1)
+            parts = effects.view(n, width, -1)
             each = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
         count = max(1, int(SHARE * n)) if width == 1 else 1
         gone = each.masked_fill(~stays, torch.inf).argsort(stable=True)[:count]
         p = (gone.unsqueeze(1) * width + columns).flatten()
-        rows, goes = inverse[p], left[p]
+        rows, goes = inverse[p], effects[p]
         solved = torch.linalg.solve(rows[:, p], torch.cat([rows, goes], 1))
         # of several that go together each takes its own part of what they cost together
         share = each[gone] / each[gone].sum().clamp(min=torch.finfo(each.dtype).tiny)
         losses.append(share * (goes * solved[:, len(inverse) :]).sum() / 2)
         order_gone.append(units[gone])
         inverse.addmm_(rows.T, solved[:, : len(inverse)], alpha=-1)
-        left.addmm_(rows.T, solved[:, len(inverse) :], alpha=-1)
+        effects.addmm_(rows.T, solved[:, len(inverse) :], alpha=-1)
         stays[gone] = False
         if width > 1 or int(stays.sum()) < DENSE * len(stays):  # what is gone has become zero
             q = (stays.nonzero() * width + columns).flatten()
-            inverse, left = compact(inverse, q, q), compact(left, q)
+            inverse, effects = compact(inverse, q, q), compact(effects, q)
             units, stays = units[stays], stays[stays]
     slopes = convex_slopes(torch.cat(losses).cumsum(0).cpu()).to(inverse.device)
     return torch.empty_like(slopes).index_copy_(0, torch.cat(order_gone), slopes) if order_gone else slopes

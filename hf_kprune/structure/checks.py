@@ -367,17 +367,25 @@ def _check_built_again(model: PreTrainedModel) -> None:
                 )
 
 
-def unread(model: PreTrainedModel) -> list[str]:
-    """Names that Transformers would write into a checkpoint of a model, where weights may have other ones,
-    and that it would not find in the model when it reads them again."""
+def checkpoint_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What Transformers would write into a checkpoint of a model, of shapes alone: it may put weights
+    together, in another order or under other names there, by sizes in the config."""
     shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, shapes)
+    return tensors
+
+
+def unread(model: PreTrainedModel) -> list[str]:
+    """Names that Transformers would write into a checkpoint of a model, and that it would not find in the
+    model when it reads them again."""
+    weights = model.state_dict()
     conversions = get_model_conversion_mapping(model)
     renamings, converters = (
         [each for each in conversions if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)
     )
-    ways = renamings, converters, model.base_model_prefix, shapes
-    written = revert_weight_conversion(model, shapes) if conversions else {}
-    return sorted(n for n in written if not {n, rename_source_key(n, *ways)[0]} & shapes.keys())
+    ways = renamings, converters, model.base_model_prefix, weights
+    names = checkpoint_of(model) if conversions else ()
+    return sorted(n for n in names if not {n, rename_source_key(n, *ways)[0]} & weights.keys())
 
 
 @lru_cache(maxsize=16)  # a pruner asks when it is made and for every run

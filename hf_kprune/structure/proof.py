@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import KPruneError, UnsupportedArchitectureError
 from ..modeling_kprune import has
 from ..progress import unwarned
+from .checks import checkpoint_of
 from .facts import evaluation_copy, floats, to_model
 from .hooks import State, featured, resumed
 from .probes import check_order
@@ -326,8 +326,7 @@ def _prove_loading(student: PreTrainedModel) -> None:
 @torch.no_grad()
 def prove_saving(dense: PreTrainedModel, chosen: Sequence[bool], head_unit: str = "group") -> None:
     """Prove that the weights of `dense`, with one unit or none of the chosen sublayers, can be written as the
-    checkpoints of its model type hold them: Transformers may put them together or in another order there, by
-    sizes in the config. Here it does so with tensors that have shapes alone."""
+    checkpoints of its model type hold them, see `checkpoint_of`."""
     with step(
         "saved as the checkpoints of its model type are",
         "Transformers gives its weights another form there, which they do not fit, as the error above shows",
@@ -337,6 +336,4 @@ def prove_saving(dense: PreTrainedModel, chosen: Sequence[bool], head_unit: str 
                 s.numbers < units if cut else s.numbers >= 0
                 for s, cut in zip(find_sublayers(dense, head_unit), chosen, strict=True)
             ]
-            student = cut_twin(dense, masks, head_unit)
-            shapes = {name: tensor.to("meta") for name, tensor in student.state_dict().items()}
-            revert_weight_conversion(student, shapes)
+            checkpoint_of(cut_twin(dense, masks, head_unit))

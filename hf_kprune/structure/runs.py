@@ -59,14 +59,20 @@ class Tap:
     runs: list[Tensor]
 
 
-def run(model: nn.Module, inputs: Mapping[str, object]) -> None:
+def stops(model: nn.Module, inputs: Mapping[str, object]) -> bool:
+    """Run a model; whether a hook has stopped it."""
     try:
         model(**inputs)
     except Stop:
-        return
-    raise UnsupportedArchitectureError(
-        f"{type(model).__name__} never reached the sublayer asked for; is its family described right?"
-    )
+        return True
+    return False
+
+
+def run(model: nn.Module, inputs: Mapping[str, object]) -> None:
+    if not stops(model, inputs):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} never reached the sublayer asked for; is its family described right?"
+        )
 
 
 @torch.no_grad()
@@ -311,9 +317,7 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequen
             ends = {outlet(name, index): sublayer.layers[index] for index in sublayer.outlets}
             for end, layer in {**ends, name: sublayer.layers[-1]}.items():
                 hooks.enter_context(hooked(layer.register_forward_hook(on_end(end, sublayer))))
-        try:
-            model(**inputs)
-        except Stop:
+        if stops(model, inputs):
             return State(tops)
     raise UnsupportedArchitectureError(
         f"{type(model).__name__} does not run {' and '.join(name for name in stacks if name not in tops)} to "

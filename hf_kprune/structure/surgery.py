@@ -34,7 +34,7 @@ from . import experts
 from .offload import plain_memo
 from .projections import oriented
 from .sublayers import Sublayer, find_sublayers
-from .workbench import leave_workbench, off_workbench, workbench_of
+from .workbench import clear_workbench, leave_workbench, off_workbench
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,8 +176,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
     """A copy of `model` without gradients that shares its memory or, on the device meta, has no values."""
-    if (bench := workbench_of(model)) is not None:
-        bench.put_away()
+    clear_workbench(model)
     tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
     parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
     copied = copy.deepcopy(model, {**tensors, **parameters})
@@ -194,8 +193,7 @@ def restore(student: PreTrainedModel, model: PreTrainedModel, modes: dict[str, b
         model: The one that it is a copy of.
         modes: Whether each module of the model was in training mode, by name.
     """
-    if (bench := workbench_of(student)) is not None:
-        bench.put_away()
+    clear_workbench(student)
     for name, module in student.named_modules():
         module.training = modes.get(name, modes[""])
     originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}

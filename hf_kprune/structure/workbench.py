@@ -265,6 +265,12 @@ def off_workbench(student: PreTrainedModel, model: PreTrainedModel) -> None:
     dispatch_model(student, dict(places), main, weights, offload_index={}, skip_keys=skip, force_hooks=True)
 
 
+def clear_workbench(model: PreTrainedModel) -> None:
+    """Put the layer away that is on the workbench of a model, if the model is on one."""
+    if (bench := workbench_of(model)) is not None:
+        bench.put_away()
+
+
 def leave_workbench(model: PreTrainedModel) -> Workbench | None:
     """Take a model off its workbench, if it is on one, which is returned."""
     bench = workbench_of(model)
