@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from checks import calibration
 from data import calibration_rows, collator_for, pack
 from models import IMAGE_TOKEN, SEEING, TOKENS, seeing, slow_unless_in
 from transformers import AutoConfig, PreTrainedModel
-from zoo import COUNTED, DECODER, ENCODER, IMAGE, PACKED, ZOO, inputs_for, make
+from zoo import COUNTED, DECODER, ENCODER, IMAGE, PACKED, ZOO, counted_batch, counted_rows, inputs_for, make
 
 from hf_kprune import (
     ArgumentError,
@@ -440,3 +442,67 @@ def test_a_tower_that_runs_on_some_rows_alone_is_an_error_unless_it_is_to_stay()
         KPrunePruner(make("qwen2_vl"), KPruneArguments(**options), data, some).prune()
     with pytest.warns(BudgetWarning, match="visual is left alone, as towers asks for language alone"):
         KPrunePruner(make("qwen2_vl"), KPruneArguments(**options, towers=["language"]), data, some).prune()
+
+
+def tower_rows(padding: int, count: int = 24) -> list[dict[str, Any]]:
+    """Images of 2 x 2 patches, beside which so many columns of patches are padding, of anything."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(count, 3, 8, 8, generator=generator)
+    images = torch.cat([real, torch.full((count, 3, 8, 4 * padding), 7.0)], 3)
+    mask = (torch.arange(2 + padding) < 2).expand(2, -1)
+    return [{"pixel_values": image, "patch_attention_mask": mask} for image in images]
+
+
+@pytest.mark.parametrize("method", slow_unless_in(("kprune",), ("kprune", "surgeon")))
+def test_places_that_a_tower_of_images_masks_weigh_nothing(method: str) -> None:
+    results = []
+    for padding in (0, 1):
+        tower = copy.deepcopy(make("idefics3").model.vision_model)
+        report = pruner(tower, tower_rows(padding), method=method, num_tokens=10_000).prune()
+        results.append((report, tower.state_dict()))
+    (one, weights), (other, weights_too) = results
+    assert [entry.kept for entry in one.sublayers] == [entry.kept for entry in other.sublayers]
+    assert one.before.flops == other.before.flops
+    for name, tensor in weights.items():
+        torch.testing.assert_close(weights_too[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_mask_that_a_tower_of_images_reads_says_what_is_padding() -> None:
+    """Of Idefics 3 that of each image, which the model makes of the pixels that are padding."""
+    model, data = make("idefics3"), counted_rows("idefics3", 0, 2)
+    inputs = counted_batch(data, "idefics3")
+    inputs["pixel_attention_mask"][0, 0, :, 4:] = 0
+    (batch,) = calibration(model, data[:1], lambda _: {k: v[:1] for k, v in inputs.items()}).batches
+    assert batch.valid["model.vision_model.encoder.layers"].tolist() == [[True, False] * 2]
+
+
+def in_one_row(model_type: str, data: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The texts and images of several rows as those of one."""
+    kind = ZOO[model_type][2]
+    parts = [pack([row]) if kind == "packed" else counted_batch([row], model_type) for row in data]
+    beside = {"input_ids", "attention_mask", "mm_token_type_ids"}
+    beside |= {"pixel_values", "pixel_attention_mask"} if model_type == "idefics3" else set()
+    return {key: torch.cat([each[key] for each in parts], int(key in beside)) for key in parts[0]}
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "mistral3", "qwen3_vl", "qwen2_5_vl"])
+def test_flops_between_patches_are_those_within_an_image_or_a_window(model_type: str) -> None:
+    """Images in one row cost what they cost in a row each."""
+    torch.manual_seed(0)
+    packs = ZOO[model_type][2] == "packed"
+    data = packed_rows(model_type, 4) if packs else counted_rows(model_type, 0, 4)
+    model, shares = make(model_type), list[float]()
+    if model_type == "qwen2_5_vl":
+        model.model.visual.window_size = 8  # of two patches a side
+    each = calibration(model, data, partial(in_one_row, model_type), per_device_batch_size=1)
+    joined = calibration(model, data[:1], lambda _: in_one_row(model_type, data))
+    towers = [s for s in joined.sublayers if s.unit.has_heads and "language" not in s.name]
+    for sublayer in [s for s in towers if "text_model" not in s.name]:
+        patches, _ = joined.totals[sublayer.stack_name]
+        assert each.totals[sublayer.stack_name][0] == patches
+        keys = [some.flops_lengths[sublayer.name] for some in (each, joined)]
+        assert keys[0] == pytest.approx(keys[1])
+        shares.append(keys[1] / patches)
+    assert 0 < max(shares) < 0.6
+    if model_type == "qwen2_5_vl":  # windows below, whole images above
+        assert shares[0] < shares[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -23,8 +23,8 @@ from ..structure.facts import (
     to_model,
     uncached,
 )
-from ..structure.hooks import by_token, part_of
-from ..structure.runs import run_to_bottom, run_to_memory
+from ..structure.hooks import by_token, carried, first, part_of
+from ..structure.runs import calls_of_layers, run_to_bottom, run_to_memory
 from ..structure.sublayers import Sublayer, find_sublayers
 from .collate import Collator, Inputs, collate
 from .nested import Row
@@ -162,8 +162,8 @@ class BatchMaker:
         of all images as one sequence, or images of rows of which each has any number. No part of such a batch
         could be told from the rest. Of token ids each row may have several sequences (choices).
         """
-        for first in range(0, len(numbers), size):
-            several = list(numbers[first : first + size])
+        for start in range(0, len(numbers), size):
+            several = list(numbers[start : start + size])
             count = len(several)
             inputs, counts = collate([rows.rows[i] for i in several])
             if count == 1 or all(tensor.shape[:1] == (count,) for tensor in inputs.values()):
@@ -187,15 +187,21 @@ class BatchMaker:
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
         samples = len(inputs["input_ids"] if "input_ids" in inputs else tensors[0])
+        call: dict[str, Any] = {}
         # how many tokens an image or a sound makes is the model's business
         shapes = [str(each.shape) for each in list(filter(floats, tensors)) or tensors]
         form = " ".join([name, *shapes])
-        # of rows with several images, padding may be left out
-        if mask is not None or form not in self.sizes or self.sizes[form][0] != samples:
+        # of rows with several images, padding may be left out, and other inputs may say what else is padding
+        stale = form not in self.sizes or self.sizes[form][0] != samples or (not memory and len(tensors) > 1)
+        if mask is not None or stale:
             with in_eval_mode(model), first_run(model, inputs):
-                run_to = run_to_memory if memory else run_to_bottom
+                on_device = to_model(inputs, model)
                 try:
-                    below = run_to(model, to_model(inputs, model), sublayer)
+                    if memory:
+                        below = run_to_memory(model, on_device, sublayer)
+                    else:
+                        (call,) = calls_of_layers(model, on_device, sublayer, 1)
+                        below = carried(sublayer, first((), call))
                 except UnsupportedArchitectureError as error:
                     raise CalibrationError(
                         f"{sublayer.stack_name} does not run on some calibration rows, of which the model "
@@ -209,4 +215,56 @@ class BatchMaker:
                 return frame_mask(framing, mask, tokens)
             if mask is not None and mask.dim() == 2 and mask.shape[1] <= tokens:  # queries come first
                 return F.pad(mask.bool(), (tokens - mask.shape[1], 0), value=True)
-        return torch.ones(self.sizes[form], dtype=torch.bool, device=self.device)
+        return real_tokens(call, self.sizes[form]).to(self.device)
+
+    def pairs(self, batch: Batch, sublayer: Sublayer) -> list[float]:
+        """Of each layer of the stack of `sublayer`, which runs on no token ids, the pairs of tokens of a
+        batch that read each other in its attention."""
+        model, count = self.model, len(sublayer.layers)
+        with in_eval_mode(model):
+            calls = calls_of_layers(model, to_model(batch.inputs, model), sublayer, count)
+        return [pairs_of_tokens(call, batch.valid[sublayer.stack_name]) for call in calls]
+
+
+def seen_tokens(mask: Tensor) -> Tensor:
+    """Which entries of a mask, boolean, of numbers 0 and 1, or to be added to attention scores, are seen."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+
+
+def real_tokens(call: Mapping[str, Any], size: torch.Size) -> Tensor:
+    """The tokens of a layer that are not padding, (B, T), of which `size` is: those that its attention
+    mask, (B, T) or (B, heads, T, T), lets any token read.
+
+    Args:
+        call: What the layer is called with, by name.
+        size: B and T.
+    """
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape[-1] == size[1] and len(mask) in (1, size[0]):
+        seen = seen_tokens(mask)
+        return (seen.flatten(1, -2).any(1) if seen.dim() > 2 else seen).expand(size)
+    return torch.ones(size, dtype=torch.bool)
+
+
+def pairs_of_tokens(call: Mapping[str, Any], valid: Tensor) -> float:
+    """Pairs of tokens that read each other in the attention of a layer: those within one image or one window
+    where its call says where these begin, in `cu_seqlens` or by a mask, else all of an entry of the batch.
+
+    Args:
+        call: What the layer is called with, by name.
+        valid: The tokens that are not padding, (B, T).
+
+    Example:
+
+        >>> call = {"cu_seqlens": torch.tensor([0, 2, 5])}
+        >>> pairs_of_tokens(call, torch.ones(1, 5).bool())
+        13.0
+    """
+    starts, mask = call.get("cu_seqlens"), call.get("attention_mask")
+    if isinstance(starts, Tensor):
+        return float(starts.diff().double().square().sum())
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == valid.shape[1:] * 2:
+        seen = seen_tokens(mask[:, 0]).to(valid.device)
+        both = (seen | seen.mT) & valid.unsqueeze(1) & valid.unsqueeze(2)
+        return float(both.sum())
+    return float(valid.sum(1).double().square().sum())

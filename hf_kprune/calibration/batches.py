@@ -95,33 +95,53 @@ class Calibration:
     @cached_property
     def lengths(self) -> dict[str, float]:
         """Mean tokens of a sequence in each stack, over all processes."""
+        return {name: tokens / sequences for name, (tokens, sequences) in self.totals.items()}
+
+    @cached_property
+    def totals(self) -> dict[str, tuple[float, float]]:
+        """Tokens and sequences in each stack, over all processes."""
         names = list(dict.fromkeys(name for s in self.sublayers for name in (s.stack_name, s.reads)))
-        sums = [
-            torch.tensor(
-                [
-                    sum(int(b.valid[n].sum()) for b in self.batches),
-                    sum(self.sequences(b, n) for b in self.batches),
-                ]
-            )
-            for n in names
-        ]
-        sums = [s.double().to(self.accelerator.device) for s in sums]
+        sums = [self.zeros(2) for _ in names]
+        for name, total in zip(names, sums, strict=True):
+            total[0] = sum(int(batch.valid[name].sum()) for batch in self.batches)
+            total[1] = sum(self.sequences(batch, name) for batch in self.batches)
         self.reduce(sums)
-        return {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
+        return {name: (float(total[0]), float(total[1])) for name, total in zip(names, sums, strict=True)}
 
     def sequences(self, batch: Batch, stack: str) -> int:
         """Sequences of a batch in a stack, of which the images of a row are one."""
         return len(batch.valid[stack]) if stack in self.maker.stacks_of_ids else batch.samples
 
     @cached_property
+    def spans(self) -> dict[str, float]:
+        """Tokens that each token of an image or a sound reads in each attention, by its name, over all
+        processes: no more than those of its own image or window."""
+        attentions = [s for s in self.sublayers if s.unit.has_heads and s.reads == s.stack_name]
+        several = {s.stack_name: s for s in attentions if s.stack_name not in self.texts}
+        pairs = {name: self.zeros(len(s.layers)) for name, s in several.items()}
+        for batch in self.batches:
+            for name, sublayer in several.items():
+                pairs[name] += torch.tensor(self.maker.pairs(batch, sublayer), dtype=torch.float64).to(
+                    pairs[name]
+                )
+        self.reduce(list(pairs.values()))
+        return {
+            s.name: float(pairs[s.stack_name][s.index]) / self.totals[s.stack_name][0]
+            for s in attentions
+            if s.stack_name in several
+        }
+
+    @cached_property
     def flops_lengths(self) -> dict[str, float]:
-        """Tokens of a sequence in each stack that FLOPs are counted for."""
-        return self.lengths if self.args.flops_length is None else self.lengths_at(self.args.flops_length)
+        """Tokens of a sequence in each stack that FLOPs are counted for, and of each sublayer that its tokens
+        read where those are of images or sounds."""
+        length = self.args.flops_length
+        return {**self.lengths, **self.spans} if length is None else self.lengths_at(length)
 
     def lengths_at(self, length: int) -> dict[str, float]:
-        """Tokens of a sequence in each stack if texts have `length`; what an image or a sound makes stays as
-        it is."""
-        return {name: float(length) if name in self.texts else mean for name, mean in self.lengths.items()}
+        """As `flops_lengths`, if texts have `length`; what an image or a sound makes stays as it is."""
+        lengths = {name: float(length) if name in self.texts else mean for name, mean in self.lengths.items()}
+        return {**lengths, **self.spans}
 
     @cached_property
     def texts(self) -> set[str]:
@@ -157,7 +177,8 @@ class Calibration:
                 products = sum(s.num_units * s.unit_products(tokens) for s in sublayers)
                 total = matrix_flops(model, row.inputs) / max(counts.values()) + products
                 prunable = sum(s.num_units * s.unit_flops(tokens) for s in sublayers)
-                other = max(total - prunable, 0.0) * sum(self.flops_lengths.values()) / sum(tokens.values())
+                counted = sum(self.flops_lengths[name] for name in tokens)
+                other = max(total - prunable, 0.0) * counted / sum(tokens.values())
         (other,) = broadcast_object_list([other])
         return float(other) + sum(s.num_units * s.unit_flops(self.flops_lengths) for s in sublayers)
 

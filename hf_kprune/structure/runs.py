@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitectureError
+from ..modeling_kprune import fill, parameter_names
 from .hooks import (
     State,
     Stop,
@@ -20,6 +22,8 @@ from .hooks import (
     carried,
     featured,
     first,
+    form_of,
+    forward_as,
     hidden_states,
     hooked,
     in_turn,
@@ -271,17 +275,30 @@ def run_to_inputs(
 
 
 @torch.no_grad()
+def calls_of_layers(
+    model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer, count: int
+) -> list[dict[str, Any]]:
+    """What each of the first `count` layers of the stack of `sublayer` is called with, by name, hidden states
+    first, where those below pass on what they read without computing anything."""
+    calls: list[dict[str, Any]] = []
+
+    def note(names: Sequence[str], *args: object, **kwargs: object) -> object:
+        calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+        if len(calls) == count:
+            raise Stop
+        return fill(form_of(sublayer), first(args, kwargs), {})
+
+    with ExitStack() as hooks:
+        for layer in list(sublayer.layers)[:count]:
+            hooks.enter_context(forward_as(layer, partial(note, parameter_names(layer))))
+        run(model, inputs)
+    return calls
+
+
 def run_to_bottom(model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer) -> Tensor:
     """What the first layer of the stack of `sublayer` reads, (B, T, D)."""
-    streams: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        streams.append(carried(sublayer, first(args, kwargs)))
-        raise Stop
-
-    with hooked(sublayer.layers[0].register_forward_pre_hook(stop, with_kwargs=True)):
-        run(model, inputs)
-    return streams[0]
+    (call,) = calls_of_layers(model, inputs, sublayer, 1)
+    return carried(sublayer, first((), call))
 
 
 @torch.no_grad()

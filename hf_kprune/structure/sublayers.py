@@ -248,7 +248,8 @@ class Sublayer:
         others are passed by more. Where its layer runs several times, so does it.
 
         Args:
-            lengths: Tokens of a sequence, for each stack.
+            lengths: Tokens of a sequence, for each stack; and, by the name of a sublayer, how many of them
+                each token reads there, if those are not all.
         """
         tokens = self.uses * lengths[self.stack_name]
         if self.is_mixture:
@@ -263,7 +264,8 @@ class Sublayer:
 
     def unit_products(self, lengths: Mapping[str, float]) -> float:
         """FLOPs of one unit between tokens, where no weight takes part, see `Unit.token_flops`."""
-        return self.uses * self.unit.token_flops(lengths[self.stack_name], lengths[self.reads])
+        keys = lengths.get(self.name, lengths[self.reads])
+        return self.uses * self.unit.token_flops(lengths[self.stack_name], keys)
 
 
 # ------------------------------------------------------------------------------------------------------------
