@@ -13,7 +13,7 @@ from models import VOCABULARY, tiny_of_class
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from zoo import MARKS, ZOO, counted_batch, counted_rows, inputs_for
+from zoo import MARKS, ZOO, as_taken, counted_batch, counted_rows, inputs_for
 
 from hf_kprune import KPruneArguments
 from hf_kprune.calibration.draw import draw_rows
@@ -49,7 +49,7 @@ def calibration_rows(model: PreTrainedModel, kind: str, count: int = 24) -> list
                 "image_grid_thw": each["image_grid_thw"][0].tolist(),
             }
             for each in batches
-        ]
+        ]  # what a model takes beside that, `collator_for` adds
     if kind == "counted":
         torch.manual_seed(0)
         return counted_rows(model.config.model_type, 0, count)
@@ -84,9 +84,9 @@ def pack(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def collator_for(name: str) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None:
     """What makes batches of calibration rows of a model of the zoo, where it takes more than padding."""
     kind = ZOO[name][2]
-    return (
-        partial(counted_batch, model_type=name) if kind == "counted" else pack if kind == "packed" else None
-    )
+    if kind == "packed":
+        return lambda batch: as_taken(name, pack(batch))
+    return partial(counted_batch, model_type=name) if kind == "counted" else None
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -506,3 +506,25 @@ def test_flops_between_patches_are_those_within_an_image_or_a_window(model_type:
     assert 0 < max(shares) < 0.6
     if model_type == "qwen2_5_vl":  # windows below, whole images above
         assert shares[0] < shares[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["vision", "audio", "language"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_one_of_three_towers_is_pruned_and_the_others_stay(
+    model_type: str, tower: str, tmp_path: Path
+) -> None:
+    model, path = make(model_type), {"vision": "visual", "audio": "audio_tower"}.get(tower, "language_model")
+    before, data = copy.deepcopy(model.state_dict()), calibration_rows(model, "packed")
+    args = KPruneArguments(
+        sparsity=0.3, num_tokens=400, towers=[tower], min_heads=1, disable_tqdm=True, use_cpu=True
+    )
+    with pytest.warns(BudgetWarning, match=f"is left alone, as towers asks for {tower} alone"):
+        report = KPrunePruner(model, args, data, collator_for(model_type)).prune()
+    assert {entry.name.split(".")[1] for entry in report.sublayers} == {path}
+    for name, tensor in model.state_dict().items():
+        assert name.startswith(f"model.{path}.") or torch.equal(tensor, before[name])
+    model.save_pretrained(tmp_path)
+    again, inputs = type(model).from_pretrained(tmp_path).eval(), inputs_for(model, "packed")
+    tokens = [each.generate(**inputs, max_new_tokens=3, do_sample=False) for each in (model, again)]
+    assert torch.equal(*tokens)

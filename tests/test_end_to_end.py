@@ -46,6 +46,8 @@ def as_a_whole(rows_: Calibration, walk: Walk, loss: Knowledge, points: Any) -> 
             "gemma3n_text",
             "gemma4_text:shared",
             *PACKED,
+            "lfm3_vl",
+            "qwen3_omni_moe_thinker",
             *(name for name in COUNTED if name != "llava"),
         ],
     ),

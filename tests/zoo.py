@@ -1366,7 +1366,120 @@ ZOO |= {
     for name, (class_name, text) in PACKED.items()
 }
 
+LISTENING: dict[str, Any] = {
+    **{"num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 12},
+    **{"d_model": 16, "max_source_positions": 12, "output_dim": 16},
+}
+HEARD = {
+    "audio_token_id": 74,
+    "audio_token_index": 74,
+    "audio_start_token_id": 75,
+    "audio_end_token_id": 76,
+} | {
+    "image_token_index": MARKS["image_token_id"],
+    "video_token_index": MARKS["video_token_id"],
+}
+PACKED_OTHERWISE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "exaone4_5": (
+        "Exaone4_5_ForConditionalGeneration",
+        {"text_config": {**HEAD_DIM, "model_type": "exaone4"}},
+        {"num_key_value_heads": 1},
+    ),
+    "kimi_k25": (
+        "Kimi_K25ForConditionalGeneration",
+        {"text_config": LATENT_MOE, "projection_hidden_size": 16},
+        {"pos_emb_height": 4, "pos_emb_width": 4},
+    ),
+    "lfm3_vl": (
+        "Lfm3VlForConditionalGeneration",
+        {"text_config": {**HEAD_DIM, "block_auto_adjust_ff_dim": False}, "projector_hidden_size": 8},
+        {"num_key_value_heads": 2, "layer_types": ["full_attention", "conv"]},
+    ),
+    "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", {"text_config": ROTATING}, {"image_size": 16}),
+    "qwen2_5_omni_thinker": (
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        {"text_config": ROTATING, "audio_config": {**LISTENING, "n_window": 4}, **HEARD},
+        {},
+    ),
+    "qwen3_omni_moe_thinker": (
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {
+            "text_config": {**ROTATING, **MOE, "head_dim": 4},
+            "audio_config": {**LISTENING, "n_window": 50, "n_window_infer": 100, "downsample_hidden_size": 4},
+            **HEARD,
+        },
+        {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "video_llama_3": ("VideoLlama3ForConditionalGeneration", {"text_config": DECODER}, {}),
+}
+"""Those whose models take other inputs than those above."""
+ZOO |= {
+    name: (
+        class_name,
+        {
+            **config,
+            "text_config": {**config["text_config"], "vocab_size": 80},
+            "vision_config": {
+                **{key: PATCHES[key] for key in ("hidden_size", "intermediate_size", "patch_size")},
+                **{key: PATCHES[key] for key in ("in_channels", "spatial_merge_size", "temporal_patch_size")},
+                **{key: PATCHES[key] for key in ("fullatt_block_indexes", "window_size", "out_hidden_size")},
+                **{"depth": 2, "num_heads": 2, "num_hidden_layers": 2, "num_attention_heads": 2},
+                **vision,
+            },
+            **MARKS,
+        },
+        "packed",
+    )
+    for name, (class_name, config, vision) in PACKED_OTHERWISE.items()
+}
+
+
+def as_taken(model_type: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Packed inputs as a model takes them: patches of one frame, no kinds of tokens, sizes by which it merges."""
+    if model_type not in PACKED_OTHERWISE:
+        return inputs
+    taken = {
+        key: value
+        for key, value in inputs.items()
+        if key != "mm_token_type_ids" or model_type == "paddleocr_vl"
+    }
+    if "omni" in model_type:  # a sound before each text
+        ids, marks = taken["input_ids"], HEARD["audio_token_id"]
+        if not (ids == marks).any():
+            sound = [75, *[marks] * (4 if model_type.startswith("qwen2_5") else 2), 76]
+            ids = torch.cat([torch.tensor(sound).expand(len(ids), -1), ids], 1)
+        words = ((ids > 3) * ids).sum(1).view(-1, 1, 1)
+        taken |= {"input_ids": ids, "attention_mask": (ids != 1).long()}
+        taken["input_features"] = torch.sin(words + torch.arange(128.0).view(8, 16))
+        taken["feature_attention_mask"] = torch.ones(len(ids), 16).long()
+    if model_type in ("kimi_k25", "paddleocr_vl", "video_llama_3"):
+        taken["pixel_values"] = taken["pixel_values"].flatten(1)[:, :48]
+    if model_type in ("kimi_k25", "paddleocr_vl"):
+        taken["pixel_values"] = taken["pixel_values"].unflatten(1, (3, 4, 4))
+    if model_type == "video_llama_3":
+        taken["image_merge_sizes"] = torch.full((len(taken["image_grid_thw"]),), 2)
+    return taken
+
+
 COUNTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "aya_vision": (
+        "AyaVisionForConditionalGeneration",
+        {"vision_config": {**IMAGE, "model_type": "siglip_vision_model"}},
+    ),
+    "cohere2_vision": (
+        "Cohere2VisionForConditionalGeneration",
+        {
+            "vision_config": {**IMAGE, "model_type": "siglip_vision_model"},
+            "alignment_intermediate_size": 8,
+        },
+    ),
+    "lfm2_vl": (
+        "Lfm2VlForConditionalGeneration",
+        {
+            "vision_config": {**IMAGE, "model_type": "siglip2_vision_model", "num_patches": 4},
+            "projector_hidden_size": 8,
+        },
+    ),
     "idefics3": ("Idefics3ForConditionalGeneration", {"vision_config": IMAGE, "scale_factor": 2}),
     "internvl": (
         "InternVLForConditionalGeneration",
@@ -1394,6 +1507,15 @@ COUNTED: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, layer in (("llava", -2), ("llava:several", [-1, 1]))
     },
+    "ovis2": (
+        "Ovis2ForConditionalGeneration",
+        {
+            "vision_config": {**IMAGE, "vocab_size": 20},
+            "hidden_size": 16,
+            "vocab_size": 80,
+            "visual_indicator_token_ids": [74, 75, 76, 77, 78],
+        },
+    ),
     "smolvlm": ("SmolVLMForConditionalGeneration", {"vision_config": IMAGE, "scale_factor": 2}),
 }
 """Models whose rows have any number of images."""
@@ -1525,7 +1647,7 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
             "pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),
         }
     if kind == "packed":
-        return packed_inputs(seed, batch)
+        return as_taken(config.model_type, packed_inputs(seed, batch))
     if kind == "counted":
         return counted_batch(counted_rows(config.model_type, seed, batch), config.model_type)
     if kind == "frames":
@@ -1546,7 +1668,9 @@ def counted_rows(model_type: str, seed: int, count: int) -> list[dict[str, Any]]
     rows = []
     for number in range(seed, seed + count):
         images = 1 + number % 2
-        marks = [MARKS["image_token_id"]] * images * (4 if model_type in ("llava", "mistral3") else 1)
+        marks = (
+            [MARKS["image_token_id"]] * images * (4 if model_type in ("llava", "mistral3", "ovis2") else 1)
+        )
         words = torch.randint(4, 60, (9 - number % 3,)).tolist()
         rows.append({"input_ids": [*marks, *words], "pixel_values": torch.randn(images, 3, 8, 8)})
     return rows
@@ -1561,7 +1685,20 @@ def counted_batch(rows: list[dict[str, Any]], model_type: str) -> dict[str, Tens
     if model_type in ("idefics3", "smolvlm"):
         return {**batch, "pixel_attention_mask": pixels.any(2).long()}
     batch["pixel_values"] = torch.cat([row["pixel_values"] for row in rows])
-    sizes = {"image_sizes": torch.tensor([[8, 8]] * len(batch["pixel_values"]))}
+    count = len(batch["pixel_values"])
+    if model_type == "lfm2_vl":  # patches, two of six places are padding
+        patches = (
+            batch["pixel_values"]
+            .unfold(2, 4, 4)
+            .unfold(3, 4, 4)
+            .permute(0, 2, 3, 4, 5, 1)
+            .reshape(count, 4, 48)
+        )
+        mask = (torch.arange(6) < 4).long().expand(count, -1)
+        shapes = torch.full((count, 2), 2)
+        padded = torch.nn.functional.pad(patches, (0, 0, 0, 2))
+        return {**batch, "pixel_values": padded, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    sizes = {"image_sizes": torch.tensor([[8, 8]] * count)}
     return {**batch, **(sizes if model_type == "mistral3" else {})}
 
 

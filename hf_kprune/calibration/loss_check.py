@@ -17,6 +17,8 @@ BY_PRODUCTS = {
     "extract_features",
     "image_embeds",
     "image_hidden_states",
+    "image_pooler_output",
+    "video_pooler_output",
     "language_model_outputs",
     "last_hidden_state",
     "logits_per_image",

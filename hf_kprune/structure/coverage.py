@@ -72,14 +72,16 @@ def _is_detected(model: PreTrainedModel) -> bool:
 
 
 def _towers(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
-    """The outermost models inside `model` that a family describes, by path."""
+    """The outermost models inside `model` that a family describes, by path, in the order in which they run:
+    the decoder reads what the others give, also where it comes first among the modules."""
     towers: list[tuple[str, PreTrainedModel]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(outer) for outer, _ in towers)
         other = isinstance(module, PreTrainedModel) and module.config is not model.config
         if other and family_of(module) and not inside:
             towers.append((name + ".", module))
-    return towers
+    decoder = model.get_decoder() if model.can_generate() else None
+    return sorted(towers, key=lambda tower: tower[1] is decoder)
 
 
 def _alike(model: PreTrainedModel) -> dict[str, str]:

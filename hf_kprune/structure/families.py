@@ -36,6 +36,7 @@ What the strings of a description mean:
                       "kv_heads"          number of key-value heads
                       "groups"            query heads for each key-value head
                       "width"             query heads times the size of a head, or neurons of an expert
+                      "kv_width"          key-value heads times the size of a head
                       "experts"           number of experts
     select            0, 1                one slice for each head in this dimension
                       "0:batch"           the same in dimension 0, with the batch folded in before it
@@ -56,7 +57,7 @@ from typing import Any, Literal
 Kind = Literal["attention", "cross_attention", "ffn", "experts"]
 Layout = Literal["q", "2q", "h", "kv", "2kv", "kv:latent", "qkv", "qkv:perhead", "f", "2f"]
 Returns = tuple[str | None, ...] | str
-Size = Literal["heads", "kv_heads", "groups", "width", "experts"]
+Size = Literal["heads", "kv_heads", "groups", "width", "kv_width", "experts"]
 Place = Literal[0, 1, "0", "1", "0:batch", "none"]
 Dimension = Literal[0, 1, 2, "0", "1"]
 """Earlier versions took the numbers as strings, which are still taken."""
@@ -904,16 +905,24 @@ _GATED = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "self_attn
 _GATED_HEADS = replace(_LLAMA_ATTENTION, inputs={**_LLAMA_ATTENTION.inputs, "self_attn.g_proj": "h"})
 
 
-def _packed(ffn: Block, width: str = "hidden_size", outlets: str = "") -> tuple[Stack]:
+def _packed(
+    ffn: Block, width: str = "hidden_size", outlets: str = "", qkv: Mapping[str, Layout] = {"attn.qkv": "qkv"}
+) -> tuple[Stack]:
     """A tower of images that reads the patches of all of them as one sequence."""
     attention = Block(
         "attention",
-        inputs={"attn.qkv": "qkv"},
+        inputs=qkv,
         output="attn.proj",
         stream="norm1",
         core="attn",
         returns="y",
-        sizes={"attn.num_heads": "heads"},
+        sizes={
+            "attn.num_heads": "heads",
+            "attn.num_key_value_heads": "kv_heads",
+            "attn.num_key_value_groups": "groups",
+            "attn.q_dim": "width",
+            "attn.kv_dim": "kv_width",
+        },
     )
     stack = Stack("blocks", (attention, ffn), mask="", packed=True, outlets=outlets)
     return (replace(stack, heads="num_heads", head_dim=f"{width} / num_heads"),)
@@ -922,6 +931,16 @@ def _packed(ffn: Block, width: str = "hidden_size", outlets: str = "") -> tuple[
 _PACKED = _packed(_ffn("mlp.linear_fc1", "mlp.linear_fc2", "norm2"))
 _PACKED_GATED = _packed(_ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "norm2"))
 _DEEPSTACK = _packed(_PACKED[0].blocks[1], outlets="deepstack_visual_indexes")
+_PACKED_SOUND = (
+    replace(
+        _bart(pre_norm=True, returns="y")[0],
+        layers="layers",
+        mask="",
+        packed=True,
+        returns=("y",),
+        uniform={},
+    ),
+)
 
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
@@ -1663,6 +1682,28 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
         ),
     ),
     "smolvlm_vision": (_CLIP_VISION,),
+    "ovis2_vision": (replace(_AIMV2, layers="transformer.encoder.layers", mask="", uniform={}),),
+    "video_llama_3_vision": (replace(_CLIP_VISION, packed=True, uniform={}),),
+    "paddleocr_vl_vision": (replace(_CLIP_VISION, packed=True, uniform={}),),
+    "exaone4_5_vision": _PACKED_GATED,
+    "kimi_k25_vision": (
+        replace(
+            _packed(
+                _ffn("mlp.fc1", "mlp.fc2", "norm2"),
+                qkv={"attn.q_proj": "q", "attn.k_proj": "kv", "attn.v_proj": "kv"},
+            )[0],
+            layers="layers",
+            heads="num_attention_heads",
+            head_dim="hidden_size / num_attention_heads",
+        ),
+    ),
+    "qwen2_5_omni_vision_encoder": _packed(
+        _PACKED_GATED[0].blocks[1], qkv={"attn.q": "q", "attn.k": "kv", "attn.v": "kv"}
+    ),
+    "qwen3_omni_moe_vision_encoder": _DEEPSTACK,
+    "qwen2_5_omni_audio_encoder": _PACKED_SOUND,
+    "qwen3_omni_moe_audio_encoder": _PACKED_SOUND,
+    "lfm3_vl_vision": (replace(_LFM2, mask="", packed=True, uniform={}),),
     "glm_ocr_vision": _PACKED_GATED,
     "glm4v_vision": _PACKED_GATED,
     "glm4v_moe_vision": _PACKED_GATED,
@@ -1905,6 +1946,7 @@ PARTS: dict[str, dict[str, str]] = {
         ("qwen3_vl_vision", "qwen3_vl_moe_vision"),
         {"deepstack_merger_list": "each of it merges patches for one layer of language"},
     ),
+    "qwen3_omni_moe_vision_encoder": {"merger_list": "each of it merges patches for one layer of language"},
     "zoedepth": {"neck": _JOINED, "metric_head": "it makes depths of what the neck gives"},
     **dict.fromkeys(("d_fine", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2"), _BOXES),
     "mask2former": {

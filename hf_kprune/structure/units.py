@@ -84,7 +84,7 @@ class Unit(ABC):
     def sizes(self) -> dict[str, int]:
         """What a unit adds to each of the sizes that `Block.sizes` names; 0 where it changes nothing."""
         heads = {"heads": self.heads, "kv_heads": self.kv_heads, "groups": 0}
-        return {**heads, "width": self.width, "experts": 0}
+        return {**heads, "width": self.width, "kv_width": self.kv_heads * self.head_dim, "experts": 0}
 
     @abstractmethod
     def parts(self, layout: str) -> list[int]:
