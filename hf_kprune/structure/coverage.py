@@ -80,7 +80,7 @@ def _towers(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
         other = isinstance(module, PreTrainedModel) and module.config is not model.config
         if other and family_of(module) and not inside:
             towers.append((name + ".", module))
-    decoder = model.get_decoder() if model.can_generate() else None
+    decoder = model.get_decoder() if len(towers) > 1 and model.can_generate() else None
     return sorted(towers, key=lambda tower: tower[1] is decoder)
 
 
