@@ -25,6 +25,7 @@ from hf_kprune import (
     KPruneArguments,
     KPrunePruner,
     PruningReport,
+    UnsupportedArchitectureError,
 )
 from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers
 
@@ -528,3 +529,31 @@ def test_one_of_three_towers_is_pruned_and_the_others_stay(
     again, inputs = type(model).from_pretrained(tmp_path).eval(), inputs_for(model, "packed")
     tokens = [each.generate(**inputs, max_new_tokens=3, do_sample=False) for each in (model, again)]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "exaone4_5", "kimi_k25", "paddleocr_vl", "video_llama_3"],
+)
+def test_ffns_of_towers_of_packed_images_are_pruned_to_one_width_of_a_stock_config(
+    model_type: str, tmp_path: Path
+) -> None:
+    model, data = make(model_type), calibration_rows(make(model_type), "packed")
+    options: dict[str, Any] = {"towers": ["vision"], "uniform": True, "disable_tqdm": True, "use_cpu": True}
+    args = KPruneArguments(sparsity=0.1, num_tokens=300, prune_heads=False, **options)
+    with pytest.warns(BudgetWarning, match="is left alone, as towers asks for vision alone"):
+        report = KPrunePruner(model, args, data, collator_for(model_type)).prune()
+    assert len({len(entry.kept) for entry in report.sublayers if entry.kind == "ffn"}) == 1
+    model.save_pretrained(tmp_path)
+    assert "kprune" not in (tmp_path / "config.json").read_text()
+    again, inputs = type(model).from_pretrained(tmp_path).eval(), inputs_for(model, "packed")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_heads_of_towers_of_packed_images_are_no_size_of_a_stock_config() -> None:
+    args = KPruneArguments(sparsity=0.3, uniform=True, towers=["vision"], disable_tqdm=True, use_cpu=True)
+    data = packed_rows("qwen3_vl", 12)
+    with pytest.raises(UnsupportedArchitectureError, match="cannot say fewer heads of the same size"):
+        KPrunePruner(make("qwen3_vl"), args, data, pack).prune()

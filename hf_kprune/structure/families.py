@@ -924,12 +924,13 @@ def _packed(
             "attn.kv_dim": "kv_width",
         },
     )
-    stack = Stack("blocks", (attention, ffn), mask="", packed=True, outlets=outlets)
+    stack = Stack("blocks", (attention, ffn), mask="", packed=True, outlets=outlets, uniform=_FFN_SIZE)
     return (replace(stack, heads="num_heads", head_dim=f"{width} / num_heads"),)
 
 
 _PACKED = _packed(_ffn("mlp.linear_fc1", "mlp.linear_fc2", "norm2"))
 _PACKED_GATED = _packed(_ffn("mlp.gate_proj mlp.up_proj", "mlp.down_proj", "norm2"))
+_PACKED_GLM = (replace(_PACKED_GATED[0], uniform={}),)  # what merges its patches is of that size too
 _DEEPSTACK = _packed(_PACKED[0].blocks[1], outlets="deepstack_visual_indexes")
 _PACKED_SOUND = (
     replace(
@@ -1683,8 +1684,8 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     ),
     "smolvlm_vision": (_CLIP_VISION,),
     "ovis2_vision": (replace(_AIMV2, layers="transformer.encoder.layers", mask="", uniform={}),),
-    "video_llama_3_vision": (replace(_CLIP_VISION, packed=True, uniform={}),),
-    "paddleocr_vl_vision": (replace(_CLIP_VISION, packed=True, uniform={}),),
+    "video_llama_3_vision": (replace(_CLIP_VISION, packed=True),),
+    "paddleocr_vl_vision": (replace(_CLIP_VISION, packed=True),),
     "exaone4_5_vision": _PACKED_GATED,
     "kimi_k25_vision": (
         replace(
@@ -1704,10 +1705,12 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "qwen2_5_omni_audio_encoder": _PACKED_SOUND,
     "qwen3_omni_moe_audio_encoder": _PACKED_SOUND,
     "lfm3_vl_vision": (replace(_LFM2, mask="", packed=True, uniform={}),),
-    "glm_ocr_vision": _PACKED_GATED,
-    "glm4v_vision": _PACKED_GATED,
-    "glm4v_moe_vision": _PACKED_GATED,
-    "qwen2_vl_vision": _packed(_ffn("mlp.fc1", "mlp.fc2", "norm2"), width="embed_dim"),
+    "glm_ocr_vision": _PACKED_GLM,
+    "glm4v_vision": _PACKED_GLM,
+    "glm4v_moe_vision": _PACKED_GLM,
+    "qwen2_vl_vision": (
+        replace(_packed(_ffn("mlp.fc1", "mlp.fc2", "norm2"), width="embed_dim")[0], uniform={}),
+    ),
     "qwen2_5_vl_vision": _PACKED_GATED,
     "qwen3_vl_vision": _DEEPSTACK,
     "qwen3_vl_moe_vision": _DEEPSTACK,
