@@ -34,6 +34,7 @@ from hf_kprune import (
     KPrunePruner,
     Stack,
     UnsupportedArchitectureError,
+    UnsupportedModelError,
     register_family,
 )
 from hf_kprune.modeling_kprune import get_size
@@ -275,6 +276,8 @@ class ToyLayer(nn.Module):
             neurons = self.inner(neurons)
         if self.oddity == "experts":
             states = states + states @ self.experts[0]
+        if self.oddity == "fixed width":
+            neurons = neurons.view(*neurons.shape[:2], 3, 4).flatten(2)
         output: Tensor = self.down(neurons)
         if self.oddity == "gate":
             output = torch.sigmoid(self.gate(states)) * output
@@ -292,7 +295,9 @@ class ToyModel(PreTrainedModel):
             self.layers = nn.ModuleList([self.layers[0]])
         if config.oddity == "shared weights":
             self.layers[2].up.weight = self.layers[1].up.weight
-        if config.oddity == "of its own":
+        if config.oddity == "no layers":
+            self.layers = nn.ModuleList()
+        if config.oddity in ("of its own", "no layers"):
             self.pool = ToyAttention(config)
         if config.oddity == "sequence":
             self.layers = nn.Sequential(*self.layers)
@@ -309,7 +314,7 @@ class ToyModel(PreTrainedModel):
         states = self.words(input_ids)
         for layer in list(self.layers) * (3 if self.config.oddity == "shared layers" else 1):
             states = layer(states)
-        if self.config.oddity == "of its own":
+        if self.config.oddity in ("of its own", "no layers"):
             states = states + self.pool(states)
         if self.config.oddity == "chance":
             states = states * (1 + random.random())
@@ -386,6 +391,7 @@ ODDITIES = {
     "shared layers": "layers.0 runs more than once",
     "shared weights": "layers.1.up.weight and layers.2.up.weight are one and the same weight",
     "chance": "of its largest value off",
+    "no layers": "pool: it is an attention that lies outside of all lists of layers",
 }
 
 PARTS = {
@@ -393,6 +399,11 @@ PARTS = {
         "attention",
         "layers.*.down",
         "of all that was tried, nothing was right: layers.*.down: odd units",
+    ),
+    "fixed width": (
+        "attention",
+        "layers.*.down",
+        "of all that was tried, nothing was right: layers.*.down: odd units cut: it does not run then",
     ),
     "unused": ("attention ffn", "layers.*.spare", "it does not run on these inputs"),
     "experts": ("attention ffn", "layers.*.experts", "it is a weight of neither nn.Linear nor an attention"),
@@ -419,6 +430,33 @@ def test_oddities_stay_and_the_rest_is_described(oddity: str) -> None:
     assert [s.kind for s in find_sublayers(model)] == kinds.split() * 3
     reasons = {**untouched(model), **parts_left_alone(model)}
     assert reasons[left].startswith(why) if left else not reasons
+    assert not any("error above" in reason for reason in reasons.values())  # none is shown beside it
+
+
+def test_what_its_config_does_not_make_is_said_of_the_model_and_not_of_a_description() -> None:
+    model = toy()
+    model.layers = model.layers[:2]
+    with pytest.raises(
+        UnsupportedModelError, match=r"ToyModel lacks layers\.2.*, which the config of ToyModel makes"
+    ):
+        describe(model)
+
+
+def test_an_error_that_a_refusal_speaks_of_is_shown_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, raised = toy(), RuntimeError("size mismatch")
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("hf_kprune.structure.proof.prove_carrying", fail)
+    with pytest.raises(
+        UnsupportedArchitectureError, match="it does not run then, as the error above shows"
+    ) as error:
+        describe(model)
+    causes = [cause := error.value]
+    while cause := cause.__cause__:
+        causes.append(cause)
+    assert raised in causes
 
 
 @pytest.mark.parametrize("oddity", ODDITIES)

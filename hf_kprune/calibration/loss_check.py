@@ -78,7 +78,7 @@ def check_loss(
         student[key] = leaves_of(value, generator)
     with torch.enable_grad():
         losses = loss(student, drawn, valid)
-        _check_losses(name, losses, samples)
+        _check_losses(name, losses, samples, loss.of_hidden_states)
         total = losses.sum()
     leaves = {
         key: [leaf for leaf in tensors_in(value) if leaf.requires_grad] for key, value in student.items()
@@ -100,15 +100,26 @@ def check_loss(
     return read, [key for key in outputs if key not in read]
 
 
-def _check_losses(name: str, losses: object, samples: int) -> None:
-    """Raise `ArgumentError` unless `losses` are one finite number with a graph for each of the samples."""
+def _check_losses(name: str, losses: object, samples: int, of_parts: bool) -> None:
+    """Raise `ArgumentError` unless `losses` are one finite number with a graph for each of the samples.
+
+    Args:
+        name: What the loss is called.
+        losses: What it gave.
+        samples: Number of rows.
+        of_parts: Whether it compares hidden states, which a model may have of parts of a row.
+    """
     expected = "a floating tensor of one differentiable number for each row"
     if not isinstance(losses, Tensor):
         raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
     if losses.shape != (samples,):
+        parts = (
+            "; layers of the model read a row in parts, such as windows, each as a sequence of its own, so "
+            "that the hidden states above them are not one sequence for each row; pass compute_loss"
+        )
         raise ArgumentError(
             f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: "
-            f"{expected}"
+            f"{expected}{parts if of_parts else ''}"
         )
     if not losses.is_floating_point():
         raise ArgumentError(f"{name} returned numbers of {losses.dtype}, expected {expected}")

@@ -174,9 +174,10 @@ class Reader:
         shape = shape_of(columns["input_ids"])
         for key in ("attention_mask", "token_type_ids"):
             if key in columns and shape_of(columns[key]) != shape:
+                batch = "; input_ids of two dimensions are read as a batch of rows, and so is this"
                 raise CalibrationError(
                     f"{has} {key} of {shape_of(columns[key])} for input_ids of {shape}; expected one number "
-                    "for each token"
+                    f"for each token{'' if depth(columns[key]) else batch}"
                 )
         if not {*flat(columns.get("attention_mask", ()))} <= {0, 1}:
             raise CalibrationError(

@@ -212,7 +212,7 @@ def check_described(model: PreTrainedModel, head_unit: str | None = None) -> Non
     for name, projection in _projections(model, head_unit):
         _check_projection(model, name, projection)
     check_problem_type(model.config)
-    _check_built_again(model)
+    check_built_again(model)
 
 
 def _projections(model: PreTrainedModel, head_unit: str | None) -> Iterator[tuple[str, nn.Module]]:
@@ -318,7 +318,7 @@ def _stays_in_float32(model: PreTrainedModel, name: str) -> bool:
     return any(part in name for part in kept)
 
 
-def _check_built_again(model: PreTrainedModel) -> None:
+def check_built_again(model: PreTrainedModel) -> None:
     """Refuse a model whose config makes other tensors: what is saved is loaded into those."""
     kind, classes = type(model).__name__, cast("tuple[Any, Any]", (type(model), type(model.config)))
     try:
@@ -349,7 +349,15 @@ def _check_built_again(model: PreTrainedModel) -> None:
             "tensors); merge or remove what was added (torch.nn.utils.prune.remove, "
             "parametrize.remove_parametrizations), and put back what was taken away"
         )
-    if strange := unread(model):
+    try:
+        strange = unread(model)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"Transformers gives the weights of {kind} another form in a checkpoint, which "
+            "they do not fit, as the error above shows, so it cannot be saved; prune the model inside it by "
+            "itself"
+        ) from error
+    if strange:
         raise UnsupportedModelError(
             f"Transformers writes {strange[0]} into a checkpoint of {kind}, a name that it does not read "
             f"there, so what is saved could not be loaded, nor could the model as it is ({len(strange)} such "

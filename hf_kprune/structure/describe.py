@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -12,12 +13,13 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import find_layers, plan_of
 from ..progress import unwarned
+from .checks import check_built_again
 from .coverage import IDLE, family_of
 from .descriptions import Detected, Families, as_code, keep, model_at
 from .detect import detect
 from .facts import evaluation_copy, example_inputs, to_model
 from .families import FAMILIES, REFUSED, Stack
-from .proof import prove, step
+from .proof import kept_reason, prove, step
 from .sublayers import find_sublayers
 
 
@@ -52,6 +54,7 @@ def describe(
     Raises:
         UnsupportedArchitectureError: If its layers cannot be described or the proof fails, with a description
             to start from if there is one.
+        UnsupportedModelError: If its config alone does not make it.
 
     Example:
 
@@ -67,12 +70,15 @@ def describe(
     except UnsupportedArchitectureError:
         if model.config.model_type in {*FAMILIES, *REFUSED}:
             raise
+    pruned = any(plan_of(m.config) for m in model.modules() if isinstance(m, PreTrainedModel))
+    if not pruned:
+        check_built_again(model)
     detected = Detected({}, {})
     guessed = inputs is None
     try:
         unknown = "its modules or its config are of a kind that is not known, as the error above shows"
         with unwarned(), step("detection", unknown):
-            if any(plan_of(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)):
+            if pruned:
                 raise UnsupportedArchitectureError(
                     "it was pruned before, and its checkpoint tells sizes alone"
                 )
@@ -122,7 +128,8 @@ def describe_on(model: PreTrainedModel, batch: MakeBatch, head_unit: str) -> Non
     except UnsupportedArchitectureError as error:
         if failure:
             raise
-        why = f"on the calibration rows {error.__cause__}"  # without the way out
+        cause = cast(UnsupportedArchitectureError, error.__cause__)  # it says nothing of a way out
+        why = f"on the calibration rows {kept_reason(cause)}"
         keep(model, Detected(families, {p: why if r == NOT_RUN else r for p, r in rest.items()}))
 
 
@@ -131,23 +138,24 @@ def _proved(
 ) -> Detected:
     """What of it can be proved: all, or those lists of layers that can be by themselves."""
 
-    def holds(part: Detected) -> str:
+    def failure_of(part: Detected) -> UnsupportedArchitectureError | None:
         try:
             prove(keep(evaluation_copy(model), part), inputs, head_unit)
         except UnsupportedArchitectureError as error:
-            return str(error)
-        return ""
+            return error
+        return None
 
     every = [stack for stacks in detected.families.values() for stack in stacks]
-    why = holds(detected)
-    if why and len(every) > 1:
-        failures = [holds(_only(model, detected, [stack], "")) for stack in every]
-        right = [stack for stack, failure in zip(every, failures, strict=True) if not failure]
-        part = _only(model, detected, right, next((failure for failure in failures if failure), why))
-        if right and len(right) < len(every) and not holds(part):
+    failure = failure_of(detected)
+    if failure and len(every) > 1:
+        failures = [failure_of(_only(model, detected, [stack], "")) for stack in every]
+        right = [stack for stack, of_it in zip(every, failures, strict=True) if not of_it]
+        why = kept_reason(next((of_it for of_it in failures if of_it), failure))
+        part = _only(model, detected, right, why)
+        if right and len(right) < len(every) and not failure_of(part):
             return part
-    if why:
-        raise UnsupportedArchitectureError(why)
+    if failure:
+        raise failure
     return detected
 
 

@@ -130,11 +130,20 @@ def _trouble(layers: LayerList) -> str:
     if "y" not in str(most.returns):
         troubles.append(f"{most.name} returns no hidden states, alone or in a tuple")
     if not troubles and not others:
-        why = "; ".join(dict.fromkeys(why for w in layers.watches for why in w.rest.values()))
+        why = said({path: why for w in layers.watches for path, why in w.rest.items()})
         troubles.append(f"nothing in {layers.name} is an attention or an FFN of nn.Linear: {why}")
     if not troubles:
         _merge(layers)
     return troubles[0] if troubles else ""
+
+
+def said(reasons: Mapping[str, str]) -> str:
+    """The reasons why parts stay as they are, path to reason, in one sentence, each with the first part of
+    which it is told unless it names one itself."""
+    parts: dict[str, str] = {}
+    for path, why in reasons.items():
+        parts.setdefault(why, path.rstrip("."))
+    return "; ".join(f"{path}: {why}" if why.startswith("it ") else why for why, path in parts.items())
 
 
 def _merge(layers: LayerList) -> None:
@@ -181,9 +190,14 @@ def apart(model: PreTrainedModel, lists: Sequence[LayerList], rest: tuple[str, .
     for name, module in model.named_modules():
         around = any(f"{layers.name}.".startswith(f"{name}." if name else "") for layers in lists)
         inside = f"{name}.".startswith((*reasons, *rest, *(f"{layers.name}." for layers in lists)))
-        alike = type(module) in parts or "attention" in type(module).__name__.lower()
-        if alike and not around and not inside and any(isinstance(p, PROJECTIONS) for p in module.modules()):
-            reasons[f"{name}."] = "it is like what its layers are made of, and lies outside of them"
+        alike, attends = type(module) in parts, "attention" in type(module).__name__.lower()
+        holds = any(isinstance(p, PROJECTIONS) for p in module.modules())
+        if (alike or attends) and holds and not around and not inside:
+            reasons[f"{name}."] = (
+                "it is like what its layers are made of, and lies outside of them"
+                if alike
+                else "it is an attention that lies outside of all lists of layers"
+            )
     return reasons
 
 

@@ -39,10 +39,11 @@ def matrix_flops(model: nn.Module, inputs: Mapping[str, object]) -> float:
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             result = output if isinstance(output, Tensor) else output[0]  # some give a mask beside it
             total += 2 * module.weight.numel() * result.numel() / module.out_channels
-        elif arguments:
+        elif arguments and (
+            banks := [p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1]
+        ):
             routes = [value for value in arguments if value.dtype in (torch.int64, torch.int32)]
             rows = routes[0].numel() if routes else arguments[0][..., 0].numel()
-            banks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and len(p) > 1]
             total += sum(2 * bank.numel() / len(bank) * rows for bank in banks)
 
     with ExitStack() as hooks:
