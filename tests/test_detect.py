@@ -453,10 +453,10 @@ def test_an_error_that_a_refusal_speaks_of_is_shown_with_it(monkeypatch: pytest.
         UnsupportedArchitectureError, match="it does not run then, as the error above shows"
     ) as error:
         describe(model)
-    causes = [cause := error.value]
-    while cause := cause.__cause__:
-        causes.append(cause)
-    assert raised in causes
+    cause: BaseException | None = error.value
+    while cause is not None and cause is not raised:
+        cause = cause.__cause__
+    assert cause is raised
 
 
 @pytest.mark.parametrize("oddity", ODDITIES)
