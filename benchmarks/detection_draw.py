@@ -300,6 +300,12 @@ DRAWN_4 = [
 ]
 """The fourth draw, from 278 types."""
 
+SEED_5 = 71
+DRAWN_5: list[str] = []
+"""The fifth draw."""
+
+DRAWS = {1: DRAWN, 2: DRAWN_2, 3: DRAWN_3, 4: DRAWN_4, 5: DRAWN_5}
+
 SIZES: dict[int, str] = {
     60: "vocab_size",
     64: "max_position_embeddings n_positions max_target_positions",
@@ -466,9 +472,36 @@ def scaled(config: Any, factor: int) -> dict[str, Any]:
     return values
 
 
+def fitting(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config of two layers, in which what is told of single layers and of stages is of two, too."""
+    layers = 2
+    fit: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and "model_type" in value:
+            fit[name] = fitting(value)
+        elif isinstance(value, (list, tuple)) and re.search(r"layer_types$|layers$|_layer_ids$", name):
+            fit[name] = list(value)[:layers]
+        else:
+            fit[name] = value
+    if isinstance(values.get("out_features"), (list, tuple)):
+        ends = [f"stage{place % layers + 1}" for place in range(min(layers, len(values["out_features"])))]
+        fit |= {"out_features": ends[-1:] if len(ends) == 1 else ends, "out_indices": None}
+    if "per_layer_config" in values:
+        fit["per_layer_config"] = {}
+    return fit
+
+
 def configs_of(model_type: str) -> Iterator[dict[str, Any]]:
     """What a config of a type may be made of, one rule after the other; the last ones keep ratios of widths."""
     config = AutoConfig.for_model(model_type)
+    yield from every_config(config)
+    for values in every_config(config):
+        unknown = config.to_dict().get("prediction_length", 0) is None
+        yield fitting(values) | ({"prediction_length": 6} if unknown else {})
+
+
+def every_config(config: Any) -> Iterator[dict[str, Any]]:
+    """What a config may be made of by each of the rules."""
     yield tiny(config)
     yield tiny_like(config)
     yield {k: v for k, v in tiny_like(config).items() if not isinstance(v, (list, tuple))}
@@ -570,7 +603,7 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def size(of: Any, names: str, default: int) -> int:
-        values = [vars(of).get(name, getattr(of, name, None)) for name in names.split()]
+        values = [getattr(of, name, None) for name in names.split()]
         flat = [v[0] if isinstance(v, (list, tuple)) and v else v for v in values]
         return next((v for v in flat if isinstance(v, int) and v > 0), default)
 
@@ -625,6 +658,46 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
         }
     for sound in (noise(3, 6400), noise(3, 1, 6400)):
         yield {"input_values": sound, "decoder_input_ids": ids, "decoder_input_values": noise(3, 7, bins)}
+    depth = size(config, "num_channels num_codebooks n_codebooks", 4)
+    words = torch.randint(4, 50, (3, 7, depth), generator=generator)
+    yield {"input_ids": words, "encoder_hidden_states": noise(3, 5, size(config, "cross_hidden_size", width))}
+    flat = torch.cat(
+        [PLACES.expand(3, 9, 2) + 1.0, noise(3, 9, size(image, "patch_embed_hidden_size", 48))], -1
+    )
+    yield {"flattened_patches": flat, "attention_mask": torch.ones(3, 9), "decoder_input_ids": ids}
+    side = size(image, "image_size", 16)
+    count = size(image, "num_position_embeddings", (side // patch) ** 2)
+    if count <= 1024:
+        yield {"pixel_values": noise(3, count, channels * patch**2)}
+    for pictures in (1, 2, size(image, "num_frames", 8)):
+        yield {"pixel_values": noise(3, pictures, channels, side, side), **texts}
+    for frames in (64, 96):
+        features = noise(3, frames, bins)
+        yield {
+            "hidden_states": features,
+            "mask": torch.ones(3, frames).bool(),
+            "input_features": features,
+            **texts,
+        }
+        yield {"input_features": features[:, None], **texts}
+        yield {"input_features": features.mT, **texts}
+        yield {
+            "input_features": features,
+            "decoder_input_ids": ids,
+            "attention_mask": torch.ones(3, frames).long(),
+        }
+    latents = noise(3, size(config, "latent_dim codebook_dim hidden_size", 16), 9)
+    yield {"latents": latents, "hidden_states": latents, "x": latents}
+    lags = max(config.lags_sequence) if getattr(config, "lags_sequence", None) else 0
+    length = size(config, "context_length prediction_length", 12) + lags
+    known = size(config, "num_time_features", 0)
+    yield {
+        "past_values": noise(3, length),
+        "past_time_features": noise(3, length, known),
+        "past_observed_mask": torch.ones(3, length),
+        "future_values": noise(3, size(config, "prediction_length", 6)),
+        "future_time_features": noise(3, size(config, "prediction_length", 6), known),
+    }
     past = noise(3, size(config, "context_length", 32), size(config, "num_input_channels", 1))
     yield {"past_values": past, "past_observed_mask": torch.ones_like(past)}
     yield {**texts, "decoder_input_ids": ids, "bbox": torch.tensor([1, 2, 9, 12]).expand(3, 11, 4).clone()}
@@ -670,7 +743,7 @@ def built(model_type: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     Raises:
         Exception: What the first rule failed with, if none does.
     """
-    if model_type in DRAWN:
+    if model_type in {*AMENDED, *INPUTS}:
         config = merged(tiny(AutoConfig.for_model(model_type)), AMENDED.get(model_type, {}))
         kind = classes_of(model_type)[0]
         return kind, config, INPUTS.get(model_type) or example_inputs(build(model_type, config, 0, kind))
@@ -680,8 +753,10 @@ def built(model_type: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
             try:
                 model = build(model_type, config, 0, kind)
                 inputs = inputs_of(model)
-                if not all(bool(t.isfinite().all()) for t in outputs_of(model, inputs)):
-                    raise ValueError("what it gives is not finite")
+                for samples in (3, 5):
+                    tried = inputs if samples == 3 else other_inputs(inputs, 5, image_token(model.config))
+                    if not all(bool(t.isfinite().all()) for t in outputs_of(model, tried)):
+                        raise ValueError("what it gives is not finite")
                 return kind, config, inputs
             except Exception as error:
                 known = first is not None and not isinstance(error, UnsupportedArchitectureError)
@@ -695,11 +770,13 @@ def other_inputs(inputs: dict[str, Any], samples: int, token: int = -1) -> dict[
     generator = torch.Generator().manual_seed(samples)
 
     def other(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.dim():
             return value
         shape = (samples * len(value) // 3, *value.shape[1:])  # those of three samples may be packed
         if value.is_floating_point():
-            return torch.randn(shape, generator=generator)
+            places = 2 if name == "flattened_patches" else 0  # the row and the column of a patch
+            first = value[:1, ..., :places].expand(*shape[:-1], places)
+            return torch.cat([first, torch.randn(*shape[:-1], shape[-1] - places, generator=generator)], -1)
         if "position" in name or "grid" in name or name == "target_sizes":
             return value[:1].expand(shape).clone()
         if name.endswith("mask"):
@@ -794,7 +871,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draw", type=int, choices=(1, 2, 3, 4), default=4, help="Which of the draws.")
+    parser.add_argument("--draw", type=int, choices=tuple(DRAWS), default=4, help="Which of the draws.")
     parser.add_argument("--only", nargs="*", help="Try these types of it alone.")
     parser.add_argument("--seconds", type=float, default=300, help="How long a type may take.")
     args = parser.parse_args()
@@ -804,7 +881,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tally: dict[str, int] = {}
     print("| model type | attentions, FFNs | result | |\n| --- | --- | --- | --- |")
-    for model_type in args.only or {1: DRAWN, 2: DRAWN_2, 3: DRAWN_3, 4: DRAWN_4}[args.draw]:
+    for model_type in args.only or DRAWS[args.draw]:
         counts, result, why = limited(model_type, args.seconds)
         tally[result] = tally.get(result, 0) + 1
         shown = " ".join(why.split()).replace("|", "\\|")
