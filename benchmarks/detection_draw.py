@@ -773,14 +773,14 @@ def other_inputs(inputs: dict[str, Any], samples: int, token: int = -1) -> dict[
         if not isinstance(value, Tensor) or not value.dim():
             return value
         shape = (samples * len(value) // 3, *value.shape[1:])  # those of three samples may be packed
+        if name.endswith("mask"):
+            return torch.ones(shape, dtype=value.dtype)
         if value.is_floating_point():
             places = 2 if name == "flattened_patches" else 0  # the row and the column of a patch
             first = value[:1, ..., :places].expand(*shape[:-1], places)
             return torch.cat([first, torch.randn(*shape[:-1], shape[-1] - places, generator=generator)], -1)
         if "position" in name or "grid" in name or name == "target_sizes":
             return value[:1].expand(shape).clone()
-        if name.endswith("mask"):
-            return torch.ones(shape, dtype=value.dtype)
         words = torch.randint(4, 50, shape, generator=generator)
         words = torch.where(words == token, 50, words)
         return torch.where(value[:1] == token, value[:1], words)

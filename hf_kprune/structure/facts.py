@@ -61,7 +61,7 @@ def main_input(model: PreTrainedModel) -> str:
     encoder, takes = getattr(model, "encoder", None), input_names(model)
     if name in takes and name in SENSES:
         return name
-    if isinstance(encoder, PreTrainedModel):
+    if isinstance(encoder, PreTrainedModel) and encoder.main_input_name in takes:
         return str(encoder.main_input_name)
     if name in takes:
         return name
