@@ -73,7 +73,7 @@ def measure(columns: int, device: torch.device) -> dict[str, Any]:
         for _ in range(4):
             features = torch.randn(columns // 8, columns, device=device)
             target = features @ weight.T + torch.randn(columns // 8, WIDTH, device=device)
-            sums.add(features, target, target, torch.float32)
+            sums.add(features, target, torch.float32)
         halves.append(sums)
     root = torch.eye(WIDTH, dtype=torch.float64, device=device)
     line: dict[str, Any] = {"columns": columns, "device": device.type, "threads": torch.get_num_threads()}

@@ -26,6 +26,7 @@ from .calibration.knowledge import Knowledge
 from .calibration.measure import measure_knowledge, tops_of
 from .entries import SublayerReport
 from .methods import Method, Statistics
+from .methods.base import TRIED_FIRST
 from .methods.least_squares import correct_drift
 from .methods.search import split
 from .structure.hooks import State
@@ -138,7 +139,8 @@ def choose(
 ) -> tuple[list[Decision], dict[str, float]]:
     """Search masks of all sublayers for each way to split the budget, and take those whose student, cut and
     tuned, is nearest to the teacher on the rows held out; its distance is returned for each way that was
-    tried, by name."""
+    tried, by name. Exponents are in order, so that a further one is tried only where the last has done
+    best."""
     distances, plans = dict[str, float](), dict[str, list[Decision]]()
     with job.calibration.phase("search"):
         for name, masks in ways_to_split(job, statistics, scores, exponents):
@@ -153,8 +155,13 @@ def choose(
             judge = Judge(few, teacher, job.loss)
         on_few = replace(job, calibration=few, trial=True)
         # each student has a layer in float32 on a workbench, so that there they go up one by one
-        alone = workbench_of(dense.model) is not None
-        for group in [[name] for name in plans] if alone else [list(plans)]:
+        alone, names = workbench_of(dense.model) is not None, list(plans)
+        together = 1 if alone else len(names) if job.budget.args.uniform else TRIED_FIRST
+        groups = [names[:together], *([name] for name in names[together:])]
+        for group in groups:
+            (ends,) = broadcast_object_list([has_turned(distances) and not job.budget.args.uniform])
+            if ends:
+                break
             students = [few.walk(frozen(dense.model)) for _ in group]
             for student in students:
                 student.keeps_layers = judge.needs_layers
@@ -166,6 +173,11 @@ def choose(
                     leave_workbench(student.model)  # which has its last layer in float32
     (best,) = broadcast_object_list([min(plans, key=lambda name: distances.get(name, 0.0))])
     return plans[best], distances
+
+
+def has_turned(distances: dict[str, float]) -> bool:
+    """Whether the last of several distances is not the least."""
+    return len(distances) > 1 and min(distances, key=distances.__getitem__) != [*distances][-1]
 
 
 def ways_to_split(

@@ -207,7 +207,7 @@ def time_fit(
     def spend(halved: bool) -> tuple[float, float]:
         parts, begin = zeros(calibration, columns, width, halved), now(device)
         for part, rows in zip(parts, torch.arange(count, device=device).chunk(len(parts)), strict=False):
-            part.add(features[rows], target[rows], target[rows], calibration.dtype)
+            part.add(features[rows], target[rows], calibration.dtype)
         middle = now(device)
         for part in parts:  # the same work, whatever the numbers are, but no singular ones
             part.gram.diagonal().add_(float(count))

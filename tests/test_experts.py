@@ -346,9 +346,9 @@ def test_the_bias_of_an_expert_stays_where_biases_do() -> None:
     rest = target - features[:, -1:] * weight[:, -1]
     sums, expected = [NormalEquations.zeros(c, 3, torch.device("cpu")) for c in (5, 5)], []
     for each, rows_of in zip(sums, (slice(30), slice(30, 60)), strict=True):
-        each.add(features[rows_of], target[rows_of], target[rows_of])
+        each.add(features[rows_of], target[rows_of])
         left = NormalEquations.zeros(4, 3, torch.device("cpu"))
-        left.add(features[rows_of, :-1], rest[rows_of], target[rows_of])
+        left.add(features[rows_of, :-1], rest[rows_of])
         expected.append(left)
     joint, reduced_sums = sums[1].join(sums[0]), expected[1].join(expected[0])
     reduced = without_bias(joint, weight[:, -1])

@@ -143,12 +143,12 @@ def test_drift_is_corrected_by_the_affine_map_that_undoes_it() -> None:
     )
     read = (taught - shift) @ torch.linalg.inv(matrix).T
     equations = NormalEquations.zeros(4, 4, torch.device("cpu"))
-    equations.add(read, taught, taught)
+    equations.add(read, taught)
     fit = correct_drift(equations, 0.0, True)
     torch.testing.assert_close(fit.weight, matrix, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fit.bias, shift, rtol=1e-5, atol=1e-6)
     same = NormalEquations.zeros(4, 4, torch.device("cpu"))
-    same.add(taught, taught, taught)
+    same.add(taught, taught)
     for tune_bias in (True, False):
         fit = correct_drift(same, 0.01, tune_bias)
         torch.testing.assert_close(fit.weight, torch.eye(4, dtype=torch.float64))
@@ -231,6 +231,19 @@ def test_what_is_measured_of_the_dense_model_is_so_row_by_row(model_type: str, h
             assert (statistics.samples, statistics.tokens) == (6, sum(len(row["input_ids"]) for row in data))
 
 
+@pytest.mark.parametrize("distances", [[3.0, 2.0, 1.0], [2.0, 1.0, 3.0], [1.0, 2.0, 0.0]])
+def test_a_further_way_to_split_is_tried_where_the_last_has_done_best(
+    distances: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_kprune.methods.surgeon.Surgeon.exponents", (3.0, 2.0, 1.0, 0.5))
+    values = iter([*distances, -1.0])
+    monkeypatch.setattr("hf_kprune.algorithm.Judge.distance", lambda *_: next(values))
+    args = KPruneArguments(sparsity=0.6, disable_tqdm=True, use_cpu=True)
+    report = KPrunePruner(shallow(), args, rows(24), collate).prune()
+    tried = 2 if distances[1] > distances[0] else 3 if distances[2] > distances[1] else 4
+    assert [*report.trials] == ["3.0", "2.0", "1.0", "0.5"][:tried]
+
+
 def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned(*exponents: float) -> Any:
         monkeypatch.setattr("hf_kprune.methods.surgeon.Surgeon.exponents", exponents)
@@ -238,8 +251,8 @@ def test_more_ways_to_split_are_tried_and_the_nearest_student_wins(monkeypatch: 
         args = KPruneArguments(sparsity=0.6, disable_tqdm=True, use_cpu=True)
         return KPrunePruner(model, args, rows(24), collate).prune(), model
 
-    report, model = pruned(0.3, 1.0, 3.0)
-    assert set(report.trials) == {"0.3", "1.0", "3.0"}
+    report, model = pruned(0.3, 1.0)
+    assert set(report.trials) == {"0.3", "1.0"}
     best = min(report.trials, key=report.trials.__getitem__)
     alone, other = pruned(float(best))
     assert not alone.trials
@@ -316,7 +329,7 @@ def test_moments_about_a_large_mean_are_those_of_what_varies(dtype: torch.dtype)
     exact = features.double() - features.double().mean(0)
     equations = NormalEquations.zeros(6, 6, torch.device("cpu"))
     for batch in features.split(64):
-        equations.add(batch, batch, batch, dtype)
+        equations.add(batch, batch, dtype)
     inverse, _ = inverse_covariance(equations.gram, equations.feature_sum, 600, True, 0.0)
     torch.testing.assert_close(inverse.inverse(), exact.T @ exact / 600, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(equations.cross, equations.gram)
@@ -326,7 +339,7 @@ def test_moments_about_a_large_mean_are_those_of_what_varies(dtype: torch.dtype)
 def test_damping_that_rounding_asks_for_is_no_more_than_that_and_is_reported() -> None:
     features = torch.randn(30, 4).repeat(1, 3).float()  # each column three times
     centred = NormalEquations.zeros(12, 12, torch.device("cpu"))
-    centred.add(1e3 * features, features, features, torch.float32)
+    centred.add(1e3 * features, features, torch.float32)
     before = centred.gram.clone()
     inverse, damping = inverse_covariance(centred.gram, centred.feature_sum, 30, True, 0.0)
     assert torch.equal(centred.gram, before)

@@ -38,20 +38,21 @@ class Collector:
     """
 
     def __init__(self, sums: NormalEquations, dtype: torch.dtype):
-        self.sums, self.dtype, self.waiting = sums, dtype, list[tuple[Tensor, Tensor, Tensor]]()
+        self.sums, self.dtype, self.waiting = sums, dtype, list[tuple[Tensor, Tensor]]()
 
-    def add(self, features: Tensor, target: Tensor, reference: Tensor) -> None:
+    def add(self, features: Tensor, target: Tensor) -> None:
         """Add tokens as `NormalEquations.add` does, at once or later."""
-        self.waiting.append((features, target, reference))
-        if sum(len(tokens) for tokens, _, _ in self.waiting) >= BLOCK:
+        self.waiting.append((features, target))
+        if sum(len(tokens) for tokens, _ in self.waiting) >= BLOCK:
             self.total()
 
     def total(self) -> NormalEquations:
         """The sums over all tokens so far."""
         if self.waiting:
-            features, target, reference = [torch.cat(each) for each in zip(*self.waiting, strict=True)]
+            several = len(self.waiting) > 1
+            features, target = map(torch.cat, zip(*self.waiting, strict=True)) if several else self.waiting[0]
             self.waiting = []
-            self.sums.add(features, target, reference, self.dtype)
+            self.sums.add(features, target, self.dtype)
         return self.sums
 
 
@@ -191,7 +192,7 @@ def normal_equations(
             ):
                 for part, mask in zip(parts, masks, strict=True):
                     tokens = mask[rows]
-                    part.add(features[tokens], target[tokens], stream.flatten(0, 1)[rows][tokens])
+                    part.add(features[tokens], target[tokens])
             calibration.step(2)
     fits = [total_of(calibration, parts) for parts in sums]
     for equations in fits:
@@ -256,7 +257,7 @@ def input_equations(
                 for part, tokens in zip(
                     parts, halves(batch, batch.tokens(sublayer, x, stack), halved), strict=True
                 ):
-                    part.add(x[tokens], y[tokens], y[tokens])
+                    part.add(x[tokens], y[tokens])
             calibration.step(2)
     fits = [total_of(calibration, parts) for parts in sums]
     for equations in fits:

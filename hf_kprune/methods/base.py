@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..options import from_json
-from .least_squares import Fit, NormalEquations, fit_of
+from .least_squares import Fit, NormalEquations
 from .search import common_scores, threshold_search
 
 
@@ -114,6 +114,10 @@ class Statistics:
         ]
 
 
+TRIED_FIRST = 2
+"""Ways to split the budget over depth that are tried whatever comes of them."""
+
+
 class Options(Protocol):
     """What methods read of the options of a run, see `KPruneArguments`."""
 
@@ -173,9 +177,10 @@ class Method:
     as it takes to measure no more than `algorithm.MEASUREMENTS` times."""
 
     exponents: ClassVar[tuple[float | None, ...]] = (None,)
-    """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). With more
-    than one, each is tried, or at most as many numbers of heads if all layers are to end alike, and the
-    student that is nearest to the teacher on held-out calibration rows wins."""
+    """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). Several are
+    tried in their order, `TRIED_FIRST` of them at first and each further one as long as the last has done
+    best, or at most as many numbers of heads if all layers are to end alike; the student that is nearest to
+    the teacher on held-out calibration rows wins."""
 
     measure_tokens: ClassVar[int | None] = None
     """Tokens measured if the options name no number; None: all."""
@@ -248,7 +253,7 @@ class Method:
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         """New output weights (D, C) of the kept columns, unit by unit, and bias."""
-        return fit_of(equations, weight, bias)
+        return Fit(weight.double(), bias)
 
     def fit(
         self,
@@ -266,14 +271,14 @@ class Method:
         fits = []
         for each, columns in zip(equations, weight.unflatten(1, (len(equations), -1)).unbind(1), strict=True):
             if not each.tokens:
-                fits.append(fit_of(each, columns, None))
+                fits.append(Fit(columns.double(), None))
             elif has_bias_columns and not self.tune_bias:
                 last, rest = columns[:, -1:].double(), columns[:, :-1]
                 fit = self.tune(without_bias(each, last[:, 0]), rest, None, min(unit_width, rest.shape[1]))
                 fits.append(replace(fit, weight=torch.cat([fit.weight, last], 1)))
             else:
                 fits.append(self.tune(each, columns, None, unit_width))
-        return joint_fit(fits, equations)
+        return joint_fit(fits)
 
 
 def without_bias(equations: NormalEquations, bias: Tensor) -> NormalEquations:
@@ -286,7 +291,6 @@ def without_bias(equations: NormalEquations, bias: Tensor) -> NormalEquations:
         feature_sum=e.feature_sum[:-1],
         target_sum=e.target_sum - e.feature_sum[-1] * bias,
         target_square=e.target_square - 2 * e.cross[-1] @ bias + feature[-1] * (bias @ bias),
-        reference_square=e.reference_square,
         tokens=e.tokens,
     )
     if e.first is not None:
@@ -294,17 +298,11 @@ def without_bias(equations: NormalEquations, bias: Tensor) -> NormalEquations:
     return rest
 
 
-def joint_fit(fits: Sequence[Fit], equations: Sequence[NormalEquations]) -> Fit:
-    """The fits of experts beside each other, (D, sum of C), with the root mean square of their errors."""
-    squares = torch.stack([each.reference_square for each in equations])
-    shares = squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny)
-    errors = torch.tensor([[fit.error_before, fit.error_after] for fit in fits]).to(shares)
-    before, after = (shares @ errors.square()).sqrt().tolist()
+def joint_fit(fits: Sequence[Fit]) -> Fit:
+    """The fits of experts beside each other, (D, sum of C)."""
     return Fit(
         torch.cat([fit.weight for fit in fits], 1),
         None,
-        before,
-        after,
         max(fit.damping for fit in fits),
         sum(fit.undetermined for fit in fits),
     )

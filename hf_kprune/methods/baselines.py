@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Method, Options, Statistics
 from .knowledge import per_unit
-from .least_squares import Fit, NormalEquations, fit_of
+from .least_squares import Fit, NormalEquations
 
 
 class Magnitude(Method):
@@ -87,7 +87,7 @@ class FLAP(Method):
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         e = equations
         mean = (e.target_sum - weight.to(torch.float64) @ e.feature_sum) / e.tokens
-        return fit_of(e, weight, bias, weight, None if bias is None else mean)
+        return Fit(weight.double(), None if bias is None else mean)
 
 
 class WandaSP(Method):

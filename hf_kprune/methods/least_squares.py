@@ -107,7 +107,6 @@ class NormalEquations:
         feature_sum: A^T 1, (C,).
         target_sum: Y^T 1, (D,).
         target_square: ||Y||_F^2, ().
-        reference_square: ||X_T + Sub_T(X_T)||_F^2, (), what errors are relative to.
         tokens: n, ().
         first: The same sums over the first half of the sequences, if a ridge is to be chosen by halves; else
             None.
@@ -118,7 +117,6 @@ class NormalEquations:
     feature_sum: Tensor
     target_sum: Tensor
     target_square: Tensor
-    reference_square: Tensor
     tokens: Tensor
     first: NormalEquations | None = field(default=None, init=False)
 
@@ -152,15 +150,11 @@ class NormalEquations:
             (width,),
             (),
             (),
-            (),
         ]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def add(
-        self, features: Tensor, target: Tensor, reference: Tensor, dtype: torch.dtype = torch.float64
-    ) -> None:
-        """Add tokens: features A (n, C), target Y = X_T + Sub_T(X_T) - X_S (n, D), reference X_T + Sub_T(X_T)
-        (n, D).
+    def add(self, features: Tensor, target: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Add tokens: features A (n, C), target Y = X_T + Sub_T(X_T) - X_S (n, D).
 
         Products are taken in `dtype` and summed in float64, see `add_products`.
         """
@@ -169,8 +163,7 @@ class NormalEquations:
         add_products(self.cross, a, y)
         self.feature_sum += a.total()
         self.target_sum += y.total()
-        self.target_square += target.double().square().sum()
-        self.reference_square += reference.double().square().sum()
+        self.target_square += torch.linalg.vector_norm(target, dtype=torch.float64).square()
         self.tokens += len(features)
 
     def along(self, directions: Tensor) -> NormalEquations:
@@ -185,14 +178,11 @@ class NormalEquations:
 
 @dataclass
 class Fit:
-    """A tuned output projection and how well it does.
+    """A tuned output projection.
 
     Args:
         weight: W, (D, C), float64.
         bias: b, (D,), float64; None for a projection without one.
-        error_before: ||Y - A W^T - 1 b^T||_F / ||X_T + Sub_T(X_T)||_F with the weights as they were, of all
-            tokens together, as they are fitted. Reports tell errors token by token.
-        error_after: The same with the tuned ones.
         damping: What was added to the diagonal, relative to its mean, the ridge included.
         undetermined: Columns that are, to rounding, linear combinations of others, so that the data do not
             determine their weights; they take the smallest change from the weights as they were.
@@ -200,8 +190,6 @@ class Fit:
 
     weight: Tensor
     bias: Tensor | None
-    error_before: float
-    error_after: float
     damping: float = 0.0
     undetermined: int = 0
 
@@ -214,25 +202,6 @@ def squared_error(equations: NormalEquations, weight: Tensor, bias: Tensor | Non
         b = bias.to(w.dtype)
         square = square - 2 * e.target_sum @ b + 2 * (e.feature_sum @ w.T) @ b + e.tokens * b @ b
     return square
-
-
-def relative_error(equations: NormalEquations, weight: Tensor, bias: Tensor | None) -> float:
-    """||Y - A W^T - 1 b^T||_F relative to ||X_T + Sub_T(X_T)||_F, from the sums alone."""
-    square, reference = squared_error(equations, weight, bias), equations.reference_square
-    return float((square.clamp(min=0) / reference.clamp(min=torch.finfo(reference.dtype).tiny)).sqrt())
-
-
-def fit_of(
-    equations: NormalEquations,
-    old_weight: Tensor,
-    old_bias: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Fit:
-    """The fit of new weights (D, C) and bias (D,) in the place of old ones; None: the old."""
-    before = old_weight.to(torch.float64), None if old_bias is None else old_bias.to(torch.float64)
-    after = before[0] if weight is None else weight.to(torch.float64), before[1] if bias is None else bias
-    return Fit(*after, relative_error(equations, *before), relative_error(equations, *after))
 
 
 def tune_weight(
@@ -272,9 +241,8 @@ def tune_weight(
     if ridge is None:
         ridge = choose_ridge(equations, w0, b0, free)
     equations.first = None  # it takes as much memory as the sums
-    error_before = relative_error(equations, w0, b0)
     w, b, floor, undetermined = solve(equations, residual_of(equations, w0, b0, free), w0, b0, ridge)
-    return Fit(w, b, error_before, relative_error(equations, w, b), ridge + floor, undetermined)
+    return Fit(w, b, ridge + floor, undetermined)
 
 
 def choose_ridge(equations: NormalEquations, weight: Tensor, bias: Tensor | None, tune_bias: bool) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import BudgetError
 from .base import Method, Statistics
-from .least_squares import Fit, NormalEquations, fit_of
+from .least_squares import Fit, NormalEquations
 from .search import TOLERANCE, group_sizes
 
 
@@ -131,7 +131,7 @@ class KCM(Method):
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         if unit_width > 1:
-            return fit_of(equations, weight, bias)
+            return Fit(weight.double(), bias)
         return scale_units(equations, weight, bias, unit_width)
 
 
@@ -261,7 +261,7 @@ def scale_units(
     )  # not finite where no damping of this size can help
     if not bool((x.abs() <= limit).all()):
         x = torch.ones_like(x)
-    return fit_of(e, w, bias, w * x.repeat_interleave(unit_width))
+    return Fit(w * x.repeat_interleave(unit_width), bias)
 
 
 def representative(filters: Tensor, sigma: float = 1.0, alpha: float = 0.01) -> Tensor:
