@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,8 +22,15 @@ from transformers.modeling_outputs import (
 from zoo import make
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
-from hf_kprune.calibration.knowledge import Draws, KnowledgeLoss
-from hf_kprune.calibration.losses import bernoulli_kl_divergence, kl_divergence, of_embeddings, squared_error
+from hf_kprune.calibration.knowledge import CLASS, Draws, Knowledge, KnowledgeLoss
+from hf_kprune.calibration.loss_check import check_loss
+from hf_kprune.calibration.losses import (
+    bernoulli_kl_divergence,
+    kl_divergence,
+    of_embeddings,
+    of_tokens,
+    squared_error,
+)
 from hf_kprune.calibration.tasks import knowledge_loss
 from hf_kprune.structure.sublayers import find_sublayers
 
@@ -486,3 +494,16 @@ def test_hidden_states_that_were_asked_for_are_named() -> None:
 def test_what_the_loss_is_made_of_is_in_the_report(head: str, read: list[str], ignored: list[str]) -> None:
     report = KPrunePruner(shallow("bert", head), KPruneArguments(**QUICK), rows(30), collate).plan()
     assert (report.compared, report.ignored) == (read, ignored)
+
+
+def test_a_head_that_answers_by_other_tokens_than_the_layers_give_is_refused() -> None:
+    """As where the decoder of a model is left alone, and its encoder reads more."""
+    loss = Knowledge("of tokens", partial(of_tokens, 1.0), 1.0, {"logits": CLASS}, per_token=True)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    outputs = ModelOutput(logits=torch.randn(2, 7, 5))
+    with pytest.raises(
+        ArgumentError, match=r"logits of shape \(2, 7, 5\), expected answers for the 9 tokens"
+    ):
+        check_loss(loss, outputs, valid, Draws(0, [0, 1], valid), 2)
+    same = ModelOutput(logits=torch.randn(2, 9, 5))
+    assert check_loss(loss, same, valid, Draws(0, [0, 1], valid), 2) == (["logits"], [])

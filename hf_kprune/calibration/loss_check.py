@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .knowledge import Draws, Knowledge
+from .knowledge import CLASS, TOKEN, YES_OR_NO_OF_TOKENS, Draws, Knowledge
 
 
 BY_PRODUCTS = {
@@ -68,8 +68,18 @@ def check_loss(
 
     Raises:
         ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head,
-            always the same.
+            always the same, or if the head answers by tokens, and by others than those that leave the last
+            layers.
     """
+    for key, kind in loss.kinds_in(outputs).items() if loss.kinds is not None else ():
+        by_token = kind in (TOKEN, YES_OR_NO_OF_TOKENS) or (kind is CLASS and outputs[key].dim() == 3)
+        if by_token and outputs[key].shape[:2] != valid.shape:
+            raise ArgumentError(
+                f"the head gives {key} of shape {tuple(outputs[key].shape)}, expected answers for the "
+                f"{valid.shape[1]} tokens of each of {len(valid)} sequences that leave the last layers whose "
+                "sublayers are known; layers of the model above them are left alone, so that the tokens that "
+                "count are not known: pass compute_loss"
+            )
     name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
     generator = torch.Generator().manual_seed(0)
     drawn = loss.draw(outputs, loss.noise(outputs, draws), valid)
