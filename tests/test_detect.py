@@ -45,6 +45,7 @@ from hf_kprune.structure.descriptions import Detected, as_code, keep
 from hf_kprune.structure.detect import detect
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
+from hf_kprune.structure.layer_lists import outermost
 from hf_kprune.structure.proof import prove, step
 from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.runs import run_sublayer
@@ -660,3 +661,12 @@ def test_half_precision_is_proved_in_float32() -> None:
         torch.equal(value, before[key]) and value.dtype == before[key].dtype
         for key, value in model.state_dict().items()
     )
+
+
+def test_a_list_may_have_gaps() -> None:
+    """As where some layers are followed by a convolution, and others by none."""
+    module = nn.Module()
+    module.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2))
+    module.after = nn.ModuleList([nn.Conv1d(2, 2, 1), None])  # type: ignore[list-item]
+    module.mixed = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ReLU()), None])  # type: ignore[list-item]
+    assert outermost(module, ()) == ["layers", "mixed"]

@@ -77,8 +77,7 @@ def check_loss(
             raise ArgumentError(
                 f"the head gives {key} of shape {tuple(outputs[key].shape)}, expected answers for the "
                 f"{valid.shape[1]} tokens of each of {len(valid)} sequences that leave the last layers whose "
-                "sublayers are known; layers of the model above them are left alone, so that the tokens that "
-                "count are not known: pass compute_loss"
+                "sublayers are known, so that it cannot be told which answers count; pass compute_loss"
             )
     name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
     generator = torch.Generator().manual_seed(0)

@@ -98,7 +98,8 @@ def outermost(module: nn.Module, rest: tuple[str, ...], path: str = "") -> list[
     for name, child in module.named_modules(prefix=path):
         inside = child is module or name.startswith(tuple(f"{outer}." for outer in names))
         if isinstance(child, (nn.ModuleList, nn.Sequential)) and not inside:
-            holding = [m for m in child if any(isinstance(p, PROJECTIONS) for p in m.modules())]
+            # some lists have gaps, which are no children
+            holding = [m for m in child.children() if any(isinstance(p, PROJECTIONS) for p in m.modules())]
             if all(isinstance(m, PROJECTIONS) for m in holding) or f"{name}.".startswith(rest):
                 continue
             names.append(name)
