@@ -342,6 +342,23 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("GemmaForCausalLM", HEAD_DIM, "text"),
     "gemma2": ("Gemma2ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
     "gemma3_text": ("Gemma3ForCausalLM", {**HEAD_DIM, **SLIDING}, "text"),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": GEMMA4,
+            "vision_config": {
+                **{k: v for k, v in HEAD_DIM.items() if k != "vocab_size"},
+                "num_key_value_heads": 4,
+                "patch_size": 2,
+                "pooling_kernel_size": 2,
+                "position_embedding_size": 8,
+                "use_clipped_linears": True,
+            },
+            "audio_config": None,
+            "image_token_id": 3,
+        },
+        "places",
+    ),
     "gemma4_text": ("Gemma4ForCausalLM", GEMMA4, "text"),
     "gemma3n_text": (
         "Gemma3nForCausalLM",
@@ -1640,6 +1657,18 @@ def inputs_for(model: PreTrainedModel, kind: str, seed: int = 5, batch: int = 4)
         shapes = torch.tensor([[2, 2 + row % 2] for row in range(batch)])
         mask = (torch.arange(6) < shapes.prod(1, keepdim=True)).long()
         return {**text(9), "pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    if kind == "places":  # of 16 patches, of which four make a token, or eight and padding
+        rows = torch.arange(batch).unsqueeze(1)
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(batch, -1, -1)
+        padding = (torch.arange(16) >= 8) & (rows % 2 == 1)
+        inputs, size = text(9), config.vision_config.patch_size
+        images = torch.where((torch.arange(4) >= 2) & (rows % 2 == 1), 1, config.image_token_id)
+        return {
+            "input_ids": torch.cat([images, inputs["input_ids"]], 1),
+            "attention_mask": torch.cat([(images != 1).long(), inputs["attention_mask"]], 1),
+            "pixel_values": torch.randn(batch, 16, 3 * size**2),
+            "image_position_ids": places.masked_fill(padding.unsqueeze(2), -1),
+        }
     if kind == "clip":
         vision = config.vision_config
         return {

@@ -462,6 +462,20 @@ _GEMMA4 = replace(
     shares="shared_kv_states",
     uniform={},
 )
+_GEMMA4_VISION = replace(
+    _NORM_AFTER,
+    layers="encoder.layers",
+    # each projection is in a module that clips what it reads and gives
+    blocks=tuple(
+        replace(
+            block,
+            inputs={f"{p}.linear": layout for p, layout in block.inputs.items()},
+            output=f"{block.output}.linear",
+        )
+        for block in _NORM_AFTER.blocks
+    ),
+    mask="",
+)
 _GEMMA3N = replace(
     _GEMMA4,
     blocks=(_GEMMA4.blocks[0], replace(_GEMMA4.blocks[1], stays="mlp.activation_sparsity")),
@@ -1290,6 +1304,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     ),  # its head has an FFN of that size too
     "siglip_text_model": (_CLIP,),
     "siglip_vision_model": (replace(_CLIP_VISION, uniform={}),),
+    "gemma4_vision": (_GEMMA4_VISION,),
     # sound
     "glmasr_encoder": (
         replace(
