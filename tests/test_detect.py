@@ -178,7 +178,7 @@ REFUSALS = {
 LEFT: dict[str, tuple[str, str]] = {
     "mixtral": ("mlp.experts.down_proj", "it is a weight of neither nn.Linear nor an attention"),
     "qwen2_moe": ("mlp.shared_expert_gate", "it opens and closes no sublayer"),
-    "siglip_vision_model": ("head.", "it is like what its layers are made of, and lies outside of them"),
+    "siglip_vision_model": ("head.", "it is an attention that lies outside of all lists of layers"),
     "deberta": ("attention.self.in_proj", "no attributes of DebertaConfig tell a number and size of heads"),
     "deberta-v2:v3": ("attention.self.key_proj", "it runs more than once in a layer"),
 }
