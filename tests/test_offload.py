@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,14 @@ from zoo import DISTINCT, ZOO, make, outputs_of
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport, UnsupportedModelError
 from hf_kprune.structure.offload import Folder, device_map
 from hf_kprune.structure.sublayers import find_sublayers
-from hf_kprune.structure.workbench import leave_workbench, on_workbench, words_of
+from hf_kprune.structure.workbench import (
+    APART,
+    MMAP_THRESHOLD,
+    keep_large_tensors_apart,
+    leave_workbench,
+    on_workbench,
+    words_of,
+)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
@@ -215,3 +223,18 @@ def test_the_files_of_a_killed_process_are_removed_by_the_next_one(
     del alive
     gc.collect()
     assert list(tmp_path.iterdir()) == [not_ours]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_large_tensors_are_given_back_at_once_unless_the_user_has_chosen(
+    chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *what: calls.append(what))
+    monkeypatch.setattr("hf_kprune.structure.workbench.sys.platform", "linux")
+    monkeypatch.setattr("hf_kprune.structure.workbench.ctypes.CDLL", lambda _: library)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    if chosen:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    keep_large_tensors_apart()
+    assert calls == ([] if chosen else [(MMAP_THRESHOLD, APART)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import os
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,12 @@ BENCH = "kprune_workbench"
 """Attribute of a model that has a workbench."""
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+APART = 2**22
+"""Bytes from which a tensor is given back to the system as soon as it is free."""
+
+MMAP_THRESHOLD = -3
+"""The number by which glibc's malloc.h calls that size, M_MMAP_THRESHOLD."""
 
 
 def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
@@ -62,6 +69,7 @@ class Workbench:
         self.layers, self.device, self.sources = list(layers), device, dict(sources)
         self.folder = Folder()
         self.on_disk = {number for number, _ in self.sources} if to_disk else set()
+        keep_large_tensors_apart()
         self.current: int | None = None
         self.away: dict[str, Tensor] = {}
         self.here: dict[str, weakref.ref[Tensor]] = {}
@@ -145,6 +153,18 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def keep_large_tensors_apart() -> None:
+    """Let each large tensor be given back to the system as soon as it is free, where the C library is glibc
+    and nobody has chosen otherwise.
+
+    glibc raises the size from which it does so to that of the largest tensor that was freed, up to 32 MiB.
+    Smaller ones then come to lie in a heap, whose gaps stay with the process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(MMAP_THRESHOLD, APART)
 
 
 def slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
