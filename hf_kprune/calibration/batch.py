@@ -226,8 +226,8 @@ class BatchMaker:
         return [pairs_of_tokens(call, batch.valid[sublayer.stack_name]) for call in calls]
 
 
-def seen_tokens(mask: Tensor) -> Tensor:
-    """Which entries of a mask, boolean, of numbers 0 and 1, or to be added to attention scores, are seen."""
+def visible_tokens(mask: Tensor) -> Tensor:
+    """Which entries of a mask may be read: a boolean one, of numbers 0 and 1, or to be added to scores."""
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 
@@ -241,8 +241,8 @@ def real_tokens(call: Mapping[str, Any], size: torch.Size) -> Tensor:
     """
     mask = call.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape[-1] == size[1] and len(mask) in (1, size[0]):
-        seen = seen_tokens(mask)
-        return (seen.flatten(1, -2).any(1) if seen.dim() > 2 else seen).expand(size)
+        visible = visible_tokens(mask)
+        return (visible.flatten(1, -2).any(1) if visible.dim() > 2 else visible).expand(size)
     return torch.ones(size, dtype=torch.bool)
 
 
@@ -264,7 +264,7 @@ def pairs_of_tokens(call: Mapping[str, Any], valid: Tensor) -> float:
     if isinstance(starts, Tensor):
         return float(starts.diff().double().square().sum())
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == valid.shape[1:] * 2:
-        seen = seen_tokens(mask[:, 0]).to(valid.device)
-        both = (seen | seen.mT) & valid.unsqueeze(1) & valid.unsqueeze(2)
+        visible = visible_tokens(mask[:, 0]).to(valid.device)
+        both = (visible | visible.mT) & valid.unsqueeze(1) & valid.unsqueeze(2)
         return float(both.sum())
     return float(valid.sum(1).double().square().sum())

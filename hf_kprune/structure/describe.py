@@ -19,7 +19,7 @@ from .descriptions import Detected, Families, as_code, keep, model_at
 from .detect import detect
 from .facts import evaluation_copy, example_inputs, to_model
 from .families import FAMILIES, REFUSED, Stack
-from .proof import kept_reason, prove, step
+from .proof import plain_reason, prove, step
 from .sublayers import find_sublayers
 
 
@@ -129,7 +129,7 @@ def describe_on(model: PreTrainedModel, batch: MakeBatch, head_unit: str) -> Non
         if failure:
             raise
         cause = cast(UnsupportedArchitectureError, error.__cause__)  # it says nothing of a way out
-        why = f"on the calibration rows {kept_reason(cause)}"
+        why = f"on the calibration rows {plain_reason(cause)}"
         keep(model, Detected(families, {p: why if r == NOT_RUN else r for p, r in rest.items()}))
 
 
@@ -150,7 +150,7 @@ def _proved(
     if failure and len(every) > 1:
         failures = [failure_of(_only(model, detected, [stack], "")) for stack in every]
         right = [stack for stack, of_it in zip(every, failures, strict=True) if not of_it]
-        why = kept_reason(next((of_it for of_it in failures if of_it), failure))
+        why = plain_reason(next((of_it for of_it in failures if of_it), failure))
         part = _only(model, detected, right, why)
         if right and len(right) < len(every) and not failure_of(part):
             return part

@@ -19,8 +19,17 @@ from .coverage import IDLE
 from .descriptions import Detected, Families, keep
 from .facts import evaluation_copy, masks_frames, to_model
 from .families import Block
-from .layer_lists import LayerList, apart, head_names_of, innermost, nested, outermost, said, surroundings
-from .proof import implementations, kept_reason, prove_cuts, prove_saving, step, trial_masks
+from .layer_lists import (
+    LayerList,
+    apart,
+    head_names_of,
+    innermost,
+    nested,
+    outermost,
+    reasons_of,
+    surroundings,
+)
+from .proof import implementations, plain_reason, prove_cuts, prove_saving, step, trial_masks
 from .sublayers import find_sublayers
 from .units import UNITS
 from .variants import HeadNames, variants
@@ -65,11 +74,11 @@ def detect(
         if layers.stack.blocks:
             settled.append(layers)
         else:
-            why = said(layers.rest)
+            why = reasons_of(layers.rest)
             rest[f"{layers.name}."] = f"nothing of its layers can be cut: {why}"
     lists = settled
     if not lists and not any(kind in leave for kind in types.values()):
-        raise UnsupportedArchitectureError(said(rest) or "it has no list of layers that hold nn.Linear")
+        raise UnsupportedArchitectureError(reasons_of(rest) or "it has no list of layers that hold nn.Linear")
     return Detected(_families(lists), rest)
 
 
@@ -100,7 +109,7 @@ def _settle(
             with step(f"{layers.name}.*.{block.output}"):
                 _try(keep(dense, trial), inputs, layers.name, block)
         except UnsupportedArchitectureError as error:
-            errors.setdefault(block.output, kept_reason(error))
+            errors.setdefault(block.output, plain_reason(error))
             return False
         return True
 

@@ -131,14 +131,14 @@ def _trouble(layers: LayerList) -> str:
     if "y" not in str(most.returns):
         troubles.append(f"{most.name} returns no hidden states, alone or in a tuple")
     if not troubles and not others:
-        why = said({path: why for w in layers.watches for path, why in w.rest.items()})
+        why = reasons_of({path: why for w in layers.watches for path, why in w.rest.items()})
         troubles.append(f"nothing in {layers.name} is an attention or an FFN of nn.Linear: {why}")
     if not troubles:
         _merge(layers)
     return troubles[0] if troubles else ""
 
 
-def said(reasons: Mapping[str, str]) -> str:
+def reasons_of(reasons: Mapping[str, str]) -> str:
     """The reasons why parts stay as they are, path to reason, in one sentence, each with the first part of
     which it is told unless it names one itself."""
     parts: dict[str, str] = {}

@@ -164,7 +164,7 @@ def step(what: str, meaning: str = "it does not run then, as the error above sho
         raise UnsupportedArchitectureError(f"{what}: {reason}" if what else reason) from error
 
 
-def kept_reason(error: UnsupportedArchitectureError) -> str:
+def plain_reason(error: UnsupportedArchitectureError) -> str:
     """What an error says where it is kept and shown without the error that it came from."""
     return str(error).replace(", as the error above shows", "")
 
