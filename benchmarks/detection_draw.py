@@ -1,6 +1,6 @@
 """Sixty model types drawn by lot, as users would bring them: pruned, refused, or worse.
 
-    python benchmarks/detection_draw.py --draw 4   the table of the last draw in benchmarks/results/detection_draw.md
+    python benchmarks/detection_draw.py --draw 5   the table of the last draw in benchmarks/results/detection_draw.md
 
 The types of a draw were drawn by `drawn` from all that Transformers has and that no family, no test and no earlier list named, after
 the last family was added and before any of them was tried. Configs are made by a rule: sizes that a config class has by default
@@ -751,13 +751,13 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
     yield {"latents": latents, "hidden_states": latents, "x": latents}
     lags = max(config.lags_sequence) if getattr(config, "lags_sequence", None) else 0
     length = size(config, "context_length prediction_length", 12) + lags
-    known = size(config, "num_time_features", 0)
+    parts_of_time = size(config, "num_time_features", 0)
     yield {
         "past_values": noise(3, length),
-        "past_time_features": noise(3, length, known),
+        "past_time_features": noise(3, length, parts_of_time),
         "past_observed_mask": torch.ones(3, length),
         "future_values": noise(3, size(config, "prediction_length", 6)),
-        "future_time_features": noise(3, size(config, "prediction_length", 6), known),
+        "future_time_features": noise(3, size(config, "prediction_length", 6), parts_of_time),
     }
     past = noise(3, size(config, "context_length", 32), size(config, "num_input_channels", 1))
     yield {"past_values": past, "past_observed_mask": torch.ones_like(past)}
@@ -932,7 +932,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draw", type=int, choices=tuple(DRAWS), default=4, help="Which of the draws.")
+    parser.add_argument(
+        "--draw", type=int, choices=tuple(DRAWS), default=max(DRAWS), help="Which of the draws."
+    )
     parser.add_argument("--only", nargs="*", help="Try these types of it alone.")
     parser.add_argument("--seconds", type=float, default=300, help="How long a type may take.")
     args = parser.parse_args()

@@ -10,9 +10,10 @@ with this same loop on fewer rows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -141,49 +142,50 @@ def choose(
     tuned, is nearest to the teacher on the rows held out; its distance is returned for each way that was
     tried, by name. Exponents are in order, so that a further one is tried only where the last has done
     best."""
-    distances, plans = dict[str, float](), dict[str, list[Decision]]()
+    ways = ways_to_split(job, statistics, scores, exponents)
+    first = None if job.budget.args.uniform else TRIED_FIRST
     with job.calibration.phase("search"):
-        for name, masks in ways_to_split(job, statistics, scores, exponents):
-            plans[name] = [
-                Decision(mask.bool().cpu(), score, each.damping)
-                for mask, score, each in zip(masks, scores, statistics, strict=True)
-            ]
+        plans, distances = dict(islice(ways, first)), dict[str, float]()
     few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
     if len(plans) > 1:
         with few.phase("search"):
             judge = Judge(few, teacher, job.loss)
-        on_few = replace(job, calibration=few, trial=True)
-        # each student has a layer in float32 on a workbench, so that there they go up one by one
-        alone, names = workbench_of(dense.model) is not None, list(plans)
-        together = 1 if alone else len(names) if job.budget.args.uniform else TRIED_FIRST
-        groups = [names[:together], *([name] for name in names[together:])]
-        for group in groups:
-            (ends,) = broadcast_object_list([has_turned(distances) and not job.budget.args.uniform])
-            if ends:
-                break
-            students = [few.walk(frozen(dense.model)) for _ in group]
-            for student in students:
-                student.keeps_layers = judge.needs_layers
-            reference = few.walk(teacher.model, teacher.sublayers)
-            prune(on_few, students, reference, [plans[name] for name in group], unwritten)
-            with few.phase("search"):
-                for name, student in zip(group, students, strict=True):
-                    distances[name] = judge.distance(student)
-                    leave_workbench(student.model)  # which has its last layer in float32
+        on_few, untried = replace(job, calibration=few, trial=True), plans
+        while untried:
+            distances |= distances_of(on_few, judge, dense, teacher, untried)
+            (ends,) = broadcast_object_list([min(distances, key=distances.__getitem__) != [*distances][-1]])
+            with few.phase("search"):  # masks of a way that is not tried may take long, too
+                untried = {} if ends else dict(islice(ways, 1))
+            plans |= untried
     (best,) = broadcast_object_list([min(plans, key=lambda name: distances.get(name, 0.0))])
     return plans[best], distances
 
 
-def has_turned(distances: dict[str, float]) -> bool:
-    """Whether the last of several distances is not the least."""
-    return len(distances) > 1 and min(distances, key=distances.__getitem__) != [*distances][-1]
+def distances_of(
+    job: Job, judge: Judge, dense: Walk, teacher: Walk, plans: Mapping[str, list[Decision]]
+) -> dict[str, float]:
+    """Cut and tune a student by each plan on the rows of a trial: how far it is from the teacher, by name."""
+    few, distances = job.calibration, dict[str, float]()
+    # each student has a layer in float32 on a workbench, so that there they go up one by one
+    alone = workbench_of(dense.model) is not None
+    for group in [[name] for name in plans] if alone else [list(plans)]:
+        students = [few.walk(frozen(dense.model)) for _ in group]
+        for student in students:
+            student.keeps_layers = judge.needs_layers
+        reference = few.walk(teacher.model, teacher.sublayers)
+        prune(job, students, reference, [plans[name] for name in group], unwritten)
+        with few.phase("search"):
+            for name, student in zip(group, students, strict=True):
+                distances[name] = judge.distance(student)
+                leave_workbench(student.model)  # which has its last layer in float32
+    return distances
 
 
 def ways_to_split(
     job: Job, statistics: Sequence[Statistics], scores: list[Tensor], exponents: Sequence[float | None]
-) -> Iterator[tuple[str, list[Tensor]]]:
-    """The ways to split the budget that are tried, by name, and the masks of all sublayers: one for each
+) -> Iterator[tuple[str, list[Decision]]]:
+    """The ways to split the budget that are tried, by name, and the decisions on all sublayers: one for each
     exponent. If all layers are to end alike, which leaves an exponent little to say, as many numbers of heads
     take their place."""
     worths: list[tuple[str, list[Tensor], list[int] | None]] = [
@@ -198,7 +200,14 @@ def ways_to_split(
         if counts is not None:
             budget.fix(counts)
         masks = budget.search(job.method, statistics, worth)
-        yield name, job.calibration.agree([mask.int() for mask in masks])
+        agreed = job.calibration.agree([mask.int() for mask in masks])
+        yield (
+            name,
+            [
+                Decision(mask.bool().cpu(), score, each.damping)
+                for mask, score, each in zip(agreed, scores, statistics, strict=True)
+            ],
+        )
 
 
 def tune(job: Job, student: Walk, reference: Reference, entry: SublayerReport) -> None:

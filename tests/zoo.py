@@ -1455,27 +1455,27 @@ def as_taken(model_type: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Packed inputs as a model takes them: patches of one frame, no kinds of tokens, sizes by which it merges."""
     if model_type not in PACKED_OTHERWISE:
         return inputs
-    taken = {
+    batch = {
         key: value
         for key, value in inputs.items()
         if key != "mm_token_type_ids" or model_type == "paddleocr_vl"
     }
     if "omni" in model_type:  # a sound before each text
-        ids, marks = taken["input_ids"], HEARD["audio_token_id"]
+        ids, marks = batch["input_ids"], HEARD["audio_token_id"]
         if not (ids == marks).any():
             sound = [75, *[marks] * (4 if model_type.startswith("qwen2_5") else 2), 76]
             ids = torch.cat([torch.tensor(sound).expand(len(ids), -1), ids], 1)
         words = ((ids > 3) * ids).sum(1).view(-1, 1, 1)
-        taken |= {"input_ids": ids, "attention_mask": (ids != 1).long()}
-        taken["input_features"] = torch.sin(words + torch.arange(128.0).view(8, 16))
-        taken["feature_attention_mask"] = torch.ones(len(ids), 16).long()
+        batch |= {"input_ids": ids, "attention_mask": (ids != 1).long()}
+        batch["input_features"] = torch.sin(words + torch.arange(128.0).view(8, 16))
+        batch["feature_attention_mask"] = torch.ones(len(ids), 16).long()
     if model_type in ("kimi_k25", "paddleocr_vl", "video_llama_3"):
-        taken["pixel_values"] = taken["pixel_values"].flatten(1)[:, :48]
+        batch["pixel_values"] = batch["pixel_values"].flatten(1)[:, :48]
     if model_type in ("kimi_k25", "paddleocr_vl"):
-        taken["pixel_values"] = taken["pixel_values"].unflatten(1, (3, 4, 4))
+        batch["pixel_values"] = batch["pixel_values"].unflatten(1, (3, 4, 4))
     if model_type == "video_llama_3":
-        taken["image_merge_sizes"] = torch.full((len(taken["image_grid_thw"]),), 2)
-    return taken
+        batch["image_merge_sizes"] = torch.full((len(batch["image_grid_thw"]),), 2)
+    return batch
 
 
 COUNTED: dict[str, tuple[str, dict[str, Any]]] = {

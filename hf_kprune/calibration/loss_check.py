@@ -71,7 +71,7 @@ def check_loss(
             always the same, or if the head answers by tokens, and by others than those that leave the last
             layers.
     """
-    for key, kind in loss.kinds_in(outputs).items() if loss.kinds is not None else ():
+    for key, kind in loss.kinds_in(outputs).items():
         by_token = kind in (TOKEN, YES_OR_NO_OF_TOKENS) or (kind is CLASS and outputs[key].dim() == 3)
         if by_token and outputs[key].shape[:2] != valid.shape:
             raise ArgumentError(

@@ -14,7 +14,7 @@ import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -150,8 +150,7 @@ def give_back_memory() -> None:
     What stays comes to lie in the gaps that a layer leaves, so that the next layer or matrix does not fit
     there any more, and glibc's heap would grow with every layer.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    if (trim := c_function("malloc_trim")) is not None:
         trim(0)
 
 
@@ -162,9 +161,13 @@ def keep_large_tensors_apart() -> None:
     glibc raises the size from which it does so to that of the largest tensor that was freed, up to 32 MiB.
     Smaller ones then come to lie in a heap, whose gaps stay with the process.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if (mallopt := c_function("mallopt")) is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(MMAP_THRESHOLD, APART)
+
+
+def c_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library of Linux, if it has one of this name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
