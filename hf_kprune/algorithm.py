@@ -13,7 +13,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -27,7 +26,6 @@ from .calibration.knowledge import Knowledge
 from .calibration.measure import measure_knowledge, tops_of
 from .entries import SublayerReport
 from .methods import Method, Statistics
-from .methods.base import TRIED_FIRST
 from .methods.least_squares import correct_drift
 from .methods.search import split
 from .structure.hooks import State
@@ -140,25 +138,17 @@ def choose(
 ) -> tuple[list[Decision], dict[str, float]]:
     """Search masks of all sublayers for each way to split the budget, and take those whose student, cut and
     tuned, is nearest to the teacher on the rows held out; its distance is returned for each way that was
-    tried, by name. Exponents are in order, so that a further one is tried only where the last has done
-    best."""
-    ways = ways_to_split(job, statistics, scores, exponents)
-    first = None if job.budget.args.uniform else TRIED_FIRST
+    tried, by name."""
     with job.calibration.phase("search"):
-        plans, distances = dict(islice(ways, first)), dict[str, float]()
+        plans = dict(ways_to_split(job, statistics, scores, exponents))
+    if len(plans) == 1:
+        return next(iter(plans.values())), {}
     few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
-    if len(plans) > 1:
-        with few.phase("search"):
-            judge = Judge(few, teacher, job.loss)
-        on_few, untried = replace(job, calibration=few, trial=True), plans
-        while untried:
-            distances |= distances_of(on_few, judge, dense, teacher, untried)
-            (ends,) = broadcast_object_list([min(distances, key=distances.__getitem__) != [*distances][-1]])
-            with few.phase("search"):  # masks of a way that is not tried may take long, too
-                untried = {} if ends else dict(islice(ways, 1))
-            plans |= untried
-    (best,) = broadcast_object_list([min(plans, key=lambda name: distances.get(name, 0.0))])
+    with few.phase("search"):
+        judge = Judge(few, teacher, job.loss)
+    distances = distances_of(replace(job, calibration=few, trial=True), judge, dense, teacher, plans)
+    (best,) = broadcast_object_list([min(distances, key=distances.__getitem__)])
     return plans[best], distances
 
 

@@ -16,7 +16,6 @@ from .calibration.knowledge import Knowledge
 from .calibration.outputs import logits_at_once
 from .errors import CalibrationError
 from .methods import Method
-from .methods.base import TRIED_FIRST
 from .structure.offload import is_dispatched
 from .structure.shelf import room_on
 from .structure.sublayers import Sublayer
@@ -119,9 +118,7 @@ def memory_of(  # noqa: PLR0913
         features = min(ENTRIES * room, every // width * columns) + 4 * SAMPLE * (columns + 2 * width)
         phases["tune"] = 2 * min(room, every) + 2 * every + changed + features + max(collecting, fitting)
     if tunes and len(method.exponents) > 1:
-        few = stream(lambda b: b.tried or b.held_out)
-        most = len(method.exponents) if calibration.args.uniform else TRIED_FIRST
-        students = 1 if lifts else most
+        few, students = stream(lambda b: b.tried or b.held_out), 1 if lifts else len(method.exponents)
         each, fit = min(room, few) + 4 * max(layers), waiting + 2 * square + 4 * flat
         phases["try splits"] = (students + 1) * each + 2 * few + max(narrow + fit, logits)
     return Memory({name: int(SLACK * (around + size)) for name, size in phases.items()})

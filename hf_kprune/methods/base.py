@@ -114,10 +114,6 @@ class Statistics:
         ]
 
 
-TRIED_FIRST = 2
-"""Ways to split the budget over depth that are tried whatever comes of them."""
-
-
 class Options(Protocol):
     """What methods read of the options of a run, see `KPruneArguments`."""
 
@@ -177,10 +173,9 @@ class Method:
     as it takes to measure no more than `algorithm.MEASUREMENTS` times."""
 
     exponents: ClassVar[tuple[float | None, ...]] = (None,)
-    """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). Several are
-    tried in their order, `TRIED_FIRST` of them at first and each further one as long as the last has done
-    best, or at most as many numbers of heads if all layers are to end alike; the student that is nearest to
-    the teacher on held-out calibration rows wins."""
+    """Ways to split the budget over depth, see `search.split` (None: by the scores as they are). With more
+    than one, each is tried, or at most as many numbers of heads if all layers are to end alike, and the
+    student that is nearest to the teacher on held-out calibration rows wins."""
 
     measure_tokens: ClassVar[int | None] = None
     """Tokens measured if the options name no number; None: all."""
