@@ -1,6 +1,6 @@
 """Sixty model types drawn by lot, as users would bring them: pruned, refused, or worse.
 
-    python benchmarks/detection_draw.py --draw 5   the table of the last draw in benchmarks/results/detection_draw.md
+    python benchmarks/detection_draw.py --draw 6   the table of the last draw in benchmarks/results/detection_draw.md
 
 The types of a draw were drawn by `drawn` from all that Transformers has and that no family, no test and no earlier list named, after
 the last family was added and before any of them was tried. Configs are made by a rule: sizes that a config class has by default
@@ -365,7 +365,71 @@ DRAWN_5 = [
 ]
 """The fifth draw, with seed 71 from 204 types."""
 
-DRAWS = {1: DRAWN, 2: DRAWN_2, 3: DRAWN_3, 4: DRAWN_4, 5: DRAWN_5}
+DRAWN_6 = [
+    "aria",
+    "audioflamingo3_encoder",
+    "canary",
+    "chameleon",
+    "chameleon_vqgan",
+    "chmv2",
+    "cohere_compass_text",
+    "colqwen2",
+    "cosmos3_edge_vision",
+    "decision_transformer",
+    "depth_anything",
+    "dia_encoder",
+    "diffusion_gemma",
+    "dinov3_convnext",
+    "edgetam_prompt_encoder",
+    "emu3_vqgan",
+    "ernie4_5_vl_moe_text",
+    "esmc",
+    "evolla",
+    "fast_vlm",
+    "gemma3n_audio",
+    "granite_speech_plus",
+    "granite_speech_plus_encoder",
+    "groupvit_text_model",
+    "groupvit_vision_model",
+    "idefics2_perceiver",
+    "inkling_text",
+    "janus_vision_model",
+    "kosmos_2_5_text_model",
+    "layoutxlm",
+    "llama4_vision_model",
+    "mamba2",
+    "mimi",
+    "minicpm_ocr",
+    "minicpmv4_6_vision",
+    "minicpmv4_7",
+    "moshi",
+    "musicgen_melody",
+    "nemo_speechlm",
+    "nemotron3_diarization",
+    "nllb-moe",
+    "nougat",
+    "patchtsmixer",
+    "pp_chart2table",
+    "pp_doclayout_v2",
+    "pp_ocrv5_mobile_det",
+    "qwen2_5_omni",
+    "qwen3_omni_moe_talker_code_predictor",
+    "sam2_video_prompt_encoder",
+    "sam3_detr_decoder",
+    "sam3_tracker",
+    "sam_hq_vision_model",
+    "sam_prompt_encoder",
+    "tipsv2",
+    "udop",
+    "unlimited_ocr_vision_encoder",
+    "uvdoc_backbone",
+    "videoprism",
+    "vipllava",
+    "voxtral_realtime_text",
+]
+"""The sixth draw, with seed 97 from 151 types."""
+
+DRAWS = {1: DRAWN, 2: DRAWN_2, 3: DRAWN_3, 4: DRAWN_4, 5: DRAWN_5, 6: DRAWN_6}
 
 SIZES: dict[int, str] = {
     60: "vocab_size",
