@@ -34,7 +34,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from hf_kprune import KPruneArguments, KPruneError, KPrunePruner, UnsupportedArchitectureError
+from hf_kprune import (
+    KPruneArguments,
+    KPruneError,
+    KPrunePruner,
+    UnsupportedArchitectureError,
+    UnsupportedModelError,
+)
+from hf_kprune.structure.checks import check_described
 from hf_kprune.structure.configs import text_config
 from hf_kprune.structure.describe import describe
 from hf_kprune.structure.facts import example_inputs
@@ -927,9 +934,12 @@ def row_of(batch: dict[str, Tensor], number: int, samples: int) -> dict[str, Ten
 
 def prune(model: PreTrainedModel, inputs: dict[str, Any]) -> str:
     """What happens when a model is pruned by half: `""`, or why it was refused."""
-    batch = other_inputs(inputs, 48, image_token(model.config))
+    tokens = max(8, *(value.shape[1] for name, value in inputs.items() if name.endswith("input_ids")), 0)
+    columns = max(s.shape[1] // s.experts for s in find_sublayers(model))
+    count = max(48, min(1_000, -(-5 * columns // (4 * tokens))))
+    batch = other_inputs(inputs, count, image_token(model.config))
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    rows = [row_of(tensors, number, 48) for number in range(48)]
+    rows = [row_of(tensors, number, count) for number in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         args = KPruneArguments(output_dir=folder, sparsity=0.5, disable_tqdm=True, use_cpu=True)
         pruner = KPrunePruner(model, args, rows)
@@ -951,8 +961,9 @@ def outcome(model_type: str) -> tuple[str, str, str]:
         return "-", "not tried", f"{type(error).__name__}: {error}"
     try:
         describe(model, inputs)
+        check_described(model)
         sublayers = find_sublayers(model)
-    except UnsupportedArchitectureError as error:
+    except (UnsupportedArchitectureError, UnsupportedModelError) as error:
         return "-", "refused", str(error).split(". Describe one")[0]
     except Exception as error:
         return "-", "**crashed**", f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ import copy
 import inspect
 import tempfile
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.coverage import IDLE
 from hf_kprune.structure.describe import describe
 from hf_kprune.structure.families import FAMILIES, REFUSED
+from hf_kprune.structure.hooks import featured
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.surgery import cut, write_plan
 
@@ -425,7 +427,7 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
             model.get_submodule(path).__dict__["kprune_family"] = vars(module)["kprune_family"]
     model.__dict__[IDLE] = vars(accepted).get(IDLE, {})
     sublayers = find_sublayers(model)
-    ffns = sum(s.kind == "ffn" for s in sublayers)
+    ffns = sum(not s.unit.has_heads for s in sublayers)
     if counts is None:
         return "has nothing that may be pruned"
     if (len(sublayers) - ffns, ffns) != counts:
@@ -433,20 +435,28 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
     dense = outputs_of(model, inputs)
     for draw in range(8):
         generator = torch.Generator().manual_seed(draw)
-        kept = [torch.rand(s.num_units, generator=generator) < (0.3, 0.7)[draw % 2] for s in sublayers]
-        hooks = []
+        kept = [
+            (torch.rand(s.num_units // s.experts, generator=generator) < (0.3, 0.7)[draw % 2]).repeat(
+                s.experts
+            )
+            for s in sublayers  # experts of a layer have one width
+        ]
+        hooks = ExitStack()
         for s, keep in zip(sublayers, kept, strict=True):
             d = s.unit.head_dim
             if s.unit.strided:
                 columns = keep.view(1, -1, 1).expand(s.unit.heads, -1, d).flatten().float()
             else:
                 columns = keep.repeat_interleave(s.unit.width).float()
-            hooks.append(
-                s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:]))
-            )
-        masked = outputs_of(model, inputs)
-        for hook in hooks:
-            hook.remove()
+            if s.is_mixture:  # nothing in a forward pass reads the features of all its experts
+                columns = torch.zeros(s.shape[1])
+                columns[s.columns[keep].flatten()] = 1
+                hooks.enter_context(featured(s, lambda features, c=columns: features * c))
+                continue
+            hook = s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:]))
+            hooks.callback(hook.remove)
+        with hooks:
+            masked = outputs_of(model, inputs)
         student = copy.deepcopy(model)
         left = find_sublayers(student)
         for s, keep in zip(left, kept, strict=True):

@@ -177,7 +177,7 @@ REFUSALS = {
 
 LEFT: dict[str, tuple[str, str]] = {
     "mixtral": ("mlp.experts.down_proj", "it is a weight of neither nn.Linear nor an attention"),
-    "qwen2_moe": ("mlp.shared_expert_gate", "it opens and closes no sublayer"),
+    "qwen2_moe": ("mlp.shared_expert_gate", "it is a projection of no attention and no FFN"),
     "siglip_vision_model": ("head.", "it is an attention that lies outside of all lists of layers"),
     "deberta": ("attention.self.in_proj", "no attributes of DebertaConfig tell a number and size of heads"),
     "deberta-v2:v3": ("attention.self.key_proj", "it runs more than once in a layer"),
@@ -247,11 +247,14 @@ class ToyAttention(nn.Module):
         self.to_qkv, self.to_out = nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, states: Tensor) -> Tensor:
-        q, k, v = self.to_qkv(states).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        packed = self.oddity == "packed"
+        projected = self.to_qkv(states)[None] if packed else self.to_qkv(states)
+        q, k, v = projected.unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         if self.oddity == "mixed heads":
             mixed = mixed + mixed.roll(1, 1)
-        output: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
+        features = mixed.transpose(1, 2).flatten(2)
+        output: Tensor = self.to_out(features[0] if packed else features)
         return output
 
 
@@ -313,13 +316,15 @@ class ToyModel(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True
     ) -> BaseModelOutput:
         states = self.words(input_ids)
+        if self.config.oddity == "packed":
+            states = states.flatten(0, 1)
         for layer in list(self.layers) * (3 if self.config.oddity == "shared layers" else 1):
             states = layer(states)
         if self.config.oddity in ("of its own", "no layers"):
             states = states + self.pool(states)
         if self.config.oddity == "chance":
             states = states * (1 + random.random())
-        return BaseModelOutput(states)
+        return BaseModelOutput(states.view(*input_ids.shape, 16))
 
 
 def toy(oddity: str = "") -> ToyModel:
@@ -408,13 +413,14 @@ PARTS = {
     ),
     "unused": ("attention ffn", "layers.*.spare", "it does not run on these inputs"),
     "experts": ("attention ffn", "layers.*.experts", "it is a weight of neither nn.Linear nor an attention"),
-    "gate": ("attention ffn", "layers.*.gate", "it opens and closes no sublayer"),
+    "gate": ("attention ffn", "layers.*.gate", "it is a projection of no attention and no FFN"),
     "of its own": (
         "attention ffn",
         "pool.",
         "it is like what its layers are made of, and lies outside of them",
     ),
     "sequence": ("attention ffn", "", ""),
+    "packed": ("attention ffn", "", ""),
     "dead": (
         "attention",
         "layers.*.down",

@@ -21,7 +21,7 @@ from hf_kprune import UnsupportedArchitectureError
 from hf_kprune.structure.families import FAMILIES
 from hf_kprune.structure.hooks import State, resumed
 from hf_kprune.structure.probes import probed
-from hf_kprune.structure.runs import run_sublayer, run_to_top
+from hf_kprune.structure.runs import run_above, run_sublayer, run_to_top
 from hf_kprune.structure.sublayers import Sublayer, find_sublayers
 from hf_kprune.structure.surgery import cut, with_table_per_layer, write_plan
 
@@ -265,6 +265,17 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
         match="BertForSequenceClassification never reached the sublayer asked for",
     ):
         run_sublayer(model, inputs, sublayers, 4, State())
+
+
+def test_what_a_layer_reads_above_layers_without_sublayers_is_what_they_give() -> None:
+    """As where convolutions come first in a list of layers."""
+    model, inputs = tiny(), batch()
+    sublayers = find_sublayers(model)[2:]
+    tap = run_sublayer(model, inputs, sublayers, 0, State())
+    above = run_above(model, inputs, sublayers, 0, State(), tap.entry)
+    assert above.inputs.keys() == tap.above.inputs.keys()
+    for name, tensor in above.inputs.items():
+        assert torch.equal(tensor, tap.above.inputs[name])
 
 
 def test_inputs_that_do_not_run_a_tower_are_named() -> None:

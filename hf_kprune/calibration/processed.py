@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .nested import Row
+from .nested import Row, depth, plain
 
 
 PICTURES = ("image", "images")
@@ -26,6 +27,26 @@ Chat = Sequence[Mapping[str, Any]]
 class Processed(Row):
     """A row of a processor: lists of one number for each token, and tensors of all else, as in a batch of one
     row."""
+
+
+def with_patches_joined(row: Row) -> Row:
+    """A row with the patches of all its images as one sequence, (patches, width), as many as a grid in it
+    counts, (images, 2 or 3), as a row of a processor; any other row as it is.
+
+    Example:
+
+        >>> row = {"pixel_values": torch.zeros(8, 5), "grid_thw": [[1, 2, 4]], "input_ids": [3, 4]}
+        >>> type(with_patches_joined(row)).__name__
+        'Processed'
+    """
+    tensors = [value for value in row.values() if isinstance(value, Tensor)]
+    patches = {len(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dim() == 2}
+    grids = [value for value in row.values() if depth(value) == 2 and {*map(len, value)} in ({2}, {3})]
+    if not patches & {int(torch.as_tensor(grid).prod(1).sum()) for grid in grids}:
+        return row
+    return Processed(
+        {key: torch.as_tensor(value) if depth(value) > 1 else plain(value) for key, value in row.items()}
+    )
 
 
 def pictures_of(columns: Mapping[str, Any]) -> list[Any]:

@@ -25,7 +25,14 @@ from ..structure.facts import (
     vocabulary,
 )
 from .nested import Row, depth, flat, floats, plain, shape_of, strays
-from .processed import Processed, has_pictures, pictures_of, process, question_about
+from .processed import (
+    Processed,
+    has_pictures,
+    pictures_of,
+    process,
+    question_about,
+    with_patches_joined,
+)
 from .rows import TokensPerRow, row_length, row_tokens
 from .sources import CHAT_COLUMNS, split_rows, text_columns
 from .tasks import needs_targets, task_of
@@ -91,12 +98,13 @@ class Reader:
         if "input_ids" in row:
             self.check_ids(has, list(flat(row["input_ids"])), row_length(row), self.limit, self.vocabulary)
             self.check_beside(has, row)
+        row = Processed(row) if isinstance(encoded, Processed) else with_patches_joined(row)
         tokens = row_tokens(row, tokens_per_row)
         if self.needs_targets and not self.check_target(index, row):
             tokens = 0
         if tokens:
             self.note(index, {key: row[key] for key in sorted(inputs)})
-        return (Processed(row) if isinstance(encoded, Processed) else row), tokens
+        return row, tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
         """Names of the columns that are inputs. Labels are if they are targets, or say which tokens count."""

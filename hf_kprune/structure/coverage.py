@@ -75,8 +75,9 @@ def _towers(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
     """The outermost models inside `model` that a family describes, by path, in the order in which they run:
     the decoder reads what the others give, also where it comes first among the modules."""
     towers: list[tuple[str, PreTrainedModel]] = []
+    idle = tuple(model.__dict__.get(IDLE, {}))
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer) for outer, _ in towers)
+        inside = any(name.startswith(outer) for outer, _ in towers) or f"{name}.".startswith(idle)
         other = isinstance(module, PreTrainedModel) and module.config is not model.config
         if other and family_of(module) and not inside:
             towers.append((name + ".", module))

@@ -14,9 +14,9 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_kprune import find_layers, plan_of
 from ..progress import unwarned
 from .checks import check_built_again
-from .coverage import IDLE, family_of
+from .coverage import IDLE
 from .descriptions import Detected, Families, as_code, keep, model_at
-from .detect import detect
+from .detect import NO_LAYERS, detect
 from .facts import evaluation_copy, example_inputs, to_model
 from .families import FAMILIES, REFUSED, Stack
 from .proof import plain_reason, prove, step
@@ -174,8 +174,8 @@ def _only(model: PreTrainedModel, detected: Detected, chosen: Sequence[Stack], w
 
 
 def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[str, str]:
-    """The models inside `model` that do not run on these inputs and that no family describes, such as a tower
-    of images on texts, path to reason. They stay as they are.
+    """The models inside `model` that do not run on these inputs, such as a tower of images on texts, path to
+    reason. They stay as they are.
 
     Raises:
         UnsupportedArchitectureError: If the model does not run on them.
@@ -187,8 +187,7 @@ def idle_towers(model: PreTrainedModel, inputs: Mapping[str, object]) -> dict[st
             hooks.callback(module.register_forward_hook(lambda m, *_: ran.add(id(m))).remove)
         with step("running it", "it does not run on these inputs, as the error above shows"):
             dense(**to_model(inputs, dense))
-    modules = ran | {id(m) for m in dense.modules() if isinstance(m, PreTrainedModel) and family_of(m)}
-    idle = [name for name, m in inner.items() if not any(id(part) in modules for part in m.modules())]
+    idle = [name for name, m in inner.items() if not any(id(part) in ran for part in m.modules())]
     outermost = [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
     return dict.fromkeys((f"{name}." for name in outermost), NOT_RUN)
 
@@ -199,6 +198,8 @@ def way_out(model: PreTrainedModel, families: Families, error: Exception, remark
     start = "".join(
         f"\n\n{as_code(model_at(model, path).config.model_type, stacks)}" for path, stacks in families.items()
     )
+    if NO_LAYERS in str(error):
+        return f"{type(model).__name__} cannot be pruned: {error}"
     return (
         f"no family describes model_type {model.config.model_type!r} ({type(model).__name__}), and it "
         f"was not found out what its layers do; {error}.{remark} Describe one of them in ten lines with "

@@ -35,6 +35,9 @@ from .units import UNITS
 from .variants import HeadNames, variants
 
 
+NO_LAYERS = (
+    "it has no list of layers that hold nn.Linear, and only heads and neurons in such layers are pruned"
+)
 OBSTACLE = "its heads cannot be cut one by one"
 
 
@@ -78,7 +81,7 @@ def detect(
             rest[f"{layers.name}."] = f"nothing of its layers can be cut: {why}"
     lists = settled
     if not lists and not any(kind in leave for kind in types.values()):
-        raise UnsupportedArchitectureError(reasons_of(rest) or "it has no list of layers that hold nn.Linear")
+        raise UnsupportedArchitectureError(reasons_of(rest) or NO_LAYERS)
     return Detected(_families(lists), rest)
 
 

@@ -130,6 +130,8 @@ def _trouble(layers: LayerList) -> str:
         troubles.append(f"in some layers of {layers.name} alone the sublayers read each other")
     if "y" not in str(most.returns):
         troubles.append(f"{most.name} returns no hidden states, alone or in a tuple")
+    if len({w.packed for w in others}) > 1:
+        troubles.append(f"some layers of {layers.name} read all samples as one sequence, and some do not")
     if not troubles and not others:
         why = reasons_of({path: why for w in layers.watches for path, why in w.rest.items()})
         troubles.append(f"nothing in {layers.name} is an attention or an FFN of nn.Linear: {why}")
@@ -235,7 +237,7 @@ def surroundings(
     except UnsupportedArchitectureError as error:
         for observation in [o for o in layers.observations if UNITS[o.block.kind].has_heads]:
             layers.leave(observation, str(error))
-    return Stack(layers.path, (), watch.returns, mask=mask, reads=reads)
+    return Stack(layers.path, (), watch.returns, mask=mask, reads=reads, packed=watch.packed)
 
 
 def head_names_of(layers: LayerList) -> Iterator[HeadNames]:

@@ -31,7 +31,7 @@ from ..modeling_kprune import has
 from ..progress import unwarned
 from .checks import checkpoint_of
 from .facts import evaluation_copy, floats, to_model
-from .hooks import State, featured, resumed
+from .hooks import State, carried, featured, first, resumed
 from .probes import check_order
 from .runs import run_sublayer, run_to_top
 from .sublayers import Sublayer, find_sublayers
@@ -274,15 +274,64 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
 def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> None:
     """Prove that `model` gives the same, run sublayer by sublayer and from end to end."""
     sublayers, state = find_sublayers(model, head_unit), State()
-    for position in range(len(sublayers)):
+    carried_to: dict[int, Tensor] = {}
+    for position, sublayer in enumerate(sublayers):
+        if sublayer.stack_name in state.inputs:
+            carried_to.setdefault(id(sublayer.layer), state.inputs[sublayer.stack_name])
         with _seeded():
             state = run_sublayer(model, inputs, sublayers, position, state).above
     with torch.no_grad(), _seeded():
         tops = run_to_top(model, inputs, sublayers).inputs
-    _check_same(state.inputs, tops)
+    try:
+        _check_same(state.inputs, tops)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(
+            f"{_parting(model, inputs, sublayers, carried_to)}, so it reads more than what the layers below "
+            f"it give, and they cannot be pruned one after the other ({error})"
+        ) from error
     with resumed(sublayers, len(sublayers), state):
         outputs = _outputs(model, inputs, ())
-    _check_same(outputs, _outputs(model, inputs, ()))
+    try:
+        _check_same(outputs, _outputs(model, inputs, ()))
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(
+            f"the model gives something else where it gets nothing of {_lists(sublayers)} but what the last "
+            f"layer gives, so it reads more of them than that ({error})"
+        ) from error
+
+
+def _lists(sublayers: Sequence[Sublayer]) -> str:
+    return " and ".join(dict.fromkeys(s.stack_name for s in sublayers))
+
+
+def _parting(
+    model: PreTrainedModel,
+    inputs: Mapping[str, object],
+    sublayers: Sequence[Sublayer],
+    carried_to: Mapping[int, Tensor],
+) -> str:
+    """Which layer is the first to read something else where layers run one by one, in words.
+
+    Args:
+        model: The model.
+        inputs: A batch.
+        sublayers: Its sublayers.
+        carried_to: What layers have read where they ran one by one, by their ids.
+    """
+    parted: list[str] = []
+    with ExitStack() as hooks, torch.no_grad(), _seeded():
+        for s in {id(s.layer): s for s in sublayers if id(s.layer) in carried_to}.values():
+
+            def compare(
+                _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], s: Sublayer = s
+            ) -> None:
+                if _apart(carried(s, first(args, kwargs)), carried_to[id(s.layer)]) > TOLERANCE:
+                    parted.append(f"{s.stack_name}.{s.index}")
+
+            hooks.callback(s.layer.register_forward_pre_hook(compare, with_kwargs=True).remove)
+        model(**inputs)
+    what = parted[0] if parted else f"the model above {_lists(sublayers)}"
+    return f"run one by one, each on what the one below gives, {what} reads something else than in the model"
 
 
 @torch.no_grad()

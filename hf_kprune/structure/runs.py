@@ -179,7 +179,7 @@ def run_above(
         hooks.enter_context(passing(sublayers, position, state))
         if following is not None and following.layer is sublayer.layer:
             below = state.inputs.get(sublayer.stack_name)
-            tensors["input"] = run_to_bottom(model, inputs, sublayer) if below is None else below
+            tensors["input"] = run_to_layer(model, inputs, sublayer) if below is None else below
             tensors["output"] = output
             return _state_above(sublayer, state, tensors)
         hooks.enter_context(_stopping_above(sublayer, following, tensors))
@@ -301,6 +301,19 @@ def run_to_bottom(model: nn.Module, inputs: Mapping[str, object], sublayer: Subl
     return carried(sublayer, first((), call))
 
 
+def run_to_layer(model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer) -> Tensor:
+    """What the layer of `sublayer` reads when the model runs, (B, T, D)."""
+    reads: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        reads.append(carried(sublayer, first(args, kwargs)))
+        raise Stop
+
+    with hooked(sublayer.layer.register_forward_pre_hook(note, with_kwargs=True)):
+        run(model, inputs)
+    return reads[0]
+
+
 @torch.no_grad()
 def run_to_memory(model: nn.Module, inputs: Mapping[str, object], sublayer: Sublayer) -> Tensor:
     """What the keys of `sublayer`, a cross-attention, are made of, (B, T, D)."""
@@ -338,6 +351,5 @@ def run_to_top(model: nn.Module, inputs: Mapping[str, object], sublayers: Sequen
             return State(tops)
     raise UnsupportedArchitectureError(
         f"{type(model).__name__} does not run {' and '.join(name for name in stacks if name not in tops)} to "
-        f"the end on inputs of {', '.join(inputs)}; give those that run all of it, or mend the family that "
-        "describes it"
+        f"the end on inputs of {', '.join(inputs)}; give inputs on which all of these layers run"
     )

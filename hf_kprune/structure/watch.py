@@ -28,6 +28,8 @@ from .units import UNITS
 
 PROJECTIONS = (nn.Linear, Conv1D)
 
+MORE_TOKENS = "what it does with several was not seen: give larger images or longer texts"
+
 
 @dataclass
 class Call:
@@ -99,7 +101,7 @@ class Watch:
         self.rest: dict[str, str] = {}
         """The projections and other weights of it that are of no sublayer, path to reason."""
         self.entered = False
-        self.runs, self.tokens, self.parallel = 0, 0, False
+        self.runs, self.samples, self.tokens, self.parallel, self.packed = 0, 0, 0, False, False
         self.returns: Any = None
         self.sublayers: list[Observation] = []
         self.calls: list[Call] = []
@@ -119,7 +121,9 @@ class Watch:
             self.trouble = self.trouble_with(hidden)
             if self.trouble:
                 return None
-            self.runs, self.tokens = 1, hidden.shape[1:-1].numel()
+            self.runs, self.packed = 1, hidden.dim() == 2
+            self.samples = 1 if self.packed else len(hidden)
+            self.tokens = hidden.shape[:-1].numel() // self.samples
             self.leaf = hidden.detach().requires_grad_()
             args, kwargs = with_first(args, kwargs, self.leaf.clone())
         elif not self.entered:
@@ -132,10 +136,15 @@ class Watch:
     def trouble_with(self, hidden: Any) -> str:
         """Why the layer cannot be described that now runs on `hidden`; `""` if it can."""
         if self.runs:
-            return f"{self.name} runs more than once: its weights are those of several layers"
-        if not isinstance(hidden, Tensor) or hidden.dim() < 3 or hidden.shape[1:-1].numel() < 2:
-            what = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            return f"{self.name} takes {what}, no hidden states of (batch, several tokens, width)"
+            return f"{self.name} runs more than once in a pass of the model, where each layer is to run once"
+        if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+            what = tuple(hidden.shape) if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}"
+            return (
+                f"{self.name} takes {what}, no hidden states of (batch, several tokens, width) or of all "
+                "samples as one sequence, (tokens, width)"
+            )
+        if hidden.shape[min(hidden.dim() - 2, 1) : -1].numel() < 2:
+            return f"{self.name} takes {tuple(hidden.shape)}, one token of each sample; {MORE_TOKENS}"
         return ""
 
     def on_exit(self, path: str, module: nn.Module, _: tuple[object, ...], output: object) -> Any:
@@ -176,8 +185,8 @@ class Watch:
             return self.leave(which, why)
         if not bool(features.isfinite().all()):
             return self.leave(which, f"{last.path} reads NaN or infinity on these inputs")
-        if len(features) < 2 * len(self.leaf):
-            return self.leave(which, f"{last.path} reads a single token")
+        if len(features) < 2 * self.samples:
+            return self.leave(which, f"{last.path} reads one token of each sample; {MORE_TOKENS}")
         leaves = [cast(Tensor, c.leaf) for c in opening.values()]
         rows = {path: leaf.shape[-1] for path, leaf in zip(opening, leaves, strict=True)}
         columns = features.shape[1]
@@ -195,7 +204,7 @@ class Watch:
         if 0 < len(others) == layouts.count("kv"):
             kind, memory = "cross_attention", others[0].input.shape[-2]
         block = Block(kind, dict(zip(rows, layouts, strict=True)), last.path)
-        self.sublayers.append(Observation(block, rows, columns, len(self.leaf), memory))
+        self.sublayers.append(Observation(block, rows, columns, self.samples, memory))
         return None
 
     def leave(self, which: Iterable[str], why: str) -> None:
@@ -215,7 +224,7 @@ class Watch:
             leaves: What the opening projections gave.
         """
         counts = [0]
-        tokens = min(self.tokens, len(features) // len(self.leaf))
+        tokens = min(self.tokens, len(features) // self.samples)
         for token in (tokens - 1, tokens // 2, 0):
             total = features[token] @ torch.linspace(1, 2, features.shape[1]).to(features)
             slopes = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
@@ -233,7 +242,7 @@ class Watch:
         calls = {c.path: c for c in self.calls}
         ends = [path for s in self.sublayers for path in (*s.rows, s.block.output)]
         shared = sorted(path for path in names if ends.count(path) > 1)
-        self.leave(shared, "it opens or closes several sublayers")
+        self.leave(shared, "it is in several attentions or FFNs at once, of which none can be cut by itself")
         for s in [s for s in self.sublayers if UNITS[s.block.kind].has_heads]:
             self.complete(s, calls)
         closing = {s.block.output for s in self.sublayers}
@@ -243,7 +252,7 @@ class Watch:
             replace(s, block=replace(s.block, stream=self.stream(calls[s.block.output])))
             for s in self.sublayers
         ]
-        self.leave(sorted(names - {*ends}), "it opens and closes no sublayer")
+        self.leave(sorted(names - {*ends}), "it is a projection of no attention and no FFN")
         output, like = calls[""].output, self.leaf
         alike = template(output, lambda t: "y" if t.shape == like.shape else None)
         narrower = template(
@@ -269,7 +278,10 @@ class Watch:
         block, last = observation.block, calls[observation.block.output]
         parts = zip(*(path.split(".")[:-1] for path in observation.rows), strict=False)
         shared = [names[0] for names in parts if len(set(names)) == 1]
-        why = f"{last.path} is in or after no module that takes the hidden states and returns what it gives"
+        why = (
+            f"{last.path} is the last projection of an attention, and no module that holds all of it returns "
+            "what that gives, so that nothing could stand there without heads"
+        )
         for core in (".".join(shared[:depth]) for depth in range(len(shared), 0, -1)):
             y = last.leaf if last.path.startswith(f"{core}.") else last.input
             call = calls.get(core, Call(core, {}))
@@ -281,7 +293,7 @@ class Watch:
                     whole = replace(observation, block=replace(block, core=core, returns=returns))
                     self.sublayers[self.sublayers.index(observation)] = self.with_core(whole, call)
                     return
-                why = f"{', '.join(others)} makes something else of an attention"
+                why = f"{', '.join(others)} in the attention would not be cut with its heads"
                 break
         self.leave((*observation.rows, last.path), why)
 
