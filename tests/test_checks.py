@@ -24,7 +24,10 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, ShieldGem
 from transformers.utils import logging
 
 from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner, UnsupportedModelError
+from hf_kprune.calibration import checks as calibration_checks
+from hf_kprune.structure import readiness, walk
 from hf_kprune.structure.checks import unread
+from hf_kprune.structure.surroundings import product_precisions
 
 
 DATA = rows(20)
@@ -472,6 +475,32 @@ def test_what_is_set_around_prune_changes_nothing(case: str, method: str) -> Non
     with SURROUNDINGS[case]():
         pruner(model, method=method).prune()
     check_same(model, pruned(method=method))
+
+
+def test_checks_multiply_exactly_and_the_work_as_the_caller_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions: dict[str, set[str]] = {}
+
+    def noted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            precisions.setdefault(name, set()).update(product_precisions())
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted(readiness, "check_described")
+    noted(calibration_checks, "check_order")
+    noted(walk, "run_above")
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        pruner(shallow()).prune()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert precisions.pop("run_above") == {"tf32", "bf16"}
+    assert precisions == dict.fromkeys(("check_described", "check_order"), {"ieee"})
 
 
 def test_weights_made_in_inference_mode_are_pruned_like_others() -> None:

@@ -19,6 +19,7 @@ from ..structure.probes import check_order, outputs_of
 from ..structure.proof import prove_router
 from ..structure.runs import Tap
 from ..structure.sublayers import Sublayer, find_sublayers
+from ..structure.surroundings import exact_products
 from ..structure.walk import Walk
 from ..structure.workbench import workbench_of
 from .backward import Head
@@ -33,6 +34,7 @@ CHECK_ROWS = 2
 """Rows on which a model is checked."""
 
 
+@exact_products()
 def check_walk(
     calibration: Calibration, model: PreTrainedModel, sublayers: Sequence[Sublayer], head: bool = True
 ) -> None:

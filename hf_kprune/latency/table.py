@@ -24,6 +24,7 @@ from ..errors import ArgumentError
 from ..methods.search import TOLERANCE
 from ..structure.sublayers import find_sublayers
 from ..structure.surgery import with_table_per_layer
+from ..structure.surroundings import product_precisions
 from ..version import __version__
 from .timing import compare, cut_to, time_model
 
@@ -277,7 +278,7 @@ def _digest(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str
             device.type,
             torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         ],
-        "machine": [platform.node(), torch.get_num_threads(), torch.get_float32_matmul_precision()],
+        "machine": [platform.node(), torch.get_num_threads(), *product_precisions()],
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -21,6 +21,7 @@ from .facts import evaluation_copy, example_inputs, to_model
 from .families import FAMILIES, REFUSED, Stack
 from .proof import plain_reason, prove, step
 from .sublayers import find_sublayers
+from .surroundings import exact_products
 
 
 GUESSED = (
@@ -36,6 +37,7 @@ MakeBatch = Callable[[], Mapping[str, object] | None]
 """Makes what a model is called with, of the caller's data; None if there are none."""
 
 
+@exact_products()
 def describe(
     model: PreTrainedModel, inputs: Mapping[str, object] | None = None, head_unit: str = "group"
 ) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .checks import check_described, check_model, unwrapped
 from .describe import MakeBatch, describe_on
-from .surroundings import plain_modes
+from .surroundings import exact_products, plain_modes
 
 
 def bare_model(model: object) -> PreTrainedModel:
@@ -17,7 +17,7 @@ def bare_model(model: object) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: If anything about it forbids to prune it.
     """
-    with plain_modes():
+    with plain_modes(), exact_products():
         model = unwrapped(model)
         check_model(model)
     return cast(PreTrainedModel, model)
@@ -31,6 +31,6 @@ def describe_units(model: PreTrainedModel, head_unit: str, batch: MakeBatch = la
         head_unit: What a unit is where queries are grouped.
         batch: See `describe_on`.
     """
-    with plain_modes():
+    with plain_modes(), exact_products():
         describe_on(model, batch, head_unit)
         check_described(model, head_unit)

@@ -39,6 +39,32 @@ def plain_modes() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
+MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+"""Where torch keeps the precision in which it multiplies matrices of float32, for GPUs and for CPUs."""
+
+
+def product_precisions() -> list[str]:
+    """What is set there, such as "ieee", "tf32" or "bf16"."""
+    return [matmul.fp32_precision for matmul in MATMULS]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply matrices of float32 as exactly as torch can, whatever the caller has set, as by
+    `torch.set_float32_matmul_precision`.
+
+    What is proved or checked compares numbers that are equal up to rounding.
+    """
+    before = product_precisions()
+    for matmul in MATMULS:
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for matmul, precision in zip(MATMULS, before, strict=True):
+            matmul.fp32_precision = precision
+
+
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Take back what `Trainer` sets for itself: seeds of all generators, the verbosity, values in configs and
