@@ -142,10 +142,7 @@ def train(model: PreTrainedModel, steps: int, batch: int, seed: int) -> None:
 @torch.no_grad()
 def captions_of(model: PreTrainedModel, pictures: torch.Tensor) -> torch.Tensor:
     """Greedy captions, (count, LONGEST), padded with 0."""
-    parts = [
-        model.generate(part, max_length=LONGEST, do_sample=False)  # type: ignore[operator]
-        for part in pictures.split(250)
-    ]
+    parts = [model.generate(part, max_length=LONGEST, do_sample=False) for part in pictures.split(250)]
     wide = [torch.nn.functional.pad(part, (0, LONGEST - part.shape[1])) for part in parts]
     return torch.cat(wide)
 

@@ -13,6 +13,7 @@ import inspect
 import tempfile
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -451,7 +452,7 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
             if s.is_mixture:  # nothing in a forward pass reads the features of all its experts
                 columns = torch.zeros(s.shape[1])
                 columns[s.columns[keep].flatten()] = 1
-                hooks.enter_context(featured(s, lambda features, c=columns: features * c))
+                hooks.enter_context(featured(s, partial(torch.mul, columns)))
                 continue
             hook = s.output.register_forward_pre_hook(lambda _, args, c=columns: (args[0] * c, *args[1:]))
             hooks.callback(hook.remove)

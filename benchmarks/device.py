@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             return result
 
     if options.count:
-        with Products() as products:
+        with Products() as products:  # type: ignore[no-untyped-call]
             pruner.prune()
         return {**line, "flops": products.flops}
     if cuda:

@@ -46,7 +46,7 @@ def of_torch(model: Any) -> tuple[Run, int]:
 
     @torch.no_grad()
     def run(batch: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
-        return model(**batch).logits.float().numpy()
+        return np.asarray(model(**batch).logits.float())
 
     return run, buffer.tell()
 
@@ -58,7 +58,7 @@ def of_onnx(path: Path) -> tuple[Run, int]:
     names = [each.name for each in session.get_inputs()]
 
     def run(batch: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
-        return session.run(["logits"], {name: batch[name].numpy() for name in names})[0]
+        return np.asarray(session.run(["logits"], {name: batch[name].numpy() for name in names})[0])
 
     return run, sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
@@ -71,7 +71,7 @@ def of_openvino(model: Any, path: Path) -> tuple[Run, int]:
     names = [each.any_name for each in compiled.inputs]
 
     def run(batch: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
-        return compiled({name: batch[name].numpy() for name in names})["logits"]
+        return np.asarray(compiled({name: batch[name].numpy() for name in names})["logits"])
 
     return run, sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,7 +59,7 @@ def write(folder: Path, config: Any) -> int:
     parts: dict[str, list[str]] = {}
     for name in shapes:
         parts.setdefault(name.split(".")[2] if ".layers." in name else "around", []).append(name)
-    total, index = 0, {}
+    total, index = 0, dict[str, str]()
     for part, names in parts.items():
         tensors = {}
         for name in names:
@@ -82,7 +82,9 @@ def resident(peak: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(folder: str, offload: str, tokens: int, sparsity: float) -> dict[str, Any]:
+def measure(
+    folder: str, offload: Literal["none", "cpu", "disk"], tokens: int, sparsity: float
+) -> dict[str, Any]:
     """Prune the checkpoint in a folder in this process."""
     import torch
     import transformers
@@ -98,7 +100,7 @@ def measure(folder: str, offload: str, tokens: int, sparsity: float) -> dict[str
         ids = torch.randint(0, vocabulary, (count, length), generator=generator)
         return [{"input_ids": row} for row in ids.tolist()]
 
-    options = {"disable_tqdm": True, "use_cpu": True, "sparsity": sparsity}
+    options: dict[str, Any] = {"disable_tqdm": True, "use_cpu": True, "sparsity": sparsity}
     tiny = LlamaForCausalLM(shape(2, 256, 100))
     KPrunePruner(
         tiny, KPruneArguments(num_tokens=1600, num_measure_tokens=400, **options), rows(100, 100, 16)

@@ -75,6 +75,7 @@ def prune_by_torch_pruning(
     sublayers, length = find_sublayers(model), rows.tokens / len(rows.rows)
     lengths = {s.stack_name: length for s in sublayers}
     units, costs = [s.num_units for s in sublayers], [s.unit_flops(lengths) for s in sublayers]
+    assert args.sparsity is not None
     counts = uniform_counts(sublayers, lengths, args.sparsity)
 
     torch.manual_seed(args.seed)

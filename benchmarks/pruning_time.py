@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -57,17 +57,18 @@ def loss_of(model: PreTrainedModel, tokenizer: Any, task: str, rows: pd.DataFram
         beyond = inputs["input_ids"].shape[1]  # where the model's loss ignores a target
         for i, answers in enumerate(rows["answers"]):
             first = int(answers["answer_start"][0])
-            ends = (inputs.char_to_token(i, k, 1) for k in (first, first + len(answers["text"][0]) - 1))
-            places.append([beyond if place is None else place for place in ends])
+            both = (inputs.char_to_token(i, k, 1) for k in (first, first + len(answers["text"][0]) - 1))
+            places.append([beyond if place is None else place for place in both])
         starts, ends = torch.tensor(places, device=model.device).unbind(1)
-        return model(**inputs, start_positions=starts, end_positions=ends).loss
+        return cast(Tensor, model(**inputs, start_positions=starts, end_positions=ends).loss)
     labels = torch.tensor(rows["label"].to_numpy(), device=model.device)
     if task == "sts":
         sides = [encoded("sentence1"), encoded("sentence2")]
         one, two = (embedding(model(**inputs), inputs["attention_mask"]) for inputs in sides)
         return F.mse_loss((one * two).sum(1), labels.float() / 5)
     columns = ("sentence",) if task == "sst2" else ("sentence1", "sentence2")
-    return model(**encoded(*columns), labels=labels.float() if model.config.num_labels == 1 else labels).loss
+    targets = labels.float() if model.config.num_labels == 1 else labels
+    return cast(Tensor, model(**encoded(*columns), labels=targets).loss)
 
 
 def batches(rows: pd.DataFrame, size: int, generator: torch.Generator) -> Iterator[pd.DataFrame]:

@@ -67,14 +67,17 @@ def search_alike(
 class KPruneAlike(KPrune):
     """Ablation: K-prune without KPMS."""
 
-    search = search_alike
+    def search(self, *arguments: Any) -> list[Tensor]:
+        return search_alike(self, *arguments)
 
 
 class Alike(Surgeon):
     """Ablation: our method with the same share for every sublayer."""
 
     exponents = (1.0,)
-    search = search_alike
+
+    def search(self, *arguments: Any) -> list[Tensor]:
+        return search_alike(self, *arguments)
 
 
 class NoSplit(Surgeon):
@@ -170,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
 
     done = {key_of(line, KEY) for line in read_lines(args.output)}
-    variants = [(method, "", {}) for method in args.method]
+    variants: list[tuple[str, str, dict[str, Any]]] = [(method, "", {}) for method in args.method]
     if args.ablation:
         variants += [
             (method, *variant) for method in args.method for variant in ABLATIONS.get(method, {}).items()

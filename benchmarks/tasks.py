@@ -205,7 +205,7 @@ def splits(pack: Path, task: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 def calibration_texts(task: str, rows: pd.DataFrame) -> list[Any]:
     """What the model reads: texts, or pairs of them."""
     if task == "sst2":
-        return rows["sentence"].tolist()
+        return [*rows["sentence"]]
     if task == "sts":
         return [*rows["sentence1"], *rows["sentence2"]]
     first, second = ("question", "context") if task == "squad" else ("sentence1", "sentence2")

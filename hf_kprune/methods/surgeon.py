@@ -48,7 +48,7 @@ class Surgeon(Method):
     needs = frozenset({"curvature"})
     options = frozenset({"ridge", "tune_bias", "tune_inputs"})
     ranges: ClassVar = {"ridge": (1e-4, 1.0)}
-    exponents = (1.0, 0.8, 0.6)
+    exponents: ClassVar[tuple[float | None, ...]] = (1.0, 0.8, 0.6)
     tunes = True
     measure_tokens = 10_000
     in_time = True
