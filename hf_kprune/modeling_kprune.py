@@ -255,6 +255,8 @@ class EmptyAttention(nn.Module):
             cache = cache.self_attention_cache
         slot = cache.layers[index] if index < len(cache.layers) else None
         keys = slot.keys if slot is not None and getattr(slot, "is_initialized", False) else None
+        if keys is not None and keys.dim() != 4:  # a slot may be there before anything is in it
+            keys = None
         heads, width = (1, 1) if keys is None else (keys.shape[1], keys.shape[-1])
         zeros = hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], width)
         return int(cache.update(zeros, zeros, index)[0].shape[-2])

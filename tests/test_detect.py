@@ -46,7 +46,7 @@ from hf_kprune.structure.detect import detect
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
 from hf_kprune.structure.layer_lists import outermost
-from hf_kprune.structure.proof import prove, step
+from hf_kprune.structure.proof import implementations, prove, step
 from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.runs import run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers
@@ -179,7 +179,7 @@ LEFT: dict[str, tuple[str, str]] = {
     "mixtral": ("mlp.experts.down_proj", "it is a weight of neither nn.Linear nor an attention"),
     "qwen2_moe": ("mlp.shared_expert_gate", "it is a projection of no attention and no FFN"),
     "siglip_vision_model": ("head.", "it is an attention that lies outside of all lists of layers"),
-    "deberta": ("attention.self.in_proj", "no attributes of DebertaConfig tell a number and size of heads"),
+    "deberta": ("attention.self.in_proj", "no attributes of DebertaConfig tell a number of heads"),
     "deberta-v2:v3": ("attention.self.key_proj", "it runs more than once in a layer"),
 }
 """What stays as it is where the rest is described, and why."""
@@ -676,3 +676,22 @@ def test_a_list_may_have_gaps() -> None:
     module.after = nn.ModuleList([nn.Conv1d(2, 2, 1), None])  # type: ignore[list-item]
     module.mixed = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ReLU()), None])  # type: ignore[list-item]
     assert outermost(module, ()) == ["layers", "mixed"]
+
+
+def test_a_function_of_attention_that_gives_no_numbers_is_not_asked_for_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make("bert").eval()
+    inputs = inputs_for(model, ZOO["bert"][2], batch=3)
+    assert [m.config._attn_implementation for m in implementations(model, inputs)] == ["sdpa", "eager"]
+    layer = type(model.bert.encoder.layer[0])
+    forward = layer.forward
+
+    def broken(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden * (float("nan") if eager(self) else 1), *args, **kwargs)
+
+    def eager(layer: Any) -> bool:
+        return bool(layer.attention.self.config._attn_implementation == "eager")
+
+    monkeypatch.setattr(layer, "forward", broken)
+    assert len(list(implementations(model, inputs))) == 1

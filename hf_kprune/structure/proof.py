@@ -68,7 +68,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str =
             check_order(dense, inputs, sublayers)
         masks = trial_masks([s.numbers for s in sublayers])
         with step("run with each function of attention"):
-            models = implementations(dense)
+            models = list(implementations(dense, inputs))
         for variant in models:
             prove_cuts(variant, inputs, masks, head_unit)
         emptied = cut_twin(dense, list(masks.values())[-1], head_unit)
@@ -83,11 +83,22 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str =
         prove_saving(dense, [True] * len(sublayers), head_unit)
 
 
-def implementations(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """`model`, and a twin with the plain attention function if it uses another: other code may run then."""
+def implementations(model: PreTrainedModel, inputs: Mapping[str, object]) -> Iterator[PreTrainedModel]:
+    """`model`, and a twin with the plain attention function if it uses another and gives numbers with that:
+    other code may run then."""
+    yield model
+    if model.config._attn_implementation == "eager":
+        return
     plain = twin(model).eval()
     plain.set_attn_implementation("eager")
-    return [model] if model.config._attn_implementation == "eager" else [model, plain]
+    try:
+        outputs = _outputs(plain, inputs, ())
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception:  # the model cannot be used with it, pruned or not
+        return
+    if any(bool(tensor.isfinite().any()) for tensor in outputs.values()):
+        yield plain
 
 
 def trial_masks(numbers: Sequence[Tensor], groups: int = 4) -> dict[str, list[Tensor]]:
@@ -142,7 +153,8 @@ def prove_cuts(
             )
             if idle or (lost and not changed):
                 raise UnsupportedArchitectureError(
-                    f"{', '.join(idle) or 'the model'} gave the same without what was cut"
+                    f"{', '.join(idle) or 'the model'} gave the same without what was cut, so that it cannot "
+                    "be seen whether it was cut rightly"
                 )
 
 
@@ -229,8 +241,8 @@ def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, f
             columns[s.columns[~keep].flatten()] = 0
 
             def scale(features: Tensor, columns: Tensor = columns, s: Sublayer = s) -> Tensor:
-                weight = s.weight
-                gone, all_ = (linear(t, weight).abs().max() for t in (features * (1 - columns), features))
+                weight, seen = s.weight, features.nan_to_num(0)  # of tokens that are padding
+                gone, all_ = (linear(t, weight).abs().max() for t in (seen * (1 - columns), seen))
                 lost[s.name] = float((gone / all_).nan_to_num(0))
                 return features * columns
 

@@ -69,8 +69,8 @@ def head_names(
     if not fits:
         shapes = ", ".join(f"{path} gives {rows}" for o in attentions for path, rows in o.rows.items())
         raise UnsupportedArchitectureError(
-            f"no attributes of {type(config).__name__} tell a number and size of heads that fit {where}, "
-            f"where {shapes}"
+            f"no attributes of {type(config).__name__} tell a number of heads that have one size in {where}, "
+            f"where {shapes} features"
         )
 
 
