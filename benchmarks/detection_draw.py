@@ -747,6 +747,7 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
     ids = torch.randint(4, size(text, "vocab_size", 60), (3, 11), generator=generator)
     texts = {"input_ids": ids, "attention_mask": torch.ones(3, 11).long()}
     tokens = {name: noise(3, 9, width) for name in ("hidden_states", "inputs_embeds", "embeddings", "x")}
+    yield {**texts, "encoder_hidden_states": noise(3, 5, width), "context": noise(3, 5, width)}
     yield {**tokens, "encoder_hidden_states": noise(3, 5, width), "context": noise(3, 5, width)}
     for side in dict.fromkeys((size(image, "image_size input_size crop_size img_size", 16), 16, 32, 64, 224)):
         picture = noise(3, channels, side, side)

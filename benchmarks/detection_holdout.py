@@ -475,9 +475,11 @@ def judge(accepted: PreTrainedModel, model: PreTrainedModel, inputs: dict[str, A
                 )
                 if error > 1e-3 or not torch.equal(one.isnan(), other.isnan()):
                     return f"draw {draw}: {what} is {error:.0e} off masked"
-        if all(torch.allclose(one, other) for one, other in zip(masked, dense, strict=True)) and not all(
-            map(all, kept)
-        ):
+        same = (
+            one.shape == other.shape and torch.allclose(one, other)
+            for one, other in zip(masked, dense, strict=True)
+        )
+        if all(same) and not all(map(all, kept)):
             return f"draw {draw}: the masks did nothing"
     return ""
 

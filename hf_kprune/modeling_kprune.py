@@ -494,7 +494,7 @@ def shrink_layer(layer: nn.Module, block: BlockPlan, index: int) -> None:
     for path, width in block["columns"].items():
         resize(layer, path, columns=kept * width)
     for path, (dim, width) in block["slices"].items():
-        set_slices(layer, path, dim, torch.arange(kept * width))
+        set_slices(layer, path, dim, torch.arange(kept * width, device="cpu"))
     for path, factor in block["sizes"].items():
         if get_size(layer, path) is not None:
             set_size(layer, path, kept * factor)

@@ -154,6 +154,7 @@ class Reader:
                 f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes "
                 f"{sorted(self.accepted)}"
                 + ("" if self.main in columns else f", and no row is read without {self.main}")
+                + (", also if it has inputs_embeds" if "inputs_embeds" in columns else "")
                 + "; "
                 + (text if self.main == "input_ids" else other)
                 + ("" if self.args.remove_unused_columns else drop)
