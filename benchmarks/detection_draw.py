@@ -754,8 +754,8 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": picture, "images": picture, "image": picture}
         yield {**texts, "pixel_values": picture}
         yield {"pixel_values": picture, "bool_masked_pos": torch.zeros(3, (side // patch) ** 2).bool()}
-        frames = noise(3, 4, channels, side, side)
-        yield {"pixel_values_videos": frames, "pixel_values": frames}
+        video = noise(3, 4, channels, side, side)
+        yield {"pixel_values_videos": video, "pixel_values": video}
     for folded in (1, 2):
         grid = torch.tensor([[1, 4, 4]] * 3)
         packed = noise(48, channels * folded * patch**2)
