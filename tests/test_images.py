@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from zoo import make
 
 from hf_kprune import CalibrationError, KPruneArguments, KPruneError, KPrunePruner
 from hf_kprune.calibration.collate import collate, join_rows
+from hf_kprune.calibration.processed import with_patches_joined
 from hf_kprune.cli.terminal import main
 
 
@@ -256,3 +258,18 @@ def test_the_command_line_takes_folders_of_images_and_tables_with_them(
         ]
     )
     assert (code, "text_columns names no" in capsys.readouterr().err) == (2, True)
+
+
+def test_patches_that_a_grid_counts_are_joined_and_others_are_not() -> None:
+    grids = [[[1, 2, 4]], [[1, 2, 2], [1, 4, 2]]]
+    patches = [torch.randn(sum(math.prod(sides) for sides in grid), 5) for grid in grids]
+    rows: list[dict[str, Any]] = [
+        {"pixel_values": pixels, "grid_thw": grid, "input_ids": [3, 4]}
+        for pixels, grid in zip(patches, grids, strict=True)
+    ]
+    batch = join_rows([with_patches_joined(row) for row in rows], pad_token_id=1)
+    assert torch.equal(batch["pixel_values"], torch.cat(patches))
+    assert batch["grid_thw"].tolist() == [*grids[0], *grids[1]]
+    assert batch["input_ids"].shape == (2, 2)
+    other = {**rows[0], "grid_thw": [[1, 2, 3]]}
+    assert with_patches_joined(other) is other

@@ -62,8 +62,9 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str =
         inputs = to_model(inputs, dense)
         sublayers = find_sublayers(dense, head_unit)
         _check_unshared(dense, sublayers)
-        with step("run twice from the same seed"):
-            _check_same(*(_outputs(dense, inputs, sublayers) for _ in range(2)))
+        with step("run twice from the same random numbers"):
+            one, other = (_outputs(dense, inputs, sublayers) for _ in range(2))
+            _check_same(other, one, "what it was the first time, so that nothing can be compared")
         with step("run in the order described"), _seeded():
             check_order(dense, inputs, sublayers)
         masks = trial_masks([s.numbers for s in sublayers])
@@ -144,7 +145,7 @@ def prove_cuts(
                 expected = outputs_of(dense, sublayers)
             student = cut_twin(dense, keep, head_unit)
             cut_sublayers = find_sublayers(student, head_unit)
-            _check_same(outputs_of(student, cut_sublayers), expected)
+            _check_same(outputs_of(student, cut_sublayers), expected, "what it is where they are masked")
             if [s.num_units for s in cut_sublayers] != [int(mask.sum()) for mask in keep]:
                 raise UnsupportedArchitectureError("other units are left than were kept")
             idle = [name for name, share in lost.items() if share <= TOLERANCE]
@@ -259,15 +260,16 @@ def _apart(result: Tensor, expected: Tensor) -> float:
     return float(difference.max() / scale.clamp(min=1e-12)) if difference.numel() else 0.0
 
 
-def _check_same(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise `UnsupportedArchitectureError` unless tensors of the same names are equal up to `TOLERANCE`."""
+def _check_same(results: Mapping[str, Tensor], expected: Mapping[str, Tensor], those: str) -> None:
+    """Raise `UnsupportedArchitectureError` unless tensors of the same names are equal up to `TOLERANCE`; of
+    `those` that are expected it says what they are."""
     if results.keys() != expected.keys():
         others = sorted(results.keys() ^ expected.keys())
         raise UnsupportedArchitectureError(f"{', '.join(others[:3])} came out of only one of the two")
     for name, tensor in results.items():
         error = _apart(tensor, expected[name])
         if error > TOLERANCE:
-            raise UnsupportedArchitectureError(f"{name} is {error:.1e} of its largest value off")
+            raise UnsupportedArchitectureError(f"{name} is {error:.1e} of its largest value off {those}")
 
 
 def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
@@ -295,7 +297,7 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_un
     with torch.no_grad(), _seeded():
         tops = run_to_top(model, inputs, sublayers).inputs
     try:
-        _check_same(state.inputs, tops)
+        _check_same(state.inputs, tops, "what it is in the model")
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
             f"{_parting(model, inputs, sublayers, carried_to)}, so it reads more than what the layers below "
@@ -304,7 +306,7 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_un
     with resumed(sublayers, len(sublayers), state):
         outputs = _outputs(model, inputs, ())
     try:
-        _check_same(outputs, _outputs(model, inputs, ()))
+        _check_same(outputs, _outputs(model, inputs, ()), "what it is in the model")
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
             f"the model gives something else where it gets nothing of {_lists(sublayers)} but what the last "
@@ -375,7 +377,8 @@ def prove_router(model: PreTrainedModel, inputs: Mapping[str, object], head_unit
         student = cut_twin(model, masks, head_unit, "expert")
         dense = logits_of(model, sublayers[place])[..., masks[place].to(model.device)]
         left = logits_of(student, find_sublayers(student, head_unit, "expert")[place])
-        _check_same({"the logits of its router": left}, {"the logits of its router": dense})
+        name = "the logits of its router"
+        _check_same({name: left}, {name: dense}, "what it is with all of them")
 
 
 def _prove_loading(student: PreTrainedModel) -> None:
