@@ -216,7 +216,7 @@ def time(models: Sequence[PreTrainedModel], batch_size: int, length: int, rounds
     flops = []
     for model in models:
         sublayers = find_sublayers(model)
-        lengths = {s.stack_name: float(length) for s in sublayers}
+        lengths = {name: float(length) for s in sublayers for name in (s.stack_name, s.reads)}
         with in_eval_mode(model):
             products = sum(s.num_units * s.unit_products(lengths) for s in sublayers)
             flops.append(matrix_flops(model, inputs) / batch_size + products)

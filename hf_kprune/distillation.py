@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,8 @@ from transformers import (
 from .calibration.batches import Calibration
 from .calibration.distance import mean_loss, predictor
 from .calibration.knowledge import Knowledge
-from .calibration.outputs import losses_of, outputs_for
+from .calibration.outputs import outputs_for
+from .errors import CalibrationError
 from .history import Recovery
 from .state import Pruner, tell
 from .structure.facts import in_eval_mode, same_modes, to_model
@@ -116,8 +118,11 @@ class Watch(TrainerCallback):
 
     def look(self, step: int) -> bool:
         """Judge the student, remember it if it is better than before, and say whether it is lost."""
-        distance = self.lesson.distance()
-        self.recovery.looks.append([step, distance])
+        try:
+            distance = self.lesson.distance()
+        except CalibrationError:  # the loss is not finite, as it was before the first step
+            distance = math.inf
+        self.recovery.looks.append([step, distance if math.isfinite(distance) else None])
         if distance < self.recovery.distance_after:
             self.recovery.distance_after, self.best = distance, self.weights()
         return distance > LOST * self.recovery.distance_before
@@ -190,7 +195,8 @@ class Distillation(Trainer):
         with torch.no_grad(), hidden_states(self.tops[1]) as theirs:
             same = replace(batch, inputs=to_model(batch.inputs, lesson.teacher))
             expected = outputs_for(lesson.loss, lesson.teacher, [*self.tops[1].values()], same)
-        parts = [losses_of(lesson.loss, outputs, expected, batch).mean()]
+        # a student whose loss is not finite is lost, as the next look finds
+        parts = [lesson.loss(outputs, expected, batch.counted).mean()]
         for name, top in self.tops[0].items():
             if name in ours:
                 student, teacher = (batch.by_token(states[name], name) for states in (ours, theirs))

@@ -18,7 +18,7 @@ class Recovery:
         distance_after: That of the model that was kept. It is never larger.
         steps: Steps of the optimiser.
         seconds: Wall-clock time, judging included.
-        looks: The step and the distance, each time that the model was judged.
+        looks: The step and the distance, each time that the model was judged; None if it was not finite.
         arguments: Options of `TrainingArguments`, as text.
 
     Example:
@@ -35,7 +35,7 @@ class Recovery:
     distance_after: float
     steps: int = 0
     seconds: float = 0.0
-    looks: list[list[float]] = field(default_factory=list)
+    looks: list[list[float | None]] = field(default_factory=list)
     arguments: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from .structure.reach import leaving
 from .structure.readiness import bare_model, describe_units
 from .structure.sublayers import LEFT_ALONE, find_sublayers
 from .structure.surgery import restore, with_table_per_layer
+from .structure.workbench import large_tensors_apart, needs_workbench
 
 
 logger = logging.get_logger(__name__)
@@ -86,8 +87,10 @@ class Run:
             with self.phase("prepare"), together(self.pruner.accelerator):
                 self.args.check()
                 self.pruner.model = self.model = bare_model(self.model)
+            lifts = needs_workbench(self.model, self.pruner.accelerator.device)
+            memory = large_tensors_apart() if lifts else nullcontext()
             # no tower is left alone until it is known which of them run
-            with accompanied(self.pruner.accelerator), leaving(self.model, ()):
+            with memory, accompanied(self.pruner.accelerator), leaving(self.model, ()):
                 with self.phase("prepare"):
                     self.pruning = self.prepare()
                 with in_eval_mode(self.pruning.teacher):

@@ -210,7 +210,7 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
         ({"phrase": "w5"}, r"has the columns \['phrase'\].*tokenise the texts"),
         (
             {"inputs_embeds": [[0.5]]},
-            r"\['inputs_embeds'\].*, and no row is read without input_ids; tokenise",
+            r"\['inputs_embeds'\].*, and no row is read without input_ids, also if it has inputs_embeds; tokenise",
         ),
         (5 * ("w5",), r"expected a string or a pair of strings"),
         (

@@ -27,7 +27,7 @@ from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePr
 from hf_kprune.calibration import checks as calibration_checks
 from hf_kprune.structure import readiness, walk
 from hf_kprune.structure.checks import unread
-from hf_kprune.structure.surroundings import product_precisions
+from hf_kprune.structure.surroundings import INHERITED, PRODUCTS, exact_products, product_precisions
 
 
 DATA = rows(20)
@@ -499,8 +499,26 @@ def test_checks_multiply_exactly_and_the_work_as_the_caller_has_set(monkeypatch:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert precisions.pop("run_above") == {"tf32", "bf16"}
+    assert precisions.pop("run_above") >= {"tf32", "bf16"}
     assert precisions == dict.fromkeys(("check_described", "check_order"), {"ieee"})
+
+
+def test_exact_products_leave_what_is_inherited_as_it_is() -> None:
+    places: tuple[Any, ...] = (*PRODUCTS, torch.backends)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in PRODUCTS:
+            place.fp32_precision = INHERITED
+        PRODUCTS[0].fp32_precision = "ieee"
+        places[-1].fp32_precision = "tf32"
+        with exact_products():
+            assert {*product_precisions()} == {"ieee"}
+        assert product_precisions() == ["ieee", *["tf32"] * (len(PRODUCTS) - 1)]
+        places[-1].fp32_precision = "ieee"
+        assert {*product_precisions()} == {"ieee"}
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def test_weights_made_in_inference_mode_are_pruned_like_others() -> None:

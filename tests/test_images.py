@@ -273,3 +273,12 @@ def test_patches_that_a_grid_counts_are_joined_and_others_are_not() -> None:
     assert batch["input_ids"].shape == (2, 2)
     other = {**rows[0], "grid_thw": [[1, 2, 3]]}
     assert with_patches_joined(other) is other
+    series = torch.randn(16, 3)
+    masked = {"past_values": series, "past_observed_mask": [[1, 1, 1]] * 16}
+    assert with_patches_joined(masked) is masked
+    for value in ([[1, 16], [1]], [[1, 16], None], [[0.5, 32.0]], [[-1, -16]]):
+        row = {"past_values": series, "value": value}
+        assert with_patches_joined(row) is row
+    series[3, 1] = torch.nan
+    alone = {"past_values": series}
+    assert with_patches_joined(alone) is alone

@@ -26,8 +26,10 @@ from hf_kprune.structure.offload import Folder, device_map
 from hf_kprune.structure.sublayers import find_sublayers
 from hf_kprune.structure.workbench import (
     APART,
+    LARGEST,
     MMAP_THRESHOLD,
-    keep_large_tensors_apart,
+    TRIM_THRESHOLD,
+    large_tensors_apart,
     leave_workbench,
     on_workbench,
     words_of,
@@ -225,16 +227,20 @@ def test_the_files_of_a_killed_process_are_removed_by_the_next_one(
     assert list(tmp_path.iterdir()) == [not_ours]
 
 
-@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(
+    "chosen", ["", "MALLOC_MMAP_THRESHOLD_=65536", "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=65536"]
+)
 def test_large_tensors_are_given_back_at_once_unless_the_user_has_chosen(
-    chosen: bool, monkeypatch: pytest.MonkeyPatch
+    chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda *what: calls.append(what))
     monkeypatch.setattr("hf_kprune.structure.workbench.sys.platform", "linux")
     monkeypatch.setattr("hf_kprune.structure.workbench.ctypes.CDLL", lambda _: library)
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    for name in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
     if chosen:
-        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    keep_large_tensors_apart()
-    assert calls == ([] if chosen else [(MMAP_THRESHOLD, APART)])
+        monkeypatch.setenv(*chosen.split("=", 1))
+    with large_tensors_apart():
+        assert calls == ([] if chosen else [(MMAP_THRESHOLD, APART)])
+    assert calls[1:] == ([] if chosen else [(MMAP_THRESHOLD, LARGEST), (TRIM_THRESHOLD, 2 * LARGEST)])

@@ -31,6 +31,10 @@ from .nested import Row
 from .rows import Rows, TokensPerRow
 
 
+HIDDEN = -5e3
+"""Half of the least that models add to scores of tokens that are not to be read, -1e4."""
+
+
 def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
     """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
     shapes are not."""
@@ -228,7 +232,9 @@ class BatchMaker:
 
 def visible_tokens(mask: Tensor) -> Tensor:
     """Which entries of a mask may be read: a boolean one, of numbers 0 and 1, or to be added to scores."""
-    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    if mask.is_floating_point() and not bool((mask >= 0).all() and mask.any()):  # to be added
+        return mask > HIDDEN
+    return mask.bool()
 
 
 def real_tokens(call: Mapping[str, Any], size: torch.Size) -> Tensor:

@@ -70,7 +70,7 @@ def check_walk(
                 valid = batch.tokens(next(s for s in sublayers if s.stack_name == stack), expected)
                 error = (carried - expected)[valid].abs().max()
                 size = expected[valid].abs().max()
-                if error > 1e-3 * size:
+                if not error <= 1e-3 * size:
                     raise UnsupportedArchitectureError(
                         f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} "
                         f"away from where it does as a whole; its family {model.config.model_type!r} does "
@@ -123,7 +123,7 @@ def check_head(walk: Walk, top: State, sample: Batch) -> None:
             alone = above[name]
             if value.shape[:2] == sample.counted.shape:
                 value, alone = value[sample.counted], alone[sample.counted]
-            if value.numel() and (alone - value).abs().max() > 1e-3 * value.abs().max():
+            if value.numel() and not (alone - value).abs().max() <= 1e-3 * value.abs().max():
                 raise UnsupportedModelError(
                     f"the {name} of {type(model).__name__} do not follow from its last layer alone: its "
                     "head reads lower layers too, which is not carried here; use a head on the last layer "

@@ -97,8 +97,8 @@ class Reference:
         self._step(batch)
         if self.shared:
             return self._streams[batch]
-        for kept in (self._reads, self._runs):
-            kept.pop(batch, None)
+        for of_batches in (self._reads, self._runs):
+            of_batches.pop(batch, None)
         return self._streams.pop(batch)
 
 

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .nested import Row, depth, plain
+from .nested import Row, depth, flat, plain
 
 
 PICTURES = ("image", "images")
@@ -41,12 +41,19 @@ def with_patches_joined(row: Row) -> Row:
     """
     tensors = [value for value in row.values() if isinstance(value, Tensor)]
     patches = {len(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.dim() == 2}
-    grids = [value for value in row.values() if depth(value) == 2 and {*map(len, value)} in ({2}, {3})]
+    grids = [value for key, value in row.items() if "mask" not in key and is_grid(value)]
     if not patches & {int(torch.as_tensor(grid).prod(1).sum()) for grid in grids}:
         return row
     return Processed(
         {key: torch.as_tensor(value) if depth(value) > 1 else plain(value) for key, value in row.items()}
     )
+
+
+def is_grid(value: Any) -> bool:
+    """Whether an input tells numbers of patches, (images, 2 or 3), each a whole number above 0."""
+    if depth(value) != 2 or {*map(depth, value)} != {1} or {*map(len, value)} not in ({2}, {3}):
+        return False
+    return all(type(entry) is int and entry > 0 for entry in flat(value))
 
 
 def pictures_of(columns: Mapping[str, Any]) -> list[Any]:

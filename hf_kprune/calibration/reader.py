@@ -90,21 +90,23 @@ class Reader:
         has = f"calibration row {index} has"
         if "input_ids" in inputs:
             self.check_integers(has, {key: columns[key] for key in inputs})
-        kept = inputs | self.labels if self.keep_labels else inputs
-        row = {key: value for key, value in columns.items() if key in kept}
+        names = inputs | self.labels if self.keep_labels else inputs
+        row = {key: value for key, value in columns.items() if key in names}
         for key in inputs:
             tensor = None if "mask" in key else floats(row[key])
             row |= {} if tensor is None else {key: tensor}
         if "input_ids" in row:
             self.check_ids(has, list(flat(row["input_ids"])), row_length(row), self.limit, self.vocabulary)
             self.check_beside(has, row)
-        row = Processed(row) if isinstance(encoded, Processed) else with_patches_joined(row)
+        if isinstance(encoded, Processed):
+            row = Processed(row)
         tokens = row_tokens(row, tokens_per_row)
         if self.needs_targets and not self.check_target(index, row):
             tokens = 0
         if tokens:
             self.note(index, {key: row[key] for key in sorted(inputs)})
-        return row, tokens
+        # a collator of the caller's, which may want labels, knows the rows as they are
+        return (row if self.keep_labels else with_patches_joined(row)), tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
         """Names of the columns that are inputs. Labels are if they are targets, or say which tokens count."""
@@ -183,7 +185,7 @@ class Reader:
         shape = shape_of(columns["input_ids"])
         for key in ("attention_mask", "token_type_ids"):
             if key in columns and shape_of(columns[key]) != shape:
-                batch = "; input_ids of two dimensions are read as a batch of rows, and so is this"
+                batch = ", in two dimensions where input_ids have two"
                 raise CalibrationError(
                     f"{has} {key} of {shape_of(columns[key])} for input_ids of {shape}; expected one number "
                     f"for each token{'' if depth(columns[key]) else batch}"

@@ -248,7 +248,7 @@ class Method:
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         """New output weights (D, C) of the kept columns, unit by unit, and bias."""
-        return Fit(weight.double(), bias)
+        return Fit(weight.double(), None if bias is None else bias.double())
 
     def fit(
         self,

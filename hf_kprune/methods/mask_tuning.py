@@ -131,7 +131,7 @@ class KCM(Method):
 
     def tune(self, equations: NormalEquations, weight: Tensor, bias: Tensor | None, unit_width: int) -> Fit:
         if unit_width > 1:
-            return Fit(weight.double(), bias)
+            return Fit(weight.double(), None if bias is None else bias.double())
         return scale_units(equations, weight, bias, unit_width)
 
 
@@ -261,7 +261,7 @@ def scale_units(
     )  # not finite where no damping of this size can help
     if not bool((x.abs() <= limit).all()):
         x = torch.ones_like(x)
-    return Fit(w * x.repeat_interleave(unit_width), bias)
+    return Fit(w * x.repeat_interleave(unit_width), None if bias is None else bias.double())
 
 
 def representative(filters: Tensor, sigma: float = 1.0, alpha: float = 0.01) -> Tensor:

@@ -228,9 +228,9 @@ def _state_above(sublayer: Sublayer, state: State, tensors: Mapping[str, Tensor]
     top = (
         sublayer.layer is sublayer.layers[-1] and "above" in tensors
     )  # nothing reads any more what was shared
-    kept = {n: t for n, t in state.inputs.items() if not (top and n.startswith(f"{sublayer.stack_name}/"))}
+    further = {n: t for n, t in state.inputs.items() if not (top and n.startswith(f"{sublayer.stack_name}/"))}
     shared = {n: t for n, t in tensors.items() if n.startswith(f"{sublayer.stack_name}/")}
-    inputs = {**kept, **shared, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
+    inputs = {**further, **shared, sublayer.stack_name: tensors["above" if "above" in tensors else "input"]}
     if "above" in tensors:
         if sublayer.index in sublayer.outlets:
             inputs[outlet(sublayer.stack_name, sublayer.index)] = tensors["above"]

@@ -39,30 +39,39 @@ def plain_modes() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-"""Where torch keeps the precision in which it multiplies matrices of float32, for GPUs and for CPUs."""
+CPUS: Any = torch.backends.mkldnn
+
+GPUS: Any = torch.backends.cudnn
+
+PRODUCTS = (torch.backends.cuda.matmul, GPUS.conv, GPUS.rnn, CPUS.matmul, CPUS.conv, CPUS.rnn)
+"""Where torch keeps the precision in which it multiplies numbers of float32, on GPUs and on CPUs."""
+
+INHERITED = "none"
+"""What is set there if the setting of all of them holds."""
 
 
 def product_precisions() -> list[str]:
-    """What is set there, such as "ieee", "tf32" or "bf16"."""
-    return [matmul.fp32_precision for matmul in MATMULS]
+    """What holds there: "ieee", "tf32" or "bf16"."""
+    return ["ieee" if each.fp32_precision == INHERITED else each.fp32_precision for each in PRODUCTS]
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply matrices of float32 as exactly as torch can, whatever the caller has set, as by
-    `torch.set_float32_matmul_precision`.
+    """Multiply and convolve in float32 as exactly as torch can, whatever the caller has set, as by
+    `torch.set_float32_matmul_precision`, or torch by itself, as for convolutions on GPUs.
 
     What is proved or checked compares numbers that are equal up to rounding.
     """
-    before = product_precisions()
-    for matmul in MATMULS:
-        matmul.fp32_precision = "ieee"
+    before = [each.fp32_precision for each in PRODUCTS]
+    for each in PRODUCTS:
+        each.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for matmul, precision in zip(MATMULS, before, strict=True):
-            matmul.fp32_precision = precision
+        for each, precision in zip(PRODUCTS, before, strict=True):
+            each.fp32_precision = INHERITED
+            if each.fp32_precision != precision:  # it is a setting of its own
+                each.fp32_precision = precision
 
 
 @contextmanager

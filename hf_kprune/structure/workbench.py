@@ -15,6 +15,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -35,8 +36,11 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 APART = 2**22
 """Bytes from which a tensor is given back to the system as soon as it is free."""
 
-MMAP_THRESHOLD = -3
-"""The number by which glibc's malloc.h calls that size, M_MMAP_THRESHOLD."""
+LARGEST = 2**25
+"""The bytes to which glibc raises that size by itself; it keeps twice as many at the end of its heap."""
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""The numbers by which glibc's malloc.h calls both, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD."""
 
 
 def in_half_precision(value: PreTrainedModel | Tensor) -> bool:
@@ -69,7 +73,6 @@ class Workbench:
         self.layers, self.device, self.sources = list(layers), device, dict(sources)
         self.folder = Folder()
         self.on_disk = {number for number, _ in self.sources} if to_disk else set()
-        keep_large_tensors_apart()
         self.current: int | None = None
         self.away: dict[str, Tensor] = {}
         self.here: dict[str, weakref.ref[Tensor]] = {}
@@ -154,15 +157,27 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def keep_large_tensors_apart() -> None:
-    """Let each large tensor be given back to the system as soon as it is free, where the C library is glibc
-    and nobody has chosen otherwise.
+@contextmanager
+def large_tensors_apart() -> Iterator[None]:
+    """Within this context each large tensor is given back to the system as soon as it is free, where the C
+    library is glibc and nobody has chosen otherwise.
 
-    glibc raises the size from which it does so to that of the largest tensor that was freed, up to 32 MiB.
-    Smaller ones then come to lie in a heap, whose gaps stay with the process.
+    glibc raises the size from which it does so to that of the largest tensor that was freed, up to `LARGEST`.
+    Smaller ones then come to lie in a heap, whose gaps stay with the process. To ask for memory anew each
+    time takes longer, so afterwards the size is what glibc would have raised it to.
     """
-    if (mallopt := c_function("mallopt")) is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(MMAP_THRESHOLD, APART)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
+    mallopt = None if chosen else c_function("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, APART)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_THRESHOLD, LARGEST)
+        mallopt(TRIM_THRESHOLD, 2 * LARGEST)
 
 
 def c_function(name: str) -> Callable[..., int] | None:
