@@ -270,6 +270,8 @@ class ToyLayer(nn.Module):
             self.spare = nn.Linear(16, 16)
         if self.oddity == "experts":
             self.experts = nn.Parameter(torch.randn(4, 16, 16))
+        if self.oddity == "three in turn":
+            self.third = nn.Linear(16, 16)
         if self.oddity == "gate":
             self.gate = nn.Linear(16, 1)
 
@@ -283,6 +285,8 @@ class ToyLayer(nn.Module):
         if self.oddity == "fixed width":
             neurons = neurons.view(*neurons.shape[:2], 3, 4).flatten(2)
         output: Tensor = self.down(neurons)
+        if self.oddity == "three in turn":
+            output = self.third(torch.relu(output))
         if self.oddity == "gate":
             output = torch.sigmoid(self.gate(states)) * output
         return states + output
@@ -320,6 +324,8 @@ class ToyModel(PreTrainedModel):
             states = states.flatten(0, 1)
         for layer in list(self.layers) * (3 if self.config.oddity == "shared layers" else 1):
             states = layer(states)
+            if self.config.oddity == "in place":
+                states += states.tanh()
         if self.config.oddity in ("of its own", "no layers"):
             states = states + self.pool(states)
         if self.config.oddity == "chance":
@@ -421,6 +427,8 @@ PARTS = {
     ),
     "sequence": ("attention ffn", "", ""),
     "packed": ("attention ffn", "", ""),
+    "in place": ("attention ffn", "", ""),
+    "three in turn": ("attention ffn", "layers.*.third", "it follows down, which ends an FFN"),
     "dead": (
         "attention",
         "layers.*.down",

@@ -148,6 +148,10 @@ class Reader:
                 "tokenise the texts (dataset.map), or pass processing_class and either a plain list of "
                 "strings or, in text_columns, the names of the columns that hold the texts"
             )
+            if "inputs_embeds" in columns:
+                text = (
+                    "give rows with it, or, if the model refuses it, prune the one that makes its embeddings"
+                )
             other = f"make {self.main} of them (dataset.map)" + (
                 f", or pass a column {self.sense!r} and processing_class" if self.sense else ""
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any, cast
 
@@ -275,6 +276,7 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
             if name not in state.inputs:  # the model comes to its first layer by itself
                 continue
             stream, layers = handed(sublayer, state.inputs[name]), list(sublayer.layers)
+            spare = stream.detach().clone()  # some models write into what a layer gave
             if target is not None and name == target.stack_name:
                 layers, times = layers[: target.index], count()
 
@@ -297,12 +299,21 @@ def resumed(sublayers: Sequence[Sublayer], position: int, state: State) -> Itera
                 stack.enter_context(hooked(target.layer.register_forward_pre_hook(replace, with_kwargs=True)))
             for index, layer in enumerate(layers):
                 end = state.inputs.get(outlet(name, index))
-                result = fill(form_of(sublayer), stream if end is None else handed(sublayer, end), {})
-                stack.enter_context(forward_as(layer, lambda *_, result=result, **__: result))
+                if end is None and len(layers) < len(sublayer.layers):
+                    result = fill(form_of(sublayer), spare, {})
+                    stack.enter_context(forward_as(layer, lambda *_, result=result, **__: result))
+                    continue
+                above = stream if end is None else handed(sublayer, end)
+                stack.enter_context(forward_as(layer, partial(_give, form_of(sublayer), above)))
         for below in sublayers[:position]:
             if below.name in state.outputs:
                 answer(stack, below, state.outputs[below.name])
         yield
+
+
+def _give(form: Any, above: Tensor, *_: object, **__: object) -> Any:
+    """Return a copy of what a layer has given, in the form in which it returns it."""
+    return fill(form, above.clone(), {})
 
 
 @contextmanager

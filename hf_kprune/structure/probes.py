@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, cast
 
 import torch
@@ -73,12 +73,17 @@ def check_order(model: nn.Module, inputs: Mapping[str, object], sublayers: Seque
         expected = [place for layer in layers for place in layer * sublayers[layer[0]].uses]
         order = [place for place in ran if sublayers[place].stack_name == stack]
         if order != expected:
-            names = [sublayers[place].name for place in order]
+            place, due = next((ran, due) for ran, due in zip_longest(order, expected) if ran != due)
+            runs = "nothing more" if place is None else sublayers[place].name
+            where = "its layers end" if due is None else f"{sublayers[due].name} is due"
+            what = f"{type(model).__name__} runs {runs} of {stack} where {where}"
+            if "kprune_family" in sublayers[expected[0]].owner.__dict__:
+                raise UnsupportedArchitectureError(
+                    f"{what}; only layers are pruned that all run their attentions and FFNs in one order"
+                )
             raise UnsupportedArchitectureError(
-                f"{type(model).__name__} runs {', '.join(names) or 'none'} of {stack}, in this order; its "
-                f"family describes {', '.join(sublayers[place].name for place in expected)}. Does it need "
-                "other inputs for some of them, or does the family name its blocks in another order? "
-                "docs/add_a_family.md"
+                f"{what}, as its family says. Does it need other inputs for some of them, or does the family "
+                "name its blocks in another order? docs/add_a_family.md"
             )
 
 

@@ -240,6 +240,7 @@ class Watch:
         self.leave(sorted(names - {*ran}), "it does not run on these inputs")
         self.leave(sorted(path for path in names if ran.count(path) > 1), "it runs more than once in a layer")
         calls = {c.path: c for c in self.calls}
+        self.drop_followers()
         ends = [path for s in self.sublayers for path in (*s.rows, s.block.output)]
         shared = sorted(path for path in names if ends.count(path) > 1)
         self.leave(shared, "it is in several attentions or FFNs at once, of which none can be cut by itself")
@@ -252,7 +253,7 @@ class Watch:
             replace(s, block=replace(s.block, stream=self.stream(calls[s.block.output])))
             for s in self.sublayers
         ]
-        self.leave(sorted(names - {*ends}), "it is a projection of no attention and no FFN")
+        self.leave(sorted(names - {*ends, *self.rest}), "it is a projection of no attention and no FFN")
         output, like = calls[""].output, self.leaf
         alike = template(output, lambda t: "y" if t.shape == like.shape else None)
         narrower = template(
@@ -265,6 +266,20 @@ class Watch:
         others = {name for name in others if not name.startswith(attentions)}
         self.leave(sorted(others), "it is a weight of neither nn.Linear nor an attention")
         self.calls = []
+
+    def drop_followers(self) -> None:
+        """Leave an FFN that another one opens, as of three projections in turn: what the second one gives may
+        be read elsewhere too, and only one of the two FFNs could be cut."""
+        closing: set[str] = set()
+        for s in list(self.sublayers):
+            before = sorted(closing & s.rows.keys())
+            if not before or s.block.kind != "ffn":
+                closing.add(s.block.output)
+                continue
+            self.sublayers.remove(s)
+            others = s.projections - {path for other in self.sublayers for path in other.projections}
+            why = f"it follows {before[0]}, which ends an FFN"
+            self.rest = {**dict.fromkeys(sorted(others), why), **self.rest}
 
     def aside(self, name: str) -> bool:
         """Whether a weight mixes no channels: that of an embedding, or of a depthwise convolution."""
