@@ -18,6 +18,8 @@ from transformers import (
     AutoConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    PatchTSTConfig,
+    PatchTSTForRegression,
     PreTrainedConfig,
     PreTrainedModel,
     ViTMAEModel,
@@ -703,3 +705,35 @@ def test_a_function_of_attention_that_gives_no_numbers_is_not_asked_for_any(
 
     monkeypatch.setattr(layer, "forward", broken)
     assert len(list(implementations(model, inputs))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no knowledge loss is known")
+def test_series_of_several_channels_are_pruned(tmp_path: Path) -> None:
+    """PatchTST attends within a channel, to (batch * channels, patches, width), and carries all channels."""
+    torch.manual_seed(0)
+    config = PatchTSTConfig(
+        num_input_channels=3,
+        context_length=16,
+        patch_length=4,
+        patch_stride=4,
+        d_model=16,
+        ffn_dim=24,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        num_targets=2,
+    )
+    model = PatchTSTForRegression(config).eval()
+    rows = [{"past_values": torch.randn(16, 3)} for _ in range(40)]
+    args = KPruneArguments(
+        sparsity=0.3, num_tokens=400, output_dir=str(tmp_path / "pruned"), disable_tqdm=True, use_cpu=True
+    )
+    pruner = KPrunePruner(model, args, rows)
+    report = pruner.prune()
+    assert {s.kind for s in report.sublayers if len(s.kept) < s.units} == {"attention", "ffn"}
+    pruner.save_model()
+    again = PatchTSTForRegression.from_pretrained(tmp_path / "pruned").eval()
+    values = torch.randn(5, 16, 3)
+    with torch.no_grad():
+        expected, outputs = (each(past_values=values).regression_outputs for each in (pruner.model, again))
+    torch.testing.assert_close(outputs, expected)

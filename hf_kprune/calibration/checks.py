@@ -60,7 +60,14 @@ def check_walk(
             walk = Walk(model, sublayers, [batch.inputs])
             top = walk.top(0)
             for sublayer in walk.sublayers:
-                readers.append(readers_of(batch, sublayer, walk.step(0)))
+                tap = walk.step(0)
+                if tap.stream.shape != tap.output.shape:
+                    raise UnsupportedArchitectureError(
+                        f"{sublayer.name} gives {tuple(tap.output.shape)} where {tuple(tap.stream.shape)} is "
+                        "carried past it, so that its tokens cannot be told from each other, and it cannot "
+                        f"be tuned; {type(model).__name__} cannot be pruned by its {sublayer.kind}"
+                    )
+                readers.append(readers_of(batch, sublayer, tap))
                 walk.advance()
             for name, expected in top.inputs.items():
                 stack = stack_of(name)

@@ -96,10 +96,12 @@ def by_token(tensor: Tensor, like: Tensor) -> Tensor:
     windows on that.
 
     Args:
-        tensor: (B, T, C), (B * T, C), (B, height, width, C) or (B * windows, height, width, C).
+        tensor: (B, T, C), (B * T, C), (B, height, width, C), (B * height, width, C) or (B * windows, height,
+            width, C).
         like: Of the same samples, (B, ...).
     """
-    if tensor.dim() == 3:
+    in_rows = like.dim() == 4 and tensor.shape[:2] == (like.shape[:2].numel(), like.shape[2])
+    if tensor.dim() == 3 and not in_rows:
         return tensor
     return tensor.reshape(len(like), tensor.shape[:-1].numel() // len(like), tensor.shape[-1])
 
