@@ -197,9 +197,9 @@ class Pruning:
             return [Decision(torch.ones(s.num_units, dtype=torch.bool)) for s in job.budget.sublayers]
         if not (job.method.one_shot or self.dry):
             return None
-        if (decided := past.decided()) is not None:
-            report.trials |= decided[1]
-            return decided[0]
+        if (earlier := past.decided()) is not None:
+            report.trials |= earlier[1]
+            return earlier[0]
         dense = frozen(self.teacher) if self.dry else student
         sublayers = find_sublayers(dense, *self.args.units) if self.dry else job.budget.sublayers
         self._measure(job, dense, sublayers, past)
@@ -216,8 +216,8 @@ class Pruning:
         run."""
         if self.costs == job.budget.costs:
             return
-        if (before := past.measured(job.budget.costs, sublayers)) is not None:
-            self.costs, (self.statistics, self.scores) = job.budget.costs, before
+        if (earlier := past.measured(job.budget.costs, sublayers)) is not None:
+            self.costs, (self.statistics, self.scores) = job.budget.costs, earlier
             return
         self.costs = job.budget.costs
         measured = sum(batch.measured for batch in self.fitted.batches)

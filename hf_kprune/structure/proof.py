@@ -242,8 +242,8 @@ def _masked(sublayers: Sequence[Sublayer], masks: Masks) -> Iterator[dict[str, f
             columns[s.columns[~keep].flatten()] = 0
 
             def scale(features: Tensor, columns: Tensor = columns, s: Sublayer = s) -> Tensor:
-                weight, seen = s.weight, features.nan_to_num(0)  # of tokens that are padding
-                gone, all_ = (linear(t, weight).abs().max() for t in (seen * (1 - columns), seen))
+                weight, numbers = s.weight, features.nan_to_num(0)  # NaN is of tokens that are padding
+                gone, all_ = (linear(t, weight).abs().max() for t in (numbers * (1 - columns), numbers))
                 lost[s.name] = float((gone / all_).nan_to_num(0))
                 return features * columns
 
@@ -260,16 +260,16 @@ def _apart(result: Tensor, expected: Tensor) -> float:
     return float(difference.max() / scale.clamp(min=1e-12)) if difference.numel() else 0.0
 
 
-def _check_same(results: Mapping[str, Tensor], expected: Mapping[str, Tensor], those: str) -> None:
-    """Raise `UnsupportedArchitectureError` unless tensors of the same names are equal up to `TOLERANCE`; of
-    `those` that are expected it says what they are."""
+def _check_same(results: Mapping[str, Tensor], expected: Mapping[str, Tensor], meaning: str) -> None:
+    """Raise `UnsupportedArchitectureError` unless tensors of the same names are equal up to `TOLERANCE`,
+    and say what is expected by its `meaning`."""
     if results.keys() != expected.keys():
         others = sorted(results.keys() ^ expected.keys())
         raise UnsupportedArchitectureError(f"{', '.join(others[:3])} came out of only one of the two")
     for name, tensor in results.items():
         error = _apart(tensor, expected[name])
         if error > TOLERANCE:
-            raise UnsupportedArchitectureError(f"{name} is {error:.1e} of its largest value off {those}")
+            raise UnsupportedArchitectureError(f"{name} is {error:.1e} of its largest value off {meaning}")
 
 
 def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> None:
@@ -288,10 +288,10 @@ def _check_unshared(model: PreTrainedModel, sublayers: Sequence[Sublayer]) -> No
 def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> None:
     """Prove that `model` gives the same, run sublayer by sublayer and from end to end."""
     sublayers, state = find_sublayers(model, head_unit), State()
-    carried_to: dict[int, Tensor] = {}
+    entries: dict[int, Tensor] = {}
     for position, sublayer in enumerate(sublayers):
         if sublayer.stack_name in state.inputs:
-            carried_to.setdefault(id(sublayer.layer), state.inputs[sublayer.stack_name])
+            entries.setdefault(id(sublayer.layer), state.inputs[sublayer.stack_name])
         with _seeded():
             state = run_sublayer(model, inputs, sublayers, position, state).above
     with torch.no_grad(), _seeded():
@@ -300,7 +300,7 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_un
         _check_same(state.inputs, tops, "what it is in the model")
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
-            f"{_parting(model, inputs, sublayers, carried_to)}, so it reads more than what the layers below "
+            f"{_parting(model, inputs, sublayers, entries)}, so it reads more than what the layers below "
             f"it give, and they cannot be pruned one after the other ({error})"
         ) from error
     with resumed(sublayers, len(sublayers), state):
@@ -322,7 +322,7 @@ def _parting(
     model: PreTrainedModel,
     inputs: Mapping[str, object],
     sublayers: Sequence[Sublayer],
-    carried_to: Mapping[int, Tensor],
+    entries: Mapping[int, Tensor],
 ) -> str:
     """Which layer is the first to read something else where layers run one by one, in words.
 
@@ -330,21 +330,21 @@ def _parting(
         model: The model.
         inputs: A batch.
         sublayers: Its sublayers.
-        carried_to: What layers have read where they ran one by one, by their ids.
+        entries: What layers have read where they ran one by one, by their ids.
     """
-    parted: list[str] = []
+    places: list[str] = []
     with ExitStack() as hooks, torch.no_grad(), _seeded():
-        for s in {id(s.layer): s for s in sublayers if id(s.layer) in carried_to}.values():
+        for s in {id(s.layer): s for s in sublayers if id(s.layer) in entries}.values():
 
             def compare(
                 _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], s: Sublayer = s
             ) -> None:
-                if _apart(carried(s, first(args, kwargs)), carried_to[id(s.layer)]) > TOLERANCE:
-                    parted.append(f"{s.stack_name}.{s.index}")
+                if _apart(carried(s, first(args, kwargs)), entries[id(s.layer)]) > TOLERANCE:
+                    places.append(f"{s.stack_name}.{s.index}")
 
             hooks.callback(s.layer.register_forward_pre_hook(compare, with_kwargs=True).remove)
         model(**inputs)
-    what = parted[0] if parted else f"the model above {_lists(sublayers)}"
+    what = places[0] if places else f"the model above {_lists(sublayers)}"
     return f"run one by one, each on what the one below gives, {what} reads something else than in the model"
 
 

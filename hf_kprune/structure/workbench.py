@@ -167,8 +167,8 @@ def large_tensors_apart() -> Iterator[None]:
     time takes longer, so afterwards the size is what glibc would have raised it to.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
-    mallopt = None if chosen else c_function("mallopt")
+    by_user = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
+    mallopt = None if by_user else c_function("mallopt")
     if mallopt is None:
         yield
         return
