@@ -144,14 +144,14 @@ def choose(
     names: dict[str, str] = {}  # of the first of equal plans
     for name, plan in plans.items():
         names[name] = next(n for n in plans if all(map(torch.equal, masks_of(plans[n]), masks_of(plan))))
-    tried = {name: plans[name] for name in names.values()}
-    if len(tried) == 1:
+    distinct = {name: plans[name] for name in names.values()}
+    if len(distinct) == 1:
         return next(iter(plans.values())), {}
     few = job.trials.trial()
     few.phase = lambda _: job.trials.phase("search")  # whatever a trial does is a part of the search
     with few.phase("search"):
         judge = Judge(few, teacher, job.loss)
-    distances = distances_of(replace(job, calibration=few, trial=True), judge, dense, teacher, tried)
+    distances = distances_of(replace(job, calibration=few, trial=True), judge, dense, teacher, distinct)
     (best,) = broadcast_object_list([min(distances, key=distances.__getitem__)])
     return plans[best], {name: distances[first] for name, first in names.items()}
 

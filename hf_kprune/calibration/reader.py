@@ -100,13 +100,14 @@ class Reader:
             self.check_beside(has, row)
         if isinstance(encoded, Processed):
             row = Processed(row)
+        elif not self.keep_labels:  # a collator of the caller's knows the rows as they are
+            row = with_patches_joined(row)
         tokens = row_tokens(row, tokens_per_row)
         if self.needs_targets and not self.check_target(index, row):
             tokens = 0
         if tokens:
             self.note(index, {key: row[key] for key in sorted(inputs)})
-        # a collator of the caller's, which may want labels, knows the rows as they are
-        return (row if self.keep_labels else with_patches_joined(row)), tokens
+        return row, tokens
 
     def inputs(self, index: int, columns: Mapping[str, Any]) -> set[str]:
         """Names of the columns that are inputs. Labels are if they are targets, or say which tokens count."""
