@@ -4,7 +4,7 @@
     python benchmarks/recovery.py --pack PACK --output recovery.jsonl --models FOLDER --task wikitext --model SmolLM2-135M-Instruct \
         --sparsity 0.2 --tokens 39936 --minutes 60 --max_steps 72
 
-Prunes as quality.py does, and a language model as perplexity.py, keeps the pruned models in a folder, lets each recover, and appends one JSON line per run to `--output`.
+Prunes as quality.py does, and a language model as perplexity.py, keeps the pruned models in a folder, lets each recover, keeps it there too, and appends one JSON line per run to `--output`.
 Labels are used for evaluation alone. Seconds of the processor tell more than minutes where other programs run beside.
 """
 
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace, line: dict[str, Any]) -> dict[str, Any]:
     pruner = KPrunePruner(model, arguments, subject.rows, processing_class=tokenizer)
     begin = time.process_time()
     recovery = pruner.recover(args.minutes, dense_model=dense, max_steps=args.max_steps)
+    pruner.model.save_pretrained(args.models / f"{task}-{seed}-recovered")
     return line | {
         "recovered": subject.metric(pruner.model),
         "processor_seconds": time.process_time() - begin,
