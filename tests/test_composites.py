@@ -109,7 +109,10 @@ def test_a_tower_of_no_listed_type_that_texts_do_not_run_is_left_alone(tmp_path:
 def test_a_tower_that_the_model_looks_into_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its config does not say so by an attribute that is known."""
     monkeypatch.setattr("hf_kprune.structure.sublayers.FEATURES", ())
-    with pytest.warns(BudgetWarning, match="model.vision_tower is left alone, as the model looks into it"):
+    with pytest.warns(
+        BudgetWarning,
+        match="model.vision_tower is left alone, as the model does not give the same where its layers are run one by one",
+    ):
         report = pruner(seeing("llava", vision_feature_layer=-2), rows(images=True)).prune()
     assert {s.name.split(".")[1] for s in report.sublayers} == {"language_model"}
 

@@ -44,7 +44,7 @@ from hf_kprune.structure.configs import read
 from hf_kprune.structure.coverage import untouched
 from hf_kprune.structure.describe import describe
 from hf_kprune.structure.descriptions import Detected, as_code, keep
-from hf_kprune.structure.detect import detect
+from hf_kprune.structure.detect import NO_LAYERS, detect
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
 from hf_kprune.structure.layer_lists import outermost
@@ -179,7 +179,7 @@ REFUSALS = {
 
 LEFT: dict[str, tuple[str, str]] = {
     "mixtral": ("mlp.experts.down_proj", "it is a weight of neither nn.Linear nor an attention"),
-    "qwen2_moe": ("mlp.shared_expert_gate", "it is a projection of no attention and no FFN"),
+    "qwen2_moe": ("mlp.shared_expert_gate", "no attention and no FFN was seen that it opens or closes"),
     "siglip_vision_model": ("head.", "it is an attention that lies outside of all lists of layers"),
     "deberta": ("attention.self.in_proj", "no attributes of DebertaConfig tell a number of heads"),
     "deberta-v2:v3": ("attention.self.key_proj", "it runs more than once in a layer"),
@@ -276,6 +276,8 @@ class ToyLayer(nn.Module):
             self.third = nn.Linear(16, 16)
         if self.oddity == "gate":
             self.gate = nn.Linear(16, 1)
+        if self.oddity == "blind":
+            self.seeker = nn.Linear(12, 1)
 
     def forward(self, states: Tensor) -> Tensor:
         states = states + self.mix(self.one(states))
@@ -284,6 +286,10 @@ class ToyLayer(nn.Module):
             neurons = self.inner(neurons)
         if self.oddity == "experts":
             states = states + states @ self.experts[0]
+        if self.oddity == "blind":
+            with torch.no_grad():
+                weights = torch.sigmoid(self.seeker(neurons))
+            neurons = neurons * weights
         if self.oddity == "fixed width":
             neurons = neurons.view(*neurons.shape[:2], 3, 4).flatten(2)
         output: Tensor = self.down(neurons)
@@ -405,7 +411,6 @@ ODDITIES = {
     "shared layers": "layers.0 runs more than once",
     "shared weights": "layers.1.up.weight and layers.2.up.weight are one and the same weight",
     "chance": "of its largest value off",
-    "no layers": "pool: it is an attention that lies outside of all lists of layers",
 }
 
 PARTS = {
@@ -419,9 +424,14 @@ PARTS = {
         "layers.*.down",
         "of all that was tried, nothing was right: layers.*.down: odd units cut: it does not run then",
     ),
+    "blind": (
+        "attention",
+        "layers.*.down",
+        "seeker runs where gradients are turned off, so that it cannot be seen what feeds it",
+    ),
     "unused": ("attention ffn", "layers.*.spare", "it does not run on these inputs"),
     "experts": ("attention ffn", "layers.*.experts", "it is a weight of neither nn.Linear nor an attention"),
-    "gate": ("attention ffn", "layers.*.gate", "it is a projection of no attention and no FFN"),
+    "gate": ("attention ffn", "layers.*.gate", "no attention and no FFN was seen that it opens or closes"),
     "of its own": (
         "attention ffn",
         "pool.",
@@ -486,6 +496,13 @@ def test_oddities_are_refused_with_the_reason_and_the_way_out(oddity: str) -> No
     assert "hf_kprune.register_family: docs/add_a_family.md" in str(error.value)
     with pytest.raises(UnsupportedArchitectureError, match="no family describes model_type 'toy'"):
         find_sublayers(model)
+
+
+def test_a_model_without_layers_is_sent_to_no_description() -> None:
+    with pytest.raises(UnsupportedArchitectureError) as error:
+        describe(toy("no layers"))
+    assert str(error.value).startswith(f"ToyModel cannot be pruned: detection: {NO_LAYERS}")
+    assert "register_family" not in str(error.value)
 
 
 def test_mixed_heads_are_cut_together() -> None:

@@ -262,7 +262,7 @@ def test_a_sublayer_that_never_runs_is_an_error() -> None:
     model.bert.encoder.layer = model.bert.encoder.layer[:1]
     with pytest.raises(
         UnsupportedArchitectureError,
-        match="BertForSequenceClassification never reached the sublayer asked for",
+        match="BertForSequenceClassification does not reach on inputs of",
     ):
         run_sublayer(model, inputs, sublayers, 4, State())
 

@@ -87,19 +87,20 @@ class Batch:
     def tokens(self, sublayer: Sublayer, like: Tensor, stack: str | None = None) -> Tensor:
         """Which tokens of `like`, (B, T, ...), in the stack of `sublayer`, or the one named, are real.
 
-        Raises `UnsupportedModelError` if the model has added tokens of its own that are no padding.
+        Raises `UnsupportedModelError` if it is not known: of tokens of its own that the model has added, and
+        of pooled ones where some were padding.
         """
         valid = self.valid[stack or sublayer.stack_name]
         if like.shape[1] == sublayer.uses * valid.shape[1]:
             return valid.repeat(1, sublayer.uses)
         more = like.shape[1] - valid.shape[1]
-        if more and not sublayer.stack.mask and bool(valid.all()):  # windows on a picture, or pooled tokens
+        if more and (more < 0 or not sublayer.stack.mask) and bool(valid.all()):  # windows, or pooled tokens
             return valid.new_ones(like.shape[:2])
         if more < 0 or (more and not sublayer.stack.pads):
+            way = "calibrate without the inputs that add tokens" if more > 0 else "give rows of one length"
             raise UnsupportedModelError(
-                f"{sublayer.stack_name} runs on {like.shape[1]} tokens a sequence where the inputs have "
-                f"{valid.shape[1]}; which of them are real is not known. Calibrate without the inputs that "
-                "add tokens"
+                f"{sublayer.name} runs on {like.shape[1]} tokens of a sequence where {valid.shape[1]} come "
+                f"to the first of its layers; which of the {like.shape[1]} are real is not known: {way}"
             )
         return F.pad(valid, (0, more))
 

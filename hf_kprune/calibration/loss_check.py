@@ -68,16 +68,16 @@ def check_loss(
 
     Raises:
         ArgumentError: If it gives no finite, differentiable number for each row, or, chosen by the head,
-            always the same, or if the head answers by tokens, and by others than those that leave the last
-            layers.
+            always the same, or if the head answers by tokens, and by others than those that the last layers
+            begin with.
     """
     for key, kind in loss.kinds_in(outputs).items():
         by_token = kind in (TOKEN, YES_OR_NO_OF_TOKENS) or (kind is CLASS and outputs[key].dim() == 3)
         if by_token and outputs[key].shape[:2] != valid.shape:
             raise ArgumentError(
-                f"the head gives {key} of shape {tuple(outputs[key].shape)}, expected answers for the "
-                f"{valid.shape[1]} tokens of each of {len(valid)} sequences that leave the last layers whose "
-                "sublayers are known, so that it cannot be told which answers count; pass compute_loss"
+                f"the head gives {key} of shape {tuple(outputs[key].shape)}, and the last layers whose "
+                f"sublayers are known begin with {valid.shape[1]} tokens of each of {len(valid)} sequences, "
+                "so that it cannot be told which answers are of which tokens; pass compute_loss"
             )
     name = "compute_loss" if loss.kinds is None else f"the knowledge loss ({loss.name})"
     generator = torch.Generator().manual_seed(0)
@@ -121,14 +121,16 @@ def _check_losses(name: str, losses: object, samples: int, of_parts: bool) -> No
     expected = "a floating tensor of one differentiable number for each row"
     if not isinstance(losses, Tensor):
         raise ArgumentError(f"{name} returned a {type(losses).__name__}, expected {expected}, ({samples},)")
-    if losses.shape != (samples,):
-        parts = (
-            "; layers of the model read a row in parts, such as windows, each as a sequence of its own, so "
-            "that the hidden states above them are not one sequence for each row; pass compute_loss"
+    if losses.shape != (samples,) and of_parts:
+        raise ArgumentError(
+            f"the knowledge loss compares hidden states, and gave {tuple(losses.shape)} for {samples} rows: "
+            "layers of the model read several sequences for each row, such as windows of an image, so that "
+            "what they give is not one sequence for each; pass compute_loss"
         )
+    if losses.shape != (samples,):
         raise ArgumentError(
             f"the knowledge loss gave {tuple(losses.shape)} for {samples} samples, expected one number each: "
-            f"{expected}{parts if of_parts else ''}"
+            f"{expected}"
         )
     if not losses.is_floating_point():
         raise ArgumentError(f"{name} returned numbers of {losses.dtype}, expected {expected}")

@@ -78,7 +78,7 @@ def describe(
     detected = Detected({}, {})
     guessed = inputs is None
     try:
-        unknown = "its modules or its config are of a kind that is not known, as the error above shows"
+        unknown = "what its layers do could not be looked at, as the error above shows"
         with unwarned(), step("detection", unknown):
             if pruned:
                 raise UnsupportedArchitectureError(
@@ -86,7 +86,7 @@ def describe(
                 )
             inputs = example_inputs(model) if inputs is None else inputs
             detected = detect(model, inputs, leave=FAMILIES, idle=idle_towers(model, inputs))
-        with step("", "its modules are of a kind that cannot be proved, as the error above shows"):
+        with step("", "it could not be proved what its layers do, as the error above shows"):
             detected = _proved(model, detected, inputs, head_unit)
     except UnsupportedArchitectureError as error:
         remark = GUESSED if guessed else ""

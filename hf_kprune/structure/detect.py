@@ -81,7 +81,7 @@ def detect(
             rest[f"{layers.name}."] = f"nothing of its layers can be cut: {why}"
     lists = settled
     if not lists and not any(kind in leave for kind in types.values()):
-        raise UnsupportedArchitectureError(reasons_of(rest) or NO_LAYERS)
+        raise UnsupportedArchitectureError(reasons_of(rest) if outermost(dense, ()) else NO_LAYERS)
     return Detected(_families(lists), rest)
 
 

@@ -127,14 +127,16 @@ def _trouble(layers: LayerList) -> str:
         f"{w.name} returns something else than {most.name}" for w in others if w.returns != most.returns
     ]
     if len({w.parallel for w in others if len(w.sublayers) == len(most.sublayers)}) > 1:
-        troubles.append(f"in some layers of {layers.name} alone the sublayers read each other")
+        troubles.append(
+            f"in some layers of {layers.name}, and not in all, one attention or FFN reads what another gives"
+        )
     if "y" not in str(most.returns):
         troubles.append(f"{most.name} returns no hidden states, alone or in a tuple")
     if len({w.packed for w in others}) > 1:
         troubles.append(f"some layers of {layers.name} read all samples as one sequence, and some do not")
     if not troubles and not others:
         why = reasons_of({path: why for w in layers.watches for path, why in w.rest.items()})
-        troubles.append(f"nothing in {layers.name} is an attention or an FFN of nn.Linear: {why}")
+        troubles.append(f"in {layers.name} no attention and no FFN of nn.Linear can be cut by itself: {why}")
     if not troubles:
         _merge(layers)
     return troubles[0] if troubles else ""
@@ -226,7 +228,8 @@ def surroundings(
         ]
         reads = others[0] if others else ""
         for observation in [o for o in layers.observations if o.memory and not others]:
-            layers.leave(observation, "what its keys are made of comes from no layers of its model")
+            why = f"its keys are made of {memory} tokens, and no other layers of its model read as many"
+            layers.leave(observation, why)
     elif frames:
         mask = "attention_mask"
     for prefix in ("", "decoder_") if memory else ("",):

@@ -300,8 +300,8 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_un
         _check_same(state.inputs, tops, "what it is in the model")
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
-            f"{_parting(model, inputs, sublayers, entries)}, so it reads more than what the layers below "
-            f"it give, and they cannot be pruned one after the other ({error})"
+            f"{_parting(model, inputs, sublayers, entries)}, so that they cannot be pruned one after the "
+            f"other ({error})"
         ) from error
     with resumed(sublayers, len(sublayers), state):
         outputs = _outputs(model, inputs, ())
@@ -310,7 +310,7 @@ def prove_carrying(model: PreTrainedModel, inputs: Mapping[str, object], head_un
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
             f"the model gives something else where it gets nothing of {_lists(sublayers)} but what the last "
-            f"layer gives, so it reads more of them than that ({error})"
+            f"layer gives; it may read what layers below that give, too ({error})"
         ) from error
 
 

@@ -138,7 +138,7 @@ def towers_left_alone(
         elif counts != {1}:
             reasons[path] = "on the calibration rows not all of its layers run as often as in one pass"
         elif not walks(model, inputs, head_unit, towers.keys() - {*walkable, path}):
-            reasons[path] = "the model looks into it, so that its layers cannot be carried one by one"
+            reasons[path] = "the model does not give the same where its layers are run one by one"
         else:
             walkable.append(path)
     if not walkable:

@@ -75,7 +75,8 @@ def stops(model: nn.Module, inputs: Mapping[str, object]) -> bool:
 def run(model: nn.Module, inputs: Mapping[str, object]) -> None:
     if not stops(model, inputs):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} never reached the sublayer asked for; is its family described right?"
+            f"{type(model).__name__} does not reach on inputs of {', '.join(inputs)} a sublayer that was "
+            "asked for; give inputs on which all of its layers run, or mend the family that describes it"
         )
 
 

@@ -28,7 +28,12 @@ from .units import UNITS
 
 PROJECTIONS = (nn.Linear, Conv1D)
 
-MORE_TOKENS = "what it does with several was not seen: give larger images or longer texts"
+MORE_TOKENS = (
+    "what it does with several was not seen; if it gets several of larger images or longer texts, give those"
+)
+
+
+NO_PART = "no attention and no FFN was seen that it opens or closes"
 
 
 @dataclass
@@ -127,7 +132,9 @@ class Watch:
             self.leaf = hidden.detach().requires_grad_()
             args, kwargs = with_first(args, kwargs, self.leaf.clone())
         elif not self.entered:
-            self.trouble = f"{path} of {self.name} runs without it: it is a list of modules, no layer"
+            self.trouble = (
+                f"{self.name}.{path} runs by itself, and not as a part of {self.name}, which is no layer then"
+            )
         if self.trouble:
             return None
         self.calls.append(Call(path, {**dict(zip(parameter_names(module), args, strict=False)), **kwargs}))
@@ -209,11 +216,12 @@ class Watch:
 
     def leave(self, which: Iterable[str], why: str) -> None:
         """Leave the projections or other weights at these paths as they are, and every sublayer that one of
-        them is of."""
+        them, or of what was left before, is of."""
         self.rest = {**dict.fromkeys(which, why), **self.rest}
         while lost := next((s for s in self.sublayers if self.rest.keys() & s.projections), None):
             self.sublayers.remove(lost)
-            self.rest = {**dict.fromkeys(sorted(lost.projections), why), **self.rest}
+            why = next(reason for path, reason in self.rest.items() if path in lost.projections)
+            self.rest = {**self.rest, **dict.fromkeys(sorted(lost.projections - self.rest.keys()), why)}
 
     def tokens_read(self, features: Tensor, leaves: list[Tensor]) -> list[int]:
         """On how many tokens of each leaf the features of one token depend: the first token of three to
@@ -253,7 +261,7 @@ class Watch:
             replace(s, block=replace(s.block, stream=self.stream(calls[s.block.output])))
             for s in self.sublayers
         ]
-        self.leave(sorted(names - {*ends, *self.rest}), "it is a projection of no attention and no FFN")
+        self.leave(sorted(names - {*ends, *self.rest}), NO_PART)
         output, like = calls[""].output, self.leaf
         alike = template(output, lambda t: "y" if t.shape == like.shape else None)
         narrower = template(
@@ -294,8 +302,8 @@ class Watch:
         parts = zip(*(path.split(".")[:-1] for path in observation.rows), strict=False)
         shared = [names[0] for names in parts if len(set(names)) == 1]
         why = (
-            f"{last.path} is the last projection of an attention, and no module that holds all of it returns "
-            "what that gives, so that nothing could stand there without heads"
+            f"{last.path} is the last projection of what mixes tokens here, and no module within the layer "
+            "holds all of that and returns what it gives, so that nothing could stand there without heads"
         )
         for core in (".".join(shared[:depth]) for depth in range(len(shared), 0, -1)):
             y = last.leaf if last.path.startswith(f"{core}.") else last.input
@@ -308,7 +316,10 @@ class Watch:
                     whole = replace(observation, block=replace(block, core=core, returns=returns))
                     self.sublayers[self.sublayers.index(observation)] = self.with_core(whole, call)
                     return
-                why = f"{', '.join(others)} in the attention would not be cut with its heads"
+                why = (
+                    f"{', '.join(others)} lies between {' and '.join(observation.rows)} and {last.path}, and "
+                    "would not be cut with them"
+                )
                 break
         self.leave((*observation.rows, last.path), why)
 
