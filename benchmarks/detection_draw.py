@@ -583,6 +583,9 @@ def tiny(config: Any) -> dict[str, Any]:
             values[name] = {**tiny(inner), "model_type": value.get("model_type")}
         elif name in SMALL and not isinstance(value, (list, tuple, dict)):
             values[name] = SMALL[name]
+    each = [getattr(config, name, None) for name in ("num_key_value_heads", "num_attention_heads")]
+    if each[0] == each[1] is not None and "num_key_value_heads" in values:  # it may know no groups
+        values["num_key_value_heads"] = values["num_attention_heads"]
     kinds = list(dict.fromkeys(config.to_dict().get("layer_types") or ()))
     return values | ({"layer_types": [kinds[i % len(kinds)] for i in range(2)]} if kinds else {})
 
@@ -793,9 +796,39 @@ def texts_with(model: PreTrainedModel, images: dict[str, Tensor]) -> dict[str, T
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
 
 
+def part(config: Any, name: str) -> Any:
+    """A config that has a value of this name: this one, or the first inside it; this one if none has."""
+    inner = [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return next((each for each in (config, *inner) if getattr(each, name, None)), config)
+
+
+UNUSUAL: tuple[tuple[str, str], ...] = (
+    (r"mask|padding", "attention_mask"),
+    (r"pixel|image|frame|picture", "pixel_values"),
+    (r"mel|spectrogram|audio", "input_features"),
+    (r"ids$|token", "input_ids"),
+    (r"embed|state|feat|hidden|pos|latent|memory|query|key|value|^x$|^input$", ""),
+)
+"""Patterns of names of arguments that are not usual, with the usual argument that they are made like; `""` is any of floats."""
+
+
+def with_unusual(usual: dict[str, Tensor], needed: Collection[str]) -> dict[str, Tensor]:
+    """Inputs with what they lack of the arguments that a model cannot do without, like one that they have."""
+    inputs = dict(usual)
+    for name in [name for name in needed if name not in usual]:
+        like = next((like for pattern, like in UNUSUAL if re.search(pattern, name)), None)
+        floats = [value for value in usual.values() if value.is_floating_point()]
+        if like == "" and floats:
+            inputs[name] = floats[0].clone()
+        elif like in usual:
+            inputs[name] = usual[like].clone()
+    return inputs
+
+
 def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
     """Random inputs of three samples, by the names that arguments of models usually have."""
-    text, image = text_config(config), getattr(config, "vision_config", config)
+    text, image = text_config(config), getattr(config, "vision_config", None) or part(config, "patch_size")
+    sound = part(config, "num_mel_bins")
     generator = torch.Generator().manual_seed(0)
 
     def size(of: Any, names: str, default: int) -> int:
@@ -835,7 +868,7 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
         "pixel_values": noise(3, 9, channels * patch**2),
         "pixel_position_ids": PLACES.expand(3, 9, 2).clone(),
     }
-    bins = size(config, "num_mel_bins feature_size input_size input_dim num_mels", 80)
+    bins = size(sound, "num_mel_bins feature_size input_size input_dim num_mels", 80)
     for frames in (64, 200, 400, 3000):
         mask = torch.ones(3, frames).long()
         for features in (noise(3, bins, frames), noise(3, frames, bins)):
@@ -853,8 +886,8 @@ def usual_inputs(config: Any) -> Iterator[dict[str, Tensor]]:
             "input_ids": codes.transpose(1, 2),
             "codes": codes.transpose(1, 2),
         }
-    for sound in (noise(3, 6400), noise(3, 1, 6400)):
-        yield {"input_values": sound, "decoder_input_ids": ids, "decoder_input_values": noise(3, 7, bins)}
+    for waves in (noise(3, 6400), noise(3, 1, 6400)):
+        yield {"input_values": waves, "decoder_input_ids": ids, "decoder_input_values": noise(3, 7, bins)}
     depth = size(config, "num_channels num_codebooks n_codebooks", 4)
     words = torch.randint(4, 50, (3, 7, depth), generator=generator)
     yield {"input_ids": words, "encoder_hidden_states": noise(3, 5, size(config, "cross_hidden_size", width))}
@@ -921,6 +954,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
             p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
         }
         for usual in usual_inputs(model.config):
+            usual = with_unusual(usual, needed)
             inputs: dict[str, Any] = {name: value for name, value in usual.items() if name in parameters}
             inputs |= {"use_cache": False} if "use_cache" in parameters else {}
             read = [name for name in inputs if "mask" not in name and name != "use_cache"]

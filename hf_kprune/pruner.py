@@ -59,6 +59,7 @@ class KPrunePruner(Evaluator, Learner):
         callbacks: Instances or classes of `KPruneCallback`, added to the default ones.
         compute_loss: Replaces the predictive knowledge of the model's head: (student_outputs,
             teacher_outputs, valid_tokens (B, T)) -> tensor (B,), one differentiable number per sequence.
+            Outputs have their names as in Transformers; of a tensor or a tuple `"output 0"` and so on.
         offload: If `model` is a name: `"disk"` leaves its layers in its checkpoint, `"cpu"` in the memory of
             the machine, and one at a time comes to the device. Default: the model lies on the device as a
             whole. A model that was loaded with a `device_map` is taken as it is.

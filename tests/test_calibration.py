@@ -13,7 +13,7 @@ import pytest
 import torch
 from checks import Collator, assert_same_plan_and_weights, calibration, masked, plan_and_weights
 from data import collate, plain_tokenizer, rows, text
-from models import slow_unless_in, tiny
+from models import shallow, slow_unless_in, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -208,10 +208,7 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
         ({"input_ids": [5, 60]}, "token ids 5 to 60, the model's vocabulary has 60"),
         ({"input_ids": [5, -1]}, "token ids -1 to 5, the model's vocabulary has 60"),
         ({"phrase": "w5"}, r"has the columns \['phrase'\].*tokenise the texts"),
-        (
-            {"inputs_embeds": [[0.5]]},
-            r"\['inputs_embeds'\].*, and no row is read without input_ids, also if it has inputs_embeds; give rows",
-        ),
+        ({"inputs_embeds": [0.5]}, r"has inputs_embeds of .*, expected floats, \(tokens, width\)"),
         (5 * ("w5",), r"expected a string or a pair of strings"),
         (
             (3, "w5", "w6", "w7"),
@@ -222,6 +219,21 @@ def test_choices_count_each_and_may_differ_in_length() -> None:
 def test_rows_that_cannot_be_used_are_refused(row: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         drawn([row], plain_tokenizer())
+
+
+@pytest.mark.slow
+def test_rows_of_embeddings_prune_as_those_of_the_ids_that_they_are_of() -> None:
+    torch.manual_seed(0)
+    words = torch.randint(4, 60, (24, 8))
+    pruned = []
+    for embeds in (False, True):
+        model = shallow()
+        table = model.get_input_embeddings().weight.detach()
+        each = [{"inputs_embeds": table[ids]} if embeds else {"input_ids": ids.tolist()} for ids in words]
+        KPrunePruner(model, KPruneArguments(sparsity=0.5, seed=0), each).prune()
+        pruned.append(model)
+    ids, other = (model(input_ids=words).logits for model in pruned)
+    assert torch.allclose(ids, other, atol=1e-5)
 
 
 def test_texts_without_a_tokenizer_and_surplus_columns_are_refused() -> None:

@@ -391,6 +391,28 @@ class ToyOfSignals(ToyModel):
         return BaseModelOutput(signals)
 
 
+class ToyOfTensors(ToyModel):
+    """It gives a tensor, whatever it is asked for."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        states: Tensor = super().forward(input_ids)[0]
+        return states
+
+
+@pytest.mark.slow
+def test_a_model_that_gives_a_tensor_is_pruned_by_a_loss_on_it() -> None:
+    torch.manual_seed(0)
+
+    def loss(student: Any, teacher: Any, _: Tensor) -> Tensor:
+        distance: Tensor = (student["output 0"] - teacher["output 0"]).square().mean((1, 2))
+        return distance
+
+    rows = [{"input_ids": torch.randint(4, 60, (11,))} for _ in range(8)]
+    args = KPruneArguments(sparsity=0.5, seed=0)
+    report = KPrunePruner(ToyOfTensors(ToyConfig()).eval(), args, rows, compute_loss=loss).prune()
+    assert report.sparsity >= 0.5
+
+
 def test_a_model_is_proved_on_the_rows_that_it_is_pruned_with() -> None:
     torch.manual_seed(0)
     args = KPruneArguments(sparsity=0.5, num_tokens=400, seed=0)

@@ -17,7 +17,7 @@ from ..structure.facts import (
     floats,
     frame_mask,
     in_eval_mode,
-    main_input,
+    main_of,
     mask_of,
     masks_frames,
     to_model,
@@ -38,10 +38,10 @@ HIDDEN = -5e3
 def tokens_of(model: PreTrainedModel, collator: Collator | None, processing_class: Any) -> TokensPerRow:
     """Counts the tokens that a row of an image or of audio makes, by running it to the first layer. Known
     shapes are not."""
-    sublayers, sizes, main = find_sublayers(model), {}, main_input(model)
+    sublayers, sizes = find_sublayers(model), {}
 
     def count(row: Row) -> int:
-        shape = tuple(row[main].shape)
+        shape = tuple(row[main_of(model, row)].shape)
         if shape not in sizes:
             inputs = uncached(model, collate([row], collator, processing_class, model)[0])
             with in_eval_mode(model), first_run(model, inputs):

@@ -27,7 +27,7 @@ from .batch import Batch
 from .batches import Calibration
 from .knowledge import Draws, Knowledge
 from .loss_check import check_loss
-from .outputs import chunk_of, narrowed, outputs_for
+from .outputs import answers_of, chunk_of, narrowed, outputs_for
 
 
 CHECK_ROWS = 2
@@ -80,8 +80,9 @@ def check_walk(
                 if not error <= 1e-3 * size:
                     raise UnsupportedArchitectureError(
                         f"run by single sublayers, {type(model).__name__} ends {float(error / size):.1e} "
-                        f"away from where it does as a whole; its family {model.config.model_type!r} does "
-                        "not tell what its layers give: docs/add_a_family.md"
+                        f"away from where it does as a whole on the calibration rows, so that its layers "
+                        "cannot be pruned one after the other; if you have described its family, that does "
+                        "not say what its layers give: docs/add_a_family.md"
                     )
             if head:
                 check_head(walk, top.part(0, 1, batch.samples), batch.part(0, 1))
@@ -123,7 +124,7 @@ def check_head(walk: Walk, top: State, sample: Batch) -> None:
     model = walk.model
     chunk = chunk_of(model, sample)
     with narrowed(model, chunk):
-        outputs = model(**sample.inputs, return_dict=True)
+        outputs = answers_of(model, sample.inputs)
     above = Head(walk, top)(sample, chunk)
     for name, value in outputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -132,9 +133,9 @@ def check_head(walk: Walk, top: State, sample: Batch) -> None:
                 value, alone = value[sample.counted], alone[sample.counted]
             if value.numel() and not (alone - value).abs().max() <= 1e-3 * value.abs().max():
                 raise UnsupportedModelError(
-                    f"the {name} of {type(model).__name__} do not follow from its last layer alone: its "
-                    "head reads lower layers too, which is not carried here; use a head on the last layer "
-                    "(for instance use_weighted_layer_sum=False)"
+                    f"the {name} of {type(model).__name__} do not follow from its last layer alone: its head "
+                    "may read lower layers too, which are not carried here; where the config has an option "
+                    "for that (use_weighted_layer_sum), turn it off, or prune the model below the head alone"
                 )
 
 
@@ -144,7 +145,7 @@ def gives_embeddings(calibration: Calibration, model: PreTrainedModel) -> bool:
     for batch in calibration.batches[:1]:
         sample = batch.part(0, 1)
         with in_eval_mode(model), first_run(model, sample.inputs):
-            outputs = model(**sample.inputs, return_dict=True)
+            outputs = answers_of(model, sample.inputs)
         hidden = outputs.get("last_hidden_state")
         if hidden is None:
             return bool(outputs.keys() & {"text_embeds", "pooler_output"})

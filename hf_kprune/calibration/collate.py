@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from ..errors import ArgumentError, CalibrationError
 from ..structure.configs import text_config
-from ..structure.facts import input_names, is_causal, label_names, main_input
+from ..structure.facts import input_names, is_causal, label_names, main_of
 from .processed import Processed
 from .rows import has_choices
 from .tasks import needs_targets
@@ -195,7 +195,7 @@ def collate(
         inputs = dict(join_rows(rows, pad_token_id))
     else:
         inputs = pad_rows(rows, processing_class, pad_token_id)
-    inputs = real_first(inputs, main_input(model), is_causal(model))
+    inputs = real_first(inputs, main_of(model, inputs), is_causal(model))
     targets, counted = inputs.get("labels"), None
     if isinstance(targets, Tensor) and targets.dim() == 2 and not targets.is_floating_point():
         real = targets != IGNORED

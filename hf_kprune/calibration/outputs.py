@@ -4,7 +4,7 @@ loss of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,13 +34,24 @@ def logits_at_once(device: torch.device) -> int:
     return LOGITS * ON_GPU if device.type == "cuda" else LOGITS
 
 
+def answers_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    """What a model gives, by name. What one gives as a tensor or as a tuple, whatever it is asked for, is
+    called `output 0` and so on."""
+    asked = {} if model.config.return_dict else {"return_dict": True}
+    outputs = model(**inputs, **asked)
+    if isinstance(outputs, Mapping):
+        return outputs
+    parts = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return {f"output {place}": part for place, part in enumerate(parts)}
+
+
 def outputs_for(
     loss: Knowledge | None, model: PreTrainedModel, sublayers: Sequence[Sublayer], batch: Batch
 ) -> Any:
     """What a loss compares of a model on a batch, in float32: its outputs, or, by the names of stacks, the
     hidden states above them, (B, T, D), zero where there is padding."""
     if loss is None or not loss.of_hidden_states:
-        return in_float32(model(**batch.inputs, return_dict=True))
+        return in_float32(answers_of(model, batch.inputs))
     tops = run_to_top(model, batch.inputs, sublayers).inputs
     last = {s.stack_name: s for s in sublayers}
     return {name: _without_padding(batch, last[name], tops[name]) for name in loss.kinds or ()}

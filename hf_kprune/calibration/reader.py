@@ -98,6 +98,12 @@ class Reader:
         if "input_ids" in row:
             self.check_ids(has, list(flat(row["input_ids"])), row_length(row), self.limit, self.vocabulary)
             self.check_beside(has, row)
+        elif "inputs_embeds" in row and (
+            not isinstance(row["inputs_embeds"], Tensor) or row["inputs_embeds"].dim() != 2
+        ):
+            raise CalibrationError(
+                f"{has} inputs_embeds of {shape_of(row['inputs_embeds'])}, expected floats, (tokens, width)"
+            )
         if isinstance(encoded, Processed):
             row = Processed(row)
         elif not self.keep_labels:  # a collator of the caller's knows the rows as they are
@@ -144,15 +150,12 @@ class Reader:
     def check_columns(self, columns: Mapping[str, object], inputs: set[str]) -> None:
         """Raise `CalibrationError` if the main input is missing, or if columns are left where none may be."""
         surplus = sorted(columns.keys() - inputs - self.labels)
-        if self.main not in columns or (surplus and not self.args.remove_unused_columns):
+        lacks = not inputs & {self.main, "inputs_embeds"}
+        if lacks or (surplus and not self.args.remove_unused_columns):
             text = (
                 "tokenise the texts (dataset.map), or pass processing_class and either a plain list of "
                 "strings or, in text_columns, the names of the columns that hold the texts"
             )
-            if "inputs_embeds" in columns:
-                text = (
-                    "give rows with it, or, if the model refuses it, prune the one that makes its embeddings"
-                )
             other = f"make {self.main} of them (dataset.map)" + (
                 f", or pass a column {self.sense!r} and processing_class" if self.sense else ""
             )
@@ -160,8 +163,7 @@ class Reader:
             raise CalibrationError(
                 f"the calibration dataset has the columns {sorted(columns)}, {self.name} takes "
                 f"{sorted(self.accepted)}"
-                + ("" if self.main in columns else f", and no row is read without {self.main}")
-                + (", also if it has inputs_embeds" if "inputs_embeds" in columns else "")
+                + (f", and no row is read without {self.main}" if lacks else "")
                 + "; "
                 + (text if self.main == "input_ids" else other)
                 + ("" if self.args.remove_unused_columns else drop)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -67,6 +67,14 @@ def main_input(model: PreTrainedModel) -> str:
         return name
     arguments = (argument for argument in inspect.signature(model.forward).parameters if argument in takes)
     return next((sense for sense in SENSES if sense in takes), next(arguments, name))
+
+
+def main_of(model: PreTrainedModel, row: Collection[str]) -> str:
+    """Name of the input that a row or a batch with these columns is read by: the main one, or, where it has
+    them instead, embeddings of tokens."""
+    main = main_input(model)
+    instead = main not in row and "inputs_embeds" in row and "inputs_embeds" in input_names(model)
+    return "inputs_embeds" if instead else main
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -228,7 +228,8 @@ def surroundings(
         ]
         reads = others[0] if others else ""
         for observation in [o for o in layers.observations if o.memory and not others]:
-            why = f"its keys are made of {memory} tokens, and no other layers of its model read as many"
+            of = f" of {layers.owner}" if layers.owner else ""
+            why = f"its keys are made of {memory} tokens, and no other layers{of} read as many"
             layers.leave(observation, why)
     elif frames:
         mask = "attention_mask"
