@@ -1022,6 +1022,8 @@ def other_inputs(inputs: dict[str, Any], samples: int, token: int = -1) -> dict[
         shape = (samples * len(value) // 3, *value.shape[1:])  # those of three samples may be packed
         if name.endswith("mask"):
             return torch.ones(shape, dtype=value.dtype)
+        if value.is_floating_point() and value.dim() == 1:
+            return torch.rand(shape, generator=generator)
         if value.is_floating_point():
             places = 2 if name == "flattened_patches" else 0  # the row and the column of a patch
             first = value[:1, ..., :places].expand(*shape[:-1], places)

@@ -257,6 +257,8 @@ class ToyAttention(nn.Module):
             mixed = mixed + mixed.roll(1, 1)
         features = mixed.transpose(1, 2).flatten(2)
         output: Tensor = self.to_out(features[0] if packed else features)
+        if self.oddity == "nothing carried":
+            output = output + projected[..., :16].roll(1, 1)
         return output
 
 
@@ -280,7 +282,7 @@ class ToyLayer(nn.Module):
             self.seeker = nn.Linear(12, 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        states = states + self.mix(self.one(states))
+        states = self.mix(self.one(states)) + (0 if self.oddity == "nothing carried" else states)
         neurons = torch.relu(self.up(self.two(states)))
         if self.oddity == "normed neurons":
             neurons = self.inner(neurons)
@@ -463,6 +465,11 @@ PARTS = {
     "packed": ("attention ffn", "", ""),
     "in place": ("attention ffn", "", ""),
     "three in turn": ("attention ffn", "layers.*.third", "it follows down, which ends an FFN"),
+    "nothing carried": (
+        "ffn",
+        "layers.*.mix.to_qkv",
+        "it is of what mixes tokens here, and no module within the layer holds all of that",
+    ),
     "dead": (
         "attention",
         "layers.*.down",

@@ -271,6 +271,9 @@ def test_patches_that_a_grid_counts_are_joined_and_others_are_not() -> None:
     assert torch.equal(batch["pixel_values"], torch.cat(patches))
     assert batch["grid_thw"].tolist() == [*grids[0], *grids[1]]
     assert batch["input_ids"].shape == (2, 2)
+    of_tensors = [{**row, "input_ids": torch.tensor([3, 4]), "seconds": torch.tensor([0.5])} for row in rows]
+    batch = join_rows([with_patches_joined(row) for row in of_tensors], pad_token_id=1)
+    assert (batch["input_ids"].tolist(), batch["seconds"].tolist()) == ([[3, 4], [3, 4]], [0.5, 0.5])
     other = {**rows[0], "grid_thw": [[1, 2, 3]]}
     assert with_patches_joined(other) is other
     series = torch.randn(16, 3)

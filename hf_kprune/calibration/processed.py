@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .nested import Row, depth, flat, plain
+from .nested import Row, depth, flat
 
 
 PICTURES = ("image", "images")
@@ -44,9 +44,16 @@ def with_patches_joined(row: Row) -> Row:
     grids = [value for key, value in row.items() if "mask" not in key and is_grid(value)]
     if not patches & {int(torch.as_tensor(grid).prod(1).sum()) for grid in grids}:
         return row
+    length = len(row.get("input_ids", ()))
+    of_tokens = {key for key, value in row.items() if depth(value) == 1 and len(value) == length}
     return Processed(
-        {key: torch.as_tensor(value) if depth(value) > 1 else plain(value) for key, value in row.items()}
+        {key: [*flat(value)] if key in of_tokens else as_batch(value) for key, value in row.items()}
     )
+
+
+def as_batch(value: Any) -> Any:
+    """A tensor of what has several dimensions, anything else as it is."""
+    return torch.as_tensor(value) if depth(value) > 1 else value
 
 
 def is_grid(value: Any) -> bool:

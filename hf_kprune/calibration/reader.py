@@ -217,7 +217,7 @@ class Reader:
         targets = [row[key] for key in ("decoder_input_ids", "labels") if key in row]
         if not targets:
             raise CalibrationError(
-                f"calibration row {index} has only {', '.join(row)}, which leaves the decoder of {self.name} "
+                f"calibration row {index} has only {', '.join(row)}, which gives the decoder of {self.name} "
                 "nothing to read; pass (source, target) pairs, or rows with labels or decoder_input_ids"
             )
         target = [token for token in flat(targets[0]) if token != -100]
@@ -247,6 +247,11 @@ class Reader:
     def split(self, entry: object) -> Iterable[Any]:
         """The rows in an entry of the dataset: itself, or those of a batch of token ids, (1, L) or more."""
         if self.main == "input_ids" and depth(ids := self.named(entry).get("input_ids", ())) > self.dims:
+            if len(ids) > 1:
+                self.warn(
+                    f"calibration rows have input_ids in {depth(ids)} dimensions, and each of the first is "
+                    f"read as a row, of the first of these {len(ids)} rows"
+                )
             return split_rows(self.named(entry), len(ids))
         return [entry]
 

@@ -225,9 +225,10 @@ def first_run(model: PreTrainedModel, inputs: Mapping[str, object]) -> Iterator[
         raise
     except Exception as error:
         others = sorted(input_names(model) & {*SENSES} - inputs.keys())
+        shapes = [f"{key} {tuple(value.shape)}" for key, value in inputs.items() if isinstance(value, Tensor)]
         raise CalibrationError(
-            f"{type(model).__name__} does not run on the first calibration rows, which have "
-            f"{', '.join(inputs)}: it raised the {type(error).__name__} shown above; give rows as it is used "
+            f"{type(model).__name__} does not run on the first calibration rows, of which it got "
+            f"{', '.join(shapes)}: it raised the {type(error).__name__} shown above; give rows as it is used "
             "with"
             + (
                 f", it also takes {' and '.join(others)}"

@@ -20,6 +20,10 @@ from .variants import HeadNames, head_names
 from .watch import PROJECTIONS, Observation, Watch
 
 
+REASONS = 4
+"""As many reasons are written out where a model is refused for many."""
+
+
 @dataclass
 class LayerList:
     """A list of layers, and how it is described so far.
@@ -143,12 +147,14 @@ def _trouble(layers: LayerList) -> str:
 
 
 def reasons_of(reasons: Mapping[str, str]) -> str:
-    """The reasons why parts stay as they are, path to reason, in one sentence, each with the first part of
-    which it is told unless it names one itself."""
+    """The reasons why parts stay as they are, path to reason, in one sentence: the first `REASONS` of them,
+    each with the first part of which it is told unless it names one itself."""
     parts: dict[str, str] = {}
     for path, why in reasons.items():
         parts.setdefault(why, path.rstrip("."))
-    return "; ".join(f"{path}: {why}" if why.startswith("it ") else why for why, path in parts.items())
+    texts = [f"{path}: {why}" if why.startswith("it ") else why for why, path in parts.items()]
+    more = [f"and {len(texts) - REASONS} more reasons"] if len(texts) > REASONS + 1 else []
+    return "; ".join([*texts[: REASONS if more else None], *more])
 
 
 def _merge(layers: LayerList) -> None:

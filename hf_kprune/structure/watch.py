@@ -277,16 +277,18 @@ class Watch:
 
     def drop_followers(self) -> None:
         """Leave an FFN that another one opens, as of three projections in turn: what the second one gives may
-        be read elsewhere too, and only one of the two FFNs could be cut."""
-        closing: set[str] = set()
+        be read elsewhere too, and only one of the two FFNs could be cut. Leave, too, what the end of
+        an attention opens where nothing is carried past it: that is no sublayer, the next begins there."""
+        closing: dict[str, str] = {}
         for s in list(self.sublayers):
-            before = sorted(closing & s.rows.keys())
-            if not before or s.block.kind != "ffn":
-                closing.add(s.block.output)
+            before = sorted(closing.keys() & s.rows.keys())
+            if not before or (s.block.kind != "ffn" and closing[before[0]] == "ffn"):
+                closing[s.block.output] = s.block.kind
                 continue
             self.sublayers.remove(s)
             others = s.projections - {path for other in self.sublayers for path in other.projections}
-            why = f"it follows {before[0]}, which ends an FFN"
+            ended = "an FFN" if closing[before[0]] == "ffn" else "an attention"
+            why = f"it follows {before[0]}, which ends {ended}"
             self.rest = {**dict.fromkeys(sorted(others), why), **self.rest}
 
     def aside(self, name: str) -> bool:
@@ -302,8 +304,8 @@ class Watch:
         parts = zip(*(path.split(".")[:-1] for path in observation.rows), strict=False)
         shared = [names[0] for names in parts if len(set(names)) == 1]
         why = (
-            f"{last.path} is the last projection of what mixes tokens here, and no module within the layer "
-            "holds all of that and returns what it gives, so that nothing could stand there without heads"
+            "it is of what mixes tokens here, and no module within the layer holds all of that and returns "
+            "what it gives, so that nothing could stand there without heads"
         )
         for core in (".".join(shared[:depth]) for depth in range(len(shared), 0, -1)):
             y = last.leaf if last.path.startswith(f"{core}.") else last.input
