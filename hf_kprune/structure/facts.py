@@ -224,7 +224,8 @@ def first_run(model: PreTrainedModel, inputs: Mapping[str, object]) -> Iterator[
     except (KPruneError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        others = sorted(input_names(model) & {*SENSES} - inputs.keys())
+        instead = {"input_ids"} if "inputs_embeds" in inputs else set()
+        others = sorted(input_names(model) & {*SENSES} - inputs.keys() - instead)
         shapes = [f"{key} {tuple(value.shape)}" for key, value in inputs.items() if isinstance(value, Tensor)]
         raise CalibrationError(
             f"{type(model).__name__} does not run on the first calibration rows, of which it got "

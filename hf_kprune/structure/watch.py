@@ -288,8 +288,9 @@ class Watch:
             self.sublayers.remove(s)
             others = s.projections - {path for other in self.sublayers for path in other.projections}
             ended = "an FFN" if closing[before[0]] == "ffn" else "an attention"
-            why = f"it follows {before[0]}, which ends {ended}"
-            self.rest = {**dict.fromkeys(sorted(others), why), **self.rest}
+            ends = f"{before[0]}, which ends {ended}"
+            whys = {path: f"it {'follows' if path == s.block.output else 'joins'} {ends}" for path in others}
+            self.rest = {**dict(sorted(whys.items())), **self.rest}
 
     def aside(self, name: str) -> bool:
         """Whether a weight mixes no channels: that of an embedding, or of a depthwise convolution."""
