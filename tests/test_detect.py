@@ -39,6 +39,7 @@ from hf_kprune import (
     UnsupportedModelError,
     register_family,
 )
+from hf_kprune.calibration.batch import BatchMaker
 from hf_kprune.modeling_kprune import get_size
 from hf_kprune.structure.configs import read
 from hf_kprune.structure.coverage import untouched
@@ -282,6 +283,11 @@ class ToyLayer(nn.Module):
             self.seeker = nn.Linear(12, 1)
 
     def forward(self, states: Tensor) -> Tensor:
+        if self.oddity == "streams":
+            states = states + self.mix(self.one(states.sum(2))).unsqueeze(2)
+            neurons = torch.relu(self.up(self.two(states.sum(2))))
+            joined: Tensor = states + self.down(neurons).unsqueeze(2)
+            return joined
         states = self.mix(self.one(states)) + (0 if self.oddity == "nothing carried" else states)
         neurons = torch.relu(self.up(self.two(states)))
         if self.oddity == "normed neurons":
@@ -332,6 +338,8 @@ class ToyModel(PreTrainedModel):
         states = self.words(input_ids)
         if self.config.oddity == "packed":
             states = states.flatten(0, 1)
+        if self.config.oddity == "streams":
+            states = torch.stack([states, states.tanh()], 2)
         for layer in list(self.layers) * (3 if self.config.oddity == "shared layers" else 1):
             states = layer(states)
             if self.config.oddity == "in place":
@@ -340,6 +348,8 @@ class ToyModel(PreTrainedModel):
             states = states + self.pool(states)
         if self.config.oddity == "chance":
             states = states * (1 + random.random())
+        if self.config.oddity == "streams":
+            states = states.sum(2)
         return BaseModelOutput(states.view(*input_ids.shape, 16))
 
 
@@ -391,6 +401,18 @@ class ToyOfSignals(ToyModel):
         for layer in self.layers:
             signals = layer(signals)
         return BaseModelOutput(signals)
+
+
+def test_of_several_streams_of_a_token_its_head_answers_for_one() -> None:
+    model, ids = toy("streams"), torch.arange(22).view(2, 11)
+    describe(model)
+    sublayers = find_sublayers(model)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    maker = BatchMaker(torch.device("cpu"), model, sublayers, sublayers[-1])
+    batch = maker.batch({"input_ids": ids, "attention_mask": mask}, None)
+    assert torch.equal(batch.counted, mask.bool())
+    assert torch.equal(batch.tokens(sublayers[-1], torch.zeros(2, 11, 12)), mask.bool())
 
 
 class ToyOfTensors(ToyModel):

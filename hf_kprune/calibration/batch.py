@@ -96,6 +96,10 @@ class Batch:
         more = like.shape[1] - valid.shape[1]
         if more and (more < 0 or not sublayer.stack.mask) and bool(valid.all()):  # windows, or pooled tokens
             return valid.new_ones(like.shape[:2])
+        if more < 0 and valid.shape[1] % like.shape[1] == 0:
+            parts = valid.view(len(valid), like.shape[1], -1)
+            if bool((parts == parts[..., :1]).all()):  # no token is of real ones and of padding
+                return parts[..., 0]
         if more < 0 or (more and not sublayer.stack.pads):
             way = "calibrate without the inputs that add tokens" if more > 0 else "give rows of one length"
             raise UnsupportedModelError(
@@ -141,6 +145,8 @@ class BatchMaker:
         self.device, self.model, self.sublayers, self.last = device, model, sublayers, last
         self.sizes: dict[str, torch.Size] = {}
         self.stacks_of_ids: set[str] = set()
+        self.streams: set[str] = set()
+        """The stacks whose layers carry several streams of each token, (B, T, streams, D)."""
 
     def batch(self, tensors: dict[str, Tensor], counted: Tensor | None) -> Batch:
         """A batch of what `collate` has made, on the device."""
@@ -152,6 +158,12 @@ class BatchMaker:
         last = valid.get(self.last.stack_name)
         if last is None:
             last = self._valid(self.last, inputs, mask_of(model, self.last))
+        if self.streams and "input_ids" in inputs:
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            for name in self.streams & valid.keys():
+                valid[name] = real.repeat_interleave(valid[name].shape[1] // real.shape[1], 1)
+            if self.last.stack_name in self.streams:  # the head answers for each token once
+                last = real
         for sublayer in self.sublayers:
             if sublayer.reads not in valid:
                 texts = "attention_mask" if mask_of(model, sublayer).startswith("decoder_") else ""
@@ -186,7 +198,7 @@ class BatchMaker:
         model, name = self.model, sublayer.reads if memory else sublayer.stack_name
         if key == "decoder_attention_mask" and "decoder_input_ids" not in inputs:
             key = "attention_mask"  # the model makes the decoder's inputs of the encoder's
-        mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids"))
+        mask, ids = inputs.get(key), inputs.get(key.replace("attention_mask", "input_ids") or "input_ids")
         if ids is not None and key in ("attention_mask", "decoder_attention_mask"):
             self.stacks_of_ids.add(name)
             return cast(Tensor, (torch.ones_like(ids) if mask is None else mask).flatten(0, -2).bool())
@@ -214,6 +226,8 @@ class BatchMaker:
                         "of the model that run on all"
                     ) from error
                 self.sizes[form] = torch.Size((len(below), below.shape[1:-1].numel()))
+                if ids is not None and below.dim() == 4 and below.shape[:2] == ids.shape:
+                    self.streams.add(name)
             tokens = self.sizes[form][1]
             framing = next((module for module in model.modules() if masks_frames(module)), None)
             if mask is not None and mask.shape != (samples, tokens) and framing is not None:
