@@ -1028,7 +1028,7 @@ def other_inputs(inputs: dict[str, Any], samples: int, token: int = -1) -> dict[
             places = 2 if name == "flattened_patches" else 0  # the row and the column of a patch
             first = value[:1, ..., :places].expand(*shape[:-1], places)
             return torch.cat([first, torch.randn(*shape[:-1], shape[-1] - places, generator=generator)], -1)
-        if "position" in name or "grid" in name or name == "target_sizes":
+        if "position" in name or "grid" in name or name.endswith("_sizes"):
             return value[:1].expand(shape).clone()
         words = torch.randint(4, 50, shape, generator=generator)
         words = torch.where(words == token, 50, words)

@@ -27,6 +27,7 @@ from hf_kprune import (
     PruningReport,
     UnsupportedArchitectureError,
 )
+from hf_kprune.structure.reach import towers_left_alone
 from hf_kprune.structure.sublayers import LEFT_ALONE, find_sublayers
 
 
@@ -115,6 +116,39 @@ def test_a_tower_that_the_model_looks_into_is_left_alone(monkeypatch: pytest.Mon
     ):
         report = pruner(seeing("llava", vision_feature_layer=-2), rows(images=True)).prune()
     assert {s.name.split(".")[1] for s in report.sublayers} == {"language_model"}
+
+
+def test_a_tower_whose_keys_another_one_reads_in_a_cache_is_left_alone() -> None:
+    text = {**DECODER, "model_type": "gemma", "head_dim": 4, "num_key_value_heads": 1}
+    image = {**IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False}
+    language = {
+        "model_type": "paligemma",
+        "image_token_index": 55,
+        "vocab_size": 60,
+        "projection_dim": 16,
+        "hidden_size": 16,
+        "text_config": text,
+        "vision_config": {**image, "projection_dim": 16},
+    }
+    config = AutoConfig.for_model("pi0", vlm_config=language, dit_config=text)
+    model = transformers.PI0ForConditionalGeneration(config).eval()
+    patches = (image["image_size"] // image["patch_size"]) ** 2
+    ids = torch.randint(4, 50, (3, patches + 3))
+    ids[:, :patches] = 55
+    inputs = {
+        "state": torch.randn(3, 32),
+        "noise": torch.randn(3, 50, 32),
+        "timestep": torch.rand(3),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(3, 1, 3, image["image_size"], image["image_size"]),
+        "pixel_attention_mask": torch.ones(3, 1).bool(),
+    }
+    reasons = towers_left_alone(model, inputs, "group")
+    assert reasons["model.vlm.language_model."] == (
+        "another part of the model reads its keys and values, in one cache with its own"
+    )
+    assert "model.vlm.vision_tower." not in reasons
 
 
 @pytest.mark.parametrize("call", ["prune", "plan", "sweep"])

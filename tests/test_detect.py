@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from hf_kprune.structure.detect import NO_LAYERS, detect
 from hf_kprune.structure.facts import example_inputs
 from hf_kprune.structure.hooks import State
 from hf_kprune.structure.layer_lists import outermost
-from hf_kprune.structure.proof import implementations, prove, step
+from hf_kprune.structure.proof import implementations, prove, step, trial_masks
 from hf_kprune.structure.reach import parts_left_alone
 from hf_kprune.structure.runs import run_sublayer
 from hf_kprune.structure.sublayers import find_sublayers
@@ -745,6 +746,16 @@ def test_half_precision_is_proved_in_float32() -> None:
         torch.equal(value, before[key]) and value.dtype == before[key].dtype
         for key, value in model.state_dict().items()
     )
+
+
+def test_layers_at_one_place_in_several_stacks_are_not_emptied_together() -> None:
+    one = find_sublayers(make("bert"))
+    stacks = [*one, *(replace(s, name=f"others.{s.name}") for s in one)]
+    emptied = [
+        [not mask.any() for mask in masks] for what, masks in trial_masks(stacks).items() if "emptied" in what
+    ]
+    assert [sum(each) for each in zip(*emptied, strict=True)] == [1] * len(stacks)
+    assert not any(turn[place] and turn[place + len(one)] for turn in emptied for place in range(len(one)))
 
 
 def test_a_list_may_have_gaps() -> None:

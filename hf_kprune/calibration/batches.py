@@ -210,10 +210,11 @@ class Calibration:
             reach, columns = round(tokens * sublayer.share), sublayer.shape[1] // sublayer.experts
             if reach < columns:
                 part = f", of which {reach} reach an expert on average," if sublayer.is_mixture else ""
+                drawn = self.args.num_tokens
+                way = "give more rows" if self.rows.tokens < drawn else f"raise num_tokens (now {drawn})"
                 raise CalibrationError(
                     f"{tokens} calibration tokens (in {len(self.rows.rows)} rows){part} are fewer than the "
-                    f"{columns} columns of {sublayer.name}, whose weights they must determine; raise "
-                    f"num_tokens (now {self.args.num_tokens}) or give more rows"
+                    f"{columns} columns of {sublayer.name}, whose weights they must determine; {way}"
                 )
 
     def agree(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -140,7 +140,7 @@ def _try(dense: PreTrainedModel, inputs: Mapping[str, object], name: str, block:
     what is left can be saved."""
     sublayers, layers = find_sublayers(dense), dense.get_submodule(name)
     mine = [s.layers is layers and s.block.output == block.output for s in sublayers]
-    for what, masks in list(trial_masks([s.numbers for s in sublayers]).items())[:3]:
+    for what, masks in list(trial_masks(sublayers).items())[:3]:
         masks = [mask if cut else torch.ones_like(mask) for mask, cut in zip(masks, mine, strict=True)]
         for attention in implementations(dense, inputs):
             prove_cuts(attention, inputs, {what: masks}, generate=False)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import cast
 
 import torch
@@ -67,7 +68,7 @@ def prove(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str =
             _check_same(other, one, "what it was the first time, so that nothing can be compared")
         with step("run in the order described"), _seeded():
             check_order(dense, inputs, sublayers)
-        masks = trial_masks([s.numbers for s in sublayers])
+        masks = trial_masks(sublayers)
         with step("run with each function of attention"):
             models = list(implementations(dense, inputs))
         for variant in models:
@@ -102,17 +103,20 @@ def implementations(model: PreTrainedModel, inputs: Mapping[str, object]) -> Ite
         yield plain
 
 
-def trial_masks(numbers: Sequence[Tensor], groups: int = 4) -> dict[str, list[Tensor]]:
-    """The masks of a proof for sublayers whose units have these numbers, by what they do. A lone unit is cut
-    once, too."""
+def trial_masks(sublayers: Sequence[Sublayer], groups: int = 4) -> dict[str, list[Tensor]]:
+    """The masks of a proof, by what they do. A lone unit is cut once, too. Layers at one place in several
+    stacks are not emptied together, as some stacks read the keys of others, layer by layer, in one cache."""
+    numbers, stacks = [s.numbers for s in sublayers], list(dict.fromkeys(s.stack_name for s in sublayers))
     masks = {
         "odd units cut": [n % 2 == 0 for n in numbers],
         "even units cut": [n % 2 == 1 for n in numbers],
         "all units cut": [n < 0 for n in numbers],
     }
-    for start in range(min(groups, len(numbers))):
-        emptied = [n < 0 if i % groups == start else n % 2 == 0 for i, n in enumerate(numbers)]
-        masks[f"every {groups}th sublayer from number {start} emptied"] = emptied
+    places = {name: count(start) for start, name in enumerate(stacks)}
+    turns = [next(places[s.stack_name]) % groups for s in sublayers]
+    for turn in sorted(set(turns)):
+        emptied = [n < 0 if own == turn else n % 2 == 0 for n, own in zip(numbers, turns, strict=True)]
+        masks[f"one of {groups} sublayers emptied, from number {turn} on"] = emptied
     return masks
 
 

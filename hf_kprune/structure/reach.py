@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..modeling_kprune import find_layers
@@ -128,6 +128,7 @@ def towers_left_alone(
     if len(towers) == 1:
         return outermost(reasons)
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
+    read = towers_read_in_caches(model, inputs, towers)
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
         if path in spared:
@@ -137,6 +138,8 @@ def towers_left_alone(
             reasons[path] = "it does not run on the calibration rows"
         elif counts != {1}:
             reasons[path] = "on the calibration rows not all of its layers run as often as in one pass"
+        elif path in read:
+            reasons[path] = "another part of the model reads its keys and values, in one cache with its own"
         elif not walks(model, inputs, head_unit, towers.keys() - {*walkable, path}):
             reasons[path] = "the model does not give the same where its layers are run one by one"
         else:
@@ -188,11 +191,41 @@ def count_runs(
                 runs[name] += 1
 
             hooks.callback(s.output.register_forward_hook(count).remove)
-        head = model.get_output_embeddings() if model.can_generate() else None
-        hooks.enter_context(nullcontext() if head is None else only_tokens(head, 0, 1))
-        with first_run(model, inputs), torch.no_grad(), torch.random.fork_rng():
-            model(**inputs)
+        run_once(model, inputs)
     return runs
+
+
+def run_once(model: PreTrainedModel, inputs: Mapping[str, object]) -> None:
+    """Run `model`, with its head on one token of each row, for what hooks see of it.
+
+    Raises:
+        CalibrationError: If it does not run on `inputs`.
+    """
+    head = model.get_output_embeddings() if model.can_generate() else None
+    narrow = nullcontext() if head is None else only_tokens(head, 0, 1)
+    with narrow, first_run(model, inputs), torch.no_grad(), torch.random.fork_rng():
+        model(**inputs)
+
+
+def towers_read_in_caches(
+    model: PreTrainedModel, inputs: Mapping[str, object], towers: Mapping[str, Sequence[Sublayer]]
+) -> set[str]:
+    """The paths of those towers of which a later one reads the keys and values, as the layers of both are
+    called with one cache: heads that are cut below would be missing above."""
+    users: dict[int, tuple[Cache, list[str]]] = {}
+    with ExitStack() as hooks:
+        for path, sublayers in towers.items():
+
+            def note(
+                _: object, args: tuple[object, ...], kwargs: dict[str, object], path: str = path
+            ) -> None:
+                for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+                    users.setdefault(id(cache), (cache, []))[1].append(path)
+
+            for layer in {id(s.layer): s.layer for s in sublayers}.values():
+                hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        run_once(model, inputs)
+    return {path for _, paths in users.values() for path in paths if path != paths[-1]}
 
 
 def walks(
