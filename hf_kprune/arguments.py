@@ -106,7 +106,7 @@ class KPruneArguments:
     sparsity: float | None = option(
         Unasked(0.5),
         "Remove this fraction of the prunable FLOPs, in [0, 1): 0.75 leaves a quarter of them. Attention "
-        "heads and FFN neurons are prunable. Embeddings, experts and the head of the model are not.",
+        "heads and neurons of FFNs and experts are prunable. Embeddings and the head of the model are not.",
     )
     target_flops: Annotated[float | None, over(0)] = option(
         None, "Keep at most this many FLOPs of a sequence of flops_length tokens, in place of a sparsity."

@@ -56,7 +56,7 @@ def facts_of(
         hold_out: Whether students are made without the rows that they are judged by.
         weights: Checksum of the teacher.
     """
-    accelerator, loss = pruner.accelerator, pruner.compute_loss
+    accelerator = pruner.accelerator
     rows, config, device = pruning.calibration.rows, pruner.model.config.to_dict(), accelerator.device
     config = {name: value for name, value in config.items() if name not in ("_name_or_path", "kprune")}
     used = versions()
@@ -65,7 +65,9 @@ def facts_of(
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts["number of processes"] = accelerator.num_processes
     facts["attention"] = pruner.model.config._attn_implementation
-    facts["compute_loss"] = None if loss is None else getattr(loss, "__qualname__", type(loss).__name__)
+    for name in ("compute_loss", "data_collator"):
+        own = getattr(pruner, name)
+        facts[name] = None if own is None else getattr(own, "__qualname__", type(own).__name__)
     facts["knowledge"], facts["held out"] = pruning.loss.name, hold_out
     facts["rows"] = {name: value for name, value in rows.fingerprint.items() if name != "dataset"}
     facts["config"] = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

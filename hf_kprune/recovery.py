@@ -29,7 +29,7 @@ from .errors import ArgumentError
 from .history import Recovery
 from .preparation import calibrate, knowledge_of
 from .state import Pruner, begin_phase, one_run
-from .structure.offload import is_dispatched
+from .structure.offload import hooks_from_outside, is_dispatched
 from .structure.reach import leaving
 from .structure.readiness import bare_model, describe_units
 from .structure.sublayers import LEFT_ALONE, find_sublayers
@@ -69,7 +69,8 @@ def recover(
         rows = pruner.calibration_dataset if dataset is None else dataset
         calibration, _ = calibrate(pruner, args, rows)  # half as much as is measured is held out
         calibration.check_held_out()
-        student = copy.deepcopy(model).float()
+        calibration.check_counted()
+        student = copy.deepcopy(model, hooks_from_outside(model)).float()
         loss = knowledge_of(pruner, calibration, [dataset, pruner.calibration_dataset, pruner.eval_dataset])
         lesson = Lesson(calibration, loss, student, teacher)
         recovery = learn(pruner, lesson, minutes, options)
@@ -97,13 +98,13 @@ def check(pruner: Pruner, minutes: float, options: Mapping[str, Any]) -> None:
         )
     if pruner.accelerator.num_processes > 1:
         raise ArgumentError(
-            f"recover() runs in one process, and there are {pruner.accelerator.num_processes}; save the "
-            "pruned model, and recover it in a process of its own"
+            f"recovery runs in one process, and there are {pruner.accelerator.num_processes}; prune and save "
+            "without it, and let the pruned model recover in a process of its own"
         )
     if is_dispatched(pruner.model):
         raise ArgumentError(
-            f"layers of {type(pruner.model).__name__} wait elsewhere, and recover() trains a model that lies "
-            "on one device as a whole; save it, and load it without offload or device_map"
+            f"layers of {type(pruner.model).__name__} wait elsewhere, and recovery trains a model that lies "
+            "on one device as a whole; load it without offload or device_map"
         )
 
 

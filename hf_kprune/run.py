@@ -112,6 +112,7 @@ class Run:
         calibration.check_flops_length(model)
         lengths = calibration.flops_lengths  # are sums over processes, so what follows is the same on all
         calibration.check_enough_tokens()
+        calibration.check_counted()
         teacher = with_table_per_layer(model)
         before = model_size(
             teacher,

@@ -23,7 +23,7 @@ from .files.destination import origins
 from .processes import together
 from .report import PruningReport
 from .sizes import expected_bytes
-from .structure.offload import is_dispatched, rebind
+from .structure.offload import hooks_from_outside, is_dispatched, rebind
 
 
 class Pruner(Protocol):
@@ -122,7 +122,8 @@ def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport, inpla
         inplace: Otherwise the model stays what it is, and the student takes its place in the pruner.
     """
     if not inplace:
-        student = copy.deepcopy(student if report.cut_something else pruner.model)  # to share nothing
+        source = student if report.cut_something else pruner.model
+        student = copy.deepcopy(source, hooks_from_outside(source))  # to share no tensors
         pruner.dense_model = pruner.dense_model or pruner.model
         pruner.model = student
     elif report.cut_something:

@@ -16,9 +16,10 @@ from data import collate, plain_tokenizer, rows, text
 from models import shallow, slow_unless_in, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from zoo import make
 
 import hf_kprune.calibration.measure
-from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPrunePruner
+from hf_kprune import ArgumentError, CalibrationError, KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.calibration.batches import Calibration
 from hf_kprune.calibration.distance import Judge, distance
 from hf_kprune.calibration.draw import draw_rows
@@ -773,3 +774,29 @@ def test_batches_of_a_trial_are_tuned_on_and_compared_on_other_rows() -> None:
         for name in ("tried", "held_out", "measured")
     )
     assert (tried, measured, held_out) == ({*range(4)}, {*range(8)}, {*range(8, 12)})
+
+
+@pytest.mark.several_splits
+@pytest.mark.parametrize(
+    ("first", "which"), [(0, "10 .* are measured"), (10, "5 .* are held out to compare")]
+)
+def test_rows_in_which_no_token_counts_are_refused_before_anything_is_measured(
+    first: int, which: str
+) -> None:
+    """Of chats that were cut off before the answer all labels are -100, so that all models are alike on them."""
+    data = [
+        {"input_ids": [4, 5, 6, 7, 8, row], "labels": [-100 if row >= first else 8] * 6} for row in range(40)
+    ]
+    stream = datasets.Dataset.from_list(data).to_iterable_dataset()  # which is read from its beginning
+    args = KPruneArguments(num_tokens=240, num_measure_tokens=60, disable_tqdm=True, use_cpu=True)
+    pruner = KPrunePruner(make("llama"), args, stream)
+    pruner.add_callback(Unmeasured)
+    with pytest.raises(CalibrationError, match=f"no token counts in the {which}"):
+        pruner.prune()
+
+
+class Unmeasured(KPruneCallback):
+    """Fails where measuring begins."""
+
+    def on_phase_begin(self, args: Any, report: Any, phase: str, **kwargs: Any) -> None:
+        assert phase == "prepare"

@@ -79,7 +79,12 @@ def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: 
     "name",
     [
         pytest.param("bert", marks=pytest.mark.several_splits),
-        pytest.param("t5", marks=[pytest.mark.several_splits, pytest.mark.slow], id="t5 by several splits"),
+        *(
+            pytest.param(
+                name, marks=[pytest.mark.several_splits, pytest.mark.slow], id=f"{name} by several splits"
+            )
+            for name in ("t5", "gemma3n_text")
+        ),
         *slow_unless_in(["t5", "llama", "vit"], [name for name in ZOO if name != WALKED[0]]),
     ],
 )

@@ -14,6 +14,8 @@ from models import shallow
 from zoo import ZOO, make
 
 from hf_kprune import ArgumentError, KPruneArguments, KPrunePruner, PruningReport
+from hf_kprune.cli.commands import DataArguments, RecoverArguments, ResumeArguments
+from hf_kprune.cli.commands import prune as prune_command
 from hf_kprune.distillation import LOST, STEP_BACK, Watch
 
 
@@ -107,6 +109,53 @@ def test_options_that_cannot_be_are_refused_before_anything_runs() -> None:
         pruner.recover(minutes=0)
     with pytest.raises(ArgumentError, match="no options learning, expected options of transformers.Training"):
         pruner.recover(learning=1.0)
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        (2, "recovery runs in one process, and there are 2"),
+        (1, "layers of BertForSequenceClassification wait"),
+    ],
+)
+def test_the_command_line_refuses_what_cannot_recover_before_it_prunes(
+    processes: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner = pruner_of(shallow(num_hidden_layers=1))
+    monkeypatch.setattr("hf_kprune.cli.commands.make_pruner", lambda *_: pruner)
+    monkeypatch.setattr("hf_kprune.recovery.is_dispatched", lambda _: processes == 1)
+    monkeypatch.setattr(type(pruner.accelerator), "num_processes", processes)
+    monkeypatch.setattr(KPrunePruner, "prune", lambda *_, **__: pytest.fail("it has begun to prune"))
+    data, args = (
+        DataArguments("model", dataset_file="texts.txt"),
+        KPruneArguments(output_dir=str(tmp_path / "out")),
+    )
+    with pytest.raises(ArgumentError, match=message):
+        prune_command(data, args, ResumeArguments(), RecoverArguments(recover_minutes=1))
+
+
+class Counter:
+    """Counts the runs of a module, as callers may who watch a model."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def count(self, *_: object) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_hooks_of_a_caller_call_its_own_object_after_pruning_and_recovery(inplace: bool) -> None:
+    counter, model = Counter(), shallow(num_hidden_layers=1)
+    model.bert.encoder.layer[0].register_forward_hook(counter.count)
+    pruner = pruner_of(model)
+    pruner.prune(inplace=inplace)
+    for step in ("pruned", "recovered"):
+        if step == "recovered":
+            pruner.recover(1, dense_model=shallow(num_hidden_layers=1), max_steps=2)
+        before = counter.calls
+        pruner.model(input_ids=torch.tensor([[4, 5]]))
+        assert counter.calls == before + 1
 
 
 def test_half_precision_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

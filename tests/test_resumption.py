@@ -39,9 +39,9 @@ def make_pruner(out: Path | None = None, seed: int = 0, data: Any = None, **opti
     args = {"disable_tqdm": True, "use_cpu": True, "num_tokens": 100, **options}
     args |= {} if out is None else {"output_dir": str(out)}
     loss = args.pop("compute_loss", None)
-    data = rows(24) if data is None else data
+    data, collator = rows(24) if data is None else data, args.pop("data_collator", collate)
     model = tiny(seed=seed, num_hidden_layers=2)
-    return KPrunePruner(model, KPruneArguments(**args), data, collate, compute_loss=loss)
+    return KPrunePruner(model, KPruneArguments(**args), data, collator, compute_loss=loss)
 
 
 class Interrupt(KPruneCallback):
@@ -326,6 +326,10 @@ def other_loss(student: Any, teacher: Any, valid: Any) -> Any:
     return (student.logits - teacher.logits).square().mean(1)
 
 
+def short(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: tensor[:, :3] for name, tensor in collate(batch).items()}
+
+
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "sparsity": ({"sparsity": 0.6}, r"sparsity is 0\.6 and was 0\.5 then\."),
     "method": ({"method": "magnitude"}, "method is 'magnitude' and was 'flap' then"),
@@ -336,6 +340,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"seed_of_model": 1}, r"the weights of the model differ\."),
     "data": ({"data": rows(24, seed=3)}, r"the calibration rows differ\."),
     "loss": ({"compute_loss": other_loss}, "compute_loss is 'other_loss' and was None then"),
+    "collator": ({"data_collator": short}, "data_collator is 'short' and was 'collate' then"),
     "version": ({"torch": "9.9"}, r"torch is '9\.9' and was '.*' then\."),
     "processes": ({"processes": 2}, "number of processes is 2 and was 1 then"),
 }

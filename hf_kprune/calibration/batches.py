@@ -217,6 +217,26 @@ class Calibration:
                     f"{columns} columns of {sublayer.name}, whose weights they must determine; {way}"
                 )
 
+    def check_counted(self) -> None:
+        """Raise `CalibrationError` if no token counts of the rows that are measured, or of those by which
+        students are compared: all models would be alike."""
+        method = METHODS[self.args.method]
+        measured, held_out = self.zeros(1), self.zeros(1)
+        for batch in self.batches:
+            measured += batch.counted.sum() * batch.measured
+            held_out += batch.counted.sum() * batch.held_out
+        self.reduce([measured, held_out])
+        parts = [("are measured", measured, self.rows.measured)] if method.needs else []
+        if len(method.exponents) > 1:
+            parts.append(("are held out to compare students by", held_out, len(self.rows.held_out)))
+        for what, count, rows in parts:
+            if rows and not count:
+                raise CalibrationError(
+                    f"no token counts in the {rows} calibration rows that {what}: all their labels are -100, "
+                    "or they are padding alone; give rows with tokens that count, and where these were cut "
+                    f"off, a larger max_seq_length (now {self.args.max_seq_length})"
+                )
+
     def agree(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors of the main process, on every process."""
         if self.accelerator.num_processes == 1:

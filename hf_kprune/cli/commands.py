@@ -29,6 +29,7 @@ from ..evaluation import plain_figures
 from ..modeling_kprune import is_pruned
 from ..progress import quiet
 from ..pruner import KPrunePruner
+from ..recovery import check as check_recovery
 from ..report import JSON_NAME, MARKDOWN_NAME
 from ..reports import Table, to_markdown
 from ..runtimes import export
@@ -64,6 +65,8 @@ def prune(
     args.check_output_dir(read_from=data.origins, size=expected_bytes(pruner.model, args))
     figures: dict[str, dict[str, float]] = {}
     evaluates, minutes = pruner.eval_dataset is not None, recovery.recover_minutes
+    if minutes is not None:
+        check_recovery(pruner, minutes, {})
     if evaluates:
         figures["dense"] = evaluate_quietly(pruner)
     push = args.push_to_hub

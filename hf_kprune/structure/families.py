@@ -161,7 +161,8 @@ class Stack:
             of every group.
         runs: Config attribute with the number of layers that run, where that may be more than there are, as
             each runs several times in turn: number i is layer i * layers // runs. `""` if each runs once.
-        versions: Whether its layers hand on several versions of the hidden states, (V, B, T, D).
+        versions: Config attribute with the number V of versions of the hidden states that its layers hand on,
+            (V, B, T, D); `""` if there is one, (B, T, D).
         packed: Whether its layers read the tokens of all rows as one sequence without a batch, (T, D).
         outlets: Config attribute with the numbers of layers whose outputs the model reads beside that of the
             last one; `""` if there are none.
@@ -197,7 +198,7 @@ class Stack:
     reads: str = ""
     shares: str = ""
     runs: str = ""
-    versions: bool = False
+    versions: str = ""
     packed: bool = False
     outlets: str = ""
     shifts: bool = False
@@ -480,7 +481,7 @@ _GEMMA3N = replace(
     _GEMMA4,
     blocks=(_GEMMA4.blocks[0], replace(_GEMMA4.blocks[1], stays="mlp.activation_sparsity")),
     untouched=("altup", "laurel", "per_layer_input_gate", "per_layer_projection"),
-    versions=True,
+    versions="altup_num_inputs",
 )
 _SHARED_EXPERT, _SHARED_EXPERTS = (
     _ffn(f"mlp.{shared}.gate_proj mlp.{shared}.up_proj", f"mlp.{shared}.down_proj", None)

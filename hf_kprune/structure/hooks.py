@@ -132,8 +132,8 @@ def handed(sublayer: Sublayer, hidden: Tensor) -> Tensor:
         return hidden.squeeze(0)
     if not sublayer.stack.versions:
         return hidden
-    versions: Tensor = hidden.unflatten(2, (-1, sublayer.shape[0]))
-    return versions.permute(2, 0, 1, 3)
+    count = getattr(sublayer.owner.config, sublayer.stack.versions)  # its weights may be gone
+    return cast(Tensor, hidden.unflatten(2, (count, -1))).permute(2, 0, 1, 3)
 
 
 def note_form(sublayer: Sublayer, output: Any) -> None:

@@ -146,6 +146,21 @@ def plain_memo(model: nn.Module) -> dict[int, Any]:
     return {id(hook): hook for hook in hooks}
 
 
+def hooks_from_outside(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` that leaves uncopied those hooks of modules that are methods of objects
+    that `model` does not hold, which see the copy then, as they have seen the model."""
+    modules = list(model.modules())
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for module in modules for name in names for hook in getattr(module, name).values()]
+    owners = [getattr(hook, "__self__", hook) for hook in hooks]
+    inside = {id(part) for module in modules for part in (module, *vars(module).values())}
+    return {
+        id(hook): hook
+        for hook, owner in zip(hooks, owners, strict=True)
+        if id(owner) not in inside and not isinstance(owner, partial)
+    }
+
+
 def rebind(model: nn.Module) -> None:
     """Let what accelerate has put on a model, whose attributes were another's, call this one."""
     hook = getattr(model, "_hf_hook", None)
