@@ -618,7 +618,7 @@ def tiny_like(config: Any) -> dict[str, Any]:
         inner = vars(config).get(name)
         if isinstance(value, dict) and hasattr(inner, "to_dict"):
             values[name] = {**tiny_like(inner), "model_type": value.get("model_type")}
-        elif name in values or isinstance(value, bool):
+        elif name in values or isinstance(value, bool) or re.search(r"kernel|stride", name):
             continue
         elif isinstance(value, int) or (
             isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value)
