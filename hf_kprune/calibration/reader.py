@@ -249,8 +249,8 @@ class Reader:
         if self.main == "input_ids" and depth(ids := self.named(entry).get("input_ids", ())) > self.dims:
             if len(ids) > 1:
                 self.warn(
-                    f"calibration rows have input_ids in {depth(ids)} dimensions, and each of the first is "
-                    f"read as a row, of the first of these {len(ids)} rows"
+                    "calibration rows with input_ids of several dimensions are read as batches of rows, the "
+                    f"first of them as {len(ids)} rows"
                 )
             return split_rows(self.named(entry), len(ids))
         return [entry]
