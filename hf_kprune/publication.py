@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 from .checkpoint.card import model_card, write_picture
+from .checkpoint.exporters import UnsavableError
 from .checkpoint.hub import check_card_place, check_push, push_folder
 from .checkpoint.remote_code import check_code_travels
 from .checkpoint.saving import save_atomically
 from .checkpoint.sentence_folder import card_of, carry
-from .errors import ArgumentError, CheckpointError, KPruneError
+from .errors import ArgumentError, KPruneError
 from .options import from_json
 from .processes import together
 from .sizes import model_size
@@ -26,8 +27,10 @@ def save(pruner: Pruner, output_dir: str | None) -> str:
     except KPruneError as error:
         if pruner.report is None:
             raise
-        advice = "the pruned model is unharmed in memory, and save_model('elsewhere') is all that is needed"
-        raise type(error)(f"{error}; {advice}") from error
+        advice = "; the pruned model is unharmed in memory"
+        if not isinstance(error, UnsavableError):
+            advice += ", and save_model('elsewhere') is all that is needed"
+        raise type(error)(f"{error}{advice}") from error
 
 
 def write(pruner: Pruner, output_dir: str | None) -> str:
@@ -60,14 +63,14 @@ def write_beside(pruner: Pruner, directory: str) -> None:
     sentence-transformers.
 
     Raises:
-        CheckpointError: If the tokenizer cannot be saved.
+        UnsavableError: If the tokenizer cannot be saved.
     """
     processor = pruner.processing_class
     if processor is not None:
         try:
             processor.save_pretrained(directory)
         except Exception as error:  # its own code, of whatever kind
-            raise CheckpointError(
+            raise UnsavableError(
                 f"processing_class, {show(processor)}, cannot be saved: its save_pretrained failed with a "
                 f"{type(error).__name__}; set pruner.processing_class to one that can be saved, or to None"
             ) from error

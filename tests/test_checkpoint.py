@@ -28,6 +28,7 @@ from checks import (
     edit_weights,
     files,
     logits,
+    plans,
     report,
 )
 from data import collate, rows, tokenizer
@@ -53,6 +54,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -62,7 +64,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
-from zoo import make
+from zoo import KEPT_IN_FLOAT32, make
 
 from hf_kprune import (
     CheckpointError,
@@ -72,7 +74,7 @@ from hf_kprune import (
     UnsupportedModelError,
     modeling_kprune,
 )
-from hf_kprune.checkpoint.exporters import EXPORTERS
+from hf_kprune.checkpoint.exporters import EXPORTERS, loads_back
 from hf_kprune.checkpoint.patches import install
 from hf_kprune.checkpoint.saving import save_atomically
 from hf_kprune.modeling_kprune import HOW_TO_LOAD, NOTICE, Layers
@@ -317,6 +319,49 @@ def test_a_half_precision_model_is_pruned_saved_and_loaded_in_its_dtype(tmp_path
     assert loaded.dtype == torch.bfloat16
     assert_same_state(loaded.state_dict(), model.state_dict())
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in tiny().parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEPT_IN_FLOAT32)
+def test_parts_that_a_class_keeps_in_float32_are_saved_as_they_are(tmp_path: Path, name: str) -> None:
+    """In models of 16 bits as users load them."""
+    dense, there = make(name), set()
+    for dtype in (torch.float16, torch.bfloat16):
+        config = copy.deepcopy(dense.config)
+        model = type(dense).from_pretrained(None, config=config, state_dict=dense.state_dict(), dtype=dtype)
+        there |= {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+        student = cut_all(model, plans(find_sublayers(model))["even"])
+        KPrunePruner(student).save_model(str(tmp_path / f"{dtype}"))
+        loaded = type(dense).from_pretrained(tmp_path / f"{dtype}")
+        assert_same_state(loaded.state_dict(), student.state_dict())
+    assert there == {torch.float16, torch.bfloat16, torch.float32}
+
+
+@pytest.mark.slow
+def test_a_mixture_with_parts_in_float32_is_pruned_and_saved(tmp_path: Path) -> None:
+    make("glm4_moe").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    args = KPruneArguments(num_tokens=150, num_measure_tokens=80, disable_tqdm=True, use_cpu=True)
+    pruner = KPrunePruner(model, args, rows(longest=9), collate)
+    pruner.prune()
+    pruner.save_model(str(tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16, torch.float32}
+    KPrunePruner(model.bfloat16()).save_model(str(tmp_path / "all of 16 bits"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "all of 16 bits")
+    assert_same_state(loaded.bfloat16().state_dict(), model.state_dict())
+
+
+def test_a_tensor_loads_back_in_another_dtype_only_with_all_that_it_holds() -> None:
+    saved = torch.tensor([1.0, 1 + 2**-7]).bfloat16()
+    assert loads_back(saved, saved.float(), torch.bfloat16)
+    assert not loads_back(saved, saved.float() + 2**-20, torch.bfloat16)
+    assert not loads_back(saved, saved + 2**-7, torch.bfloat16)
+    exact = torch.tensor([1.0, 1 + 2**-20])
+    assert loads_back(exact, exact.bfloat16(), torch.bfloat16)
+    assert not loads_back(exact, exact.half(), torch.bfloat16)
+    assert not loads_back(torch.tensor([1, 2]), torch.tensor([1.0, 2.0]), torch.float32)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet"])

@@ -405,6 +405,27 @@ def test_tables_lie_where_hugging_face_libraries_keep_theirs(
     assert LatencyTable.load(path) == table
 
 
+def test_where_no_table_can_be_kept_it_is_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[LatencyTable]
+) -> None:
+    model = tiny()
+    inputs = text_inputs(model, 2, 5)
+    (tmp_path / "file").write_text("")
+    cache = "huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "file" / "nowhere"))
+    with pytest.warns(UserWarning, match="not kept.*cannot be written .*nowhere.*let HF_ASSETS_CACHE name"):
+        assert LatencyTable.cached(model, inputs) == measured[-1]
+
+    def refuse(**_: Any) -> None:
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr(cache, str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.warns(UserWarning, match=f"cannot be written .*Read-only.*{tmp_path}.*let HF"):
+        assert LatencyTable.cached(model, inputs) == measured[-1]
+    assert len(measured) == 2
+
+
 # Search
 
 

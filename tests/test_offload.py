@@ -18,6 +18,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from checks import assert_same_state, kept
 from data import collate, rows
 from models import slow_unless_in
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from zoo import DISTINCT, ZOO, make, outputs_of
 
@@ -95,6 +96,20 @@ def test_pruned_on_disk_is_pruned_in_memory(
     kind = type(model)
     one, other = (kind.from_pretrained(tmp_path / folder, dtype=dtype) for folder in ("spread", "whole"))
     assert_same_state(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.slow
+def test_a_layer_that_the_checkpoint_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    model, lost = make("llama"), "model.layers.1.mlp.down_proj.weight"
+    model.save_pretrained(tmp_path / "dense")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+    save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArgumentError, match=f"no weights for 1 tensors of layers.*{lost}.*leave offload out"):
+        KPrunePruner(str(tmp_path / "dense"), KPruneArguments(**OPTIONS), offload="disk")
+    with pytest.raises(
+        UnsupportedModelError, match=f"{lost} is neither in memory nor .* without a device_map"
+    ):
+        prune(spread(tmp_path, model))
 
 
 @pytest.mark.parametrize("name", slow_unless_in(["llama"], dict.fromkeys(["llama", *DISTINCT])))

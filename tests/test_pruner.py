@@ -47,6 +47,7 @@ from hf_kprune import (
 )
 from hf_kprune.budgets import budget_of
 from hf_kprune.callbacks import PrinterCallback, ProgressCallback, ReportingCallback
+from hf_kprune.cli.commands import save
 from hf_kprune.entries import Size
 from hf_kprune.methods.search import threshold_search
 from hf_kprune.structure.sublayers import find_sublayers
@@ -414,19 +415,25 @@ def test_report_to_sends_figures_to_an_integration(monkeypatch: pytest.MonkeyPat
 def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_without_it(
     tmp_path: Path,
 ) -> None:
+    places: list[str] = []
+
     class Unsaved:
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
         def save_pretrained(self, directory: str) -> None:
+            places.append(directory)
             raise NotImplementedError("not yet")
 
     pruner = make_pruner(shallow(), sparsity=0.6, method="magnitude")
     pruner.prune()
     pruner.processing_class = Unsaved()
     with pytest.raises(
-        CheckpointError, match=r"Unsaved.* cannot be saved.*to None.*unharmed.*save_model\('elsewhere'\)"
+        CheckpointError, match=r"Unsaved.* cannot be saved.*to None; the pruned model is unharmed in memory$"
     ):
         pruner.save_model(str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="to None$"):
+        save(pruner, str(tmp_path / "out"))
+    assert len(places) == 2, "the command line has tried places that cannot help"
     assert list(tmp_path.iterdir()) == []
     pruner.processing_class = None
     pruner.save_model(str(tmp_path / "out"))

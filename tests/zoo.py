@@ -1582,6 +1582,19 @@ DISTINCT = [
 """Families of which no two are built alike: proved by default; those built like one of them are slow tests."""
 
 
+KEPT_IN_FLOAT32 = [
+    "deepseek_v32",
+    "ernie4_5_moe",
+    "flint",
+    "gpt_oss",
+    "hy_v3",
+    "longcat_flash",
+    "nemotron_h",
+    "t5",
+]
+"""Types of which no two keep the same parts in float32 in models of 16 bits, or have them in the same place."""
+
+
 def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny random model whose every parameter, biases and norms too, is away from its initial value."""
     class_name, config, _ = ZOO[name]

@@ -20,27 +20,31 @@ from ..structure.offload import is_dispatched, read_state
 from .remote_code import is_stock, split, write_auto_map
 
 
+class UnsavableError(CheckpointError):
+    """A model that no place can hold as it is, so that another directory is no way out."""
+
+
 def write(model: PreTrainedModel, directory: str, max_shard_size: str) -> None:
     """Write a model with its config. patches.py adds to it what a model with a plan needs."""
     model.save_pretrained(directory, max_shard_size=max_shard_size)
 
 
 def verify_tensors(model: PreTrainedModel, directory: str) -> None:
-    """Reload `directory` with the class of `model` and raise `CheckpointError` unless all tensors are the
-    same bits.
+    """Reload `directory` with the class of `model` and raise `UnsavableError` unless all tensors are as
+    `loads_back` says.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = {"device_map": model.hf_device_map, "offload_folder": folder} if is_dispatched(model) else {}
         again = type(model).from_pretrained(directory, dtype=model.dtype, **place)
         differing = model.state_dict().keys() ^ again.state_dict().keys()
         for (name, expected), (other, tensor) in zip(read_state(model), read_state(again), strict=False):
-            # from_pretrained gives every floating tensor one dtype, whatever is in the file
-            dtype = model.dtype if expected.is_floating_point() else expected.dtype
-            if name != other or not same(expected.to(dtype), tensor):
+            if name != other or not loads_back(expected, tensor, model.dtype):
                 differing |= {name}
     if differing:
-        raise CheckpointError(
-            f"{len(differing)} tensors do not load back as they were saved, such as {min(differing)}"
+        raise UnsavableError(
+            f"{len(differing)} tensors do not load back as they were saved, such as {min(differing)}: what "
+            f"{type(model).__name__}.from_pretrained makes of it is another model, and nothing is written; "
+            "save_pretrained of the model writes it without this comparison"
         )
 
 
@@ -84,14 +88,27 @@ def verify_ways_in(model: PreTrainedModel, directory: str) -> None:
                     raise CheckpointError(f"{auto} gives a {type(loaded).__name__}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
+        raise UnsavableError(
             f"the checkpoint does not load as {wanted}, as docs/loading.md promises: {reason}"
         ) from error
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether both are of one dtype, and equal."""
-    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+def loads_back(saved: torch.Tensor, loaded: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor holds the values that were saved.
+
+    `from_pretrained` rounds floating tensors to the dtype of the model, except those that its class keeps in
+    another one, such as float32 for parts of a model of 16 bits. In that no value may have changed at all.
+
+    Args:
+        saved: The tensor of the model in memory.
+        loaded: The one that came back.
+        dtype: That of the model.
+    """
+    saved, loaded = saved.cpu(), loaded.cpu()
+    if not (saved.is_floating_point() and loaded.is_floating_point()):
+        return saved.dtype == loaded.dtype and torch.equal(saved, loaded)
+    common = dtype if loaded.dtype == dtype else torch.promote_types(saved.dtype, loaded.dtype)
+    return torch.equal(saved.to(common), loaded.to(common))
 
 
 class Exporter(NamedTuple):

@@ -111,6 +111,14 @@ def load_model(name: str, offload: Offload = ON_DEVICE) -> PreTrainedModel:
         model, info = offload.read(kind, config, place)
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
+        tensors = model.state_dict() if offload.place == "disk" else {}
+        nowhere = [key for key in names if key in tensors and tensors[key].device.type == "meta"]
+        if nowhere:
+            raise ArgumentError(
+                f"{name} has no weights for {len(nowhere)} tensors of layers of {kind.__name__}, such as "
+                f"{nowhere[0]}, and with offload='disk' layers are read from there alone; load it with the "
+                "class that it was saved by, or leave offload out, with which such tensors are random"
+            )
         warnings.warn(
             f"{name} has no weights for {len(names)} tensors of {kind.__name__}, such as {names[0]}, which "
             "are random now; load it with the class that it was saved by",

@@ -19,6 +19,7 @@ from ..arguments import KPruneArguments
 from ..calibration.embeddings import SentenceFolder
 from ..calibration.metrics import ALIASES
 from ..calibration.tasks import task_of
+from ..checkpoint.exporters import UnsavableError
 from ..checkpoint.hub import check_push
 from ..checkpoint.legacy import from_legacy
 from ..checkpoint.loading import load_tokenizer
@@ -151,15 +152,18 @@ def figure_of(data: DataArguments, pruner: KPrunePruner) -> str | None:
 
 
 def save(pruner: KPrunePruner, path: str) -> None:
-    """Save the pruned model to `path`; where that fails after all, beside it or in the temporary directory.
+    """Save the pruned model to `path`; if that place fails after all, beside it or in the temporary one.
 
     Raises:
         ArgumentError: In either case. It says where the model is.
+        UnsavableError: If no place can hold the model as it is.
     """
     try:
         return pruner.save_model(path)
     except KPruneError as error:
         first = error.__cause__ or error  # without the advice for those who write Python
+        if isinstance(error, UnsavableError):
+            raise first from None
     name = f"{Path(path).resolve().name[:32]}-{os.getpid()}"
     for place in (str(Path(path).resolve().with_name(name)), str(Path(tempfile.gettempdir(), name))):
         try:

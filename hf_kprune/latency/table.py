@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -171,6 +172,8 @@ class LatencyTable:
     ) -> LatencyTable:
         """`measure`, once for each machine, model shape and input shape.
 
+        Where files cannot be kept, a warning says so, and the table is measured all the same.
+
         Args:
             model: As for `measure`.
             inputs: As for `measure`.
@@ -179,12 +182,19 @@ class LatencyTable:
                 user may have moved already.
             head_unit: As for `measure`.
         """
-        folder = cached_assets_path("hf_kprune", "latency") if folder is None else folder
+        try:
+            folder = cached_assets_path("hf_kprune", "latency") if folder is None else folder
+        except (OSError, ValueError) as error:
+            _warn_that_none_is_kept(error)
+            return cls.measure(model, inputs, head_unit)
         path = Path(folder, f"{_digest(model, inputs, head_unit)}.json")
         if path.exists():
             return cls.load(path)
         table = cls.measure(model, inputs, head_unit)
-        table.save(path)
+        try:
+            table.save(path)
+        except OSError as error:
+            _warn_that_none_is_kept(error)
         return table
 
     @cached_property
@@ -258,6 +268,14 @@ def counts_to_measure(units: int) -> list[int]:
     step = 8 if units >= 128 else 1
     parts = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
     return sorted({units, *(step * max(1, round(part * units / step)) for part in parts)})
+
+
+def _warn_that_none_is_kept(error: Exception) -> None:
+    warnings.warn(
+        "the measured times of the model are not kept, so the next run measures them again: the cache of the "
+        f"Hugging Face libraries cannot be written ({error}); let HF_ASSETS_CACHE name another directory",
+        stacklevel=3,
+    )
 
 
 def _digest(model: PreTrainedModel, inputs: Mapping[str, object], head_unit: str) -> str:

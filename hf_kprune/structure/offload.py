@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from ..files.scratch import Scratch, remove, scratch
 
 
@@ -103,10 +104,22 @@ def device_map(
 
 
 def read_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a model by name, read one at a time if they are not in memory."""
+    """The parameters of a model by name, read one at a time if they are not in memory.
+
+    Raises:
+        UnsupportedModelError: If one is nowhere.
+    """
     sources = sources_of(model)
     for name, parameter in model.named_parameters():
-        yield name, sources[id(parameter)].load() if id(parameter) in sources else parameter
+        try:
+            tensor = sources[id(parameter)].load() if id(parameter) in sources else parameter
+        except KeyError as error:
+            raise UnsupportedModelError(
+                f"{name} is neither in memory nor in the files that {type(model).__name__} is read from; load the "
+                "model with the class that it was saved by, or without a device_map, with which such a tensor is "
+                "random"
+            ) from error
+        yield name, tensor
 
 
 def read_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
