@@ -336,7 +336,8 @@ class KPrunePruner(Evaluator, Learner):
             ArgumentError: If `output_dir` is missing, holds what must stay, or cannot be written:
                 `check_output_dir`.
             CheckpointError: If it cannot be written after all, or does not load back as it was saved. In any
-                case the model is as it was, and can be saved elsewhere.
+                case the model is as it was, and can be saved elsewhere, unless the error is about itself, its
+                generation config or its tokenizer.
         """
         path = save(self, output_dir)
         self._end_states()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .checkpoint.card import model_card, write_picture
-from .checkpoint.exporters import UnsavableError
+from .checkpoint.exporters import UnsavableError, check_generation
 from .checkpoint.hub import check_card_place, check_push, push_folder
 from .checkpoint.remote_code import check_code_travels
 from .checkpoint.saving import save_atomically
@@ -45,7 +47,7 @@ def write(pruner: Pruner, output_dir: str | None) -> str:
         if pruner.accelerator.is_main_process:
             size = model_size(pruner.model).bytes
             path = args.check_output_dir(output_dir, origins_of(pruner), size)
-            check_code_travels(pruner.model)
+            check_savable(pruner.model)
             begin_phase(pruner, "save")
             options = (
                 args.max_shard_size,
@@ -56,6 +58,15 @@ def write(pruner: Pruner, output_dir: str | None) -> str:
     path = str(path or args.output_dir)
     pruner.checkpoint = os.path.abspath(path)
     return path
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise `UnsavableError` for what was found before the work if there was an `output_dir`."""
+    try:
+        check_code_travels(model)
+        check_generation(model)
+    except ArgumentError as error:
+        raise UnsavableError(str(error)) from error
 
 
 def write_beside(pruner: Pruner, directory: str) -> None:

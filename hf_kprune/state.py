@@ -16,6 +16,7 @@ from .arguments import KPruneArguments
 from .calibration.embeddings import SentenceFolder
 from .calibration.knowledge import KnowledgeLoss
 from .callbacks import CallbackHandler
+from .checkpoint.exporters import check_generation
 from .checkpoint.hub import check_push
 from .checkpoint.remote_code import check_code_travels
 from .errors import ArgumentError
@@ -136,7 +137,9 @@ def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport, inpla
 
 
 def check_place(pruner: Pruner, dataset: object) -> None:
-    """Refuse options that cannot be and an `output_dir` that cannot be saved to, before anything runs."""
+    """Refuse options that cannot be, an `output_dir` that cannot be saved to, and a model that could not be
+    saved there, before anything runs.
+    """
     with together(pruner.accelerator):
         pruner.args.check()
         if pruner.accelerator.is_main_process:
@@ -144,6 +147,7 @@ def check_place(pruner: Pruner, dataset: object) -> None:
                 size = expected_bytes(pruner.model, pruner.args)
                 pruner.args.check_output_dir(None, origins_of(pruner, dataset), size)
                 check_code_travels(pruner.model)
+                check_generation(pruner.model)
             if pruner.args.push_to_hub:
                 check_push(pruner.args, pruner.args.output_dir)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .arguments import TARGETS, KPruneArguments
 from .budgets import BudgetWarning
 from .calibration.distance import distance
+from .checkpoint.exporters import check_generation
 from .checkpoint.hub import check_push
 from .entries import Size
 from .errors import ArgumentError
@@ -153,6 +154,8 @@ class Sweeper:
             as_text(self.output_dir)
         with together(pruner.accelerator):
             if pruner.accelerator.is_main_process:
+                if self.output_dir is not None or (self.max_drop is not None and args.output_dir is not None):
+                    check_generation(pruner.model)
                 if self.output_dir is not None:
                     size = sum(expected_bytes(pruner.model, budget) for budget in budgets)
                     for budget in self.asked:

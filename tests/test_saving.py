@@ -28,7 +28,8 @@ from checks import assert_same, files, report
 from data import ROOT, collate, rows, tokenizer
 from forks import printed_by
 from models import pruned_layer, shallow, slow_unless_in
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
+from zoo import make
 
 from hf_kprune import ArgumentError, CheckpointError, KPruneArguments, KPruneCallback, KPrunePruner
 from hf_kprune.checkpoint.saving import save_atomically
@@ -662,6 +663,23 @@ def test_a_place_that_is_taken_is_noticed_after_pruning_and_another_will_do(tmp_
     assert all(torch.equal(value, state[name]) for name, value in pruner.model.state_dict().items())
     pruner.save_model(str(tmp_path / "elsewhere"))
     assert_same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "elsewhere"), pruner.model)
+
+
+@pytest.mark.slow
+def test_a_generation_config_that_is_not_saved_is_refused_before_the_work(tmp_path: Path) -> None:
+    pruner = KPrunePruner(make("llama"), KPruneArguments(output_dir=str(tmp_path / "out")))
+    config = pruner.model.generation_config
+    config.do_sample, config.temperature, config.top_p, config.max_new_tokens = False, 0.6, 0.5, -5
+    config.early_stopping, config.num_beams = True, 2
+    message = "model.generation_config has max_new_tokens=-5, temperature=0.6, top_p=0.5, which"
+    with pytest.raises(ArgumentError, match=message):
+        pruner.prune(rows())
+    pruner.report = report()
+    with pytest.raises(CheckpointError, match=f"{message}.*the pruned model is unharmed in memory$"):
+        pruner.save_model()
+    config.do_sample, config.max_new_tokens = True, None
+    pruner.save_model()
+    assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
 
 
 def test_the_readme_run_twice_does_not_prune_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from .. import modeling_kprune
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..modeling_kprune import is_pruned
 from ..structure.offload import is_dispatched, read_state
 from .remote_code import is_stock, split, write_auto_map
@@ -22,6 +23,56 @@ from .remote_code import is_stock, split, write_auto_map
 
 class UnsavableError(CheckpointError):
     """A model that no place can hold as it is, so that another directory is no way out."""
+
+
+def check_generation(model: PreTrainedModel) -> None:
+    """Raise `ArgumentError` if Transformers does not save the generation config of a model as it is now.
+
+    What was loaded and not changed since it does save, whatever that says.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or not model.can_generate() or saves(config):
+        return
+    flags = flags_in_the_way(config)
+    words = ", ".join(f"{name}={value!r}" for name, value in flags.items())
+    raise ArgumentError(
+        f"model.generation_config has {words}, which cannot be, or means nothing beside its other flags, and "
+        "Transformers saves no such config; set each of these to None, as in "
+        f"model.generation_config.{next(iter(flags))} = None, or the flags that it takes, such as "
+        "do_sample=True for a temperature and num_beams for an early_stopping"
+    )
+
+
+def saves(config: GenerationConfig) -> bool:
+    """Whether Transformers saves a generation config, which it does not say but by doing so."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except (TypeError, ValueError):
+            return False
+    return True
+
+
+def flags_in_the_way(config: GenerationConfig) -> dict[str, object]:
+    """The flags of a generation config, with their values, without which all others could be saved."""
+    rest = copy.deepcopy(config)
+    flags = {
+        name: value
+        for name, value in vars(config).items()
+        if value is not None and not name.startswith("_") and name != "transformers_version"
+    }
+    for name in flags:
+        setattr(rest, name, None)
+    before = None
+    while before != len(flags):  # a flag may be one that a later one makes room for
+        before = len(flags)
+        for name, value in list(flags.items()):
+            setattr(rest, name, value)
+            if saves(rest):
+                del flags[name]
+            else:
+                setattr(rest, name, None)
+    return flags
 
 
 def write(model: PreTrainedModel, directory: str, max_shard_size: str) -> None:

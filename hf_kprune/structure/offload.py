@@ -115,9 +115,9 @@ def read_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             tensor = sources[id(parameter)].load() if id(parameter) in sources else parameter
         except KeyError as error:
             raise UnsupportedModelError(
-                f"{name} is neither in memory nor in the files that {type(model).__name__} is read from; load the "
-                "model with the class that it was saved by, or without a device_map, with which such a tensor is "
-                "random"
+                f"{name} is neither in memory nor in the files that {type(model).__name__} is read from; "
+                "load the model with the class that it was saved by, or without a device_map, with which "
+                "such a tensor is random"
             ) from error
         yield name, tensor
 
