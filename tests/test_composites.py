@@ -166,12 +166,12 @@ def test_a_failure_leaves_no_note_on_the_model(call: str) -> None:
         (
             lambda: make("clip"),
             rows(images=False),
-            "CLIPModel does not run on .* have input_ids: .* it also takes pixel_values",
+            "CLIPModel does not run on .* of which it got input_ids .* it also takes pixel_values",
         ),
         (
             lambda: seeing("llava"),
             [{**row, "input_ids": [5, 6]} for row in rows(images=True)],
-            "does not run on the first .* which have .*the ValueError shown above",
+            "does not run on the first .* of which it got pixel_values .*the ValueError shown above",
         ),
         (
             lambda: seeing("llava"),

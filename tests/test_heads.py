@@ -502,7 +502,7 @@ def test_a_head_that_answers_by_other_tokens_than_the_layers_give_is_refused() -
     valid = torch.ones(2, 9, dtype=torch.bool)
     outputs = ModelOutput(logits=torch.randn(2, 7, 5))
     with pytest.raises(
-        ArgumentError, match=r"logits of shape \(2, 7, 5\), expected answers for the 9 tokens"
+        ArgumentError, match=r"logits of shape \(2, 7, 5\), and the last layers .* begin with 9 tokens"
     ):
         check_loss(loss, outputs, valid, Draws(0, [0, 1], valid), 2)
     same = ModelOutput(logits=torch.randn(2, 9, 5))
