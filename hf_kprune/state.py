@@ -24,7 +24,7 @@ from .files.destination import origins
 from .processes import together
 from .report import PruningReport
 from .sizes import expected_bytes
-from .structure.offload import hooks_from_outside, is_dispatched, rebind
+from .structure.offload import copy_memo, is_dispatched, rebind
 
 
 class Pruner(Protocol):
@@ -124,7 +124,7 @@ def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport, inpla
     """
     if not inplace:
         source = student if report.cut_something else pruner.model
-        student = copy.deepcopy(source, hooks_from_outside(source))  # to share no tensors
+        student = copy.deepcopy(source, copy_memo(source))  # to share no tensors
         pruner.dense_model = pruner.dense_model or pruner.model
         pruner.model = student
     elif report.cut_something:

@@ -83,7 +83,7 @@ def test_measured_layer_by_layer_is_measured_as_a_whole(name: str, monkeypatch: 
             pytest.param(
                 name, marks=[pytest.mark.several_splits, pytest.mark.slow], id=f"{name} by several splits"
             )
-            for name in ("t5", "gemma3n_text")
+            for name in ("t5", "gemma3n_text", "recurrent_gemma")
         ),
         *slow_unless_in(["t5", "llama", "vit"], [name for name in ZOO if name != WALKED[0]]),
     ],

@@ -213,3 +213,20 @@ def test_a_language_model_learns_from_few_long_rows_at_a_time(
     pruner.prune(inplace=False)
     recovery = pruner.recover(minutes=5, max_steps=1)
     assert recovery.arguments["per_device_train_batch_size"] == str(rows_of_step)
+
+
+def test_what_a_run_with_gradients_has_left_in_a_model_is_no_obstacle() -> None:
+    """Recurrent layers keep their last state, with the graph that it is of."""
+    model = make("recurrent_gemma")
+    pruner = KPrunePruner(
+        model,
+        KPruneArguments(sparsity=0.3, num_tokens=60, method="magnitude", tune=False, disable_tqdm=True),
+        calibration_rows(model, ZOO["recurrent_gemma"][2]),
+        processing_class=Padding(),
+    )
+    model(input_ids=torch.tensor([[4, 5, 6]]))
+    states = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+    assert any(not tensor.is_leaf for tensor in states)
+    assert pruner.prune(inplace=False).sparsity >= 0.3
+    pruner.model(input_ids=torch.tensor([[4, 5, 6]]))
+    pruner.recover(1, max_steps=1)

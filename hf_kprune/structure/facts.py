@@ -20,6 +20,7 @@ from transformers.utils import find_labels
 
 from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
 from .configs import read, text_config
+from .offload import copy_memo
 from .sublayers import Sublayer
 from .surgery import twin
 from .workbench import in_half_precision
@@ -172,7 +173,9 @@ def frame_mask(model: nn.Module, mask: Tensor, frames: int) -> Tensor:
 
 def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in evaluation mode that shares the weights of `model`, or has those of 16 bits in float32."""
-    return (copy.deepcopy(model).float() if in_half_precision(model) else twin(model)).eval()
+    return (
+        copy.deepcopy(model, copy_memo(model)).float() if in_half_precision(model) else twin(model)
+    ).eval()
 
 
 @contextmanager

@@ -154,24 +154,27 @@ def sources_of(model: nn.Module) -> dict[int, Source]:
 
 
 def plain_memo(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` that leaves the hooks of accelerate uncopied."""
+    """A memo for `copy.deepcopy` that leaves the hooks of accelerate uncopied, and what `copy_memo` does."""
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    return {id(hook): hook for hook in hooks}
+    return {id(hook): hook for hook in hooks} | copy_memo(model)
 
 
-def hooks_from_outside(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` that leaves uncopied those hooks of modules that are methods of objects
-    that `model` does not hold, which see the copy then, as they have seen the model."""
+def copy_memo(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` of any model. Hooks of modules that are methods of objects that `model` does
+    not hold stay those, which see the copy then, as they have seen the model; tensors that its last run has
+    left in its modules, as recurrent ones do, come without their graphs, which cannot be copied."""
     modules = list(model.modules())
+    parts = [part for module in modules for part in (module, *vars(module).values())]
+    inside = set(map(id, parts))
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for module in modules for name in names for hook in getattr(module, name).values()]
-    owners = [getattr(hook, "__self__", hook) for hook in hooks]
-    inside = {id(part) for module in modules for part in (module, *vars(module).values())}
-    return {
-        id(hook): hook
-        for hook, owner in zip(hooks, owners, strict=True)
-        if id(owner) not in inside and not isinstance(owner, partial)
-    }
+    memo: dict[int, Any] = {}
+    for hook in hooks:
+        owner = getattr(hook, "__self__", hook)
+        if id(owner) not in inside and not isinstance(owner, partial):
+            memo[id(hook)] = hook
+    left = [part for part in parts if isinstance(part, Tensor) and not part.is_leaf]
+    return memo | {id(tensor): tensor.detach() for tensor in left}
 
 
 def rebind(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ from ..modeling_kprune import (
 )
 from ..version import __version__
 from . import experts
-from .offload import hooks_from_outside, plain_memo
+from .offload import copy_memo, plain_memo
 from .projections import oriented
 from .sublayers import Sublayer, find_sublayers
 from .workbench import clear_workbench, leave_workbench, off_workbench
@@ -179,7 +179,7 @@ def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel
     clear_workbench(model)
     tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
     parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
-    copied = copy.deepcopy(model, {**hooks_from_outside(model), **tensors, **parameters})
+    copied = copy.deepcopy(model, {**copy_memo(model), **tensors, **parameters})
     if device is not None:
         leave_workbench(copied)
     return copied
