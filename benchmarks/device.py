@@ -2,6 +2,8 @@
 
     python benchmarks/device.py --shapes opt-1.3b opt-2.7b llama-8b qwen3-8b --output device.jsonl
 
+    python benchmarks/device.py --estimate    what a run is estimated to take, told without a GPU and without running it
+
 Each line is a process of its own. `peak` is the most memory that PyTorch had allocated on the GPU, the model's own weights
 among it; `rate` is the matrix products of the run, as counted on the same shape with one and with two layers, over its
 seconds, and `share` is that over the rate of a product of two large matrices in float32 on the same GPU.
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,35 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {**line, "versions": report.versions, "trials": report.trials}
 
 
+def estimate(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run of the default method on a CPU is estimated to take beyond the model, in bytes by phase."""
+    from accelerate import Accelerator
+
+    from hf_kprune import KPruneArguments
+    from hf_kprune.calibration.batches import Calibration
+    from hf_kprune.calibration.collate import collate
+    from hf_kprune.calibration.rows import Rows
+    from hf_kprune.calibration.tasks import knowledge_loss
+    from hf_kprune.memory import memory_of
+    from hf_kprune.methods import METHODS
+    from hf_kprune.structure.sublayers import find_sublayers
+
+    model = build(shape, options.layers, "meta")
+    method, length = METHODS["surgeon"], 512
+    args = KPruneArguments(
+        sparsity=options.sparsity, num_tokens=options.tokens, per_device_batch_size=options.batch
+    )
+    rows = [{"input_ids": [1] * length} for _ in range(options.tokens // length)]
+    measured = Rows(rows, (method.measure_tokens or options.tokens) // length, options.tokens, {})
+    make_batch = partial(collate, collator=None, processing_class=None, model=model)
+    calibration = Calibration(Accelerator(cpu=True), measured, make_batch, model, args)
+    sublayers = find_sublayers(model)
+    loss = knowledge_loss(model, args.temperature, "mean", None, sublayers)
+    memory = memory_of(model, sublayers, calibration, method(args), loss, tunes=True)
+    weights = sum(p.nbytes for p in model.parameters())
+    return {"shape": shape, "weights": weights, "beyond": memory.total, "phases": memory.phases}
+
+
 def rate_of_products() -> float:
     """Operations a second of products of float32 matrices of 8,192 rows and columns."""
     import torch
@@ -189,6 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--rate", action="store_true", help="Count the products of the shape, which takes longer."
     )
+    parser.add_argument("--estimate", action="store_true", help="Estimate its memory, and run nothing.")
     parser.add_argument("--output", type=Path, help="File that the JSON lines are appended to.")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
@@ -197,6 +230,9 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     for shape in options.shapes:
+        if options.estimate:
+            print(json.dumps(estimate(shape, options)), flush=True)
+            continue
         layers = SHAPES[shape]["num_hidden_layers"] if options.layers is None else options.layers
         about = {
             "shape": shape,
