@@ -210,8 +210,8 @@ class Calibration:
             reach, columns = round(tokens * sublayer.share), sublayer.shape[1] // sublayer.experts
             if reach < columns:
                 part = f", of which {reach} reach an expert on average," if sublayer.is_mixture else ""
-                drawn = self.args.num_tokens
-                way = "give more rows" if self.rows.tokens < drawn else f"raise num_tokens (now {drawn})"
+                most = self.args.num_tokens
+                way = "give more rows" if self.rows.tokens < most else f"raise num_tokens (now {most})"
                 raise CalibrationError(
                     f"{tokens} calibration tokens (in {len(self.rows.rows)} rows){part} are fewer than the "
                     f"{columns} columns of {sublayer.name}, whose weights they must determine; {way}"

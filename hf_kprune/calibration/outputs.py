@@ -37,8 +37,8 @@ def logits_at_once(device: torch.device) -> int:
 def answers_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """What a model gives, by name. What one gives as a tensor or as a tuple, whatever it is asked for, is
     called `output 0` and so on."""
-    asked = {} if model.config.return_dict else {"return_dict": True}
-    outputs = model(**inputs, **asked)
+    options = {} if model.config.return_dict else {"return_dict": True}
+    outputs = model(**inputs, **options)
     if isinstance(outputs, Mapping):
         return outputs
     parts = outputs if isinstance(outputs, (tuple, list)) else [outputs]

@@ -173,8 +173,8 @@ def copy_memo(model: nn.Module) -> dict[int, Any]:
         owner = getattr(hook, "__self__", hook)
         if id(owner) not in inside and not isinstance(owner, partial):
             memo[id(hook)] = hook
-    left = [part for part in parts if isinstance(part, Tensor) and not part.is_leaf]
-    return memo | {id(tensor): tensor.detach() for tensor in left}
+    states = [part for part in parts if isinstance(part, Tensor) and not part.is_leaf]
+    return memo | {id(tensor): tensor.detach() for tensor in states}
 
 
 def rebind(model: nn.Module) -> None:

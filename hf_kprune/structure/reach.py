@@ -128,7 +128,7 @@ def towers_left_alone(
     if len(towers) == 1:
         return outermost(reasons)
     runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
-    read = towers_read_in_caches(model, inputs, towers)
+    in_caches = towers_read_in_caches(model, inputs, towers)
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
         if path in spared:
@@ -138,7 +138,7 @@ def towers_left_alone(
             reasons[path] = "it does not run on the calibration rows"
         elif counts != {1}:
             reasons[path] = "on the calibration rows not all of its layers run as often as in one pass"
-        elif path in read:
+        elif path in in_caches:
             reasons[path] = "another part of the model reads its keys and values, in one cache with its own"
         elif not walks(model, inputs, head_unit, towers.keys() - {*walkable, path}):
             reasons[path] = "the model does not give the same where its layers are run one by one"

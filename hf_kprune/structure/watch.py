@@ -287,8 +287,8 @@ class Watch:
                 continue
             self.sublayers.remove(s)
             others = s.projections - {path for other in self.sublayers for path in other.projections}
-            ended = "an FFN" if closing[before[0]] == "ffn" else "an attention"
-            ends = f"{before[0]}, which ends {ended}"
+            sublayer = "an FFN" if closing[before[0]] == "ffn" else "an attention"
+            ends = f"{before[0]}, which ends {sublayer}"
             whys = {path: f"it {'follows' if path == s.block.output else 'joins'} {ends}" for path in others}
             self.rest = {**dict(sorted(whys.items())), **self.rest}
 
