@@ -175,8 +175,8 @@ def test_heads_that_cannot_be_told_apart_stay_together(name: str) -> None:
 
 
 REFUSALS = {
-    "t5": "emptied: encoder.block.1.attention is ",  # the table of positions that layer 0 holds for all
-    "mt5": "emptied: encoder.block.1.attention is ",
+    "t5": "emptied, from number . on: encoder.block.1.attention is ",  # the table of positions that layer 0 holds for all
+    "mt5": "emptied, from number . on: encoder.block.1.attention is ",
 }
 
 LEFT: dict[str, tuple[str, str]] = {
