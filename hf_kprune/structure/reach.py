@@ -127,8 +127,12 @@ def towers_left_alone(
         )
     if len(towers) == 1:
         return outermost(reasons)
-    runs = count_runs(model, inputs, [s for sublayers in towers.values() for s in sublayers])
-    in_caches = towers_read_in_caches(model, inputs, towers)
+    with ExitStack() as hooks:
+        runs = count_runs(hooks, [s for sublayers in towers.values() for s in sublayers])
+        caches = note_caches(hooks, towers)
+        run_once(model, inputs)
+    # a later tower reads the keys of these, where heads that are cut would be missing
+    in_caches = {path for _, paths in caches.values() for path in paths if path != paths[-1]}
     walkable: list[str] = []
     for path, sublayers in reversed(towers.items()):
         if path in spared:
@@ -175,24 +179,33 @@ def parts_left_alone(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def count_runs(
-    model: PreTrainedModel, inputs: Mapping[str, object], sublayers: Sequence[Sublayer]
-) -> dict[str, int]:
-    """How often each sublayer runs, by name.
-
-    Raises:
-        CalibrationError: If the model does not run on `inputs`.
-    """
+def count_runs(hooks: ExitStack, sublayers: Sequence[Sublayer]) -> dict[str, int]:
+    """How often each sublayer runs while `hooks` are open, by name."""
     runs = dict.fromkeys((s.name for s in sublayers), 0)
-    with ExitStack() as hooks:
-        for s in sublayers:
+    for s in sublayers:
 
-            def count(*_: object, name: str = s.name) -> None:
-                runs[name] += 1
+        def count(*_: object, name: str = s.name) -> None:
+            runs[name] += 1
 
-            hooks.callback(s.output.register_forward_hook(count).remove)
-        run_once(model, inputs)
+        hooks.callback(s.output.register_forward_hook(count).remove)
     return runs
+
+
+def note_caches(
+    hooks: ExitStack, towers: Mapping[str, Sequence[Sublayer]]
+) -> dict[int, tuple[Cache, list[str]]]:
+    """The caches that layers are called with while `hooks` are open, each with the paths of the towers of
+    these layers, in the order of the calls."""
+    users: dict[int, tuple[Cache, list[str]]] = {}
+    for path, sublayers in towers.items():
+
+        def note(_: object, args: tuple[object, ...], kwargs: dict[str, object], path: str = path) -> None:
+            for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+                users.setdefault(id(cache), (cache, []))[1].append(path)
+
+        for layer in {id(s.layer): s.layer for s in sublayers}.values():
+            hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+    return users
 
 
 def run_once(model: PreTrainedModel, inputs: Mapping[str, object]) -> None:
@@ -205,27 +218,6 @@ def run_once(model: PreTrainedModel, inputs: Mapping[str, object]) -> None:
     narrow = nullcontext() if head is None else only_tokens(head, 0, 1)
     with narrow, first_run(model, inputs), torch.no_grad(), torch.random.fork_rng():
         model(**inputs)
-
-
-def towers_read_in_caches(
-    model: PreTrainedModel, inputs: Mapping[str, object], towers: Mapping[str, Sequence[Sublayer]]
-) -> set[str]:
-    """The paths of those towers of which a later one reads the keys and values, as the layers of both are
-    called with one cache: heads that are cut below would be missing above."""
-    users: dict[int, tuple[Cache, list[str]]] = {}
-    with ExitStack() as hooks:
-        for path, sublayers in towers.items():
-
-            def note(
-                _: object, args: tuple[object, ...], kwargs: dict[str, object], path: str = path
-            ) -> None:
-                for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
-                    users.setdefault(id(cache), (cache, []))[1].append(path)
-
-            for layer in {id(s.layer): s.layer for s in sublayers}.values():
-                hooks.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        run_once(model, inputs)
-    return {path for _, paths in users.values() for path in paths if path != paths[-1]}
 
 
 def walks(
