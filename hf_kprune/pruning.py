@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from .report import PruningReport
 from .resumption import Record
 from .seconds import Seconds, now, pace_of, seconds_beyond, steps_of
 from .sizes import prunable_flops
-from .structure.offload import copy_memo
+from .structure.offload import duplicate
 from .structure.sublayers import Sublayer, find_sublayers
 from .structure.surgery import cut, frozen, with_table_per_layer, write_plan
 from .structure.uniform import write_stock_config
@@ -79,7 +78,7 @@ class Pruning:
         model, device = self.model, self.calibration.accelerator.device
         # of weights that were made in inference mode no graph can be built
         inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
-        self.teacher = with_table_per_layer(copy.deepcopy(model, copy_memo(model)) if inference else model)
+        self.teacher = with_table_per_layer(duplicate(model) if inference else model)
         if needs_workbench(model, device):
             sublayers = find_sublayers(self.teacher, *self.args.units)
             self.teacher = on_workbench(self.teacher, sublayers, device)

@@ -80,6 +80,8 @@ def write_beside(pruner: Pruner, directory: str) -> None:
     if processor is not None:
         try:
             processor.save_pretrained(directory)
+        except OSError:  # of the place, where another one will do
+            raise
         except Exception as error:  # its own code, of whatever kind
             raise UnsavableError(
                 f"processing_class, {show(processor)}, cannot be saved: its save_pretrained failed with a "

@@ -29,7 +29,7 @@ from .errors import ArgumentError
 from .history import Recovery
 from .preparation import calibrate, knowledge_of
 from .state import Pruner, begin_phase, one_run
-from .structure.offload import copy_memo, is_dispatched
+from .structure.offload import duplicate, is_dispatched
 from .structure.reach import leaving
 from .structure.readiness import bare_model, describe_units
 from .structure.sublayers import LEFT_ALONE, find_sublayers
@@ -70,7 +70,7 @@ def recover(
         calibration, _ = calibrate(pruner, args, rows)  # half as much as is measured is held out
         calibration.check_held_out()
         calibration.check_counted()
-        student = copy.deepcopy(model, copy_memo(model)).float()
+        student = duplicate(model).float()
         loss = knowledge_of(pruner, calibration, [dataset, pruner.calibration_dataset, pruner.eval_dataset])
         lesson = Lesson(calibration, loss, student, teacher)
         recovery = learn(pruner, lesson, minutes, options)

@@ -4,7 +4,6 @@ saved.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from .files.destination import origins
 from .processes import together
 from .report import PruningReport
 from .sizes import expected_bytes
-from .structure.offload import copy_memo, is_dispatched, rebind
+from .structure.offload import duplicate, is_dispatched, rebind
 
 
 class Pruner(Protocol):
@@ -123,8 +122,7 @@ def adopt(pruner: Pruner, student: PreTrainedModel, report: PruningReport, inpla
         inplace: Otherwise the model stays what it is, and the student takes its place in the pruner.
     """
     if not inplace:
-        source = student if report.cut_something else pruner.model
-        student = copy.deepcopy(source, copy_memo(source))  # to share no tensors
+        student = duplicate(student if report.cut_something else pruner.model)  # to share no tensors
         pruner.dense_model = pruner.dense_model or pruner.model
         pruner.model = student
     elif report.cut_something:

@@ -100,14 +100,16 @@ def test_pruned_on_disk_is_pruned_in_memory(
 
 @pytest.mark.slow
 def test_a_layer_that_the_checkpoint_lacks_is_refused_by_name(tmp_path: Path) -> None:
-    model, lost = make("llama"), "model.layers.1.mlp.down_proj.weight"
+    model, absent = make("llama"), "model.layers.1.mlp.down_proj.weight"
     model.save_pretrained(tmp_path / "dense")
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != absent}
     save_file(weights, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ArgumentError, match=f"no weights for 1 tensors of layers.*{lost}.*leave offload out"):
+    with pytest.raises(
+        ArgumentError, match=f"no weights for 1 tensors of layers.*{absent}.*leave offload out"
+    ):
         KPrunePruner(str(tmp_path / "dense"), KPruneArguments(**OPTIONS), offload="disk")
     with pytest.raises(
-        UnsupportedModelError, match=f"{lost} is neither in memory nor .* without a device_map"
+        UnsupportedModelError, match=f"{absent} is neither in memory nor .* without a device_map"
     ):
         prune(spread(tmp_path, model))
 

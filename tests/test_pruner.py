@@ -439,6 +439,25 @@ def test_a_tokenizer_that_cannot_be_saved_leaves_the_pruned_model_to_be_saved_wi
     pruner.save_model(str(tmp_path / "out"))
 
 
+def test_a_place_without_room_for_the_tokenizer_is_left_for_another_one(tmp_path: Path) -> None:
+    places: list[str] = []
+
+    class Saved:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def save_pretrained(self, directory: str) -> None:
+            places.append(directory)
+            if len(places) == 1:
+                raise OSError(28, "No space left on device")
+
+    pruner = make_pruner(shallow(), sparsity=0.6, method="magnitude")
+    pruner.prune()
+    pruner.processing_class = Saved()
+    with pytest.raises(ArgumentError, match="the pruned model was saved to .* instead"):
+        save(pruner, str(tmp_path / "out"))
+    assert len(places) == 2
+
+
 def test_training_arguments_made_in_between_do_no_harm(tmp_path: Path) -> None:
     """They reset the state that all accelerators share."""
     pruner = make_pruner(shallow(), sparsity=0.6, method="magnitude")

@@ -139,7 +139,8 @@ def verify_ways_in(model: PreTrainedModel, directory: str) -> None:
                     raise CheckpointError(f"{auto} gives a {type(loaded).__name__}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UnsavableError(
+        kind = CheckpointError if isinstance(error, OSError) else UnsavableError  # that may be of the place
+        raise kind(
             f"the checkpoint does not load as {wanted}, as docs/loading.md promises: {reason}"
         ) from error
 

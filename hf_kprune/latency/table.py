@@ -185,7 +185,7 @@ class LatencyTable:
         try:
             folder = cached_assets_path("hf_kprune", "latency") if folder is None else folder
         except (OSError, ValueError) as error:
-            _warn_that_none_is_kept(error)
+            _warn_of_no_cache(error)
             return cls.measure(model, inputs, head_unit)
         path = Path(folder, f"{_digest(model, inputs, head_unit)}.json")
         if path.exists():
@@ -194,7 +194,7 @@ class LatencyTable:
         try:
             table.save(path)
         except OSError as error:
-            _warn_that_none_is_kept(error)
+            _warn_of_no_cache(error)
         return table
 
     @cached_property
@@ -270,10 +270,10 @@ def counts_to_measure(units: int) -> list[int]:
     return sorted({units, *(step * max(1, round(part * units / step)) for part in parts)})
 
 
-def _warn_that_none_is_kept(error: Exception) -> None:
+def _warn_of_no_cache(error: Exception) -> None:
     warnings.warn(
-        "the measured times of the model are not kept, so the next run measures them again: the cache of the "
-        f"Hugging Face libraries cannot be written ({error}); let HF_ASSETS_CACHE name another directory",
+        "the measured times of the model are not kept, so the next run measures them again: their place "
+        f"cannot be written ({error}); let HF_ASSETS_CACHE name another directory",
         stacklevel=3,
     )
 

@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, S samples of a sound.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers.utils import find_labels
 
 from ..errors import ArgumentError, CalibrationError, KPruneError, UnsupportedArchitectureError
 from .configs import read, text_config
-from .offload import copy_memo
+from .offload import duplicate
 from .sublayers import Sublayer
 from .surgery import twin
 from .workbench import in_half_precision
@@ -173,9 +172,7 @@ def frame_mask(model: nn.Module, mask: Tensor, frames: int) -> Tensor:
 
 def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in evaluation mode that shares the weights of `model`, or has those of 16 bits in float32."""
-    return (
-        copy.deepcopy(model, copy_memo(model)).float() if in_half_precision(model) else twin(model)
-    ).eval()
+    return (duplicate(model).float() if in_half_precision(model) else twin(model)).eval()
 
 
 @contextmanager

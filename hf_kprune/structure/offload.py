@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from safetensors import safe_open
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..files.scratch import Scratch, remove, scratch
 
+
+Model = TypeVar("Model", bound=nn.Module)
 
 MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 """Methods that accelerate replaces in a model that it has dispatched."""
@@ -154,27 +157,35 @@ def sources_of(model: nn.Module) -> dict[int, Source]:
 
 
 def plain_memo(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` that leaves the hooks of accelerate uncopied, and what `copy_memo` does."""
+    """A memo for `duplicate` that leaves the hooks of accelerate uncopied."""
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    return {id(hook): hook for hook in hooks} | copy_memo(model)
+    return {id(hook): hook for hook in hooks}
 
 
-def copy_memo(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` of any model. Hooks of modules that are methods of objects that `model` does
-    not hold stay those, which see the copy then, as they have seen the model; tensors that its last run has
-    left in its modules, as recurrent ones do, come without their graphs, which cannot be copied."""
+def duplicate(model: Model, memo: Mapping[int, Any] | None = None) -> Model:
+    """A copy of a model by `copy.deepcopy`.
+
+    Hooks of modules that are methods of objects that `model` does not hold stay those, which see the copy
+    then, as they have seen the model; tensors that its last run has put into its modules, as recurrent ones
+    do, come without their graphs, which cannot be copied.
+
+    Args:
+        model: The model.
+        memo: What else stands for parts of it in the copy, by their ids.
+    """
     modules = list(model.modules())
     parts = [part for module in modules for part in (module, *vars(module).values())]
     inside = set(map(id, parts))
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for module in modules for name in names for hook in getattr(module, name).values()]
-    memo: dict[int, Any] = {}
+    instead: dict[int, Any] = {}
     for hook in hooks:
         owner = getattr(hook, "__self__", hook)
         if id(owner) not in inside and not isinstance(owner, partial):
-            memo[id(hook)] = hook
+            instead[id(hook)] = hook
     states = [part for part in parts if isinstance(part, Tensor) and not part.is_leaf]
-    return memo | {id(tensor): tensor.detach() for tensor in states}
+    instead |= {id(tensor): tensor.detach() for tensor in states}
+    return copy.deepcopy(model, {**instead, **(memo or {})})
 
 
 def rebind(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ Shapes: U units of a sublayer, C columns of its output projection, D the width o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -31,7 +30,7 @@ from ..modeling_kprune import (
 )
 from ..version import __version__
 from . import experts
-from .offload import copy_memo, plain_memo
+from .offload import duplicate, plain_memo
 from .projections import oriented
 from .sublayers import Sublayer, find_sublayers
 from .workbench import clear_workbench, leave_workbench, off_workbench
@@ -171,7 +170,7 @@ def set_weights(sublayer: Sublayer, weights: Mapping[str, Tensor]) -> None:
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares the tensors of `model`; cutting it replaces them."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**plain_memo(model), **shared})
+    return duplicate(model, {**plain_memo(model), **shared})
 
 
 def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
@@ -179,7 +178,7 @@ def frozen(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel
     clear_workbench(model)
     tensors = {id(t): t.detach().to(device or t.device) for t in (*model.parameters(), *model.buffers())}
     parameters = {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
-    copied = copy.deepcopy(model, {**copy_memo(model), **tensors, **parameters})
+    copied = duplicate(model, {**tensors, **parameters})
     if device is not None:
         leave_workbench(copied)
     return copied

@@ -9,7 +9,6 @@ each layer when it is run, until the next one is. So is the head over a vocabula
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import os
 import sys
@@ -24,7 +23,7 @@ from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .offload import Folder, Source, Weights, is_dispatched, plain_memo, sources_of, without_hooks
+from .offload import Folder, Source, Weights, duplicate, is_dispatched, plain_memo, sources_of, without_hooks
 from .sublayers import Sublayer
 
 
@@ -262,7 +261,7 @@ def on_workbench(
             value = tensor.detach() if source is None else source.load()
             value = value.to(device) if id(tensor) in words else on_device(value, device)
             memo[id(tensor)] = as_stored(value, tensor)
-    copied = without_hooks(copy.deepcopy(model, memo))
+    copied = without_hooks(duplicate(model, memo))
     names = {id(module): name for name, module in model.named_modules()}
     elsewhere = {
         (number, name): sources[id(tensor)]
